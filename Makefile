@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A plain `torch` would bring gigabytes of CUDA packages to a machine without a GPU.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Idle OpenMP threads that spin slow each other down badly where processes share few cores.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help install quickstart test test-all lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## the environment, in $(VENV)
+
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),yes)
+	$(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)"
+else
+	$(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)" --index-url $(TORCH_CPU_INDEX)
+endif
+	$(BIN)/python -m pip install -q -e '.[dev,aligner]'
+	touch $@
+
+quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, evaluate, report (about 6 minutes)
+	$(BIN)/python examples/quickstart/make_task.py --out runs/quickstart-base
+	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
+
+test: install  ## the tests that need no GPU and no server
+	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+test-all: test  ## those, and the slow ones
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
