@@ -1,0 +1,39 @@
+"""The algorithm on plain torch tensors, without Megatron: advantages, shaping, sampling, losses, metrics."""
+
+from megatron_fipo.algorithm.advantages import group_relative_advantages, length_weighted_mean_advantage
+from megatron_fipo.algorithm.aggregation import aggregate_tokens
+from megatron_fipo.algorithm.dynamic_sampling import (
+    CollectedGroups,
+    DynamicSamplingExhausted,
+    GroupCollector,
+    GroupOutcomes,
+    informative_groups,
+)
+from megatron_fipo.algorithm.importance_sampling import mismatch_metrics, truncated_importance_weights
+from megatron_fipo.algorithm.loss import FIPOLossConfig, LossOutput, fipo_loss, grpo_loss, loss_config
+from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
+from megatron_fipo.algorithm.overlong import overlong_penalty
+
+__all__ = [
+    "CollectedGroups",
+    "DynamicSamplingExhausted",
+    "FIPOLossConfig",
+    "GroupCollector",
+    "GroupOutcomes",
+    "LossOutput",
+    "Mean",
+    "Metrics",
+    "aggregate_tokens",
+    "all_reduce",
+    "finalize",
+    "fipo_loss",
+    "group_relative_advantages",
+    "grpo_loss",
+    "informative_groups",
+    "length_weighted_mean_advantage",
+    "loss_config",
+    "merge",
+    "mismatch_metrics",
+    "overlong_penalty",
+    "truncated_importance_weights",
+]

@@ -1,0 +1,334 @@
+"""The whole configuration of a run: frozen dataclasses, filled from YAML and `key=value` overrides, validated once.
+
+Every default stands beside its meaning here and nowhere else. `load_config` raises ValueError for anything
+a user can get wrong without a model at hand; checks that need the model's own config are in `model/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    directory: str = ""  # "": runs/<name>
+    seed: int = 1
+    overwrite: bool = False  # replace what an earlier run left in the directory
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hf_path: str = ""  # directory of a Hugging Face checkpoint: config.json, tokenizer, *.safetensors
+    overrides: dict[str, Any] = field(default_factory=dict)  # replace fields of config.json, e.g. the context length
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fp32_logits: bool = False  # multiply the LM head in float32 instead of `dtype`; softmax is float32 either way
+    lm_head_chunk_tokens: int = 512  # response tokens whose float32 logits exist at the same time
+    recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation
+    transformer_engine: Literal["auto", "on", "off"] = "auto"  # auto: where it is installed and a GPU is there
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    world_size: int = 1  # ranks; `train` starts them itself unless torchrun or srun already did
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks per pipeline stage; 1: no interleaving
+    context: int = 1
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    first_stage_layers: int | None = None  # uneven pipeline: layers of the first stage
+    last_stage_layers: int | None = None
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    threads_per_rank: int | None = None  # CPU threads; None: cores divided by local ranks
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas: what is left of the world after the model-parallel axes."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""  # parquet in the DAPO schema
+    validation: str = ""  # "": no validation
+    max_prompt_tokens: int = 2048  # longer prompts are left out and counted
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["hf"] = "hf"
+    prompts_per_step: int = 512  # groups in a training batch
+    group_size: int = 16  # responses a prompt (G)
+    prompts_per_round: int | None = None  # prompts a generation round; None: prompts_per_step
+    dynamic_sampling: bool = True  # drop groups that are all right or all wrong, generate until the batch is full
+    max_rounds: int = 10  # 0: no limit
+    when_exhausted: Literal["stop", "train"] = "stop"  # after max_rounds: end with an error, or train on what there is
+    surplus_groups: Literal["drop", "keep"] = (
+        "drop"  # groups beyond prompts_per_step: cut, or open the next step with them
+    )
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    max_response_tokens: int = 20480
+    batch_size: int = 256  # hf engine: sequences generated at once by a rank
+    importance_sampling: Literal["none", "token", "sequence"] = "none"  # truncated, trainer over rollout probabilities
+    importance_sampling_cap: float = 2.0
+    mismatch_warning: float = 0.05  # warn when mean |log p_trainer - log p_rollout| exceeds this
+    save: bool = True  # keep rollouts/step_N.parquet
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    function: str = "dapo"  # dapo | math | exact | package.module:function
+    overlong_buffer_tokens: int = 4096  # 0: no overlong shaping
+    overlong_penalty_factor: float = 1.0
+    workers: int = 2  # processes of the `math` verifier, on each data-parallel replica
+    timeout_seconds: float = 10.0  # one answer's verification
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    loss: Literal["fipo", "grpo"] = "fipo"  # grpo: DAPO/GRPO, the same loss with influence weight 1
+    half_life: float = 32.0  # tokens; gamma = 2^(-1/half_life)
+    influence_clip: tuple[float, float] | None = (1.0, 1.2)  # None: no clip, capped at 10
+    safety_threshold: float = 10.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.28
+    dual_clip: float = 10.0
+    log_ratio_clamp: float = 20.0
+    max_dual_clipped_tokens: int | None = 1  # a sequence with more is vetoed; None: never
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    kl_coefficient: float = 0.0  # penalty towards the initial policy (k3 estimator)
+    entropy_coefficient: float = 0.0  # bonus
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    warmup: int = 10  # linear from 0, then constant
+    warmup_unit: Literal["step", "update"] = "step"  # what advances the schedule; the authors' code counts steps
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    distributed: bool = True  # shard optimizer state over data-parallel ranks
+    offload_state: bool = False  # keep optimizer state in host memory outside the update phase
+    spike_threshold: float | None = None  # skip an update whose gradient norm is above this; None: only non-finite ones
+    max_consecutive_skips: int = 3  # skipped updates in a row that end the run
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int = 100
+    mini_batch_prompts: int = 64  # groups an optimizer update; prompts_per_step / this = updates a step
+    epochs_per_batch: int = 1  # passes over one training batch
+    tokens_per_micro_batch: int = 20480 + 2048  # packed tokens of a micro-batch on one context-parallel group
+    micro_batch_order: Literal["longest_first", "shortest_first"] = "longest_first"
+    strict: bool = False  # refuse, instead of warn about, settings under which FIPO is a no-op
+    export_policy: bool = True  # write the trained policy as a Hugging Face checkpoint to <run>/policy
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 5  # steps; 0: only before the first and after the last
+    samples: int = 32  # k: responses a problem
+    temperature: float = 1.0
+    top_p: float = 0.7
+    max_problems: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.run.directory or f"runs/{self.run.name}")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.rollout.prompts_per_step // self.trainer.mini_batch_prompts * self.trainer.epochs_per_batch
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and validate the result.
+
+    Raises:
+        ValueError: unreadable file, unknown key (the nearest known one is named), wrong type or illegal value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    for text in overrides:
+        if "=" not in text:
+            raise ValueError(f"override {text!r} is not of the form section.key=value")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ValueError(_unknown_key(str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{where}{str(error.msg or error).splitlines()[0]}") from None
+    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+        raise ValueError(f"cannot read {path}: {error}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, loadable by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _unknown_key(key: str) -> str:
+    known = _known_keys(Config())
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+        key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.5
+    )
+    full = [k for k in known if nearest and (k == nearest[0] or k.endswith("." + nearest[0]))]
+    hint = f"; did you mean {full[0]!r}?" if full else f"; known sections: {', '.join(f.name for f in fields(Config))}"
+    return f"unknown config key {key!r}{hint}"
+
+
+def _known_keys(node: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for f in fields(node):
+        value = getattr(node, f.name)
+        keys += _known_keys(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+    return keys
+
+
+def validate(config: Config) -> None:
+    """Raise one ValueError that lists everything illegal in `config`, with the arithmetic."""
+    problems = [
+        *_required(config),
+        *_layout(config.parallel),
+        *_batch_sizes(config),
+        *_ranges(config),
+    ]
+    if problems:
+        raise ValueError("illegal configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _required(config: Config) -> list[str]:
+    return [
+        f"{name} must be set"
+        for name, value in (("model.hf_path", config.model.hf_path), ("data.train", config.data.train))
+        if not value
+    ]
+
+
+def _layout(p: ParallelConfig) -> list[str]:
+    sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "virtual_pipeline": p.virtual_pipeline}
+    problems = [
+        f"parallel.{k} = {v} must be at least 1" for k, v in {**sizes, "world_size": p.world_size}.items() if v < 1
+    ]
+    if problems:
+        return problems
+    model_parallel = p.tensor * p.pipeline * p.context
+    if p.world_size % model_parallel:
+        below, above = (
+            p.world_size // model_parallel * model_parallel,
+            -(-p.world_size // model_parallel) * model_parallel,
+        )
+        nearest = f"{below} or {above}" if below else str(above)
+        problems.append(
+            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} = {model_parallel} does not divide the "
+            f"{p.world_size} ranks; use {nearest} ranks, or another layout"
+        )
+    if p.sequence and p.tensor == 1:
+        problems.append("parallel.sequence needs parallel.tensor > 1")
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        problems.append("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
+    uneven = p.first_stage_layers is not None or p.last_stage_layers is not None
+    if uneven and p.pipeline == 1:
+        problems.append("parallel.first_stage_layers and last_stage_layers need parallel.pipeline > 1")
+    return problems
+
+
+def _batch_sizes(c: Config) -> list[str]:
+    problems = []
+    if c.rollout.prompts_per_step % c.trainer.mini_batch_prompts:
+        problems.append(
+            f"rollout.prompts_per_step {c.rollout.prompts_per_step} is not a multiple of "
+            f"trainer.mini_batch_prompts {c.trainer.mini_batch_prompts}"
+        )
+    if c.rollout.group_size < 2:
+        problems.append(
+            f"rollout.group_size {c.rollout.group_size}: a group-relative advantage needs at least 2 responses"
+        )
+    longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+    if longest > c.trainer.tokens_per_micro_batch:
+        problems.append(
+            f"data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{c.rollout.max_response_tokens} = {longest} tokens do not fit trainer.tokens_per_micro_batch "
+            f"{c.trainer.tokens_per_micro_batch}"
+        )
+    if c.reward.overlong_buffer_tokens >= c.rollout.max_response_tokens:
+        problems.append(
+            f"reward.overlong_buffer_tokens {c.reward.overlong_buffer_tokens} must be below "
+            f"rollout.max_response_tokens {c.rollout.max_response_tokens}"
+        )
+    return problems
+
+
+def _ranges(c: Config) -> list[str]:
+    """Bounds of single values; the loss's own are checked by `algorithm.FIPOLossConfig`."""
+    positive = {
+        "rollout.temperature": c.rollout.temperature,
+        "rollout.prompts_per_step": c.rollout.prompts_per_step,
+        "rollout.max_response_tokens": c.rollout.max_response_tokens,
+        "rollout.batch_size": c.rollout.batch_size,
+        "rollout.importance_sampling_cap": c.rollout.importance_sampling_cap,
+        "data.max_prompt_tokens": c.data.max_prompt_tokens,
+        "trainer.mini_batch_prompts": c.trainer.mini_batch_prompts,
+        "trainer.epochs_per_batch": c.trainer.epochs_per_batch,
+        "trainer.tokens_per_micro_batch": c.trainer.tokens_per_micro_batch,
+        "model.lm_head_chunk_tokens": c.model.lm_head_chunk_tokens,
+        "optimizer.max_consecutive_skips": c.optimizer.max_consecutive_skips,
+        "eval.samples": c.eval.samples,
+        "reward.workers": c.reward.workers,
+        "reward.timeout_seconds": c.reward.timeout_seconds,
+    }
+    not_negative = {
+        "rollout.top_k": c.rollout.top_k,
+        "rollout.max_rounds": c.rollout.max_rounds,
+        "reward.overlong_buffer_tokens": c.reward.overlong_buffer_tokens,
+        "optimizer.lr": c.optimizer.lr,
+        "optimizer.warmup": c.optimizer.warmup,
+        "optimizer.weight_decay": c.optimizer.weight_decay,
+        "optimizer.grad_clip": c.optimizer.grad_clip,
+        "trainer.max_steps": c.trainer.max_steps,
+        "eval.every": c.eval.every,
+        "eval.temperature": c.eval.temperature,
+        "algorithm.kl_coefficient": c.algorithm.kl_coefficient,
+    }
+    problems = [f"{name} = {v} must be positive" for name, v in positive.items() if v <= 0]
+    problems += [f"{name} = {v} must not be negative" for name, v in not_negative.items() if v < 0]
+    for name, p in (("rollout.top_p", c.rollout.top_p), ("eval.top_p", c.eval.top_p)):
+        if not 0 < p <= 1:
+            problems.append(f"{name} = {p} must be in (0, 1]")
+    return problems

@@ -1,0 +1,71 @@
+"""Truncated importance-sampling weights and the train/rollout mismatch against their closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_fipo.algorithm import finalize, mismatch_metrics, truncated_importance_weights
+
+OLD = torch.tensor([-1.0, -2.0, torch.nan, -1.0, -0.5])
+ROLLOUT = torch.tensor([-1.5, -1.0, -3.0, -1.1, -900.0])
+MASK = torch.tensor([True, True, False, True, True])
+CU_SEQLENS = torch.tensor([0, 3, 3, 5])
+
+
+def test_token_level():
+    """min(exp(old - rollout), cap) token by token; 1 where masked, though the input is NaN there."""
+    weights = truncated_importance_weights(OLD, ROLLOUT, MASK, CU_SEQLENS, "token", 2.0)
+    expected = torch.tensor([math.exp(0.5), math.exp(-1.0), 1.0, math.exp(0.1), 2.0])
+    torch.testing.assert_close(weights, expected)
+
+
+def test_sequence_level():
+    """Each loss token has min(exp(sum of d over its sequence), cap), without overflow at d = 899.6."""
+    weights = truncated_importance_weights(OLD, ROLLOUT, MASK, CU_SEQLENS, "sequence", 2.0)
+    torch.testing.assert_close(weights, torch.tensor([math.exp(-0.5), math.exp(-0.5), 1.0, 2.0, 2.0]))
+
+
+def test_same_log_probs():
+    """Where trainer and engine agree every weight is exactly 1 and every mismatch figure 0."""
+    for level in ("token", "sequence"):
+        weights = truncated_importance_weights(OLD, OLD, MASK, CU_SEQLENS, level, 2.0)
+        assert (weights == 1).all()
+    assert set(finalize(mismatch_metrics(OLD, OLD, MASK)).values()) == {0.0}
+
+
+def test_mismatch_metrics():
+    """Mean and largest |d|, the k1 and k3 estimates and the share of ratios outside [0.5, 2]."""
+    figures = finalize(mismatch_metrics(OLD[:4].double(), ROLLOUT[:4].double(), MASK[:4]))
+    d = [0.5, -1.0, 0.1]
+    expected = {
+        "rollout_mismatch_abs": sum(map(abs, d)) / 3,
+        "rollout_mismatch_abs_max": 1.0,
+        "rollout_mismatch_k1": -sum(d) / 3,
+        "rollout_mismatch_k3": sum(math.exp(x) - 1 - x for x in d) / 3,
+        "rollout_mismatch_outside_fraction": 1 / 3,
+    }
+    assert figures == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"level": "batch"}, "'batch' must be 'token' or 'sequence'"),
+        ({"cap": 0.0}, "cap = 0.0"),
+        ({"rollout_log_probs": ROLLOUT[:4]}, r"rollout_log_probs must be \[5\]"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "from 0 to the 5 packed tokens"),
+    ],
+)
+def test_errors(change, message):
+    """An illegal argument is named with what it should have been."""
+    arguments = {
+        "old_log_probs": OLD,
+        "rollout_log_probs": ROLLOUT,
+        "loss_mask": MASK,
+        "cu_seqlens": CU_SEQLENS,
+        "level": "token",
+        "cap": 2.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        truncated_importance_weights(**{**arguments, **change})
