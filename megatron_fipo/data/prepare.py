@@ -1,0 +1,112 @@
+"""A published file of problems made ready: checked, every problem once, a part held out if asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from megatron_fipo.data.schema import ROWS_AT_ONCE, open_problems, unique_problems
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` read and wrote; also the JSON beside the output."""
+
+    input: str
+    input_sha256: str
+    num_rows: int  # in the input
+    num_unique: int  # different prompts among them
+    num_contradictory: int  # of those, left out: their rows disagree on the ground truth
+    validation_fraction: float
+    seed: int
+    files: dict[str, WrittenFile]  # by name, beside this JSON
+
+
+def prepare(input: str | Path, output: str | Path, validation_fraction: float = 0.0, seed: int = 0) -> Prepared:
+    """Write `output` (parquet, every column and the order of the input) and its counts and checksums as JSON.
+
+    With a `validation_fraction`, that share of the problems, drawn by `seed`, goes to `<output>_validation.parquet`
+    instead. Each file appears whole or not at all, the JSON last.
+
+    Raises:
+        ValueError: the input breaks the DAPO schema, the output is the input, or a part would be empty.
+    """
+    input, output = Path(input), Path(output)
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+    if input.resolve() == output.resolve():
+        raise ValueError(f"{output} is the input too; choose another output")
+    unique = unique_problems(input)
+    rows = np.array([problem.row for problem in unique.problems], dtype=np.int64)
+    parts = _split(rows, output, validation_fraction, seed)
+    for path, part in parts.items():
+        if len(part) == 0:
+            raise ValueError(f"{path} would be empty: {input} has {len(rows)} usable prompts")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prepared = Prepared(
+        input=str(input),
+        input_sha256=_sha256(input),
+        num_rows=unique.num_rows,
+        num_unique=unique.num_unique,
+        num_contradictory=len(unique.contradictions),
+        validation_fraction=validation_fraction,
+        seed=seed,
+        files={path.name: _write_rows(input, part, path) for path, part in parts.items()},
+    )
+    with _whole_or_not_at_all(output.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(asdict(prepared), indent=2) + "\n")
+    return prepared
+
+
+def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int) -> dict[Path, np.ndarray]:
+    if validation_fraction == 0:
+        return {output: rows}
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(rows))
+    num_held_out = round(validation_fraction * len(rows))
+    return {
+        output: np.sort(rows[order[num_held_out:]]),
+        output.with_name(f"{output.stem}_validation.parquet"): np.sort(rows[order[:num_held_out]]),
+    }
+
+
+def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
+    """Copy the `rows` (ascending) of one parquet file to another, a batch at a time."""
+    with _whole_or_not_at_all(output) as temporary:
+        with open_problems(input) as source, pq.ParquetWriter(temporary, source.schema_arrow) as target:
+            start = 0
+            for batch in source.iter_batches(ROWS_AT_ONCE):
+                first, last = np.searchsorted(rows, [start, start + batch.num_rows])
+                if last > first:
+                    target.write_batch(batch.take(rows[first:last] - start))
+                start += batch.num_rows
+        return WrittenFile(len(rows), _sha256(temporary))
+
+
+@contextmanager
+def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends, and goes when it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,74 @@
+"""The order in which prompts are taken: every prompt once an epoch, shuffled by (seed, epoch), resumable anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megatron_fipo.data.prompts import Prompt, PromptSet
+
+
+class PromptStream:
+    """An endless stream over a `PromptSet`.
+
+    The order is the global one: it knows nothing of ranks, so a run continues on another layout as it would have on
+    this one. Each replica takes its share of what `next` gives.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool = True) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._shuffle = shuffle
+        self._fingerprint = prompts.fingerprint
+        self._epoch, self._position = 0, 0
+        self._order = self._shuffled(epoch=0)
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the prompts so far."""
+        return self._epoch
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts, across the end of an epoch where it comes to that."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            rows = self._order[self._position : self._position + n - len(taken)]
+            taken += [self._prompts[row] for row in rows]
+            self._go_to(self._epoch, self._position + len(rows))
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, and what of: plain numbers and text."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: it was taken from other prompts, or with another seed or shuffling.
+        """
+        for name, mine in self._identity().items():
+            if state[name] != mine:
+                raise ValueError(
+                    f"cannot continue the data stream: its {name} was {state[name]!r} and is {mine!r} now; "
+                    "start a new run, or go back to the data and seed of the old one"
+                )
+        self._go_to(state["epoch"], state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self._seed, "shuffle": self._shuffle, "dataset_fingerprint": self._fingerprint}
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        if position == len(self._prompts):
+            epoch, position = epoch + 1, 0
+        if epoch != self._epoch:
+            self._order = self._shuffled(epoch)
+        self._epoch, self._position = epoch, position
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._prompts)))
+        # Philox is counter-based: the stream of (seed, epoch) is defined by the two numbers, on every machine.
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        return generator.permutation(len(self._prompts)).tolist()

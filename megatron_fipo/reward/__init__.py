@@ -1,0 +1,30 @@
+"""Rewards: a batch of responses and ground truths in, one `Score` a response out."""
+
+from __future__ import annotations
+
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.reward import dapo, exact
+from megatron_fipo.reward.math import MathReward
+from megatron_fipo.reward.score import PerResponse, RewardFunction, Score
+from megatron_fipo.reward.user import UserReward
+
+__all__ = ["RewardFunction", "Score", "make_reward"]
+
+
+def make_reward(config: RewardConfig) -> RewardFunction:
+    """The verifier that `config.function` names; `math` starts its processes at the first call.
+
+    Raises:
+        ValueError: a user function that cannot be imported or called, or a name that is none of these.
+    """
+    match config.function:
+        case "dapo":
+            return PerResponse(dapo.score)
+        case "exact":
+            return PerResponse(exact.score)
+        case "math":
+            return MathReward(workers=config.workers, timeout_seconds=config.timeout_seconds)
+        case path if ":" in path:
+            return UserReward(path)
+        case other:
+            raise ValueError(f"reward.function {other!r} is none of dapo, math, exact, package.module:function")

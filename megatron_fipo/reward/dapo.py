@@ -1,0 +1,67 @@
+"""The recipe's verifier: the last `Answer: X` of the final 300 characters, normalized and compared as a string.
+
+The normalization gives the strings that DAPO's does, which is Minerva's (Lewkowycz et al. 2022, arXiv 2206.14858,
+appendix): unit words, LaTeX wrappers and typography go, shorthand fractions and roots get their braces. It is textual
+on purpose. `1/2` and `0.5` differ; `math` is the verifier that knows they are equal.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_fipo.reward.score import Score, right_or_wrong
+
+SEARCHED_CHARACTERS = 300
+
+ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+
+_ARTICLES = ("an ", "a ")
+_AND = (r",\text{and}", r"\text{and}")
+
+# Removed wherever they stand, in this order: `12cm`, `12 square meters` and `\text{12 points}` are all 12, and a
+# `\text{}` emptied by a unit goes after the unit has. Longer forms stand before what they contain.
+_REMOVED = (
+    *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points"),
+    *("feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students"),
+    *("childrentickets", "multiples", r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3"),
+    *("\\text{\n}", r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
+)
+
+_REWRITTEN = (
+    (re.compile(r"^.*?\$(.*?)\$.*$"), r"\1"),  # what stands between the first two dollar signs
+    (re.compile(r"\\(?:text|textbf|overline)\{(.*?)\}"), r"\1"),
+    (re.compile(r"\\boxed\{(.*)\}"), r"\1"),
+    (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
+    (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
+)
+
+
+def extract_answer(response: str) -> str | None:
+    """What follows the last `Answer:` within the final 300 characters, to the end of its line; None without one."""
+    found = ANSWER.findall(response[-SEARCHED_CHARACTERS:])
+    return found[-1] if found else None
+
+
+def normalize(answer: str) -> str:
+    """One spelling for answers that differ only in units, wrappers and typography."""
+    answer = answer.rsplit("=", 1)[-1]
+    for article in _ARTICLES:
+        answer = answer.replace(article, "")
+    answer = answer.replace(".$", "$").replace(r"\$", "").replace("\\ ", "").replace(" ", "").replace("mbox", "text")
+    for conjunction in _AND:
+        answer = answer.replace(conjunction, ",")
+    answer = answer.replace(r"\text{m}", r"\text{}")
+    for expression in _REMOVED:
+        answer = answer.replace(expression, "")
+    for pattern, replacement in _REWRITTEN:
+        answer = pattern.sub(replacement, answer)
+    answer = answer.replace("$", "")
+    digits = answer.replace(",", "")
+    return (digits if digits.isdigit() else answer).strip()
+
+
+def score(response: str, ground_truth: str) -> Score:
+    """+1 for the ground truth, -1 for anything else."""
+    extracted = extract_answer(response)
+    answer = None if extracted is None else normalize(extracted)
+    return right_or_wrong(answer == normalize(ground_truth), answer)
