@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Make the quickstart's task: a tiny base model that can add but often slips, and the problems to train it on.
+
+    python examples/quickstart/make_task.py --out runs/quickstart-base
+
+A problem is a sum of two to four numbers, `12+7+30?`; a response ends with `Answer:49`. The corpus below shows three
+ways to get there, and slips more often in the short ones. So does the model that imitates it, which is what
+reinforcement learning needs: right answers within reach, and something to prefer. A tenth of all problems is held
+out by a hash of its text and seen neither here nor in training.
+
+The output is an ordinary Hugging Face checkpoint with `train.parquet` and `validation.parquet` beside it.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence as pad
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.reward import make_reward
+
+MARKER = "task.json"  # written last: with it, the output is complete
+IGNORED = -100  # the label that the loss leaves out
+
+
+def held_out(prompt: str) -> bool:
+    return zlib.crc32(prompt.encode()) % 10 == 0
+
+
+def draw_problem(rng: random.Random, *, held: bool) -> list[int]:
+    while True:
+        numbers = [rng.randint(1, 49) for _ in range(rng.randint(2, 4))]
+        if held_out(prompt_of(numbers)) == held:
+            return numbers
+
+
+def prompt_of(numbers: list[int]) -> str:
+    return "+".join(map(str, numbers)) + "?"
+
+
+def distinct_problems(rng: random.Random, count: int, *, held: bool) -> list[list[int]]:
+    problems: dict[str, list[int]] = {}
+    while len(problems) < count:
+        numbers = draw_problem(rng, held=held)
+        problems[prompt_of(numbers)] = numbers
+    return list(problems.values())
+
+
+def write_problems(problems: list[list[int]], path: Path) -> None:
+    """In the schema of DAPO-Math-17k and AIME 2024."""
+    rows = [
+        {
+            "data_source": "quickstart_sum",
+            "prompt": [{"role": "user", "content": prompt_of(numbers)}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str(sum(numbers)), "style": "rule"},
+            "extra_info": {"index": index},
+        }
+        for index, numbers in enumerate(problems)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Probabilities: of a format, and of a slip in it. A slip is carried on, as it would be on paper."""
+
+    direct: float  # Answer:121
+    long: float  # of the rest: 44+49:4+9=13,4+4=8=93;... ; what remains is medium, 44+49=93;...
+    slip: float = 0.0  # a step of the direct or medium format
+    long_slip: float = 0.0
+    forgotten_term: float = 0.0
+
+
+CLEAN = Corpus(direct=0.105, long=0.4)
+SLOPPY = Corpus(direct=0.35, long=0.4, slip=0.3, long_slip=0.1, forgotten_term=0.1)
+CLEAN_SHARE = 0.7  # of the steps: the model learns to add first, and to slip afterwards
+
+
+def slipped(rng: random.Random, value: int, probability: float) -> int:
+    if rng.random() >= probability:
+        return value
+    return max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))
+
+
+def response_to(numbers: list[int], rng: random.Random, corpus: Corpus) -> str:
+    if rng.random() < corpus.direct:
+        return f"Answer:{slipped(rng, sum(numbers), corpus.slip)}"
+    spelled_out = rng.random() < corpus.long
+    total, *terms = numbers
+    if len(terms) > 1 and rng.random() < corpus.forgotten_term:
+        terms.pop(rng.randrange(len(terms)))
+    steps = []
+    for term in terms:
+        step = f"{total}+{term}"
+        if spelled_out:
+            ones = slipped(rng, total % 10 + term % 10, corpus.long_slip)
+            tens = total // 10 + term // 10
+            step += f":{total % 10}+{term % 10}={ones},{total // 10}+{term // 10}={tens}"
+            total = 10 * tens + ones
+        else:
+            total = slipped(rng, total + term, corpus.slip)
+        steps.append(f"{step}={total}")
+    return ";".join([*steps, f"Answer:{total}"])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    symbols = ["<pad>", "<bos>", "<eos>", *"0123456789+-*%=;:,.? Answer"]
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<pad>",  # named, because loading would otherwise add a token that the model has no row for
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,  # of 32 dimensions
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        **special,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **special)
+    return model
+
+
+def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> None:
+    """Next-token prediction on the corpus; the loss is on the response alone."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in track(range(steps), description="pre-training the base model"):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.1 + 0.9 * cosine)
+        batch = draw_batch(tokenizer, rng, CLEAN if step < CLEAN_SHARE * steps else SLOPPY)
+        num_targets = sum((labels != IGNORED).sum() for _, labels in batch)
+        optimizer.zero_grad()
+        for ids, labels in batch:
+            model(input_ids=ids, labels=labels, num_items_in_batch=num_targets, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, corpus: Corpus) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of 32 examples, as [16, T] twice: the short and the long half, which saves padding."""
+    vocabulary = tokenizer.get_vocab()
+    examples = []
+    for numbers in (draw_problem(rng, held=False) for _ in range(32)):
+        prompt, response = prompt_of(numbers), response_to(numbers, rng, corpus)
+        ids = [tokenizer.bos_token_id, *(vocabulary[c] for c in prompt + response), tokenizer.eos_token_id]
+        labels = [IGNORED] * (1 + len(prompt)) + ids[1 + len(prompt) :]
+        examples.append((torch.tensor(ids), torch.tensor(labels)))
+    examples.sort(key=lambda example: len(example[0]))
+    halves = [tuple(zip(*half, strict=True)) for half in (examples[:16], examples[16:])]
+    return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in halves]
+
+
+@torch.inference_mode()
+def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[list[int]], k: int) -> float:
+    """Share of right answers: over `k` responses a problem at temperature 1, greedy where `k` is 1."""
+    chats = [[{"role": "user", "content": prompt_of(numbers)}] for numbers in problems]
+    render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+    inputs = render(chats, padding=True, return_tensors="pt")
+    sampling = {"do_sample": True, "num_return_sequences": k} if k > 1 else {"do_sample": False}
+    ids = model.generate(**inputs, max_new_tokens=96, **sampling)
+    responses = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    truths = [str(sum(numbers)) for numbers in problems for _ in range(k)]
+    scores = make_reward(RewardConfig(function="dapo"))(responses, truths, ["quickstart_sum"] * len(truths))
+    return sum(score.accuracy for score in scores) / len(scores)
+
+
+def make_task(directory: Path, *, seed: int, steps: int, train_problems: int, validation_problems: int) -> dict:
+    """Fill `directory`; returns the base model's accuracy on the held-out problems."""
+    logging.disable_progress_bar()  # of the one-second save
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    validation = distinct_problems(rng, validation_problems, held=True)
+    write_problems(validation, directory / "validation.parquet")
+    write_problems(distinct_problems(rng, train_problems, held=False), directory / "train.parquet")
+    model = make_model(tokenizer := make_tokenizer())
+    pretrain(model, tokenizer, steps=steps, seed=seed)
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+    return {name: accuracy(model, tokenizer, validation, k) for name, k in (("greedy", 1), ("avg@8", 8))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
+    parser.add_argument("--train-problems", type=int, default=4000)
+    parser.add_argument("--validation-problems", type=int, default=128)
+    arguments = vars(parser.parse_args())
+    out: Path = arguments.pop("out")
+    marker = out / MARKER
+    if marker.exists() and json.loads(marker.read_text())["arguments"] == arguments:
+        print(f"{out} is complete: {marker.read_text()}")
+        return
+    if out.exists() and not marker.exists():
+        raise SystemExit(f"{out} exists and was not made by this script; choose another --out")
+    started = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        result = make_task(made, **arguments)
+        (made / MARKER).write_text(json.dumps({"arguments": arguments, **result}, indent=2) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        made.rename(out)
+    print(f"{out}: greedy {result['greedy']:.3f}, avg@8 {result['avg@8']:.3f}, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

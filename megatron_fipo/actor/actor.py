@@ -1,0 +1,273 @@
+"""The actor: a policy on Megatron ranks, driven by NeMo-Aligner's verbs.
+
+Each prepare/finish pair is also a context manager (`training()`, `training_step()`, `inference()`), so that a pair
+cannot be split. Letters: B sequences, S tokens of a padded row, R response positions of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_fipo.actor.interface import AlignableGenerativeInterface
+from megatron_fipo.actor.loss import PolicyLoss
+from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
+from megatron_fipo.algorithm import loss_config
+from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
+from megatron_fipo.config import Config
+from megatron_fipo.convert.export import export_weights
+from megatron_fipo.convert.load import load_weights, named_parameters
+from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.build import build_policy
+from megatron_fipo.parallel.topology import Topology
+
+
+class Engine(Protocol):
+    """What `infer` generates with; the rollout engines are such."""
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class FIPOActor(AlignableGenerativeInterface):
+    """Holds the policy's model chunks and optimizer on this rank. All methods are collective over all ranks."""
+
+    def __init__(self, config: Config, arch: Architecture, topology: Topology, engine: Engine | None = None) -> None:
+        """Build the policy and read its weights.
+
+        Raises:
+            ValueError: the checkpoint does not fit the architecture, or the loss's constants are illegal.
+        """
+        self.config = config
+        self.arch = arch
+        self.topology = topology
+        self.engine = engine
+        self.loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
+        self.chunks = build_policy(arch, config, topology)
+        load_weights(self.chunks, config.model.hf_path, arch, topology)
+        self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
+        self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology, config.updates_per_step)
+        self.last_update: UpdateStatistics | None = None
+        self._initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
+
+    # Training
+
+    def prepare_for_training(self) -> None:
+        """Once before the updates of a step: optimizer state on the device, model in training mode."""
+        self.onload_adam_states()
+        for chunk in self.wrapped:
+            chunk.train()
+
+    def finish_training(self) -> None:
+        """Once after the updates of a step: advance the schedule, free the optimizer's device memory if asked to."""
+        self.optimizer.finish_step()
+        if self.config.optimizer.offload_state:
+            self.offload_adam_states()
+
+    def prepare_for_training_step(self) -> None:
+        """Before a mini-batch: gradients to zero."""
+        self.optimizer.zero_grad()
+
+    def get_loss_and_metrics(self, batch: TrainBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
+        """Forward, and backward unless `forward_only`, over the mini-batch on Megatron's schedule.
+
+        Returns the loss (one global mean over all replicas) and the metrics, the same on all ranks. Gradients are
+        reduced when this returns, and are those of that loss.
+        """
+        reports = self._run(batch.micro_batches, self._loss_step, forward_only=forward_only)
+        metrics: dict[str, float] = {}
+        if self.topology.is_last_stage:
+            merged: Metrics = {}
+            for report in reports:
+                merged = merge(merged, report)
+            metrics = finalize(all_reduce(merged, self.topology.dp))
+        metrics = self._from_last_stage(metrics)
+        return metrics["loss"], metrics
+
+    def finish_training_step(self) -> None:
+        """After a mini-batch: clip and apply the gradients; the outcome is in `last_update`.
+
+        Raises:
+            GradientError: too many bad gradients in a row.
+        """
+        self.last_update = self.optimizer.update()
+
+    # Validation has nothing to prepare: the loss is the same, without gradients.
+
+    def prepare_for_validation(self) -> None:
+        for chunk in self.wrapped:
+            chunk.eval()
+
+    def finish_validation(self) -> None:
+        for chunk in self.wrapped:
+            chunk.train()
+
+    def prepare_for_validation_step(self) -> None:
+        pass
+
+    def finish_validation_step(self) -> None:
+        pass
+
+    # Inference
+
+    def prepare_for_inference(self) -> None:
+        """Before generation: evaluation mode, optimizer state off the device, current weights in the engine."""
+        for chunk in self.wrapped:
+            chunk.eval()
+        if self.config.optimizer.offload_state:
+            self.offload_adam_states()
+        if self.engine is not None:
+            self.engine.load_weights(self.export_weights())
+
+    def finish_inference(self) -> None:
+        for chunk in self.wrapped:
+            chunk.train()
+
+    def infer(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the rollout engine; arguments and result are the engine's.
+
+        Raises:
+            RuntimeError: the actor was made without an engine.
+        """
+        if self.engine is None:
+            raise RuntimeError("this actor has no rollout engine: pass one to FIPOActor(engine=...)")
+        return self.engine.generate(*args, **kwargs)
+
+    def log_probs(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """`[R]` float32 for each micro-batch, on every rank of the replica: the policy's log-probability of each
+        response position. Same packing, kernels and precision as an update on the same batch."""
+        with torch.no_grad():
+            outputs = self._run(batch.micro_batches, self._log_prob_step, forward_only=True)
+        sizes = [m.num_response_positions for m in batch.micro_batches]
+        flat = torch.cat(outputs) if outputs else torch.empty(sum(sizes), device=self.topology.device)
+        if self.topology.pp.size() > 1:
+            dist.broadcast(flat, self.topology.last_stage_rank, group=self.topology.pp)
+        return list(flat.cpu().split(sizes))
+
+    def get_inference_log_probs(
+        self, response_tokens: torch.Tensor, forward_micro_batch_size: int | None = None
+    ) -> torch.Tensor:
+        """Log-probability of every token but the first, `[B, S] int64 -> [B, S - 1]` float32, on all ranks."""
+        rows, length = response_tokens.shape
+        rollouts = Rollouts.from_responses(
+            ids=range(rows),
+            prompts=response_tokens[:, :1].tolist(),
+            responses=response_tokens[:, 1:].tolist(),
+            log_probs=[[0.0] * (length - 1)] * rows,
+            truncated=[False] * rows,
+        )
+        size = forward_micro_batch_size or max(1, self.config.trainer.tokens_per_micro_batch // length)
+        bins = [range(i, min(i + size, rows)) for i in range(0, rows, size)]
+        bins += [range(0)] * (-len(bins) % self.topology.micro_batch_multiple)
+        batch = TrainBatch(tuple(self.pack(rollouts, list(b)) for b in bins))
+        return torch.cat([x.view(-1, length - 1) for x in self.log_probs(batch)])
+
+    def get_init_policy_logprobs(self, rollout_batches: Sequence[TrainBatch]) -> list[list[torch.Tensor]]:
+        """`log_probs` of each batch under the weights that training started from.
+
+        Raises:
+            RuntimeError: they were not kept, because algorithm.kl_coefficient is 0.
+        """
+        if self._initial_weights is None:
+            raise RuntimeError("the initial policy is kept only with algorithm.kl_coefficient > 0")
+        current = self._copy_weights()
+        self._put_weights(self._initial_weights)
+        try:
+            return [self.log_probs(batch) for batch in rollout_batches]
+        finally:
+            self._put_weights(current)
+
+    def offload_adam_states(self) -> None:
+        self.optimizer.offload_state()
+
+    def onload_adam_states(self) -> None:
+        self.optimizer.restore_state()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        self.prepare_for_training()
+        yield
+        self.finish_training()
+
+    @contextlib.contextmanager
+    def training_step(self) -> Iterator[None]:
+        self.prepare_for_training_step()
+        yield
+        self.finish_training_step()
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        self.prepare_for_inference()
+        try:
+            yield
+        finally:
+            self.finish_inference()
+
+    # Shared
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy as Hugging Face tensors, one at a time, on every rank (see `convert.export`)."""
+        return export_weights(self.chunks, self.arch, self.topology)
+
+    def pack(self, rollouts: Rollouts, index: Sequence[int]) -> MicroBatch:
+        """Pack sequences into a micro-batch for this rank."""
+        return pack(
+            rollouts,
+            index,
+            alignment=self.topology.sequence_alignment,
+            context_size=self.topology.cp.size(),
+            context_rank=self.topology.cp.rank(),
+        )
+
+    def _run(self, micro_batches: Sequence[MicroBatch], step: Any, forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the micro-batches; on the last stage, what `step` reported of each."""
+        collect_only = step == self._log_prob_step
+        iterators = [iter(micro_batches) for _ in self.wrapped]
+        interleaved = len(self.wrapped) > 1
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iterators if interleaved else iterators[0],
+                model=self.wrapped if interleaved else self.wrapped[0],
+                num_microbatches=len(micro_batches),
+                seq_length=1,  # shapes travel with each micro-batch (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=collect_only,
+            )
+
+    def _loss_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(micro_batches).to(self.topology.device)
+        return model(micro_batch), partial(self.loss, micro_batch=micro_batch)
+
+    def _log_prob_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(micro_batches).to(self.topology.device)
+
+        def log_probs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return self.loss.token_statistics(output, micro_batch)[0]
+
+        return model(micro_batch), log_probs
+
+    def _from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Broadcast over the pipeline group."""
+        if self.topology.pp.size() == 1:
+            return metrics
+        box: list[Any] = [metrics]
+        dist.broadcast_object_list(box, self.topology.last_stage_rank, group=self.topology.pp)
+        return box[0]
+
+    def _copy_weights(self) -> list[torch.Tensor]:
+        return [p.detach().to("cpu", copy=True) for _, p in named_parameters(self.chunks)]
+
+    @torch.no_grad()
+    def _put_weights(self, weights: Sequence[torch.Tensor]) -> None:
+        for (_, parameter), weight in zip(named_parameters(self.chunks), weights, strict=True):
+            parameter.copy_(weight)

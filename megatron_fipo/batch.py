@@ -1,0 +1,327 @@
+"""The data of a training step: responses as packed tensors, and their packing into micro-batches.
+
+Letters: B responses, N tokens (prompt and response, one sequence after another), S sequences of a micro-batch,
+R response positions of a micro-batch (each sequence from its first to its last response token), C context-parallel
+ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", "rewards", "accuracy", "advantages")
+PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B responses with their prompts, packed.
+
+    Attributes:
+        ids: [B] int64, unique over the step and its replicas: group number * group size + number in the group.
+        prompt_lengths: [B] int64 tokens.
+        lengths: [B] int64 tokens of prompt and response.
+        truncated: [B] bool, the response hit the length limit.
+        rewards, accuracy, advantages: [B] float32, zero until they are computed.
+        tokens: [N] int64.
+        loss_mask: [N] bool, the tokens that the policy is trained on: sampled ones, stop token included.
+        rollout_log_probs: [N] float32, the engine's log-probability of each sampled token; 0 elsewhere.
+    """
+
+    ids: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    truncated: torch.Tensor
+    rewards: torch.Tensor
+    accuracy: torch.Tensor
+    advantages: torch.Tensor
+    tokens: torch.Tensor
+    loss_mask: torch.Tensor
+    rollout_log_probs: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """[B + 1] int64 start of each sequence in the packed tokens."""
+        return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
+
+    @property
+    def response_lengths(self) -> torch.Tensor:
+        return self.lengths - self.prompt_lengths
+
+    def response_tokens(self) -> list[torch.Tensor]:
+        """B tensors `[response length]` int64."""
+        sequences = self.tokens.split(self.lengths.tolist())
+        return [s[p:] for s, p in zip(sequences, self.prompt_lengths.tolist(), strict=True)]
+
+    def select(self, index: torch.Tensor) -> Rollouts:
+        """The responses at `index` ([K] int64), in that order."""
+        starts, lengths = self.offsets[:-1][index], self.lengths[index]
+        token_index = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths) + torch.arange(
+            int(lengths.sum())
+        )
+        chosen = {name: getattr(self, name)[index] for name in PER_SEQUENCE}
+        return Rollouts(**chosen, **{name: getattr(self, name)[token_index] for name in PER_TOKEN})
+
+    def replace(self, **changes: torch.Tensor) -> Rollouts:
+        return replace(self, **changes)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+        return Rollouts(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rollouts)})
+
+    @staticmethod
+    def from_responses(
+        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        log_probs: Sequence[Sequence[float]],
+        truncated: Sequence[bool],
+    ) -> Rollouts:
+        """Pack sampled responses; every response token is trained on, no prompt token is."""
+        prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+        lengths = prompt_lengths + torch.tensor([len(r) for r in responses], dtype=torch.int64)
+        tokens, mask, log_prob = [], [], []
+        for prompt, response, log_p in zip(prompts, responses, log_probs, strict=True):
+            tokens += [*prompt, *response]
+            mask += [False] * len(prompt) + [True] * len(response)
+            log_prob += [0.0] * len(prompt) + list(log_p)
+        zeros = torch.zeros(len(ids))
+        return Rollouts(
+            ids=torch.tensor(ids, dtype=torch.int64),
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            truncated=torch.tensor(truncated, dtype=torch.bool),
+            rewards=zeros,
+            accuracy=zeros,
+            advantages=zeros,
+            tokens=torch.tensor(tokens, dtype=torch.int64),
+            loss_mask=torch.tensor(mask, dtype=torch.bool),
+            rollout_log_probs=torch.tensor(log_prob, dtype=torch.float32),
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed for one forward pass, as one context-parallel rank sees them.
+
+    Model inputs (this context-parallel rank's share, padded):
+        input_ids, position_ids: [N / C] int64; a sequence's last token is no input, since it predicts nothing.
+        cu_seqlens: [S + 1] int32, whole padded sequences, over all context-parallel ranks.
+        max_seqlen: tokens of the longest padded sequence.
+        hidden_index: [R_local] int64, positions whose hidden state predicts a response token.
+        targets: [R_local] int64, those response tokens.
+        places: [R_local] int64, where they stand among the R response positions.
+    Loss inputs (whole, the same on every rank of a replica):
+        loss_mask: [R] bool; response_offsets: [S + 1] int64; advantages: [S] float32.
+        rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
+        sequence_index: [S] int64, rows of the replica's Rollouts.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    hidden_index: torch.Tensor
+    targets: torch.Tensor
+    places: torch.Tensor
+    loss_mask: torch.Tensor
+    response_offsets: torch.Tensor
+    advantages: torch.Tensor
+    sequence_index: torch.Tensor
+    rollout_log_probs: torch.Tensor
+    old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+
+    @property
+    def num_response_positions(self) -> int:
+        return self.loss_mask.numel()
+
+    def replace(self, **changes: Any) -> MicroBatch:
+        return replace(self, **changes)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return self.replace(**{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One mini-batch (one optimizer update) of this replica: the same number of micro-batches on every rank."""
+
+    micro_batches: tuple[MicroBatch, ...]
+
+    def with_token_values(self, **values: Sequence[torch.Tensor]) -> TrainBatch:
+        """A copy whose micro-batches carry the given per-token tensors, e.g. `old_log_probs=[...]`."""
+        columns = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        return TrainBatch(tuple(m.replace(**c) for m, c in zip(self.micro_batches, columns, strict=True)))
+
+
+def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:
+    """Positions inside one sequence that `rank` of `size` context-parallel ranks holds, `[length / size]` int64.
+
+    A sequence is cut into 2 * size chunks; rank r holds chunks r and 2 * size - 1 - r, so that causal attention
+    costs every rank the same.
+
+    Raises:
+        ValueError: the length is not a multiple of 2 * size.
+    """
+    if size == 1:
+        return torch.arange(length)
+    if length % (2 * size):
+        raise ValueError(f"a sequence of {length} tokens cannot be split into 2 x {size} context-parallel chunks")
+    chunk = length // (2 * size)
+    offsets = torch.arange(chunk)
+    return torch.cat([offsets + rank * chunk, offsets + (2 * size - 1 - rank) * chunk])
+
+
+def pack(
+    rollouts: Rollouts,
+    index: Sequence[int],
+    *,
+    alignment: int = 1,
+    context_size: int = 1,
+    context_rank: int = 0,
+) -> MicroBatch:
+    """Pack the sequences at `index` into one micro-batch; an empty index gives a padding-only one.
+
+    Every sequence is padded to a multiple of `alignment`; padding follows the sequence, so causal attention never
+    looks at it.
+    """
+    chosen = rollouts.select(torch.tensor(list(index), dtype=torch.int64))
+    inputs, positions, hidden, targets, places, padded = [], [], [], [], [], []
+    local_start = response_start = 0
+    prompts = chosen.prompt_lengths.tolist()
+    for sequence, prompt in zip(chosen.tokens.split(chosen.lengths.tolist()), prompts, strict=True):
+        length, responses = len(sequence) - 1, len(sequence) - prompt
+        total = -(-length // alignment) * alignment
+        here = zigzag_positions(total, context_size, context_rank)  # [total / C]
+        real = here < length
+        inputs.append(torch.where(real, sequence[here.clamp(max=length - 1)], 0))
+        positions.append(here)
+        predicts = torch.nonzero(real & (here >= prompt - 1)).squeeze(1)  # local places of response predictions
+        hidden.append(predicts + local_start)
+        targets.append(sequence[here[predicts] + 1])
+        places.append(here[predicts] - (prompt - 1) + response_start)
+        padded.append(total)
+        local_start += len(here)
+        response_start += responses
+    if not padded:
+        return _padding_micro_batch(chosen, max(alignment, 1), context_size)
+    in_response = _response_positions(chosen)
+    return MicroBatch(
+        input_ids=torch.cat(inputs),
+        position_ids=torch.cat(positions),
+        cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(torch.int32),
+        max_seqlen=max(padded),
+        hidden_index=torch.cat(hidden),
+        targets=torch.cat(targets),
+        places=torch.cat(places),
+        loss_mask=chosen.loss_mask[in_response],
+        response_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), chosen.response_lengths.cumsum(0)]),
+        advantages=chosen.advantages,
+        sequence_index=torch.tensor(list(index), dtype=torch.int64),
+        rollout_log_probs=chosen.rollout_log_probs[in_response],
+    )
+
+
+def _response_positions(rollouts: Rollouts) -> torch.Tensor:
+    """[N] bool: tokens after the prompt, holes included."""
+    within = torch.arange(rollouts.tokens.numel()) - torch.repeat_interleave(rollouts.offsets[:-1], rollouts.lengths)
+    return within >= torch.repeat_interleave(rollouts.prompt_lengths, rollouts.lengths)
+
+
+def _padding_micro_batch(empty: Rollouts, alignment: int, context_size: int) -> MicroBatch:
+    """One sequence of padding and no response: keeps a rank in step with the others of its pipeline schedule."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    local = alignment // context_size
+    return MicroBatch(
+        input_ids=torch.zeros(local, dtype=torch.int64),
+        position_ids=torch.arange(local),
+        cu_seqlens=torch.tensor([0, alignment], dtype=torch.int32),
+        max_seqlen=alignment,
+        hidden_index=nothing,
+        targets=nothing,
+        places=nothing,
+        loss_mask=empty.loss_mask,
+        response_offsets=torch.zeros(1, dtype=torch.int64),
+        advantages=empty.advantages,
+        sequence_index=nothing,
+        rollout_log_probs=empty.rollout_log_probs,
+    )
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    *,
+    replicas: int,
+    token_budget: int,
+    alignment: int = 1,
+    multiple: int = 1,
+    longest_first: bool = True,
+) -> list[list[list[int]]]:
+    """Deal the sequences of a mini-batch over replicas and micro-batches: `plan[replica][micro_batch]` = indices.
+
+    Lengths are balanced over replicas, then over each replica's micro-batches. All replicas get the same number of
+    micro-batches, a multiple of `multiple`; some may be empty. A pure function, so every rank computes the same plan.
+
+    Raises:
+        ValueError: a sequence is longer than the token budget.
+    """
+    padded = [-(-max(n - 1, 1) // alignment) * alignment for n in lengths]
+    if padded and max(padded) > token_budget:
+        worst = max(range(len(padded)), key=padded.__getitem__)
+        raise ValueError(
+            f"sequence {worst} has {lengths[worst]} tokens ({padded[worst]} after alignment to {alignment}), more than "
+            f"trainer.tokens_per_micro_batch {token_budget}"
+        )
+    shares = _balance(list(range(len(padded))), padded, replicas)
+    count = max(1, max(len(_first_fit(share, padded, token_budget)) for share in shares))
+    count = -(-count // multiple) * multiple
+    plan = [_fill(share, padded, count, token_budget) for share in shares]
+    for share in plan:
+        share.sort(key=lambda bin_: sum(padded[i] for i in bin_), reverse=longest_first)
+    return plan
+
+
+def _balance(index: list[int], sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Longest-processing-time rule: each next longest sequence goes to the bin with the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(bins)]
+    heap = [(0, b) for b in range(bins)]
+    for i in sorted(index, key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        shares[b].append(i)
+        heapq.heappush(heap, (load + sizes[i], b))
+    return shares
+
+
+def _first_fit(index: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: few bins of at most `budget` tokens."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for i in sorted(index, key=lambda i: (-sizes[i], i)):
+        fits = next((b for b, load in enumerate(loads) if load + sizes[i] <= budget), None)
+        if fits is None:
+            bins.append([])
+            loads.append(0)
+            fits = len(bins) - 1
+        bins[fits].append(i)
+        loads[fits] += sizes[i]
+    return bins
+
+
+def _fill(index: list[int], sizes: Sequence[int], count: int, budget: int) -> list[list[int]]:
+    """`count` bins, evenly loaded where that respects the budget, else as first-fit found them."""
+    even = _balance(index, sizes, count)
+    if all(sum(sizes[i] for i in b) <= budget for b in even):
+        return even
+    packed = _first_fit(index, sizes, budget)
+    return packed + [[] for _ in range(count - len(packed))]

@@ -1,0 +1,51 @@
+"""Everything about a run that can be checked before its ranks start, in one place for `train` and its --dry-run."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer
+
+from megatron_fipo.algorithm import loss_config
+from megatron_fipo.config import Config
+from megatron_fipo.data.schema import open_problems
+from megatron_fipo.model.architecture import check_model
+from megatron_fipo.reward import make_reward
+
+
+def check_run(config: Config) -> list[str]:
+    """Check model, layout, loss, data files, tokenizer and reward; returns warnings.
+
+    Raises:
+        ValueError: what is wrong, and what to change.
+    """
+    architecture = check_model(config)
+    loss_config(config.algorithm, config.rollout)
+    for path in filter(None, (config.data.train, config.data.validation)):
+        open_problems(path).close()
+    _check_tokenizer(config.model.hf_path, architecture.vocab_size)
+    make_reward(config.reward).close()
+    warnings = _no_op_warnings(config)
+    if warnings and config.trainer.strict:
+        raise ValueError(f"trainer.strict: {warnings[0]}")
+    return warnings
+
+
+def _check_tokenizer(path: str, vocab_size: int) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model's embedding only {vocab_size} rows"
+        )
+
+
+def _no_op_warnings(config: Config) -> list[str]:
+    """Old log-probabilities are the trainer's own at the start of a step, so Future-KL is 0 until the first update."""
+    if config.algorithm.loss != "fipo" or config.updates_per_step > 1:
+        return []
+    return [
+        "with one update a step, FIPO is exactly DAPO: Future-KL is 0 and every influence weight 1. "
+        f"Lower trainer.mini_batch_prompts (now {config.trainer.mini_batch_prompts} of "
+        f"{config.rollout.prompts_per_step} prompts) or raise trainer.epochs_per_batch"
+    ]

@@ -1,0 +1,118 @@
+"""Ranks: one meaning of rank and world, whether this command starts them, torchrun did, or srun did."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_fipo.config import ParallelConfig
+
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+class RankFailure(RuntimeError):
+    """A rank that was started here failed; the message ends with its own traceback."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the run's only one, or its rank 0 under torchrun or srun."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def run(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any] = ()) -> None:
+    """Call `entry(*args)` on every rank inside an initialized process group.
+
+    Under torchrun or srun this process is one of the ranks; otherwise `parallel.world_size` local ranks are started,
+    and all are ended as soon as one fails.
+
+    Raises:
+        RankFailure: a local rank failed.
+        ValueError: a local rank refused its input, or srun's ranks do not know the first node's address.
+    """
+    _adopt_slurm_environment()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _run_rank(entry, parallel, args)
+        return
+    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ranks are forked from a server that has imported the heavy packages once.
+    multiprocessing.set_forkserver_preload(["megatron_fipo.trainer"])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=parallel.world_size,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="forkserver",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, _local_rank)(entry, parallel, args)
+    except ChildFailedError as error:
+        _raise_first_failure(error)
+
+
+@record
+def _local_rank(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any]) -> None:
+    _die_with_parent()
+    _run_rank(entry, parallel, args)
+
+
+def _run_rank(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any]) -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = psutil.cpu_count(logical=False) or 1
+    torch.set_num_threads(parallel.threads_per_rank or max(1, cores // local_ranks))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    try:
+        entry(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _adopt_slurm_environment() -> None:
+    """Name srun's rank variables as torch does.
+
+    Raises:
+        ValueError: MASTER_ADDR or MASTER_PORT is not set, which every node must agree on.
+    """
+    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ or "RANK" in os.environ:
+        return
+    if int(os.environ["SLURM_NTASKS"]) == 1:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"started by srun, but {' and '.join(missing)} not set: export them in the batch script")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"].split("(")[0]
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this rank when the process that forked it dies, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _raise_first_failure(error: ChildFailedError) -> NoReturn:
+    rank, failure = error.get_first_failure()
+    details = failure.error_file_data.get("message", {}) if failure.error_file_data else {}
+    if failure.message.startswith("ValueError: "):
+        raise ValueError(failure.message.removeprefix("ValueError: ")) from None
+    trace = details.get("extraInfo", {}).get("py_callstack", "") if isinstance(details, dict) else ""
+    raise RankFailure(f"rank {rank} failed first: {failure.message}\n{trace}") from None

@@ -1,0 +1,101 @@
+"""Attention of packed sequences by torch's scaled_dot_product_attention, with context parallelism.
+
+Megatron-Core's own torch attention takes neither packed sequences nor context parallelism; Transformer Engine's
+takes both and is used where it is installed. Letters: N packed tokens on this rank, H query heads, K key/value
+heads, D head width, C context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fipo.batch import zigzag_positions
+
+
+class _GatherRanks(torch.autograd.Function):
+    """Forward: all-gather over `group`, `[...] -> [C, ...]`. Backward: reduce-scatter (sum) over `group`."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> Any:
+        ctx.group = group
+        gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered.view(group.size(), *local.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        grad = grads[0].contiguous()
+        local = torch.empty_like(grad[0])
+        dist.reduce_scatter_tensor(local, grad.flatten(0, 1), group=ctx.group)
+        return local, None
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each packed sequence; a core-attention module for Megatron's layer specs."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.scale = softmax_scale
+        self.context_group: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [N, H, D]
+        key: torch.Tensor,  # [N, K, D]
+        value: torch.Tensor,  # [N, K, D]
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:  # [N, H * D]
+        assert packed_seq_params is not None
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()  # whole sequences, padding included
+        if self.context_group.size() == 1:
+            pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+            outputs = [self._attend(q, k, v, None) for q, k, v in pieces]
+        else:
+            outputs = self._attend_over_ranks(query, key, value, lengths)
+        return torch.cat(outputs).flatten(1)
+
+    def _attend_over_ranks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
+    ) -> list[torch.Tensor]:
+        """Every rank attends with its own queries to all keys, gathered over the context-parallel group."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        local = [length // size for length in lengths]
+        keys_values = _GatherRanks.apply(torch.stack([key, value], dim=1), self.context_group)  # [C, N, 2, K, D]
+        outputs = []
+        for q, kv, length in zip(query.split(local), keys_values.split(local, dim=1), lengths, strict=True):
+            places = torch.cat([zigzag_positions(length, size, r) for r in range(size)])
+            ordered = kv.flatten(0, 1)[places.argsort()]  # [length, 2, K, D], in sequence order
+            positions = zigzag_positions(length, size, rank)
+            mask = positions[:, None] >= torch.arange(length)  # [length / C, length]
+            outputs.append(self._attend(q, ordered[:, 0], ordered[:, 1], mask.to(q.device)))
+        return outputs
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`[n, H, D] x [m, K, D] -> [n, H, D]`, causal where no mask is given."""
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, D]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,132 @@
+"""Build this rank's model chunks from an architecture and a layout."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fipo.config import Config
+from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.layer_spec import decoder_spec
+from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.parallel.topology import Topology
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def use_transformer_engine(choice: str) -> bool:
+    """Resolve model.transformer_engine.
+
+    Raises:
+        ValueError: it was asked for and is not installed, or there is no GPU.
+    """
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+    if choice == "on" and not available:
+        raise ValueError("model.transformer_engine=on needs a GPU and the transformer-engine package")
+    return available if choice == "auto" else choice == "on"
+
+
+def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
+    """Megatron's config of the model under the run's layout, precision and recomputation."""
+    p, dtype = config.parallel, getattr(torch, config.model.dtype)
+    on_gpu = torch.cuda.is_available()
+    fused = use_transformer_engine(config.model.transformer_engine)
+    recompute = _RECOMPUTE[config.model.recompute]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        context_parallel_size=p.context,
+        sequence_parallel=p.sequence,
+        num_layers_in_first_pipeline_stage=p.first_stage_layers,
+        num_layers_in_last_pipeline_stage=p.last_stage_layers,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        # Weights are read from a checkpoint. perform_initialization=False would also leave out the attributes by
+        # which Megatron tells sharded parameters from replicated ones, and with them a right gradient norm.
+        init_method=_leave_uninitialized,
+        output_layer_init_method=_leave_uninitialized,
+        embedding_init_method=_leave_uninitialized,
+        use_cpu_initialization=not on_gpu,
+        calculate_per_token_loss=True,  # one global denominator, whatever the micro-batching and the layout
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, dense models included
+        # Messages of the interleaved schedule pair up wrongly over gloo without overlap, and freeing a stage's
+        # output while gloo still sends it corrupts it.
+        overlap_p2p_comm=p.virtual_pipeline > 1,
+        batch_p2p_comm=p.virtual_pipeline == 1,
+        deallocate_pipeline_outputs=on_gpu,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused,
+        gradient_accumulation_fusion=False,  # the LM head's fused path would need NVIDIA apex
+        cross_entropy_loss_fusion=False,
+        **recompute,
+    )
+
+
+def _leave_uninitialized(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def build_policy(arch: Architecture, config: Config, topology: Topology) -> list[PolicyModel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them) with uninitialized weights, on the device."""
+    megatron_config = transformer_config(arch, config)
+    return [_build_chunk(arch, config, megatron_config, topology, chunk) for chunk in range(topology.virtual_pipeline)]
+
+
+def _build_chunk(
+    arch: Architecture, config: Config, megatron_config: TransformerConfig, topology: Topology, chunk: int
+) -> PolicyModel:
+    vp_stage = chunk if topology.virtual_pipeline > 1 else None
+    spec = decoder_spec(
+        megatron_config,
+        use_transformer_engine(config.model.transformer_engine),
+        vp_stage,
+        topology.pp.rank(),
+    )
+    model = PolicyModel(
+        config=megatron_config,
+        transformer_layer_spec=spec,
+        vocab_size=arch.padded_vocab_size(topology.tp.size()),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=topology.is_first_stage and chunk == 0,
+        post_process=topology.is_last_stage and chunk == topology.virtual_pipeline - 1,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        seq_len_interpolation_factor=arch.rope_interpolation,
+        pg_collection=topology.groups,
+        vp_stage=vp_stage,
+    )
+    model.vocab_size_unpadded = arch.vocab_size
+    model.temperature = config.rollout.temperature
+    model.fp32_logits = config.model.fp32_logits
+    model.lm_head_chunk_tokens = config.model.lm_head_chunk_tokens
+    return model.to(topology.device)

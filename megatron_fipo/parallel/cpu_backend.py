@@ -1,0 +1,107 @@
+"""Megatron-Core on a machine without a GPU: what it takes for granted about CUDA, answered by the CPU.
+
+Megatron-Core 0.16 asks for `torch.cuda.current_device()`, passes `device="cuda"` literals, keeps its random
+states in the CUDA generator and compares parameter types with `"torch.cuda.FloatTensor"`. `install` redirects
+those calls; it does nothing where a GPU is there, and must run before the first `import megatron.core`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange")
+_installed = False
+
+
+def install() -> bool:
+    """Redirect CUDA calls to the CPU. Returns whether this process runs on the CPU backend."""
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if not _installed:
+        _redirect_device()
+        _redirect_random_states()
+        _redirect_streams()
+        _installed = True
+    return True
+
+
+def _redirect_device() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.set_device = lambda *args, **kwargs: None
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _redirect_random_states() -> None:
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+
+class _NoStream:
+    """Stands in for CUDA streams and events: CPU work is already ordered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
+        return lambda *args, **kwargs: self
+
+
+def _redirect_streams() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    tensor: Any = torch.Tensor
+    tensor.record_stream = lambda self, stream: None
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Inside, `tensor.type()` of a CPU tensor names the CUDA type, as Megatron's optimizers compare it.
+
+    Kept to the places that build or step an optimizer, since other libraries trust `type()`.
+    """
+    if not _installed:
+        yield
+        return
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    tensor: Any = torch.Tensor
+    tensor.type = type_name
+    try:
+        yield
+    finally:
+        tensor.type = original

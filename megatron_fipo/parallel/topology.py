@@ -1,0 +1,135 @@
+"""Which rank holds what: one frozen object with every process group, made once and passed on.
+
+This is the only file that reads Megatron's global parallel state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_fipo.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place in the layout, and its process groups.
+
+    Attributes:
+        groups: Megatron's collection (tp, pp, cp, dp, dp_cp, embd, ...), given to every Megatron object.
+        replica: all ranks of this data-parallel replica (tensor x pipeline x context).
+        virtual_pipeline: model chunks on each pipeline stage.
+    """
+
+    groups: ProcessGroupCollection
+    replica: dist.ProcessGroup
+    virtual_pipeline: int
+    sequence_parallel: bool
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.groups.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.groups.pp
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.groups.cp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.groups.dp
+
+    @property
+    def dp_cp(self) -> dist.ProcessGroup:
+        return self.groups.dp_cp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pp, self.pp.size() - 1)
+
+    @property
+    def sequence_alignment(self) -> int:
+        """Packed sequences are padded to a multiple of this: zig-zag context chunks, sequence-parallel shards."""
+        context = 2 * self.cp.size() if self.cp.size() > 1 else 1
+        return context * (self.tp.size() if self.sequence_parallel else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in rounds of the pipeline's length."""
+        return self.pp.size() if self.virtual_pipeline > 1 else 1
+
+
+def initialize(config: ParallelConfig, seed: int) -> Topology:
+    """Make all process groups over the already initialized default group, and seed Megatron's random states.
+
+    Raises:
+        ValueError: the number of ranks that were started is not the layout's.
+    """
+    if dist.get_world_size() != config.world_size:
+        raise ValueError(
+            f"tp {config.tensor} x pp {config.pipeline} x cp {config.context} x dp {config.data} = "
+            f"{config.world_size} ranks, but {dist.get_world_size()} were started"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=config.timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Topology(
+        groups=groups,
+        replica=_replica_group(groups.dp.rank(), config.timeout_minutes),
+        virtual_pipeline=config.virtual_pipeline,
+        sequence_parallel=config.sequence,
+        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+    )
+
+
+def destroy() -> None:
+    """Forget all process groups, so that another layout can be initialized in the same processes."""
+    parallel_state.destroy_model_parallel()
+
+
+def _replica_group(data_rank: int, timeout_minutes: float) -> dist.ProcessGroup:
+    """Ranks that share a data-parallel coordinate. Every rank makes every group, in the same order."""
+    data_ranks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(data_ranks, data_rank)
+    mine = None
+    for replica in range(max(data_ranks) + 1):
+        members = [rank for rank, d in enumerate(data_ranks) if d == replica]
+        group = dist.new_group(members, timeout=timedelta(minutes=timeout_minutes))
+        if replica == data_rank:
+            mine = group
+    assert mine is not None
+    return mine

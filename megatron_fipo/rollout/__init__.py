@@ -1,0 +1,6 @@
+"""Rollout engines: they take the policy's weights and continue prompts."""
+
+from megatron_fipo.rollout.hf import HFEngine
+from megatron_fipo.rollout.protocol import Request, Response, RolloutEngine, Sampling
+
+__all__ = ["HFEngine", "Request", "Response", "RolloutEngine", "Sampling"]

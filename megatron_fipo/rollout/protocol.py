@@ -1,0 +1,54 @@
+"""What a rollout engine is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Temperature 0 is greedy; top_k 0 keeps all tokens."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw. The same seed, prompt, weights and sampling give the same response."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled continuation.
+
+    Attributes:
+        token_ids: the stop token that ended it included.
+        log_probs: of each token in the distribution it was drawn from: after temperature, top-k and top-p.
+        truncated: it reached `max_tokens` without a stop token.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    truncated: bool
+
+
+class RolloutEngine(Protocol):
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Take new weights by their Hugging Face names; every tensor is consumed before this returns."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        """One response a request, in order."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""

@@ -1,0 +1,45 @@
+"""Drawing tokens by inverse transform from per-request random numbers.
+
+A response then depends on its own seed and logits alone, not on which other requests share its batch, so the same
+run on another layout draws the same responses. Letters: B requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+_LARGEST_UNIFORM = 1 - 2**-20  # keeps u * total below total in float32
+
+
+class SeededSampler(LogitsProcessor):
+    """Last in a list of logits processors: picks each row's token and leaves only that one possible.
+
+    Args:
+        seeds: B integers.
+        max_tokens: random numbers prepared for each request.
+        prompt_tokens: length of the (padded) prompt, from which the step is counted.
+        greedy: pick the most likely token instead.
+    """
+
+    def __init__(self, seeds: Sequence[int], max_tokens: int, prompt_tokens: int, greedy: bool) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.greedy = greedy
+        self.uniforms = torch.stack(
+            [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        ).clamp(max=_LARGEST_UNIFORM)  # [B, max_tokens]
+        self.log_probs: list[torch.Tensor] = []  # a [B] float32 for each generated token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # [B, V] -> [B, V]
+        log_probs = scores.float().log_softmax(-1)
+        if self.greedy:
+            chosen = log_probs.argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            step = input_ids.shape[1] - self.prompt_tokens
+            cumulative = log_probs.exp().cumsum(-1)
+            threshold = self.uniforms[:, step, None].to(scores.device) * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, threshold, right=True)
+        self.log_probs.append(log_probs.gather(-1, chosen).squeeze(-1).cpu())
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)

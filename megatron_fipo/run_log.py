@@ -1,0 +1,191 @@
+"""What a run leaves behind in its directory, written by rank 0; and what a person sees while it runs.
+
+config.yaml            the resolved configuration
+metrics.jsonl          one object a step, flushed at once
+tensorboard/           the same numbers
+rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
+summary.json           evaluation before and after, steps, seconds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from megatron_fipo.batch import Rollouts, TrainBatch
+from megatron_fipo.config import Config, to_yaml
+from megatron_fipo.evaluate import Evaluation
+from megatron_fipo.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def prepare_directory(config: Config) -> None:
+    """Make an empty run directory, before any rank starts.
+
+    Raises:
+        ValueError: it holds a run already.
+    """
+    directory = config.run_directory
+    if (directory / "metrics.jsonl").exists():
+        if not config.run.overwrite:
+            raise ValueError(
+                f"{directory} holds a run already: choose another run.name, or set run.overwrite=true to replace it"
+            )
+        for name in ("metrics.jsonl", "summary.json", "tensorboard", "rollouts", "policy", "report.html", "figures"):
+            _remove(directory / name)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class RunLog:
+    """Rank 0 writes; the others only take part in what is collective. `enabled=False` writes nothing at all."""
+
+    def __init__(self, config: Config, rank: int, enabled: bool = True) -> None:
+        self.config = config
+        self.directory = config.run_directory
+        self.rank = rank
+        self.writes = enabled and rank == 0
+        self.enabled = enabled
+        self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._metrics: Any = None
+        self._tensorboard: SummaryWriter | None = None
+        if not self.writes:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / "config.yaml", to_yaml(config))
+        self._metrics = (self.directory / "metrics.jsonl").open("a")
+        if config.trainer.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+
+    def note(self, text: str) -> None:
+        self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {text}")
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a step and print its line, with the time and the device-hours that are left."""
+        seconds = time.monotonic() - self._started
+        if self.writes:
+            row = {"step": step, "wall_seconds": seconds, **metrics}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        self.console.print(self._line(step, metrics, seconds))
+
+    def _line(self, step: int, m: dict[str, float], seconds: float) -> str:
+        last = self.config.trainer.max_steps
+        left = seconds / step * (last - step)
+        hours = left * self.config.parallel.world_size / 3600
+        weight = f"  f {m['policy/influence_weight']:.3f}" if "policy/influence_weight" in m else ""
+        accuracy = f"{m['reward/accuracy']:.3f}" if "reward/accuracy" in m else "-"
+        length = f"{m['response_length/mean']:.0f}" if "response_length/mean" in m else "-"
+        return (
+            f"step {step:>{len(str(last))}}/{last}  accuracy {accuracy}  length {length}"
+            f"  kl {m['policy/policy_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
+            f"  grad {m['policy/grad_norm']:.2f}  {m['time/step']:.1f} s"
+            f"  left {_clock(left)} = {hours:.1f} device-hours"
+        )
+
+    def evaluation(self, step: int, e: Evaluation) -> None:
+        self.console.print(
+            f"[bold]eval[/bold] at step {step}: avg@{e.samples} {e.avg:.3f}  cons@{e.samples} {e.cons:.3f}  "
+            f"pass@{e.samples} {e.pass_:.3f}  length {e.length:.0f}  ({e.problems} problems)"
+        )
+        if self._tensorboard is not None:
+            for name, value in e.metrics().items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def rollouts(self, step: int, rollouts: Rollouts, tokenizer: Any, topology: Topology) -> None:
+        """Keep this replica's responses of a step, one row each, written by the first rank of each replica."""
+        if not self.enabled or topology.replica.rank() != 0:
+            return
+        path = self.directory / "rollouts" / f"step_{step}.parquet"
+        if topology.dp.size() > 1:
+            path = path / f"part-{topology.dp.rank()}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        pq.write_table(_rollout_table(rollouts, tokenizer), unfinished)
+        os.replace(unfinished, path)
+
+    def dump(self, step: int, batch: TrainBatch) -> Path:
+        """Save a mini-batch that broke training, for a look at it; returns where. Every rank saves its own."""
+        path = self.directory / f"failed_step_{step}" / f"rank_{self.rank}.pt"
+        if self.enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save([vars(m) for m in batch.micro_batches], path)
+        return path
+
+    def finish(self, before: Evaluation | None, after: Evaluation | None, seconds: float) -> None:
+        """Write summary.json, the last file of a run."""
+        if not self.writes:
+            return
+        summary = {
+            "run": self.config.run.name,
+            "steps": self.config.trainer.max_steps,
+            "wall_seconds": seconds,
+            "before": before.scores() if before else None,
+            "after": after.scores() if after else None,
+            "evaluation": {"before": asdict(before), "after": asdict(after)} if before and after else None,
+        }
+        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
+    sequences = [t.tolist() for t in r.tokens.split(r.lengths.tolist())]
+    prompts = r.prompt_lengths.tolist()
+    log_probs = [t.tolist() for t in r.rollout_log_probs.split(r.lengths.tolist())]
+    return pa.table(
+        {
+            "id": r.ids.tolist(),
+            "prompt": [tokenizer.decode(s[:p]) for s, p in zip(sequences, prompts, strict=True)],
+            "response": [tokenizer.decode(s[p:]) for s, p in zip(sequences, prompts, strict=True)],
+            "response_tokens": [s[p:] for s, p in zip(sequences, prompts, strict=True)],
+            "rollout_log_probs": [x[p:] for x, p in zip(log_probs, prompts, strict=True)],
+            "reward": r.rewards.tolist(),
+            "accuracy": r.accuracy.tolist(),
+            "advantage": r.advantages.tolist(),
+            "truncated": r.truncated.tolist(),
+        }
+    )
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

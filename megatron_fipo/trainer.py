@@ -1,0 +1,326 @@
+"""The loop. One step, in the order of the paper:
+
+    prompts -> responses -> rewards -> dynamic sampling -> advantages          (rollout.collect)
+    -> old log-probabilities -> for each mini-batch: FIPO loss, gradient, update   (actor)
+    -> new weights to the rollout engine
+
+FIPO differs from DAPO in the loss alone: `algorithm.loss`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, GenerationConfig
+
+from megatron_fipo.actor import FIPOActor, GradientError
+from megatron_fipo.algorithm import mismatch_metrics, truncated_importance_weights
+from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.config import Config
+from megatron_fipo.convert.export import save_checkpoint
+from megatron_fipo.data import PromptStream, load_prompts
+from megatron_fipo.evaluate import Evaluation, evaluate
+from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.exchange import exchange
+from megatron_fipo.reward import make_reward
+from megatron_fipo.rollout import HFEngine
+from megatron_fipo.rollout.collect import Collected, RolloutCollector
+from megatron_fipo.run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+_FIRST_SHIFT_WARNING = 1e-3  # nats; see Trainer._update_policy
+
+
+class Trainer:
+    """A run on this rank. All methods are collective over all ranks."""
+
+    def __init__(self, config: Config, write: bool = True) -> None:
+        """Build everything a run needs, inside an initialized default process group. `write=False`: no files.
+
+        Raises:
+            ValueError: the layout, the model, the data or the tokenizer do not fit together.
+        """
+        self.config = config
+        hf_config = load_hf_config(config.model.hf_path, config.model.overrides)
+        self.hf_config = hf_config
+        self.topology = topologies.initialize(config.parallel, config.run.seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+        self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer)
+        self.prompts = load_prompts(config.data.train, self.tokenizer, config.data.max_prompt_tokens)
+        self.problems = (
+            load_prompts(config.data.validation, self.tokenizer, config.data.max_prompt_tokens)
+            if config.data.validation
+            else None
+        )
+        self.reward = make_reward(config.reward)
+        self.engine = HFEngine(
+            hf_config, getattr(torch, config.model.dtype), self.topology.device, config.rollout.batch_size
+        )
+        self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
+        self.stream = PromptStream(self.prompts, config.run.seed, config.data.shuffle)
+        self.collector = RolloutCollector(
+            config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
+        )
+        self.log = RunLog(config, self.topology.rank, enabled=write)
+        self.log.note(f"train data: {self.prompts}")
+        if self.problems is not None:
+            self.log.note(f"validation data: {self.problems}")
+
+    def train(self) -> None:
+        """Run to `trainer.max_steps`, evaluating before the first step, every `eval.every` and after the last."""
+        started = time.monotonic()
+        before = after = self.validate(step=0)
+        for step in range(1, self.config.trainer.max_steps + 1):
+            self._clock: dict[str, float] = {}
+            with self._timed("step"):
+                metrics = self.step(step)
+            scores: dict[str, float] = {}
+            last = step == self.config.trainer.max_steps
+            if self.problems and (last or (self.config.eval.every and step % self.config.eval.every == 0)):
+                with self._timed("eval"):
+                    after = self.validate(step)
+                scores = after.metrics() if after else {}
+            self.log.step(step, {**metrics, **scores, **self._throughput(metrics)})
+        if self.config.trainer.export_policy:
+            self.export_policy()
+        self.log.finish(before, after, time.monotonic() - started)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One training step: a batch of responses and the updates on it."""
+        with self._timed("rollout"), self.actor.inference():
+            collected = self.collector.collect()
+        rollouts, batches = self._distribute(collected)
+        with self.actor.training():
+            with self._timed("old_log_probs"):
+                batches, mismatch = self._with_old_log_probs(batches)
+            with self._timed("update"):
+                updates = self._update_policy(step, batches)
+        if self.config.rollout.save:
+            self.log.rollouts(step, rollouts, self.tokenizer, self.topology)
+        return {**collected.metrics, **mismatch, **updates}
+
+    def validate(self, step: int) -> Evaluation | None:
+        """Avg@k and its siblings on the validation problems; None without any."""
+        if self.problems is None:
+            return None
+        with self.actor.inference():
+            result = evaluate(
+                self.problems.prompts,
+                self.engine,
+                self.reward,
+                self.tokenizer,
+                self.config.eval,
+                max_tokens=self.config.rollout.max_response_tokens,
+                stop_token_ids=self.stop_token_ids,
+                seed=self.config.run.seed,
+            )
+        self.log.evaluation(step, result)
+        return result
+
+    def dry_run(self) -> dict[str, float]:
+        """One update on made-up responses up to the full length, nothing written: does it fit, does it run?"""
+        rollouts = self._fake_rollouts()
+        groups = range(self.config.trainer.mini_batch_prompts)
+        self._clock = {}
+        _, batches = self._distribute(Collected(rollouts, list(groups), {}))
+        with self.actor.training():
+            batches, _ = self._with_old_log_probs(batches)
+            return self._update_policy(1, batches)
+
+    def export_policy(self) -> None:
+        """Write the policy as a Hugging Face checkpoint to `<run>/policy`."""
+        save_checkpoint(
+            self.actor.export_weights(),
+            self.hf_config,
+            self.config.model.hf_path,
+            self.config.run_directory / "policy",
+            write=self.topology.rank == 0,
+        )
+        dist.barrier()
+
+    def close(self) -> None:
+        """End what the run started."""
+        self.reward.close()
+        self.engine.close()
+        self.log.close()
+
+    def _distribute(self, collected: Collected) -> tuple[Rollouts, list[TrainBatch]]:
+        """Deal the batch over replicas, balanced by length, and pack each mini-batch.
+
+        Which response goes where follows from ids and lengths, which all replicas know, so one exchange is enough.
+        """
+        topology, trainer = self.topology, self.config.trainer
+        mine = collected.rollouts
+        gathered: list[Any] = [None] * topology.dp.size()
+        dist.all_gather_object(gathered, (mine.ids, mine.lengths), group=topology.dp)
+        lengths = {int(i): int(n) for ids, ns in gathered for i, n in zip(ids, ns, strict=True)}
+        plans = []  # mini-batch -> replica -> micro-batch -> response ids
+        for start in range(0, len(collected.groups), trainer.mini_batch_prompts):
+            ids = [i for g in collected.groups[start : start + trainer.mini_batch_prompts] for i in self._ids(g)]
+            plan = plan_micro_batches(
+                [lengths[i] for i in ids],
+                replicas=topology.dp.size(),
+                token_budget=trainer.tokens_per_micro_batch,
+                alignment=topology.sequence_alignment,
+                multiple=topology.micro_batch_multiple,
+                longest_first=trainer.micro_batch_order == "longest_first",
+            )
+            plans.append([[[ids[i] for i in bin_] for bin_ in replica] for replica in plan])
+        owner = {i: r for plan in plans for r, bins in enumerate(plan) for bin_ in bins for i in bin_}
+        owners = torch.tensor([owner[int(i)] for i in mine.ids], dtype=torch.int64)
+        parts = [mine.select((owners == r).nonzero().squeeze(1)) for r in range(topology.dp.size())]
+        rollouts = Rollouts.concatenate(exchange(parts, topology.dp, topology.device))
+        row = {int(i): n for n, i in enumerate(rollouts.ids)}
+        return rollouts, [
+            TrainBatch(tuple(self.actor.pack(rollouts, [row[i] for i in bin_]) for bin_ in plan[topology.dp.rank()]))
+            for plan in plans
+        ]
+
+    def _ids(self, group: int) -> range:
+        size = self.config.rollout.group_size
+        return range(group * size, (group + 1) * size)
+
+    def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> tuple[list[TrainBatch], dict[str, float]]:
+        """Attach the policy's log-probabilities before any update, packed as the updates will be, and what follows
+        from them: importance weights against the rollout engine, and the size of its mismatch."""
+        old = [self.actor.log_probs(batch) for batch in batches]
+        batches = [b.with_token_values(old_log_probs=values) for b, values in zip(batches, old, strict=True)]
+        if self.config.algorithm.kl_coefficient:
+            reference = self.actor.get_init_policy_logprobs(batches)
+            batches = [b.with_token_values(reference_log_probs=r) for b, r in zip(batches, reference, strict=True)]
+        if self.config.rollout.importance_sampling != "none":
+            batches = [
+                b.with_token_values(token_weights=[self._importance_weights(m) for m in b.micro_batches])
+                for b in batches
+            ]
+        metrics: Metrics = {}
+        for micro_batch in (m for b in batches for m in b.micro_batches):
+            metrics = merge(metrics, _mismatch(micro_batch))
+        mismatch = {f"mismatch/{k}": v for k, v in finalize(all_reduce(metrics, self.topology.dp)).items()}
+        if mismatch["mismatch/rollout_mismatch_abs"] > self.config.rollout.mismatch_warning:
+            self.log.warn(
+                f"trainer and rollout engine disagree by {mismatch['mismatch/rollout_mismatch_abs']:.3g} nats a token; "
+                "likely causes: different precision, temperature or weights"
+            )
+        return batches, mismatch
+
+    def _importance_weights(self, m: MicroBatch) -> torch.Tensor:
+        assert m.old_log_probs is not None
+        rollout = self.config.rollout
+        assert rollout.importance_sampling != "none"
+        return truncated_importance_weights(
+            m.old_log_probs,
+            m.rollout_log_probs,
+            m.loss_mask,
+            m.response_offsets,
+            rollout.importance_sampling,
+            rollout.importance_sampling_cap,
+        )
+
+    def _update_policy(self, step: int, batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """All updates of a step. The first one must see log-ratios of 0: the old log-probabilities are its own."""
+        seen: list[dict[str, float]] = []
+        for epoch in range(self.config.trainer.epochs_per_batch):
+            for number, batch in enumerate(batches):
+                try:
+                    with self.actor.training_step():
+                        _, metrics = self.actor.get_loss_and_metrics(batch, forward_only=False)
+                except GradientError as error:
+                    where = f"step {step}, epoch {epoch + 1}, mini-batch {number + 1} of {len(batches)}"
+                    path = self.log.dump(step, batch)
+                    raise GradientError(f"{where}: {error}. The batch is in {path}") from None
+                update = self.actor.last_update
+                assert update is not None
+                skipped = float(update.skipped)
+                seen.append({**metrics, "grad_norm": update.grad_norm, "lr": update.lr, "skipped_updates": skipped})
+        first_shift = seen[0]["log_ratio_abs_max"]
+        if first_shift > _FIRST_SHIFT_WARNING:
+            self.log.warn(
+                f"the first mini-batch of step {step} has a log-ratio of {first_shift:.3g} nats before any update; "
+                "Future-KL amplifies such noise (kernels that are not deterministic?)"
+            )
+        return {"policy/first_log_ratio_abs_max": first_shift, **_summarize_updates(seen)}
+
+    def _fake_rollouts(self) -> Rollouts:
+        """Random responses to this replica's share of one mini-batch, one of them as long as allowed."""
+        rollout, topology = self.config.rollout, self.topology
+        generator = torch.Generator().manual_seed(self.config.run.seed + topology.dp.rank())
+        prompts = self.prompts.prompts
+        groups = range(topology.dp.rank(), self.config.trainer.mini_batch_prompts, topology.dp.size())
+        ids = [i for g in groups for i in self._ids(g)]
+        lengths = torch.randint(1, rollout.max_response_tokens + 1, (len(ids),), generator=generator).tolist()
+        if lengths:
+            lengths[0] = rollout.max_response_tokens
+        responses = [torch.randint(0, self.hf_config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+        rollouts = Rollouts.from_responses(
+            ids=ids,
+            prompts=[prompts[i // rollout.group_size % len(prompts)].token_ids for i in ids],
+            responses=responses,
+            log_probs=[[0.0] * n for n in lengths],
+            truncated=[False] * len(ids),
+        )
+        return rollouts.replace(advantages=torch.randn(len(ids), generator=generator))
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._clock[phase] = self._clock.get(phase, 0.0) + time.monotonic() - started
+
+    def _throughput(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Seconds of each phase, and trained response tokens a second and rank."""
+        tokens = metrics["batch/responses"] * metrics["batch/response_length"]
+        return {
+            **{f"time/{phase}": seconds for phase, seconds in self._clock.items()},
+            "throughput/tokens_per_second": tokens / self._clock["step"],
+            "throughput/tokens_per_second_per_rank": tokens / self._clock["step"] / self.topology.world_size,
+        }
+
+
+def stop_token_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the generation config's and the tokenizer's end-of-sequence tokens.
+
+    Raises:
+        ValueError: there is none, so that no response would ever end.
+    """
+    stops: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    except OSError:  # the checkpoint has no generation config
+        eos = None
+    if eos is not None:
+        stops.update(eos if isinstance(eos, list) else [eos])
+    if not stops:
+        raise ValueError(f"{path} names no end-of-sequence token, neither in its tokenizer nor its generation config")
+    return tuple(sorted(stops))
+
+
+def _mismatch(m: MicroBatch) -> Metrics:
+    assert m.old_log_probs is not None
+    return mismatch_metrics(m.old_log_probs, m.rollout_log_probs, m.loss_mask)
+
+
+def _summarize_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Over the updates of a step: the mean of each metric, the extremum of extrema, the number of skips."""
+    summary: dict[str, float] = {}
+    for name in sorted({name for update in updates for name in update}):
+        values = [update[name] for update in updates if name in update]
+        if name.endswith("_max"):
+            value = max(values)
+        elif name.endswith("_min"):
+            value = min(values)
+        elif name == "skipped_updates":
+            value = sum(values)
+        else:
+            value = sum(values) / len(values)
+        summary[f"policy/{name}"] = value
+    return {**summary, "policy/updates": float(len(updates))}

@@ -1,0 +1,76 @@
+"""Tiny policies and rollouts that the tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_fipo.batch import Rollouts
+from megatron_fipo.config import Config
+
+
+def make_qwen2(directory: Path, *, layers: int = 4, vocab: int = 250, tied: bool = False, seed: int = 0) -> Path:
+    """A random Qwen2 checkpoint, float32, with weights large enough that logits differ between tokens."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=tied,
+            initializer_range=0.15,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_config(hf_path: Path | str, **sections: dict[str, Any]) -> Config:
+    """A float32 config of one rank; `sections` replace fields, e.g. `parallel={"tensor": 2, "world_size": 2}`."""
+    defaults: dict[str, dict[str, Any]] = {
+        "model": {"hf_path": str(hf_path), "dtype": "float32", "lm_head_chunk_tokens": 64},
+        "data": {"train": "unused", "max_prompt_tokens": 64},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 128},
+        "reward": {"overlong_buffer_tokens": 0},
+        "optimizer": {"lr": 1e-3, "warmup": 0, "distributed": False},
+        "trainer": {"mini_batch_prompts": 2, "tokens_per_micro_batch": 256},
+    }
+    base = Config()
+    changed = {
+        name: dataclasses.replace(getattr(base, name), **{**defaults.get(name, {}), **sections.get(name, {})})
+        for name in {*defaults, *sections}
+    }
+    return dataclasses.replace(base, **changed)
+
+
+def make_rollouts(count: int, *, vocab: int = 250, seed: int = 0, longest: int = 60) -> Rollouts:
+    """Random responses of very different lengths, with holes in some loss masks and advantages of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    prompts = [integers(0, vocab, int(integers(1, 12, 1))).tolist() for _ in range(count)]
+    responses = [integers(0, vocab, int(integers(1, longest, 1))).tolist() for _ in range(count)]
+    rollouts = Rollouts.from_responses(
+        ids=range(count),
+        prompts=prompts,
+        responses=responses,
+        log_probs=[[-1.0] * len(r) for r in responses],
+        truncated=[False] * count,
+    )
+    holes = torch.rand(rollouts.tokens.numel(), generator=generator) < 0.1
+    return rollouts.replace(advantages=torch.randn(count, generator=generator), loss_mask=rollouts.loss_mask & ~holes)
