@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,15 +116,10 @@ def _report(run: Path) -> None:
 
 def main() -> None:
     """Entry point: a ValueError is the user's to mend (exit code 2); a failed rank shows its own traceback (1)."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.jit")
-    _exit_cleanly(app)
-
-
-def _exit_cleanly(command: Callable[[], Any]) -> None:
     from megatron_fipo.launch import RankFailure
 
     try:
-        command()
+        app()
     except ValueError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)

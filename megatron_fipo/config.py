@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 @dataclass(frozen=True)
 class RunConfig:
     name: str = "run"
-    directory: str = ""  # "": runs/<name>
+    directory: str | None = None  # None: runs/<name>
     seed: int = 1
     overwrite: bool = False  # replace what an earlier run left in the directory
 
@@ -57,7 +57,7 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str = ""  # parquet in the DAPO schema
-    validation: str = ""  # "": no validation
+    validation: str | None = None
     max_prompt_tokens: int = 2048  # longer prompts are left out and counted
     shuffle: bool = True
 
@@ -304,6 +304,7 @@ def _ranges(c: Config) -> list[str]:
         "rollout.batch_size": c.rollout.batch_size,
         "rollout.importance_sampling_cap": c.rollout.importance_sampling_cap,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
+        "trainer.max_steps": c.trainer.max_steps,
         "trainer.mini_batch_prompts": c.trainer.mini_batch_prompts,
         "trainer.epochs_per_batch": c.trainer.epochs_per_batch,
         "trainer.tokens_per_micro_batch": c.trainer.tokens_per_micro_batch,
@@ -321,7 +322,6 @@ def _ranges(c: Config) -> list[str]:
         "optimizer.warmup": c.optimizer.warmup,
         "optimizer.weight_decay": c.optimizer.weight_decay,
         "optimizer.grad_clip": c.optimizer.grad_clip,
-        "trainer.max_steps": c.trainer.max_steps,
         "eval.every": c.eval.every,
         "eval.temperature": c.eval.temperature,
         "algorithm.kl_coefficient": c.algorithm.kl_coefficient,

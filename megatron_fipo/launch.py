@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -54,6 +55,7 @@ def run(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any]
         nproc_per_node=parallel.world_size,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
         start_method="forkserver",
         max_restarts=0,
         monitor_interval=0.2,

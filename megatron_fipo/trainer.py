@@ -101,12 +101,12 @@ class Trainer:
         rollouts, batches = self._distribute(collected)
         with self.actor.training():
             with self._timed("old_log_probs"):
-                batches, mismatch = self._with_old_log_probs(batches)
+                batches = self._with_old_log_probs(batches)
             with self._timed("update"):
                 updates = self._update_policy(step, batches)
         if self.config.rollout.save:
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology)
-        return {**collected.metrics, **mismatch, **updates}
+        return {**collected.metrics, **self._rollout_mismatch(batches), **updates}
 
     def validate(self, step: int) -> Evaluation | None:
         """Avg@k and its siblings on the validation problems; None without any."""
@@ -133,8 +133,7 @@ class Trainer:
         self._clock = {}
         _, batches = self._distribute(Collected(rollouts, list(groups), {}))
         with self.actor.training():
-            batches, _ = self._with_old_log_probs(batches)
-            return self._update_policy(1, batches)
+            return self._update_policy(1, self._with_old_log_probs(batches))
 
     def export_policy(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<run>/policy`."""
@@ -189,9 +188,9 @@ class Trainer:
         size = self.config.rollout.group_size
         return range(group * size, (group + 1) * size)
 
-    def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> tuple[list[TrainBatch], dict[str, float]]:
-        """Attach the policy's log-probabilities before any update, packed as the updates will be, and what follows
-        from them: importance weights against the rollout engine, and the size of its mismatch."""
+    def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
+        """Attach the policy's log-probabilities before any update, packed as the updates will be, and what is made of
+        them: the initial policy's for the KL penalty, importance weights against the rollout engine."""
         old = [self.actor.log_probs(batch) for batch in batches]
         batches = [b.with_token_values(old_log_probs=values) for b, values in zip(batches, old, strict=True)]
         if self.config.algorithm.kl_coefficient:
@@ -202,6 +201,10 @@ class Trainer:
                 b.with_token_values(token_weights=[self._importance_weights(m) for m in b.micro_batches])
                 for b in batches
             ]
+        return batches
+
+    def _rollout_mismatch(self, batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """How far the rollout engine's log-probabilities are from the trainer's, over all replicas."""
         metrics: Metrics = {}
         for micro_batch in (m for b in batches for m in b.micro_batches):
             metrics = merge(metrics, _mismatch(micro_batch))
@@ -211,7 +214,7 @@ class Trainer:
                 f"trainer and rollout engine disagree by {mismatch['mismatch/rollout_mismatch_abs']:.3g} nats a token; "
                 "likely causes: different precision, temperature or weights"
             )
-        return batches, mismatch
+        return mismatch
 
     def _importance_weights(self, m: MicroBatch) -> torch.Tensor:
         assert m.old_log_probs is not None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +78,34 @@ def make_rollouts(count: int, *, vocab: int = 250, seed: int = 0, longest: int =
     )
     holes = torch.rand(rollouts.tokens.numel(), generator=generator) < 0.1
     return rollouts.replace(advantages=torch.randn(count, generator=generator), loss_mask=rollouts.loss_mask & ~holes)
+
+
+def make_task(directory: Path, *, seed: int = 0) -> Path:
+    """What the quickstart trains on, untrained: a random checkpoint with tokenizer, chat template and problem files."""
+    quickstart = _quickstart()
+    torch.manual_seed(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    quickstart.make_model(save_tokenizer(directory)).save_pretrained(directory)
+    rng = random.Random(seed)
+    for name, count, held in (("train", 32, False), ("validation", 8, True)):
+        quickstart.write_problems(quickstart.distinct_problems(rng, count, held=held), directory / f"{name}.parquet")
+    return directory
+
+
+def save_tokenizer(directory: Path) -> Any:
+    """Put the quickstart's tokenizer, 30 tokens and a chat template, beside a checkpoint; returns it."""
+    tokenizer = _quickstart().make_tokenizer()
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+@functools.cache
+def _quickstart() -> Any:
+    path = Path(__file__).parents[1] / "examples" / "quickstart" / "make_task.py"
+    spec = importlib.util.spec_from_file_location("quickstart_make_task", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

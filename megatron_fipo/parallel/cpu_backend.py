@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange")
 _installed = False
@@ -36,6 +37,9 @@ def _redirect_device() -> None:
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.set_device = lambda *args, **kwargs: None
+    # `with torch.device(...)` acts on the functions in this cached set, which must be torch's own: with the wrappers in
+    # it, `transformers.from_pretrained` would silently leave rotary frequencies uninitialized.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

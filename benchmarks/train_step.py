@@ -1,0 +1,226 @@
+"""What FIPO costs over plain language modelling: the update's forward and backward against Megatron's own.
+
+    python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--pairs 9]
+
+Both sides run Megatron's schedule over the same packed micro-batches, layers, layout and recomputation, and end with
+reduced gradients. The baseline is GPTModel with Megatron's vocabulary-parallel cross-entropy; ours adds entropies,
+the Future-KL scan, the FIPO loss and its metrics, and never holds whole logits. They are timed in turn, and the
+figure is the median of the ratios. The model's LM head has the share of parameters that it has at 7B (about 8%).
+Prints a table, and as its last line one JSON object with the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_fipo import launch
+from megatron_fipo.actor import FIPOActor
+from megatron_fipo.actor.optimizer import wrap_for_training
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.model.architecture import Architecture, check_model
+from megatron_fipo.model.build import transformer_config, use_transformer_engine
+from megatron_fipo.model.layer_spec import decoder_spec
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.topology import Topology
+
+LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens; lengths spread as rollouts' are
+
+
+class CrossEntropyModel(GPTModel):
+    """Megatron's model with Megatron's loss, taking the same micro-batches as the policy."""
+
+    def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=micro_batch.cu_seqlens,
+            cu_seqlens_kv=micro_batch.cu_seqlens,
+            max_seqlen_q=micro_batch.max_seqlen,
+            max_seqlen_kv=micro_batch.max_seqlen,
+        )
+        labels = micro_batch.input_ids.roll(-1)
+        return super().forward(
+            micro_batch.input_ids[None],
+            micro_batch.position_ids[None],
+            None,
+            labels=labels[None],
+            packed_seq_params=packed,
+        )
+
+
+def cross_entropy(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The mean over response positions, as Megatron's per-token loss wants it."""
+    mask = torch.zeros(output.numel())
+    mask[micro_batch.hidden_index] = 1
+    loss = (output.view(-1).float() * mask).sum()
+    return loss, mask.sum().int(), {"loss": loss.detach()}
+
+
+def baseline_step(arch: Architecture, config: Config, topology: Topology, batch: TrainBatch) -> Callable[[], None]:
+    """Forward and backward of the language-modelling loss over the batch."""
+    megatron_config = transformer_config(arch, config)
+    fused = use_transformer_engine(config.model.transformer_engine)
+    model = CrossEntropyModel(
+        config=megatron_config,
+        transformer_layer_spec=decoder_spec(megatron_config, fused, None, topology.pp.rank()),
+        vocab_size=arch.padded_vocab_size(topology.tp.size()),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        pg_collection=topology.groups,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    wrapped = wrap_for_training([model], config.optimizer, topology)  # type: ignore[list-item]
+
+    def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(micro_batches)
+        return chunk(micro_batch), partial(cross_entropy, micro_batch=micro_batch)
+
+    def step() -> None:
+        wrapped[0].zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch.micro_batches),
+            model=wrapped[0],
+            num_microbatches=len(batch.micro_batches),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+
+    return step
+
+
+def make_batch(actor: FIPOActor) -> TrainBatch:
+    """Random responses of unequal lengths, with old log-probabilities a little off the policy's."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(*RESPONSE, (SEQUENCES,), generator=generator).tolist()
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+
+    rollouts = Rollouts.from_responses(
+        ids=range(SEQUENCES),
+        prompts=[tokens(PROMPT) for _ in lengths],
+        responses=[tokens(n) for n in lengths],
+        log_probs=[[0.0] * n for n in lengths],
+        truncated=[False] * SEQUENCES,
+    ).replace(advantages=torch.randn(SEQUENCES, generator=generator))
+    (bins,) = plan_micro_batches(rollouts.lengths.tolist(), replicas=1, token_budget=2048)
+    batch = TrainBatch(tuple(actor.pack(rollouts, b) for b in bins))
+    old = [x + 0.05 * torch.randn(x.shape, generator=generator) for x in actor.log_probs(batch)]
+    return batch.with_token_values(old_log_probs=old)
+
+
+def measure(config: Config, pairs: int, out: str) -> None:
+    """One rank's part; rank 0 leaves the seconds of each pair in `out`."""
+    arch = check_model(config)
+    topology = topologies.initialize(config.parallel, seed=1)
+    actor = FIPOActor(config, arch, topology)
+    batch = make_batch(actor)
+
+    def ours() -> None:
+        actor.prepare_for_training_step()
+        actor.get_loss_and_metrics(batch, forward_only=False)
+
+    baseline = baseline_step(arch, config, topology, batch)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(pairs + 1):
+        times = []
+        for step in (ours, baseline):
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            dist.barrier()
+            times.append(time.perf_counter() - started)
+        seconds.append((times[0], times[1]))
+    if topology.rank == 0:
+        tokens = sum(m.input_ids.numel() for m in batch.micro_batches)
+        Path(out).write_text(json.dumps({"tokens": tokens, "seconds": seconds[1:]}))  # the first pair warms up
+
+
+def make_checkpoint(directory: str) -> None:
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    ).save_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=LAYOUTS, default="one")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after one to warm up")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        make_checkpoint(directory)
+        layout = LAYOUTS[args.layout]
+        ranks = max([1, *layout.values()])
+        yaml = Path(directory, "config.yaml")
+        yaml.write_text(
+            f"model: {{hf_path: {directory}, dtype: float32, recompute: {args.recompute}}}\n"
+            f"parallel: {json.dumps({**layout, 'world_size': ranks})}\n"
+            "data: {train: none, max_prompt_tokens: 16}\n"
+            "rollout: {max_response_tokens: 480}\n"
+            "reward: {overlong_buffer_tokens: 0}\n"
+            "trainer: {tokens_per_micro_batch: 2048}\n"
+        )
+        config = load_config(yaml)
+        launch.run(measure, config.parallel, (config, args.pairs, f"{directory}/result.json"))
+        result = json.loads(Path(directory, "result.json").read_text())
+    report(args, result)
+
+
+def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    ours, baseline = (statistics.median(times) for times in zip(*result["seconds"], strict=True))
+    ratios = sorted(a / b for a, b in result["seconds"])
+    figures = {
+        "layout": args.layout,
+        "recompute": args.recompute,
+        "tokens": result["tokens"],
+        "pairs": len(ratios),
+        "fipo_seconds": round(ours, 4),
+        "cross_entropy_seconds": round(baseline, 4),
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_min": round(ratios[0], 4),
+        "ratio_max": round(ratios[-1], 4),
+    }
+    table = Table("figure", "value", title="FIPO update against Megatron cross-entropy (forward + backward)")
+    for name, value in figures.items():
+        table.add_row(name, str(value))
+    Console(file=sys.stdout, width=100).print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What this machine has for a run, what is missing, and what that costs.
+
+Packages are looked up, not imported: some raise on import where there is no GPU. torch alone is imported, for what
+only it knows about GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata, util
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+class Missing(Exception):
+    """A component is not there; the text says what was found instead."""
+
+
+class Component(NamedTuple):
+    name: str
+    probe: Callable[[], str]  # what there is; raises Missing
+    cost: str  # what its absence costs
+
+
+class Finding(NamedTuple):
+    component: Component
+    found: str
+    present: bool
+
+
+def diagnose() -> None:
+    """Print a table of every component: what there is, and for what is missing, what that costs."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("component", no_wrap=True)
+    table.add_column("found", ratio=2)
+    table.add_column("what its absence costs", ratio=3)
+    for component, found, present in findings():
+        text = escape(found)
+        table.add_row(component.name, *((text, "") if present else (f"[yellow]{text}[/yellow]", component.cost)))
+    Console(highlight=False).print(table)
+
+
+def findings() -> list[Finding]:
+    return [_look_for(component) for component in COMPONENTS]
+
+
+def _look_for(component: Component) -> Finding:
+    """A broken installation may raise anything at all; saying so is what this command is for."""
+    try:
+        return Finding(component, component.probe(), True)
+    except Missing as missing:
+        return Finding(component, str(missing), False)
+    except Exception as error:
+        return Finding(component, f"broken: {type(error).__name__}: {error}", False)
+
+
+def _package(distribution: str) -> Callable[[], str]:
+    return lambda: _version(distribution)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        raise Missing("not installed") from None
+
+
+def _torch() -> str:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return f"{torch.__version__}, {build}"
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing("none" if torch.version.cuda else "none that a CPU build of torch can use")
+    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"{count} x {name}" for name, count in names.items())
+
+
+def _nccl() -> str:
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        raise Missing("not in this build of torch")
+    return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _transformer_engine() -> str:
+    version = _version("transformer-engine")
+    if util.find_spec("transformer_engine_torch") is None:
+        raise Missing(f"{version} without its torch part")
+    return version
+
+
+def _apex() -> str:
+    """NVIDIA's apex has optimizers and compiled kernels (amp_C); PyPI's package of this name is a web library."""
+    spec = util.find_spec("apex")
+    if spec is None:
+        raise Missing("not installed")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        raise Missing("an unrelated package called apex")
+    if util.find_spec("amp_C") is None:
+        raise Missing("built without its CUDA kernels (amp_C)")
+    return "with its CUDA kernels"
+
+
+def _program(name: str, keyword: str) -> Callable[[], str]:
+    """The line of `name --version` that holds `keyword`."""
+
+    def probe() -> str:
+        path = shutil.which(name)
+        if path is None:
+            raise Missing("not on PATH")
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+        return next((line.strip() for line in answer.splitlines() if keyword in line), path)
+
+    return probe
+
+
+def _slurm() -> str:
+    absent = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if absent:
+        raise Missing(f"{' and '.join(absent)} not on PATH")
+    return _program("sbatch", "slurm")()
+
+
+def _cores() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{usable} usable of {os.cpu_count()}"
+
+
+def _memory() -> str:
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.0f} GiB free of {memory.total / 2**30:.0f}"
+
+
+def _disk() -> str:
+    disk = shutil.disk_usage(Path.cwd())
+    return f"{disk.free / 2**30:.0f} GiB free of {disk.total / 2**30:.0f} in {Path.cwd()}"
+
+
+COMPONENTS = (
+    Component("Python", platform.python_version, ""),
+    Component("PyTorch", _torch, "nothing works"),
+    Component("GPU", _gpus, "gloo on the CPU: laptop-size models"),
+    Component("NCCL", _nccl, "no training on GPUs; CPU ranks use gloo"),
+    Component("megatron-core", _package("megatron-core"), "no training, no evaluation"),
+    Component("transformers", _package("transformers"), "no tokenizer, no rollouts"),
+    Component(
+        "Transformer Engine",
+        _transformer_engine,
+        "torch attention, one sequence at a time; unfused layers; no fused rotary embedding",
+    ),
+    Component("NVIDIA apex", _apex, "without Transformer Engine too: torch's Adam instead of a fused one"),
+    Component("vLLM", _package("vllm"), "rollouts by the embedded hf engine, for small models"),
+    Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),
+    Component("math-verify", _package("math-verify"), "no reward.function=math"),
+    Component("nvcc", _program("nvcc", "release"), "Transformer Engine and apex cannot be built from source here"),
+    Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
+    Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),
+    Component("cores", _cores, ""),
+    Component("memory", _memory, ""),
+    Component("disk", _disk, ""),
+)

@@ -1,0 +1,273 @@
+"""The figures a user of the recipe watches: what each shows, and what to look for in it.
+
+A metric that a run does not log leaves its line out, and a figure without any line is not drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_fipo.report.panels import (
+    BLUE,
+    DEEP,
+    GREEN,
+    MIDDLE,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    Band,
+    FigureSpec,
+    Line,
+    Lines,
+    Scatter,
+    Stack,
+)
+
+
+def _ratio_lines(sign: str, names: Sequence[tuple[str, str, str]]) -> tuple[Line, ...]:
+    return tuple(Line(f"policy/{sign}_ratio_{name}", label, color, True) for name, label, color in names)
+
+
+OUTCOME = (
+    FigureSpec(
+        "evaluation",
+        "Evaluation",
+        "The scores this run is about; dotted: before training. avg@k should rise first. pass@k far above a flat avg@k "
+        "means that the policy can solve the problems but seldom does.",
+        (
+            Lines(
+                "score",
+                (
+                    Line("eval/avg@k", "avg@k", BLUE, before_after=True),
+                    Line("eval/cons@k", "cons@k", ORANGE, before_after=True),
+                    Line("eval/pass@k", "pass@k", GREEN, before_after=True),
+                ),
+            ),
+            Lines("mean length, tokens", (Line("eval/length"),)),
+        ),
+    ),
+    FigureSpec(
+        "reward",
+        "Reward and accuracy",
+        "Over all generated responses, dropped groups included. Reward that falls while accuracy rises is the "
+        "penalty on overlong responses.",
+        (Lines("mean reward", (Line("reward/mean"),)), Lines("accuracy", (Line("reward/accuracy", color=GREEN),))),
+    ),
+    FigureSpec(
+        "accuracy_length",
+        "Accuracy against length",
+        "A dot a step. Dots that move right and up: longer reasoning pays. Right but not up: length without benefit.",
+        (Scatter("response_length/mean", "mean response length, tokens", "reward/accuracy", "accuracy"),),
+    ),
+)
+
+RESPONSES = (
+    FigureSpec(
+        "response_length",
+        "Response length",
+        "FIPO's mean should keep growing where DAPO's levels off. A median stuck at the limit means truncation; "
+        "a sudden drop, collapse.",
+        (
+            Lines(
+                "tokens",
+                (
+                    Line("response_length/mean", "mean", ORANGE),
+                    Line("response_length/median", "median", DEEP),
+                ),
+                (
+                    Band("response_length/min", "response_length/max", "min to max", PALE, 0.3),
+                    Band("response_length/q25", "response_length/q75", "q25 to q75", MIDDLE, 0.35),
+                ),
+            ),
+        ),
+    ),
+    FigureSpec(
+        "right_and_wrong",
+        "Right and wrong responses",
+        "Wrong responses are usually the longer ones. A growing truncated share asks for a larger response limit.",
+        (
+            Lines(
+                "mean length, tokens",
+                (
+                    Line("response_length/right", "right", GREEN, zero_is_no_data=True),
+                    Line("response_length/wrong", "wrong", RED, zero_is_no_data=True),
+                ),
+            ),
+            Lines("truncated, share of responses", (Line("response_length/truncated", color=PURPLE),)),
+        ),
+    ),
+    FigureSpec(
+        "sampling",
+        "Sampled batches",
+        "What dynamic sampling costs. All-right groups take over as the policy outgrows the data; more rounds a step "
+        "mean slower steps, and the limit on rounds ends the run.",
+        (
+            Lines("generation rounds", (Line("sampling/rounds", color=PURPLE),)),
+            Lines("prompts generated", (Line("sampling/prompts_generated"),)),
+            Lines(
+                "groups dropped",
+                (
+                    Line("sampling/groups_all_right", "all right", GREEN),
+                    Line("sampling/groups_all_wrong", "all wrong", RED),
+                ),
+            ),
+        ),
+    ),
+    FigureSpec(
+        "advantage",
+        "Length-weighted mean advantage",
+        "Mean advantage of a token. Below 0: the long responses of a group are its worse ones, and training shortens; "
+        "above 0 it lengthens.",
+        (Lines("advantage", (Line("advantage/length_weighted_mean"),)),),
+    ),
+)
+
+POLICY = (
+    FigureSpec(
+        "policy_kl",
+        "Policy KL",
+        "How far the updates of a step move the policy from the one that sampled. Steady is healthy; growth over many "
+        "steps comes before instability.",
+        (Lines("nats a token, old minus new log-probability", (Line("policy/policy_kl"),)),),
+    ),
+    FigureSpec(
+        "entropy",
+        "Entropy",
+        "A fall to 0 ends exploration; a steady climb with falling reward is a policy turning into noise.",
+        (Lines("nats a token", (Line("policy/entropy", color=GREEN),)),),
+    ),
+    FigureSpec(
+        "grad_norm",
+        "Gradient norm",
+        "Before clipping, mean of a step's updates. Single spikes are harmless; a rising floor is not.",
+        (
+            Lines("L2 norm, log scale", (Line("policy/grad_norm", color=PURPLE),), log=True),
+            Lines("updates skipped", (Line("policy/skipped_updates", color=RED),)),
+        ),
+    ),
+    FigureSpec(
+        "clipping",
+        "Clipped tokens and vetoed responses",
+        "PPO clipping of a few per cent at most is usual. Dual clips and vetoes should be rare: they count tokens of "
+        "bad responses whose probability rose many times over.",
+        (
+            Lines("PPO clip, share of tokens", (Line("policy/ppo_clip_fraction"),)),
+            Lines("dual clip, share of tokens", (Line("policy/dual_clip_fraction", color=ORANGE),)),
+            Lines("vetoed, share of responses", (Line("policy/vetoed_fraction", color=RED),)),
+        ),
+    ),
+    FigureSpec(
+        "ratios",
+        "Importance ratios",
+        "New over old probability, by the sign of the advantage; log scale. The upper tail of the negative samples is "
+        "what the dual clip and the safety rule are there for.",
+        (
+            Lines(
+                "advantage < 0",
+                _ratio_lines("negative", (("p75", "p75", PALE), ("p995", "p99.5", MIDDLE), ("p999", "p99.9", DEEP)))
+                + _ratio_lines("negative", (("max", "max", RED),)),
+                log=True,
+            ),
+            Lines(
+                "advantage > 0",
+                _ratio_lines("positive", (("min", "min", RED), ("p25", "p25", PALE), ("median", "median", MIDDLE)))
+                + _ratio_lines("positive", (("p75", "p75", DEEP), ("p999", "p99.9", PURPLE))),
+                log=True,
+            ),
+        ),
+    ),
+)
+
+INFLUENCE = (
+    FigureSpec(
+        "influence_weight",
+        "Influence weight",
+        "FIPO's own term. A mean of exactly 1 means that it does nothing (one update a step is DAPO). A raw maximum "
+        "that grows without end says that Future-KL amplifies noise.",
+        (
+            Lines(
+                "after clip and safety rule",
+                (Line("policy/influence_weight", "mean", BLUE),),
+                (Band("policy/influence_weight_min", "policy/influence_weight_max", "min to max", PALE, 0.35),),
+            ),
+            Lines(
+                "raw, exp(Future-KL), log scale",
+                (Line("policy/influence_weight_raw", "mean", ORANGE),),
+                (
+                    Band(
+                        "policy/influence_weight_raw_min", "policy/influence_weight_raw_max", "min to max", ORANGE, 0.2
+                    ),
+                ),
+                log=True,
+            ),
+        ),
+    ),
+    FigureSpec(
+        "influence_clip",
+        "Influence weights at their bounds",
+        "Near 1 at the upper bound: weights are pinned and tell tokens apart no more. With a lower bound of 1 the "
+        "lower share counts every token whose Future-KL is not positive, all of them in a step's first update.",
+        (
+            Lines(
+                "share of tokens",
+                (
+                    Line("policy/influence_clip_fraction_upper", "upper", RED),
+                    Line("policy/influence_clip_fraction_lower", "lower", BLUE),
+                ),
+            ),
+        ),
+    ),
+)
+
+MACHINE = (
+    FigureSpec(
+        "mismatch",
+        "Rollout mismatch",
+        "Trainer against rollout engine, same weights. A jump means stale or wrong weights; a slow climb, precision. "
+        "Before a step's first update the log-ratio should be 0, and is exactly so on a CPU.",
+        (
+            Lines(
+                "nats, log scale",
+                (
+                    Line("mismatch/rollout_mismatch_abs", "mean |d|", BLUE),
+                    Line("mismatch/rollout_mismatch_abs_max", "max |d|", RED),
+                    Line("mismatch/rollout_mismatch_k3", "KL (k3)", GREEN),
+                ),
+                log=True,
+            ),
+            Lines("max |log-ratio| before the first update", (Line("policy/first_log_ratio_abs_max", color=ORANGE),)),
+        ),
+    ),
+    FigureSpec(
+        "time",
+        "Time of a step",
+        "Rollouts usually take most of it, and grow with the response length.",
+        (
+            Stack(
+                "seconds",
+                "time/step",
+                (
+                    Line("time/rollout", "rollout", BLUE),
+                    Line("time/old_log_probs", "old log-probs", GREEN),
+                    Line("time/update", "update", ORANGE),
+                ),
+                (Line("time/eval", "evaluation", PURPLE),),
+            ),
+        ),
+    ),
+    FigureSpec(
+        "throughput",
+        "Throughput",
+        "Trained response tokens over the whole step, evaluation left out. It falls with every extra sampling round.",
+        (Lines("tokens a second, all ranks", (Line("throughput/tokens_per_second", color=GREEN),)),),
+    ),
+)
+
+SECTIONS: dict[str, tuple[FigureSpec, ...]] = {
+    "Outcome": OUTCOME,
+    "Responses": RESPONSES,
+    "Policy": POLICY,
+    "Future-KL": INFLUENCE,
+    "Machine": MACHINE,
+}

@@ -1,0 +1,170 @@
+"""A run's directory, read: metrics.jsonl as columns, summary.json, config.yaml. Works on a live run too.
+
+T: rows, one a step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Values = NDArray[np.float64]
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class History:
+    """Attributes: steps: [T], ascending; columns: metric name -> [T], NaN where a row lacks it."""
+
+    steps: Values
+    columns: Mapping[str, Values]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row]) -> History:
+        names = {name: None for row in rows for name in row}
+        columns = {n: np.array([row.get(n, np.nan) for row in rows], dtype=np.float64) for n in names}
+        return cls(columns["step"], columns)
+
+    def __getitem__(self, name: str) -> Values:
+        """[T]; all NaN for a metric the run never logged."""
+        return self.columns.get(name, np.full(len(self.steps), np.nan))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Attributes: rows: one a step, ascending; `eval/*` only where measured. summary: {} while the run is live."""
+
+    directory: Path
+    rows: list[Row]
+    summary: dict[str, Any]
+    config: str  # the YAML text
+
+    @property
+    def before(self) -> Row:
+        """The evaluation before training; {} where none is known."""
+        return self.evaluations[0] if self.evaluations and self.evaluations[0]["step"] == 0 else {}
+
+    @property
+    def after(self) -> Row:
+        """The latest evaluation after it; a summary's, where there is one."""
+        latest = self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] > 0 else {}
+        return {**latest, **_scores(self.summary, "after")}
+
+    @property
+    def trained(self) -> list[Row]:
+        return [row for row in self.rows if row["step"] > 0]
+
+    @property
+    def evaluations(self) -> list[Row]:
+        return [row for row in self.rows if "eval/avg@k" in row]
+
+    def setting(self, key: str) -> Any:
+        """A resolved config value, None where absent. Unlike `load_config`, it reads what older versions wrote."""
+        try:
+            return OmegaConf.select(OmegaConf.create(self.config), key)
+        except OmegaConfBaseException:
+            return None
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run's directory.
+
+    Raises:
+        ValueError: it is no run, has no finished step, or a file in it is damaged.
+    """
+    metrics = directory / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{directory} is no run: it has no metrics.jsonl")
+    by_step = {row["step"]: row for row in read_metrics(metrics)}  # a resumed run repeats steps: the last one counts
+    if not any(step > 0 for step in by_step):
+        raise ValueError(f"{metrics} holds no finished step yet")
+    config = directory / "config.yaml"
+    summary = _read_summary(directory / "summary.json")
+    rows = _with_measured_evaluations([by_step[step] for step in sorted(by_step)], _scores(summary, "before"))
+    return Run(directory, rows, summary, config.read_text() if config.is_file() else "")
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl. A last line without its newline may be torn: the run is still writing it.
+
+    Raises:
+        ValueError: any other line that is no JSON object of numbers with a step.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse_row(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def _parse_row(line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError("not an object with a step")
+    for name, value in row.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name} = {value!r} is no number")
+    return row
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return summary
+
+
+def _scores(summary: Mapping[str, Any], when: str) -> Row:
+    """The `before` or `after` evaluation of a summary, named as in a row; {} where there is none."""
+    scores = summary.get(when) or {}
+    details = (summary.get("evaluation") or {}).get(when) or {}
+    lengths = {name: details[name] for name in ("length", "truncated") if name in details}
+    return {f"eval/{name}": value for name, value in {**lengths, **scores}.items()}
+
+
+def _with_measured_evaluations(rows: list[Row], before: Row) -> list[Row]:
+    """Keep `eval/*` only where it was measured, and give the evaluation before training a row, step 0.
+
+    A row that has `eval/*` but not the seconds it took repeats the latest evaluation: in the first row, that before
+    training. Where no row has the seconds, all are taken as measured.
+    """
+    if any("time/eval" in row for row in rows):
+        if not _is_measured(rows[0]):
+            before = {**_evaluation(rows[0]), **before}
+        rows = [row if _is_measured(row) else _without_evaluation(row) for row in rows]
+    return [{"step": 0.0, **before}, *rows] if before and rows[0]["step"] > 0 else rows
+
+
+def _is_measured(row: Row) -> bool:
+    return row["step"] == 0 or "time/eval" in row
+
+
+def _evaluation(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
+
+
+def _without_evaluation(row: Row) -> Row:
+    return {name: value for name, value in row.items() if not name.startswith("eval/")}

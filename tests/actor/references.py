@@ -1,0 +1,42 @@
+"""What `transformers` makes of the same checkpoint and responses, one sequence at a time, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_fipo.batch import Rollouts
+from megatron_fipo.model.architecture import load_hf_config
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> PreTrainedModel:
+    config = load_hf_config(str(path), overrides or {})
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="eager")
+
+
+def token_statistics(
+    model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probability of each response token, and entropy of the distribution it comes from: `[response]` each."""
+    log_probs, entropies = [], []
+    sequences = rollouts.tokens.split(rollouts.lengths.tolist())
+    for sequence, prompt in zip(sequences, rollouts.prompt_lengths.tolist(), strict=True):
+        logits = model(input_ids=sequence[None, :-1], use_cache=False).logits[0, prompt - 1 :]
+        log_p = (logits / temperature).log_softmax(-1)  # [response, V]
+        log_probs.append(log_p.gather(1, sequence[prompt:, None]).squeeze(1))
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return log_probs, entropies
+
+
+def gradients(
+    model: PreTrainedModel, rollouts: Rollouts, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Autograd's gradient of `loss(log_probs, entropies)`, both `[R]` over all responses in order."""
+    model.zero_grad()
+    log_probs, entropies = token_statistics(model, rollouts)
+    loss(torch.cat(log_probs), torch.cat(entropies)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,101 @@
+from importlib import metadata, util
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+
+from megatron_fipo import doctor
+
+PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "vLLM", "nemo-aligner", "math-verify"}
+OTHERS = {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"}
+
+
+def found(name):
+    return next(finding for finding in doctor.findings() if finding.component.name == name)
+
+
+def test_names_every_component(capsys):
+    """The table has a line for each component, and for each missing one what its absence costs."""
+    doctor.diagnose()
+    printed = capsys.readouterr().out
+    assert {component.name for component in doctor.COMPONENTS} == PACKAGES | OTHERS
+    assert all(f"\n {name} " in printed for name in PACKAGES | OTHERS)
+    for finding in doctor.findings():
+        assert finding.present or finding.component.cost.split()[0] in printed
+
+
+def test_reports_what_is_installed():
+    """Versions are those of the installed distributions."""
+    assert found("megatron-core")[1:] == (metadata.version("megatron-core"), True)
+    assert found("PyTorch").found.startswith(torch.__version__)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[no] CUDA"), KeyError("Version"), OSError(5, "input/output error")])
+def test_broken_metadata_does_not_end_it(monkeypatch, capsys, error):
+    """Whatever a package's metadata lookup raises, the table is printed and names the error."""
+
+    def broken(_name):
+        raise error
+
+    monkeypatch.setattr(metadata, "version", broken)
+    monkeypatch.setattr(util, "find_spec", broken)
+    doctor.diagnose()
+    assert "Transformer Engine" in capsys.readouterr().out
+    for name in PACKAGES:
+        assert found(name)[1:] == (f"broken: {type(error).__name__}: {error}", False)
+
+
+def test_torch_that_cannot_be_asked(monkeypatch, capsys):
+    """A CUDA runtime that raises is reported, not passed on."""
+
+    def broken():
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    doctor.diagnose()
+    assert found("GPU")[1:] == ("broken: RuntimeError: driver too old", False)
+    assert "laptop-size" in capsys.readouterr().out
+
+
+def apex_at(folder, kernels):
+    """A find_spec that sees a package `apex` in `folder`."""
+
+    def find_spec(name):
+        if name == "amp_C":
+            return ModuleSpec("amp_C", None) if kernels else None
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        return spec
+
+    return find_spec
+
+
+def test_unrelated_apex_is_told_apart(monkeypatch, tmp_path):
+    """PyPI's `apex` is not NVIDIA's; NVIDIA's without kernels is not enough; neither is imported."""
+    monkeypatch.setattr(util, "find_spec", apex_at(tmp_path, kernels=True))
+    assert found("NVIDIA apex")[1:] == ("an unrelated package called apex", False)
+    (tmp_path / "optimizers").mkdir()
+    assert found("NVIDIA apex")[1:] == ("with its CUDA kernels", True)
+    monkeypatch.setattr(util, "find_spec", apex_at(tmp_path, kernels=False))
+    assert found("NVIDIA apex")[1:] == ("built without its CUDA kernels (amp_C)", False)
+
+
+def test_transformer_engine_needs_its_torch_part(monkeypatch):
+    """The transformer-engine distribution alone, without the torch extension, counts as missing."""
+    monkeypatch.setattr(metadata, "version", lambda _: "2.9.0")
+    monkeypatch.setattr(util, "find_spec", lambda _: None)
+    assert found("Transformer Engine")[1:] == ("2.9.0 without its torch part", False)
+
+
+def test_programs_are_asked_for_their_version(monkeypatch, tmp_path):
+    """A program on PATH shows its version line; one that fails is reported as broken; none there, as missing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("nvcc")[1:] == ("not on PATH", False)
+    assert found("Slurm")[1:] == ("sbatch and srun not on PATH", False)
+    for name, script in (("nvcc", "echo a; echo tools, release 13.0"), ("sbatch", "echo slurm 24.05"), ("srun", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    assert found("nvcc")[1:] == ("tools, release 13.0", True)
+    assert found("Slurm")[1:] == ("slurm 24.05", True)
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 3\n")
+    assert found("nvcc").found.startswith("broken: CalledProcessError")
