@@ -47,7 +47,8 @@ def run(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any]
         return
     # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Ranks are forked from a server that has imported the heavy packages once.
+    # Without a GPU, ranks are forked from a server that has imported the heavy packages once. CUDA does not survive
+    # a fork, so there every rank starts afresh.
     multiprocessing.set_forkserver_preload(["megatron_fipo.trainer"])
     config = LaunchConfig(
         min_nodes=1,
@@ -56,7 +57,7 @@ def run(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any]
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
-        start_method="forkserver",
+        start_method="spawn" if torch.cuda.is_available() else "forkserver",
         max_restarts=0,
         monitor_interval=0.2,
     )

@@ -139,13 +139,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForCausalLM:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,  # of 32 dimensions
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -205,7 +205,9 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
     return sum(score.accuracy for score in scores) / len(scores)
 
 
-def make_task(directory: Path, *, seed: int, steps: int, train_problems: int, validation_problems: int) -> dict:
+def make_task(
+    directory: Path, *, seed: int, layers: int, steps: int, train_problems: int, validation_problems: int
+) -> dict:
     """Fill `directory`; returns the base model's accuracy on the held-out problems."""
     logging.disable_progress_bar()  # of the one-second save
     torch.manual_seed(seed)
@@ -213,7 +215,7 @@ def make_task(directory: Path, *, seed: int, steps: int, train_problems: int, va
     validation = distinct_problems(rng, validation_problems, held=True)
     write_problems(validation, directory / "validation.parquet")
     write_problems(distinct_problems(rng, train_problems, held=False), directory / "train.parquet")
-    model = make_model(tokenizer := make_tokenizer())
+    model = make_model(tokenizer := make_tokenizer(), layers)
     pretrain(model, tokenizer, steps=steps, seed=seed)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
@@ -224,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
     parser.add_argument("--train-problems", type=int, default=4000)
     parser.add_argument("--validation-problems", type=int, default=128)
