@@ -10,6 +10,7 @@ summary.json           evaluation before and after, steps, seconds
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -45,6 +46,8 @@ def prepare_directory(config: Config) -> None:
             )
         for name in ("metrics.jsonl", "summary.json", "tensorboard", "rollouts", "policy", "report.html", "figures"):
             _remove(directory / name)
+        for failed in directory.glob("failed_step_*"):
+            _remove(failed)
     directory.mkdir(parents=True, exist_ok=True)
 
 
@@ -88,8 +91,8 @@ class RunLog:
         """Record a step and print its line, with the time and the device-hours that are left."""
         seconds = time.monotonic() - self._started
         if self.writes:
-            row = {"step": step, "wall_seconds": seconds, **metrics}
-            self._metrics.write(json.dumps(row) + "\n")
+            numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._metrics.write(json.dumps({"step": step, "wall_seconds": seconds, **numbers}) + "\n")
             self._metrics.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -131,13 +134,14 @@ class RunLog:
         pq.write_table(_rollout_table(rollouts, tokenizer), unfinished)
         os.replace(unfinished, path)
 
-    def dump(self, step: int, batch: TrainBatch) -> Path:
-        """Save a mini-batch that broke training, for a look at it; returns where. Every rank saves its own."""
+    def dump(self, step: int, batch: TrainBatch) -> str:
+        """Save a mini-batch that broke training, for a look at it; says where. Every rank saves its own."""
+        if not self.enabled:
+            return "the batch was not saved"
         path = self.directory / f"failed_step_{step}" / f"rank_{self.rank}.pt"
-        if self.enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save([vars(m) for m in batch.micro_batches], path)
-        return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([vars(m) for m in batch.micro_batches], path)
+        return f"the batch is in {path}"
 
     def finish(self, before: Evaluation | None, after: Evaluation | None, seconds: float) -> None:
         """Write summary.json, the last file of a run."""

@@ -22,17 +22,17 @@ from transformers import AutoTokenizer, GenerationConfig
 from megatron_fipo.actor import FIPOActor, GradientError
 from megatron_fipo.algorithm import mismatch_metrics, truncated_importance_weights
 from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import PromptStream, load_prompts
 from megatron_fipo.evaluate import Evaluation, evaluate
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.parallel import topology as topologies
-from megatron_fipo.parallel.exchange import exchange
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import HFEngine
-from megatron_fipo.rollout.collect import Collected, RolloutCollector
+from megatron_fipo.rollout.collect import RolloutCollector
+from megatron_fipo.rollout.distribute import distribute
 from megatron_fipo.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ class Trainer:
         """One training step: a batch of responses and the updates on it."""
         with self._timed("rollout"), self.actor.inference():
             collected = self.collector.collect()
-        rollouts, batches = self._distribute(collected)
+        rollouts, batches = distribute(
+            collected.rollouts, collected.groups, self.config, self.topology, self.actor.pack
+        )
         with self.actor.training():
             with self._timed("old_log_probs"):
                 batches = self._with_old_log_probs(batches)
@@ -128,10 +130,8 @@ class Trainer:
 
     def dry_run(self) -> dict[str, float]:
         """One update on made-up responses up to the full length, nothing written: does it fit, does it run?"""
-        rollouts = self._fake_rollouts()
         groups = range(self.config.trainer.mini_batch_prompts)
-        self._clock = {}
-        _, batches = self._distribute(Collected(rollouts, list(groups), {}))
+        _, batches = distribute(self._fake_rollouts(groups), groups, self.config, self.topology, self.actor.pack)
         with self.actor.training():
             return self._update_policy(1, self._with_old_log_probs(batches))
 
@@ -151,42 +151,6 @@ class Trainer:
         self.reward.close()
         self.engine.close()
         self.log.close()
-
-    def _distribute(self, collected: Collected) -> tuple[Rollouts, list[TrainBatch]]:
-        """Deal the batch over replicas, balanced by length, and pack each mini-batch.
-
-        Which response goes where follows from ids and lengths, which all replicas know, so one exchange is enough.
-        """
-        topology, trainer = self.topology, self.config.trainer
-        mine = collected.rollouts
-        gathered: list[Any] = [None] * topology.dp.size()
-        dist.all_gather_object(gathered, (mine.ids, mine.lengths), group=topology.dp)
-        lengths = {int(i): int(n) for ids, ns in gathered for i, n in zip(ids, ns, strict=True)}
-        plans = []  # mini-batch -> replica -> micro-batch -> response ids
-        for start in range(0, len(collected.groups), trainer.mini_batch_prompts):
-            ids = [i for g in collected.groups[start : start + trainer.mini_batch_prompts] for i in self._ids(g)]
-            plan = plan_micro_batches(
-                [lengths[i] for i in ids],
-                replicas=topology.dp.size(),
-                token_budget=trainer.tokens_per_micro_batch,
-                alignment=topology.sequence_alignment,
-                multiple=topology.micro_batch_multiple,
-                longest_first=trainer.micro_batch_order == "longest_first",
-            )
-            plans.append([[[ids[i] for i in bin_] for bin_ in replica] for replica in plan])
-        owner = {i: r for plan in plans for r, bins in enumerate(plan) for bin_ in bins for i in bin_}
-        owners = torch.tensor([owner[int(i)] for i in mine.ids], dtype=torch.int64)
-        parts = [mine.select((owners == r).nonzero().squeeze(1)) for r in range(topology.dp.size())]
-        rollouts = Rollouts.concatenate(exchange(parts, topology.dp, topology.device))
-        row = {int(i): n for n, i in enumerate(rollouts.ids)}
-        return rollouts, [
-            TrainBatch(tuple(self.actor.pack(rollouts, [row[i] for i in bin_]) for bin_ in plan[topology.dp.rank()]))
-            for plan in plans
-        ]
-
-    def _ids(self, group: int) -> range:
-        size = self.config.rollout.group_size
-        return range(group * size, (group + 1) * size)
 
     def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
         """Attach the policy's log-probabilities before any update, packed as the updates will be, and what is made of
@@ -239,8 +203,7 @@ class Trainer:
                         _, metrics = self.actor.get_loss_and_metrics(batch, forward_only=False)
                 except GradientError as error:
                     where = f"step {step}, epoch {epoch + 1}, mini-batch {number + 1} of {len(batches)}"
-                    path = self.log.dump(step, batch)
-                    raise GradientError(f"{where}: {error}. The batch is in {path}") from None
+                    raise GradientError(f"{where}: {error}; {self.log.dump(step, batch)}") from None
                 update = self.actor.last_update
                 assert update is not None
                 skipped = float(update.skipped)
@@ -253,20 +216,20 @@ class Trainer:
             )
         return {"policy/first_log_ratio_abs_max": first_shift, **_summarize_updates(seen)}
 
-    def _fake_rollouts(self) -> Rollouts:
-        """Random responses to this replica's share of one mini-batch, one of them as long as allowed."""
+    def _fake_rollouts(self, groups: Sequence[int]) -> Rollouts:
+        """Random responses to this replica's share of the groups, one of them as long as allowed."""
         rollout, topology = self.config.rollout, self.topology
         generator = torch.Generator().manual_seed(self.config.run.seed + topology.dp.rank())
         prompts = self.prompts.prompts
-        groups = range(topology.dp.rank(), self.config.trainer.mini_batch_prompts, topology.dp.size())
-        ids = [i for g in groups for i in self._ids(g)]
+        size, mine = rollout.group_size, groups[topology.dp.rank() :: topology.dp.size()]
+        ids = [group * size + i for group in mine for i in range(size)]
         lengths = torch.randint(1, rollout.max_response_tokens + 1, (len(ids),), generator=generator).tolist()
         if lengths:
             lengths[0] = rollout.max_response_tokens
         responses = [torch.randint(0, self.hf_config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
         rollouts = Rollouts.from_responses(
             ids=ids,
-            prompts=[prompts[i // rollout.group_size % len(prompts)].token_ids for i in ids],
+            prompts=[prompts[i // size % len(prompts)].token_ids for i in ids],
             responses=responses,
             log_probs=[[0.0] * n for n in lengths],
             truncated=[False] * len(ids),

@@ -168,7 +168,7 @@ class FIPOActor(AlignableGenerativeInterface):
         bins = [range(i, min(i + size, rows)) for i in range(0, rows, size)]
         bins += [range(0)] * (-len(bins) % self.topology.micro_batch_multiple)
         batch = TrainBatch(tuple(self.pack(rollouts, list(b)) for b in bins))
-        return torch.cat([x.view(-1, length - 1) for x in self.log_probs(batch)])
+        return torch.cat(self.log_probs(batch)).view(rows, length - 1)
 
     def get_init_policy_logprobs(self, rollout_batches: Sequence[TrainBatch]) -> list[list[torch.Tensor]]:
         """`log_probs` of each batch under the weights that training started from.

@@ -120,9 +120,9 @@ def _parse_row(line: str) -> Row:
     if not isinstance(row, dict) or "step" not in row:
         raise ValueError("not an object with a step")
     for name, value in row.items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float | None):
             raise ValueError(f"{name} = {value!r} is no number")
-    return row
+    return {name: value for name, value in row.items() if value is not None}  # null: it was not finite
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

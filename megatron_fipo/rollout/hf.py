@@ -45,6 +45,9 @@ class HFEngine:
         for name, tensor in weights:
             if name not in self._parameters:
                 raise ValueError(f"the rollout model has no parameter {name!r}")
+            if tensor.shape != self._parameters[name].shape:
+                wanted = list(self._parameters[name].shape)
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, but the rollout model's is {wanted}")
             self._parameters[name].copy_(tensor)
             missing.discard(name)
         if missing:

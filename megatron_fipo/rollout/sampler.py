@@ -22,6 +22,9 @@ class SeededSampler(LogitsProcessor):
         max_tokens: random numbers prepared for each request.
         prompt_tokens: length of the (padded) prompt, from which the step is counted.
         greedy: pick the most likely token instead.
+
+    Raises:
+        FloatingPointError: when called with logits that are not finite.
     """
 
     def __init__(self, seeds: Sequence[int], max_tokens: int, prompt_tokens: int, greedy: bool) -> None:
@@ -39,6 +42,8 @@ class SeededSampler(LogitsProcessor):
         else:
             step = input_ids.shape[1] - self.prompt_tokens
             cumulative = log_probs.exp().cumsum(-1)
+            if not bool(cumulative[:, -1].isfinite().all()):
+                raise FloatingPointError("the rollout model's logits are not finite: its weights have diverged")
             threshold = self.uniforms[:, step, None].to(scores.device) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, threshold, right=True)
         self.log_probs.append(log_probs.gather(-1, chosen).squeeze(-1).cpu())

@@ -1,0 +1,209 @@
+"""The embedded engine: what it draws, with which probability, and what it reports of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from megatron_fipo.rollout import HFEngine, Request, Response, Sampling
+from tests.policies import make_qwen2
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+STOP = (17, 42)
+PROMPTS = [(3, 1, 4, 1, 5), (9,), (2, 6, 5), (3, 5, 8, 9, 7, 9, 3)]
+
+
+def sampling(**changes: object) -> Sampling:
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 16, "stop_token_ids": STOP} | changes
+    return Sampling(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads are slower than one on a model of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    path = make_qwen2(tmp_path_factory.mktemp("qwen2"), layers=2, vocab=50)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def engine_for(model: PreTrainedModel, batch_size: int = 64) -> HFEngine:
+    engine = HFEngine(model.config, torch.float32, torch.device("cpu"), batch_size)
+    engine.load_weights((name, p.detach()) for name, p in model.named_parameters())
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(model: PreTrainedModel) -> HFEngine:
+    return engine_for(model)
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(PROMPTS[i % len(PROMPTS)], seed=1000 + i) for i in range(count)]
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, request: Request, response: Response) -> torch.Tensor:
+    """[response, V] logits that each token of the response was drawn from, without cache or padding."""
+    ids = torch.tensor([[*request.prompt_ids, *response.token_ids]])
+    return model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(request.prompt_ids) - 1 :]
+
+
+def filtered(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """log-probabilities [T, V] after temperature, top-k and top-p, by their definitions; -inf where nothing is left."""
+    probs = (logits / how.temperature).softmax(-1)
+    for row in probs:
+        order = row.argsort(descending=True)
+        if how.top_k:
+            row[order[how.top_k :]] = 0
+        row /= row.sum()
+        before = row[order].cumsum(0) - row[order]  # mass of more likely tokens
+        row[order[before >= how.top_p]] = 0
+        row /= row.sum()
+    return probs.log()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_seed_is_a_response(model: PreTrainedModel, engine: HFEngine, batch_size: int) -> None:
+    """A request's response is the same in any batch size, order and company."""
+    wanted = requests(20)
+    expected = engine.generate(wanted, sampling())
+    assert len({tuple(r.token_ids) for r in expected}) == 20
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = engine_for(model, batch_size).generate([wanted[i] for i in order], sampling())
+    for place, i in enumerate(order):
+        assert shuffled[place].token_ids == expected[i].token_ids
+        assert shuffled[place].log_probs == pytest.approx(expected[i].log_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [sampling(), sampling(temperature=0.6), sampling(top_k=5), sampling(temperature=1.3, top_p=0.7, top_k=20)],
+    ids=["plain", "temperature", "top_k", "all"],
+)
+def test_log_probs_are_of_the_sampled_distribution(model: PreTrainedModel, engine: HFEngine, how: Sampling) -> None:
+    """log_probs are transformers' after temperature, top-k and top-p; nothing outside of those is drawn."""
+    wanted = requests(8)
+    for request, response in zip(wanted, engine.generate(wanted, how), strict=True):
+        log_p = filtered(logits_of(model, request, response), how)
+        expected = log_p.gather(1, torch.tensor(response.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(response.log_probs), expected, rtol=0, atol=1e-4)
+
+
+def test_greedy_equals_transformers(model: PreTrainedModel, engine: HFEngine) -> None:
+    """Temperature 0 gives transformers' greedy continuation of each prompt alone, whatever the seed."""
+    for request, response in zip(requests(8), engine.generate(requests(8), sampling(temperature=0)), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        expected = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=list(STOP))
+        assert response.token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_stop_tokens_end_a_response(engine: HFEngine) -> None:
+    """Every stop id ends a response and is its last token; only a response without one is truncated, at max_tokens."""
+    responses = engine.generate(requests(64), sampling())
+    assert {r.token_ids[-1] for r in responses if not r.truncated} == set(STOP)
+    assert any(r.truncated for r in responses)
+    for response in responses:
+        assert len(response.log_probs) == len(response.token_ids)
+        assert not set(response.token_ids[:-1]) & set(STOP)
+        assert response.truncated == (response.token_ids[-1] not in STOP)
+        assert len(response.token_ids) == 16 if response.truncated else len(response.token_ids) <= 16
+
+
+def test_stop_at_the_limit_is_not_truncated(engine: HFEngine) -> None:
+    """A stop token drawn as the very last allowed token counts as an end."""
+    pairs = zip(requests(64), engine.generate(requests(64), sampling()), strict=True)
+    request, whole = next((q, r) for q, r in pairs if not r.truncated and len(r.token_ids) > 1)
+    length = len(whole.token_ids)
+    (at_limit,) = engine.generate([request], sampling(max_tokens=length))
+    (below,) = engine.generate([request], sampling(max_tokens=length - 1))
+    assert (at_limit.token_ids, at_limit.truncated) == (whole.token_ids, False)
+    assert (below.token_ids, below.truncated) == (whole.token_ids[:-1], True)
+
+
+@pytest.mark.parametrize("how", [sampling(max_tokens=1), sampling(max_tokens=1, temperature=0.8, top_p=0.9)])
+def test_frequencies_match_the_distribution(model: PreTrainedModel, how: Sampling) -> None:
+    """First tokens of 4000 seeds follow the filtered distribution: chi-square below its 99.9 % quantile."""
+    count, prompt = 4000, PROMPTS[0]
+    responses = engine_for(model, 1000).generate([Request(prompt, seed) for seed in range(count)], how)
+    probs = filtered(logits_of(model, Request(prompt, 0), responses[0]), how)[0].exp()
+    observed = torch.bincount(torch.tensor([r.token_ids[0] for r in responses]), minlength=probs.numel())
+    assert observed[probs == 0].sum() == 0
+    common = probs * count >= 5
+    expected = torch.cat([probs[common], probs[~common].sum()[None]]) * count
+    counts = torch.cat([observed[common], observed[~common].sum()[None]])
+    used = expected > 1
+    statistic = float(((counts - expected).square() / expected)[used].sum())
+    freedom = int(used.sum()) - 1
+    assert freedom >= 10
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson and Hilferty
+    assert statistic < quantile
+
+
+def test_new_weights_change_the_answers(model: PreTrainedModel, tmp_path: Path) -> None:
+    """After load_weights the engine answers as the new model does, and as the old one after going back."""
+    other = AutoModelForCausalLM.from_pretrained(make_qwen2(tmp_path, layers=2, vocab=50, seed=1), dtype=torch.float32)
+    engine = engine_for(model)
+    old = engine.generate(requests(8), sampling())
+    engine.load_weights((name, p.detach()) for name, p in other.named_parameters())
+    new = engine.generate(requests(8), sampling())
+    assert new == engine_for(other).generate(requests(8), sampling())
+    assert new != old
+    engine.load_weights((name, p.detach()) for name, p in model.named_parameters())
+    assert engine.generate(requests(8), sampling()) == old
+
+
+def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
+    """A tied model takes its embedding once."""
+    path = make_qwen2(tmp_path, layers=2, vocab=50, tied=True)
+    tied = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine = HFEngine(AutoConfig.from_pretrained(path), torch.float32, torch.device("cpu"), 8)
+    engine.load_weights((name, p.detach()) for name, p in tied.named_parameters())
+    wanted = requests(2)
+    for request, response in zip(wanted, engine.generate(wanted, sampling()), strict=True):
+        log_p = filtered(logits_of(tied, request, response), sampling())
+        expected = log_p.gather(1, torch.tensor(response.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(response.log_probs), expected, rtol=0, atol=1e-4)
+
+
+def test_nothing_to_generate(engine: HFEngine) -> None:
+    """No request, no response."""
+    assert engine.generate([], sampling()) == []
+
+
+def _without_last(weights: dict[str, torch.Tensor]) -> Weights:
+    yield from list(weights.items())[:-1]
+
+
+def _with_stranger(weights: dict[str, torch.Tensor]) -> Weights:
+    yield from weights.items()
+    yield "model.layers.9.mlp.up_proj.weight", torch.zeros(1)
+
+
+def _with_wrong_shape(weights: dict[str, torch.Tensor]) -> Weights:
+    yield from (weights | {"model.norm.weight": torch.ones(1)}).items()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (_without_last, "no weights for lm_head.weight"),
+        (_with_stranger, "no parameter 'model.layers.9"),
+        (_with_wrong_shape, r"model\.norm\.weight.*\[1\].*\[64\]"),
+    ],
+)
+def test_load_weights_errors(model: PreTrainedModel, broken: object, message: str) -> None:
+    """A missing, an unknown and a misshapen tensor are refused by name."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        engine_for(model).load_weights(broken(weights))  # type: ignore[operator]

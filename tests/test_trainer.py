@@ -1,0 +1,271 @@
+"""Whole runs of two steps on a random policy: the same on every layout, and what they leave in their directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_fipo.actor import GradientError
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.reward import Score
+from megatron_fipo.rollout.collect import Collected
+from megatron_fipo.trainer import Trainer
+from tests.policies import make_config, make_task
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "tp2_pp2": {"tensor": 2, "pipeline": 2, "world_size": 4},
+    "dp2": {"world_size": 2},
+}
+UNTRAINED = ("time/", "throughput/", "eval/")
+Layouts = Callable[[str], list[dict[str, torch.Tensor]]]
+COLUMNS = [
+    *("id", "prompt", "response", "response_tokens", "rollout_log_probs"),
+    *("reward", "accuracy", "advantage", "truncated"),
+]
+
+
+def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
+    """A reward that an untrained policy gets half of the time, so that most groups are informative."""
+    right = [sum(map(ord, response)) % 2 == 0 for response in responses]
+    return [Score(1.0 if r else -1.0, float(r), answer=str(r)) for r in right]
+
+
+def _config(task: Path, out: Path, parallel: dict[str, int] | None = None, **trainer: Any) -> Config:
+    config = make_config(
+        task,
+        run={"name": out.name, "directory": str(out)},
+        parallel=parallel or {},
+        data={"train": f"{task}/train.parquet", "validation": f"{task}/validation.parquet", "max_prompt_tokens": 16},
+        rollout={"max_response_tokens": 12, "max_rounds": 0},
+        reward={"function": "tests.test_trainer:parity", "overlong_buffer_tokens": 4},
+        # With Adam's usual eps, a weight whose gradient is nearly 0 moves by its sign: rounding would decide.
+        optimizer={"distributed": True, "eps": 1e-4, "max_consecutive_skips": 2},
+        trainer={"max_steps": 2, "tokens_per_micro_batch": 64, "tensorboard": False, **trainer},
+        eval={"every": 0, "samples": 2, "max_problems": 4},
+    )
+    # Two epochs take the policy away from the old one, so that the loss is not DAPO's.
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, epochs_per_batch=2))
+
+
+def _train(config: Config) -> dict[str, torch.Tensor]:
+    """The run, and its policy's weights."""
+    trainer = Trainer(config)
+    try:
+        trainer.train()
+        return {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
+    finally:
+        trainer.close()
+        topologies.destroy()
+
+
+def _one_rank(config: Config, dry: Config, broken: Config) -> dict[str, Any]:
+    """A run, a dry run, and a run whose advantages are infinite in step 2."""
+    weights = _train(config)
+    trainer = Trainer(dry, write=False)
+    metrics = trainer.dry_run()
+    trainer.close()
+    topologies.destroy()
+    trainer = Trainer(broken)
+    collect, steps = trainer.collector.collect, iter([False, True])
+
+    def spoiled() -> Collected:
+        collected = collect()
+        if not next(steps):
+            return collected
+        rollouts = collected.rollouts
+        return dataclasses.replace(collected, rollouts=rollouts.replace(advantages=rollouts.advantages * torch.inf))
+
+    trainer.collector.collect = spoiled  # type: ignore[method-assign]
+    with pytest.raises(GradientError) as error:
+        trainer.train()
+    trainer.close()
+    topologies.destroy()
+    return {"weights": weights, "dry": metrics, "error": str(error.value)}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task") / "base")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def config(task: Path, runs: Path) -> Config:
+    return _config(task, runs / "one", tensorboard=True)
+
+
+@pytest.fixture(scope="module")
+def one_rank(task: Path, runs: Path, config: Config) -> dict[str, Any]:
+    return run_ranks(_one_rank, 1, config, _config(task, runs / "dry"), _config(task, runs / "broken"))[0]
+
+
+@pytest.fixture(scope="module")
+def on_layout(task: Path, runs: Path) -> Layouts:
+    """Runs the layout of this name, once, in `runs / name`; the weights on each rank."""
+
+    @functools.cache
+    def run(name: str) -> list[dict[str, torch.Tensor]]:
+        return run_ranks(_train, LAYOUTS[name]["world_size"], _config(task, runs / name, LAYOUTS[name]))
+
+    return run
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _rollouts(run: Path, step: int) -> list[dict[str, Any]]:
+    return sorted(pq.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist(), key=lambda row: row["id"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_gives_the_same_run(name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts) -> None:
+    """A layout samples the same responses, logs the same metrics and ends with the same weights as one rank.
+
+    What comes out of sampling is equal. What comes out of the policy differs by rounding: 1e-4 of a log-probability
+    after the updates; the ratios' quantiles are read from bins 0.4 % wide, and one token of about a hundred may
+    cross a clip.
+    """
+    weights = on_layout(name)
+    for step in (1, 2):
+        for row, expected in zip(_rollouts(runs / name, step), _rollouts(runs / "one", step), strict=True):
+            for column in ("id", "prompt", "response_tokens", "reward", "accuracy", "truncated"):
+                assert row[column] == expected[column], (step, column)
+            assert row["advantage"] == pytest.approx(expected["advantage"], abs=1e-6)
+            assert row["rollout_log_probs"] == pytest.approx(expected["rollout_log_probs"], abs=1e-4)
+    for row, expected in zip(_rows(runs / name), _rows(runs / "one"), strict=True):
+        assert row.keys() == expected.keys()
+        for metric in (m for m in expected if not m.startswith(UNTRAINED) and m != "wall_seconds"):
+            tolerance = 0.01 if "fraction" in metric else 1e-4
+            assert row[metric] == pytest.approx(expected[metric], rel=5e-3, abs=tolerance), metric
+    for mine in weights:
+        for parameter, weight in one_rank["weights"].items():
+            torch.testing.assert_close(mine[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: p + m)
+
+
+@pytest.mark.parametrize("name", ["one", *LAYOUTS])
+def test_old_log_probs_are_the_first_update_s_own(
+    name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts
+) -> None:
+    """Before the first update of every step, no log-ratio differs from 0 by a single bit."""
+    if name != "one":
+        on_layout(name)
+    rows = _rows(runs / name)
+    assert len(rows) == 2
+    assert [row["policy/first_log_ratio_abs_max"] for row in rows] == [0.0, 0.0]
+    assert all(row["policy/log_ratio_abs_max"] > 1e-3 for row in rows)
+
+
+def test_saved_config_is_the_run_s(config: Config, runs: Path, one_rank: dict[str, Any]) -> None:
+    """config.yaml reloads to the very config."""
+    assert load_config(runs / "one" / "config.yaml") == config
+
+
+def test_metrics_rows(runs: Path, one_rank: dict[str, Any]) -> None:
+    """One row a step, of finite numbers, with what a user of the recipe watches; 2 mini-batches x 2 epochs updates."""
+    rows = _rows(runs / "one")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values())
+        assert row["policy/updates"] == 4
+        assert row["batch/responses"] == 16
+        assert row["policy/lr"] == 1e-3
+        assert row["mismatch/rollout_mismatch_abs"] < 1e-5
+        assert 0 < row["time/rollout"] + row["time/old_log_probs"] + row["time/update"] <= row["time/step"]
+        assert row["throughput/tokens_per_second"] == row["throughput/tokens_per_second_per_rank"] > 0
+    watched = {"policy/influence_weight", "policy/entropy", "policy/grad_norm", "policy/policy_kl", "sampling/rounds"}
+    assert watched | {"response_length/median", "advantage/length_weighted_mean", "reward/mean"} <= rows[0].keys()
+    assert list((runs / "one" / "tensorboard").glob("events*"))
+
+
+def test_evaluation_keys_only_where_evaluated(runs: Path, one_rank: dict[str, Any]) -> None:
+    """Rows of steps without an evaluation have no eval/ key; the last step has."""
+    first, last = _rows(runs / "one")
+    assert not [key for key in first if key.startswith("eval/") or key == "time/eval"]
+    assert {"eval/avg@k", "eval/cons@k", "eval/pass@k", "time/eval"} <= last.keys()
+
+
+def test_rollouts_file(task: Path, runs: Path, one_rank: dict[str, Any]) -> None:
+    """A row a trained response: its tokens decode to its text, its length counts, its advantage is the group's."""
+    tokenizer = AutoTokenizer.from_pretrained(task)
+    for step in (1, 2):
+        table = pq.read_table(runs / "one" / "rollouts" / f"step_{step}.parquet")
+        assert table.column_names == COLUMNS
+        rows = _rollouts(runs / "one", step)
+        assert len(rows) == 16
+        for row in rows:
+            tokens = row["response_tokens"]
+            assert tokenizer.decode(tokens) == row["response"]
+            assert row["prompt"].startswith("<bos>")
+            assert row["prompt"].endswith("?")
+            assert len(row["rollout_log_probs"]) == len(tokens) <= 12
+            assert row["truncated"] == (tokens[-1] != tokenizer.eos_token_id)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            penalty = min(-(len(tokens) - 8) / 4, 0.0)
+            assert row["reward"] == pytest.approx(parity([text], [""], [""])[0].reward + penalty)
+        for group in (rows[i : i + 4] for i in range(0, 16, 4)):
+            rewards = torch.tensor([row["reward"] for row in group])
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+            torch.testing.assert_close(torch.tensor([row["advantage"] for row in group]), expected)
+            assert len({row["prompt"] for row in group}) == 1
+            assert 0 < sum(row["accuracy"] for row in group) < 4
+
+
+def test_summary(runs: Path, one_rank: dict[str, Any]) -> None:
+    """summary.json holds both evaluations; the last one is the last row's."""
+    summary = json.loads((runs / "one" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["wall_seconds"] > 0
+    assert summary["before"].keys() == {"avg@k", "cons@k", "pass@k"}
+    assert summary["after"] == {name: _rows(runs / "one")[-1][f"eval/{name}"] for name in summary["after"]}
+    assert (summary["evaluation"]["before"]["samples"], summary["evaluation"]["before"]["problems"]) == (2, 4)
+
+
+def test_exported_policy(task: Path, runs: Path, one_rank: dict[str, Any]) -> None:
+    """policy/ loads in transformers with its tokenizer and holds the trained weights bit for bit."""
+    model = AutoModelForCausalLM.from_pretrained(runs / "one" / "policy", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(task, dtype=torch.float32).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, one_rank["weights"][name])
+        assert not torch.equal(weight, base[name])
+    tokenizer = AutoTokenizer.from_pretrained(runs / "one" / "policy")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(task).get_vocab()
+    assert tokenizer.chat_template
+
+
+def test_dry_run_writes_nothing(runs: Path, one_rank: dict[str, Any]) -> None:
+    """A dry run makes its updates, sees log-ratios of 0 first, and leaves no directory."""
+    assert one_rank["dry"]["policy/first_log_ratio_abs_max"] == 0.0
+    assert one_rank["dry"]["policy/grad_norm"] > 0
+    assert not (runs / "dry").exists()
+
+
+def test_non_finite_loss_names_the_step(runs: Path, one_rank: dict[str, Any]) -> None:
+    """Infinite advantages in step 2 end the run there, say where, and leave the batch and the row of step 1."""
+    message = one_rank["error"]
+    dump = runs / "broken" / "failed_step_2" / "rank_0.pt"
+    assert message.startswith("step 2, epoch 1, mini-batch 2 of 2: 2 updates in a row had a gradient norm")
+    assert message.endswith(f"the batch is in {dump}")
+    micro_batches = torch.load(dump)
+    advantages = torch.cat([m["advantages"] for m in micro_batches])
+    assert len(advantages) == 8
+    assert not advantages.isfinite().any()
+    assert [row["step"] for row in _rows(runs / "broken")] == [1]
+    assert not (runs / "broken" / "summary.json").exists()
