@@ -1,0 +1,6 @@
+#include "lanes_avx2.h"
+// Lanes first: the kernels are written in terms of them.
+#include "loss_kernel.h"
+#include "scan_kernel.h"
+
+const fipo::cpu::Kernels fipo::cpu::kAvx2Kernels = {scan_piece, loss_run};

@@ -1,0 +1,139 @@
+// Included once per instruction set, after one of the lanes_*.h: what both kernels do to a vector of tokens.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define FIPO_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using namespace fipo;
+using namespace fipo::cpu;
+
+using F = Lanes::F;
+using M = Lanes::M;
+constexpr int kWidth = Lanes::kWidth;
+
+// Largest error 1 ulp where the result is normal; 0 below -104, +inf above 88.73, NaN for NaN. Range reduction by ln 2
+// in two parts, then the polynomial of the Cephes library.
+FIPO_INLINE F exponential(F x) {
+  x = Lanes::at_most(Lanes::at_least(x, Lanes::set(-104.0f)), Lanes::set(89.0f));
+  const F n = Lanes::round(Lanes::mul(x, Lanes::set(1.44269504088896341f)));
+  F r = Lanes::fma(n, Lanes::set(-0.693359375f), x);
+  r = Lanes::fma(n, Lanes::set(2.12194440e-4f), r);
+  F p = Lanes::set(1.9875691500e-4f);
+  p = Lanes::fma(p, r, Lanes::set(1.3981999507e-3f));
+  p = Lanes::fma(p, r, Lanes::set(8.3334519073e-3f));
+  p = Lanes::fma(p, r, Lanes::set(4.1665795894e-2f));
+  p = Lanes::fma(p, r, Lanes::set(1.6666665459e-1f));
+  p = Lanes::fma(p, r, Lanes::set(5.0000001201e-1f));
+  p = Lanes::fma(p, Lanes::mul(r, r), Lanes::add(r, Lanes::set(1.0f)));
+  return Lanes::scale(p, n);
+}
+
+// Where the next kWidth tokens are read and written; null where there is nothing to.
+struct Window {
+  const float* log_probs;
+  const float* old_log_probs;
+  const uint8_t* mask;
+  const float* advantages;
+  const float* token_weights;
+  float* gradient;
+  float* future_kl;
+  float* influence_weights;
+
+  template <class T>
+  static T* moved(T* pointer, int64_t by) {
+    return pointer ? pointer + by : nullptr;
+  }
+  Window at(int64_t token) const {
+    return {log_probs + token,
+            moved(old_log_probs, token),
+            mask + token,
+            moved(advantages, token),
+            moved(token_weights, token),
+            moved(gradient, token),
+            moved(future_kl, token),
+            moved(influence_weights, token)};
+  }
+};
+
+inline Window window_of(const Tokens& tokens) {
+  return {static_cast<const float*>(tokens.log_probs),
+          static_cast<const float*>(tokens.old_log_probs),
+          tokens.mask,
+          tokens.advantages_per_token ? tokens.advantages : nullptr,
+          tokens.token_weights,
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+// The fewer than kWidth tokens left at the start of a piece, as the last lanes of a window of their own: there the
+// carry that follows them enters as in any other window. The lanes before them are masked.
+class Edge {
+ public:
+  Edge(const Window& from, int count) : from_(from), skip_(kWidth - count) {
+    window_ = {read(log_probs_, from.log_probs),
+               read(old_log_probs_, from.old_log_probs),
+               read(mask_, from.mask),
+               read(advantages_, from.advantages),
+               read(token_weights_, from.token_weights),
+               from.gradient ? gradient_ : nullptr,
+               future_kl_,
+               from.influence_weights ? influence_weights_ : nullptr};
+  }
+  const Window& window() const { return window_; }
+  float first_future_kl() const { return future_kl_[skip_]; }
+  void write_back() const {
+    write(from_.gradient, gradient_);
+    write(from_.future_kl, future_kl_);
+    write(from_.influence_weights, influence_weights_);
+  }
+
+ private:
+  template <class T>
+  const T* read(T* lanes, const T* from) const {
+    if (!from) return nullptr;
+    memset(lanes, 0, kWidth * sizeof(T));
+    memcpy(lanes + skip_, from, (kWidth - skip_) * sizeof(T));
+    return lanes;
+  }
+  void write(float* to, const float* lanes) const {
+    if (to) memcpy(to, lanes + skip_, (kWidth - skip_) * sizeof(float));
+  }
+
+  Window from_, window_;
+  int skip_;
+  float log_probs_[kWidth], old_log_probs_[kWidth], advantages_[kWidth], token_weights_[kWidth];
+  float gradient_[kWidth], future_kl_[kWidth], influence_weights_[kWidth];
+  uint8_t mask_[kWidth];
+};
+
+struct Shift {
+  F unclamped, log_ratio;  // log_ratio is clamped
+  M mask, extreme;         // extreme: a loss token above the dual clip
+};
+
+FIPO_INLINE Shift load_shift(const Window& window, F clamp, F log_dual_clip) {
+  F shift = Lanes::load(window.log_probs);
+  if (window.old_log_probs) shift = Lanes::sub(shift, Lanes::load(window.old_log_probs));
+  const F log_ratio = Lanes::at_most(Lanes::at_least(shift, Lanes::negate(clamp)), clamp);
+  const M mask = Lanes::load_mask(window.mask);
+  return {shift, log_ratio, mask, Lanes::both(mask, Lanes::greater(log_ratio, log_dual_clip))};
+}
+
+// S_t of the window, given (in all lanes) that of the token after it; `carry` moves on to the window's first.
+FIPO_INLINE F scan_window(const Shift& shift, const Decay& decay, F to_end, F* carry) {
+  const F terms = Lanes::select(Lanes::without(shift.mask, shift.extreme), shift.log_ratio, Lanes::set(0.0f));
+  const F future_kl = Lanes::fma(*carry, to_end, Lanes::reverse_scan(terms, decay));
+  *carry = Lanes::broadcast_first(future_kl);
+  return future_kl;
+}
+
+FIPO_INLINE F load_to_end(const Decay& decay) { return Lanes::load(decay.to_end + kMaxLanes - kWidth); }
+
+}  // namespace

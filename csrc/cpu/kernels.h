@@ -1,0 +1,80 @@
+// What the instruction-set-independent part (loss.cpp, scan.cpp) and the kernels compiled per instruction set share.
+// This header and the others that a kernel includes define nothing inline that two instruction sets could share: the
+// linker would keep one of the copies, maybe the one that this machine cannot run.
+#pragma once
+
+#include "../fipo.h"
+
+namespace fipo {
+namespace cpu {
+
+constexpr int kMaxLanes = 16;
+
+// Powers of gamma, rounded once from float64.
+struct Decay {
+  float by_one, by_two, by_four, by_eight;
+  float to_end[kMaxLanes];  // to_end[i] = gamma^(kMaxLanes - i); the last W of them serve W lanes
+};
+
+// Consecutive tokens of one segment.
+struct Piece {
+  int64_t segment;
+  int64_t begin, end;
+  float carry;  // S_t of the token at `end`
+};
+
+struct PieceSummary {
+  float first;           // S_t of the token at `begin`; the carry where the piece is empty
+  int64_t dual_clipped;  // both counted only where the job asks for it
+  int64_t loss_tokens;
+};
+
+struct ScanJob {
+  Tokens tokens;
+  float log_ratio_clamp, log_dual_clip;
+  Decay decay;
+  float* future_kl;  // [N] optional
+  bool count;        // the two counts of PieceSummary; reads advantages
+};
+
+struct LossJob {
+  Tokens tokens;
+  Constants constants;
+  Shard shard;
+  LossOutput out;
+  Decay decay;
+};
+
+// What one thread works at without hearing of the others: whole segments [first, last), or one tile of a long one.
+struct Run {
+  int64_t first, last;
+  bool is_tile;
+  // Of a tile only:
+  Piece tile;
+  bool vetoed;
+  int64_t sequence_tokens;
+};
+
+struct RunResult {
+  double metrics[kNumMetrics];  // the sequence counts of a tile's segment are left to the caller
+  uint32_t* histograms;         // [2][kHistogramBins] and one more for what is not counted; added to
+};
+
+struct Kernels {
+  PieceSummary (*scan)(const ScanJob& job, const Piece& piece);
+  void (*loss)(const LossJob& job, const Run& run, RunResult* result);
+};
+
+extern const Kernels kScalarKernels;
+#ifdef __x86_64__
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// Of the instruction set in use, see `cpu_isa`.
+const Kernels& kernels();
+
+Decay make_decay(double half_life);
+
+}  // namespace cpu
+}  // namespace fipo

@@ -1,0 +1,68 @@
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL). The meaning of each function is in lanes_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Lanes {
+  static constexpr int kWidth = 16;
+  using F = __m512;
+  using M = __mmask16;
+
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static M load_mask(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
+
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+  static F at_least(F x, F bound) { return _mm512_max_ps(bound, x); }
+  static F at_most(F x, F bound) { return _mm512_min_ps(bound, x); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static M is_number(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
+  static M both(M a, M b) { return a & b; }
+  static M either(M a, M b) { return a | b; }
+  static M without(M a, M b) { return a & static_cast<M>(~b); }
+  static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+  static int count(M m) { return __builtin_popcount(m); }
+  static bool any(M m) { return m != 0; }
+
+  static F scale(F x, F n) { return _mm512_scalef_ps(x, n); }
+  static void store_indices(int32_t* p, F x) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(x)); }
+  static float first(F x) { return _mm512_cvtss_f32(x); }
+  static F broadcast_first(F x) { return _mm512_broadcastss_ps(_mm512_castps512_ps128(x)); }
+  template <class Powers>
+  static F reverse_scan(F x, const Powers& gamma) {
+    x = fma(set(gamma.by_one), shifted<1>(x), x);
+    x = fma(set(gamma.by_two), shifted<2>(x), x);
+    x = fma(set(gamma.by_four), shifted<4>(x), x);
+    return fma(set(gamma.by_eight), shifted<8>(x), x);
+  }
+  static double sum(F x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+  static float smallest(F x) { return _mm512_reduce_min_ps(x); }
+
+ private:
+  // Lane i holds x_{i + k}, 0 beyond the last.
+  template <int k>
+  static F shifted(F x) {
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(x), k));
+  }
+};
+
+}  // namespace

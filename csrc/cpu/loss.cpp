@@ -1,0 +1,87 @@
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "plan.h"
+
+namespace fipo {
+namespace cpu {
+namespace {
+
+constexpr int64_t kHistogramSlots = 2 * kHistogramBins + 1;  // the last is for tokens that are not counted
+
+// What the whole of a long segment decides for its tiles, and its own entries of the outputs.
+void settle_long_segment(const LossJob& job, LongSegment* segment, std::vector<Run>* runs, double* metrics) {
+  const int64_t index = segment->segment;
+  const Shard& shard = job.shard;
+  const PieceSummary whole =
+      segment->link(shard.carry_in ? shard.carry_in[index] : 0.0f, job.constants.half_life);
+  const int64_t allowed = job.constants.max_dual_clipped;
+  const bool vetoed = shard.vetoed ? shard.vetoed[index] != 0 : allowed >= 0 && whole.dual_clipped > allowed;
+  const int64_t sequence_tokens = shard.sequence_tokens ? shard.sequence_tokens[index] : whole.loss_tokens;
+  for (const Piece& tile : segment->tiles) runs->push_back({index, index + 1, true, tile, vetoed, sequence_tokens});
+  job.out.vetoed[index] = vetoed;
+  if (shard.counts_sequence && !shard.counts_sequence[index]) return;
+  metrics[kLossSequences] += sequence_tokens > 0;
+  metrics[kNumSequences] += sequence_tokens > 0 && !vetoed;
+  metrics[kVetoed] += vetoed;
+}
+
+void clear(double* metrics) {
+  for (int i = 0; i < kNumMetrics; ++i) metrics[i] = 0.0;
+  for (int i : {kPositiveRatioMin, kFutureKlMin, kInfluenceMin, kInfluenceRawMin}) metrics[i] = INFINITY;
+  for (int i : {kLogRatioAbsMax, kNegativeRatioMax, kPositiveRatioMax, kFutureKlMax, kInfluenceMax, kInfluenceRawMax})
+    metrics[i] = -INFINITY;
+}
+
+void merge(double* into, const double* from) {
+  for (int i = 0; i < kFirstExtremum; ++i) into[i] += from[i];
+  for (int i = kFirstExtremum; i < kNumMetrics; ++i) {
+    const bool is_min = i == kPositiveRatioMin || i == kFutureKlMin || i == kInfluenceMin || i == kInfluenceRawMin;
+    into[i] = is_min ? std::min(into[i], from[i]) : std::max(into[i], from[i]);
+  }
+}
+
+void finish(double* metrics, const Constants& constants) {
+  if (!constants.influence) return;
+  // The raw extrema hold those of S, of which exp is monotone; -inf and +inf still mean that there is no data.
+  if (metrics[kInfluenceRawMin] == INFINITY) return;
+  for (int i : {kInfluenceRawMin, kInfluenceRawMax}) metrics[i] = exp(std::min(metrics[i], kMaxLogWeight));
+}
+
+}  // namespace
+}  // namespace cpu
+
+void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& shard, const LossOutput& out,
+              int threads) {
+  using namespace cpu;
+  threads = useful_threads(tokens.num_tokens, threads);
+  const LossJob job = {tokens, constants, shard, out, make_decay(constants.half_life)};
+  clear(out.metrics);
+  Plan plan = make_plan(tokens);
+  const ScanJob first_reading = {tokens, constants.log_ratio_clamp, constants.log_dual_clip, job.decay, nullptr, true};
+  summarize_tiles(first_reading, &plan.long_segments, threads);
+  std::vector<Run> runs;
+  for (LongSegment& segment : plan.long_segments) settle_long_segment(job, &segment, &runs, out.metrics);
+  runs.insert(runs.end(), plan.runs.begin(), plan.runs.end());
+
+  const int64_t num_runs = runs.size();
+  std::vector<RunResult> results(num_runs);
+  memset(out.histograms, 0, 2 * kHistogramBins * sizeof(int64_t));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint32_t> histograms(kHistogramSlots);  // integers: their sum has one value in any order
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_runs; ++i) {
+      results[i].histograms = histograms.data();
+      kernels().loss(job, runs[i], &results[i]);
+    }
+#pragma omp critical
+    for (int64_t bin = 0; bin < 2 * kHistogramBins; ++bin) out.histograms[bin] += histograms[bin];
+  }
+  for (const RunResult& result : results) merge(out.metrics, result.metrics);
+  finish(out.metrics, constants);
+}
+
+}  // namespace fipo

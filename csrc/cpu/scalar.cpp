@@ -1,0 +1,6 @@
+#include "lanes_scalar.h"
+// Lanes first: the kernels are written in terms of them.
+#include "loss_kernel.h"
+#include "scan_kernel.h"
+
+const fipo::cpu::Kernels fipo::cpu::kScalarKernels = {scan_piece, loss_run};
