@@ -27,9 +27,9 @@ SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", *OPTIMIZE]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
-    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12 warns about its own header
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"],
 }
+QUIET_FLAGS = {"avx512": ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]}  # GCC 12 warns about its own header
 
 
 @dataclass
@@ -95,7 +95,7 @@ class BuildExtension(build_ext):
         define = f'-DMEGATRON_FIPO_BUILD="{summary}"'
 
         def compile_one(source: Path) -> str:
-            flags = [*CXX_FLAGS, *SANITIZER, *ISA_FLAGS.get(source.stem, [])]
+            flags = [*CXX_FLAGS, *SANITIZER, *ISA_FLAGS.get(source.stem, []), *QUIET_FLAGS.get(source.stem, [])]
             if source.stem == "binding":
                 flags += [*includes, *BINDING_FLAGS, *cuda.macros, define]
             target = build_dir / f"{source.stem}.o"

@@ -45,9 +45,11 @@ namespace cpu {
 const Kernels& kernels() { return *chosen().kernels; }
 
 Decay make_decay(double half_life) {
-  const auto power = [half_life](int tokens) { return static_cast<float>(exp2(-tokens / half_life)); };
-  Decay decay = {power(1), power(2), power(4), power(8), {}};
+  const auto exact = [half_life](int tokens) { return exp2(-tokens / half_life); };
+  const auto power = [&exact](int tokens) { return static_cast<float>(exact(tokens)); };
+  Decay decay = {power(1), power(2), power(4), power(8), {}, {}};
   for (int i = 0; i < kMaxLanes; ++i) decay.to_end[i] = power(kMaxLanes - i);
+  for (int i = 0; i <= kMaxLanes; ++i) decay.by_window[i] = exact(i);
   return decay;
 }
 

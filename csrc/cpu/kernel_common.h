@@ -126,11 +126,12 @@ FIPO_INLINE Shift load_shift(const Window& window, F clamp, F log_dual_clip) {
   return {shift, log_ratio, mask, Lanes::both(mask, Lanes::greater(log_ratio, log_dual_clip))};
 }
 
-// S_t of the window, given (in all lanes) that of the token after it; `carry` moves on to the window's first.
-FIPO_INLINE F scan_window(const Shift& shift, const Decay& decay, F to_end, F* carry) {
+// S_t of the window, given that of the token after it; `carry` moves on to the window's first.
+FIPO_INLINE F scan_window(const Shift& shift, const Decay& decay, F to_end, double* carry) {
   const F terms = Lanes::select(Lanes::without(shift.mask, shift.extreme), shift.log_ratio, Lanes::set(0.0f));
-  const F future_kl = Lanes::fma(*carry, to_end, Lanes::reverse_scan(terms, decay));
-  *carry = Lanes::broadcast_first(future_kl);
+  const F alone = Lanes::reverse_scan(terms, decay);
+  const F future_kl = Lanes::fma(Lanes::set(static_cast<float>(*carry)), to_end, alone);
+  *carry = static_cast<double>(Lanes::first(alone)) + decay.by_window[kWidth] * *carry;
   return future_kl;
 }
 

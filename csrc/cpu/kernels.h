@@ -10,21 +10,23 @@ namespace cpu {
 
 constexpr int kMaxLanes = 16;
 
-// Powers of gamma, rounded once from float64.
+// Powers of gamma, rounded once from float64. From window to window the carry is in float64: near 1, what rounding
+// gamma^16 to float32 loses would add up over a long sequence.
 struct Decay {
   float by_one, by_two, by_four, by_eight;
   float to_end[kMaxLanes];  // to_end[i] = gamma^(kMaxLanes - i); the last W of them serve W lanes
+  double by_window[kMaxLanes + 1];  // by_window[W] = gamma^W
 };
 
 // Consecutive tokens of one segment.
 struct Piece {
   int64_t segment;
   int64_t begin, end;
-  float carry;  // S_t of the token at `end`
+  double carry;  // S_t of the token at `end`
 };
 
 struct PieceSummary {
-  float first;           // S_t of the token at `begin`; the carry where the piece is empty
+  double first;          // S_t of the token at `begin`; the carry where the piece is empty
   int64_t dual_clipped;  // both counted only where the job asks for it
   int64_t loss_tokens;
 };

@@ -47,7 +47,6 @@ struct Lanes {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(x));
   }
   static float first(F x) { return _mm256_cvtss_f32(x); }
-  static F broadcast_first(F x) { return _mm256_broadcastss_ps(_mm256_castps256_ps128(x)); }
   template <class Powers>
   static F reverse_scan(F x, const Powers& gamma) {
     const F zero = _mm256_setzero_ps();

@@ -42,7 +42,6 @@ struct Lanes {
   static F scale(F x, F n) { return _mm512_scalef_ps(x, n); }
   static void store_indices(int32_t* p, F x) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(x)); }
   static float first(F x) { return _mm512_cvtss_f32(x); }
-  static F broadcast_first(F x) { return _mm512_broadcastss_ps(_mm512_castps512_ps128(x)); }
   template <class Powers>
   static F reverse_scan(F x, const Powers& gamma) {
     x = fma(set(gamma.by_one), shifted<1>(x), x);

@@ -55,7 +55,6 @@ struct Lanes {
     for (int i = 0; i < kWidth; ++i) p[i] = (int32_t)x[i];
   }
   static float first(F x) { return x[0]; }
-  static F broadcast_first(F x) { return set(x[0]); }
   // Lane i: sum over j >= i of gamma^(j - i) x_j.
   template <class Powers>
   static F reverse_scan(F x, const Powers& gamma) {

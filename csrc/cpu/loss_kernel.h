@@ -16,7 +16,7 @@ struct Accumulators {
   F negated_abs, negated_negative, negated_positive, negated_future_kl, negated_influence;
 };
 
-template <bool kInfluence>
+template <bool kIsFipo>
 class LossRun {
  public:
   LossRun(const LossJob& job, RunResult* result)
@@ -32,7 +32,7 @@ class LossRun {
   void segment(int64_t index) {
     const int64_t *offsets = job_.tokens.offsets, begin = offsets[index], end = offsets[index + 1];
     const Shard& shard = job_.shard;
-    const float carry = shard.carry_in ? shard.carry_in[index] : 0.0f;
+    const double carry = shard.carry_in ? shard.carry_in[index] : 0.0f;
     const int64_t sequence_tokens = shard.sequence_tokens ? shard.sequence_tokens[index] : -1;
     const PieceSummary seen = piece({index, begin, end, carry}, sequence_tokens);
     const int64_t allowed = constants_.max_dual_clipped;
@@ -72,11 +72,10 @@ class LossRun {
   PieceSummary piece(const Piece& piece, int64_t sequence_tokens) {
     scale_ = Lanes::set(coefficient(piece, sequence_tokens));
     if (!all_.advantages) advantage_ = Lanes::set(job_.tokens.advantages[piece.segment]);
-    carry_ = Lanes::set(piece.carry);
-    PieceSummary seen = {0.0f, 0, 0};
+    PieceSummary seen = {0.0, 0, 0};
     // Local copies stay in registers; members would be stored after every window.
     Accumulators sums = sums_;
-    F carry = carry_;
+    double carry = piece.carry;
     int64_t end = piece.end;
     while (end - piece.begin >= kWidth) {
       const int64_t windows = (end - piece.begin) / kWidth;
@@ -123,7 +122,7 @@ class LossRun {
     return 1.0f / static_cast<float>(count > 1 ? count : 1);
   }
 
-  FIPO_INLINE void step(const Window& window, PieceSummary* seen, Accumulators* sums, F* carry) {
+  FIPO_INLINE void step(const Window& window, PieceSummary* seen, Accumulators* sums, double* carry) {
     const F zero = Lanes::set(0.0f);
     const Shift shift = load_shift(window, Lanes::set(constants_.log_ratio_clamp), Lanes::set(constants_.log_dual_clip));
     const F d = shift.log_ratio, ratio = exponential(d);
@@ -133,7 +132,7 @@ class LossRun {
     const M positive = Lanes::both(mask, Lanes::greater(advantage, zero));
 
     F weighted = advantage;
-    if (kInfluence) {
+    if (kIsFipo) {
       const F future_kl = scan_window(shift, decay_, load_to_end(decay_), carry);
       weighted = Lanes::mul(influence(window, future_kl, ratio, mask, negative, sums), advantage);
     } else {
@@ -261,15 +260,15 @@ class LossRun {
   RunResult* const result_;
   Window all_;
   Accumulators sums_;
-  F scale_, advantage_, carry_;
+  F scale_, advantage_;
   double piece_loss_ = 0.0;
   int64_t windows_ = 0;  // since the last flush
   int64_t counts_[kFirstExtremum] = {};
 };
 
-template <bool kInfluence>
+template <bool kIsFipo>
 void run_loss(const LossJob& job, const Run& run, RunResult* result) {
-  LossRun<kInfluence> loss(job, result);
+  LossRun<kIsFipo> loss(job, result);
   if (run.is_tile) loss.tile(run);
   for (int64_t i = run.first; !run.is_tile && i < run.last; ++i) loss.segment(i);
   loss.finish();

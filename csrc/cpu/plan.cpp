@@ -19,12 +19,12 @@ LongSegment cut(int64_t segment, int64_t begin, int64_t end) {
 
 }  // namespace
 
-PieceSummary LongSegment::link(float carry, double half_life) {
+PieceSummary LongSegment::link(double carry, double half_life) {
   PieceSummary whole = {carry, 0, 0};
   for (size_t i = 0; i < tiles.size(); ++i) {
     tiles[i].carry = whole.first;
     const double decay = exp2(-static_cast<double>(tiles[i].end - tiles[i].begin) / half_life);
-    whole.first = static_cast<float>(summaries[i].first + decay * whole.first);
+    whole.first = summaries[i].first + decay * whole.first;
     whole.dual_clipped += summaries[i].dual_clipped;
     whole.loss_tokens += summaries[i].loss_tokens;
   }

@@ -21,7 +21,7 @@ struct LongSegment {
   std::vector<PieceSummary> summaries;  // of each tile alone: with carry 0
 
   // Gives the tiles their carries, given that of the segment; returns the summary of the whole segment.
-  PieceSummary link(float carry, double half_life);
+  PieceSummary link(double carry, double half_life);
 };
 
 struct Plan {

@@ -5,7 +5,7 @@ namespace cpu {
 namespace {
 
 void put_summary(const ScanOutput& out, int64_t segment, const PieceSummary& summary) {
-  if (out.carry_out) out.carry_out[segment] = summary.first;
+  if (out.carry_out) out.carry_out[segment] = static_cast<float>(summary.first);
   if (out.dual_clipped) out.dual_clipped[segment] = summary.dual_clipped;
   if (out.loss_tokens) out.loss_tokens[segment] = summary.loss_tokens;
 }

@@ -10,7 +10,9 @@ from megatron_fipo.algorithm.dynamic_sampling import (
     informative_groups,
 )
 from megatron_fipo.algorithm.importance_sampling import mismatch_metrics, truncated_importance_weights
-from megatron_fipo.algorithm.loss import FIPOLossConfig, LossOutput, fipo_loss, grpo_loss, loss_config
+from megatron_fipo.algorithm.loss import fipo_loss, grpo_loss
+from megatron_fipo.algorithm.loss_config import FIPOLossConfig, loss_config
+from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
 from megatron_fipo.algorithm.overlong import overlong_penalty
 

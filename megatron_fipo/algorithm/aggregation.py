@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo import ops
-from megatron_fipo.algorithm.loss import FIPOLossConfig
+from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 
 
 def aggregate_tokens(

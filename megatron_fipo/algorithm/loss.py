@@ -6,11 +6,13 @@
     l_t = clipped surrogate of the advantage f_t A_t   eq. 8
 
 FIPO is DAPO with f_t; DAPO/GRPO is f_t = 1. Letters in shapes: N packed tokens, S sequences.
+
+What follows the two public functions is the reference: the loss in plain torch, in the order of the formulas. The
+compiled loss is the same in one pass, see `compiled_loss`.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,117 +20,15 @@ from torch import Tensor
 
 from megatron_fipo import ops
 from megatron_fipo.algorithm import loss_metrics
+from megatron_fipo.algorithm.compiled_loss import compiled_loss
+from megatron_fipo.algorithm.loss_config import FIPOLossConfig
+from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean
-from megatron_fipo.algorithm.packed_tokens import PackedTokens, pack_tokens
-from megatron_fipo.config import AlgorithmConfig, RolloutConfig
+from megatron_fipo.algorithm.packed_tokens import PackedTokens, check_token_weights, pack_tokens
 
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "compiled"]
 
-UNCLIPPED_CAP = 10.0  # bound of exp(S) where influence_clip is None, as in the authors' code
 SAFE_CLIP = (0.8, 1.0)  # what the safety rule clips weights to, as in the authors' code
-
-
-@dataclass(frozen=True)
-class FIPOLossConfig:
-    """Constants of the loss; the defaults are the 32B recipe's.
-
-    Raises:
-        ValueError: a value under which the loss is not defined.
-    """
-
-    half_life: float = 32.0  # tokens; gamma = 2^(-1/half_life)
-    influence_clip: tuple[float, float] | None = (1.0, 1.2)  # None: no clip, exp(S) capped at 10
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.28
-    dual_clip: float = 10.0  # c: bounds the loss of A < 0 tokens; ratios above it are left out of the scan
-    safety_threshold: float = 10.0  # where A < 0 and the ratio is above it, the weight is clipped to [0.8, 1]
-    log_ratio_clamp: float = 20.0  # nats
-    max_dual_clipped_tokens: int | None = 1  # a sequence with more is vetoed; None: never
-    aggregation: Aggregation = "token-mean"
-    norm_length: float = 1.0  # tokens; what seq-mean-token-sum-norm divides by: Dr. GRPO's maximum response length
-
-    def __post_init__(self) -> None:
-        problems = [*self._clip_problems(), *self._other_problems()]
-        if problems:
-            raise ValueError("illegal FIPO loss: " + "; ".join(problems))
-
-    @property
-    def influence_bounds(self) -> tuple[float, float]:
-        """What exp(S_t) is clipped to, with or without `influence_clip`."""
-        return self.influence_clip or (0.0, UNCLIPPED_CAP)
-
-    def _clip_problems(self) -> list[str]:
-        problems = []
-        for name, value in (("clip_ratio_low", self.clip_ratio_low), ("clip_ratio_high", self.clip_ratio_high)):
-            if not 0 <= value < math.inf:
-                problems.append(f"{name} = {value} must be finite and not negative")
-        if not self.clip_ratio_low <= 1:
-            problems.append(f"clip_ratio_low = {self.clip_ratio_low} must be at most 1, a ratio is never negative")
-        if not 1 + self.clip_ratio_high < self.dual_clip < math.inf:
-            problems.append(
-                f"dual_clip = {self.dual_clip} must be finite and above "
-                f"1 + clip_ratio_high = {1 + self.clip_ratio_high}; raise it"
-            )
-        if self.influence_clip is not None:
-            lo, hi = self.influence_clip
-            if not 0 <= lo <= hi < math.inf:
-                problems.append(f"influence_clip = ({lo}, {hi}) must satisfy 0 <= low <= high; null means no clip")
-        return problems
-
-    def _other_problems(self) -> list[str]:
-        problems = []
-        for name in ("half_life", "safety_threshold", "norm_length"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                problems.append(f"{name} = {value} must be finite and positive")
-        # exp(clamp) must be finite in float32, and a clamp below ln c would switch the dual clip and the veto off.
-        least = math.log(self.dual_clip) if self.dual_clip > 0 else 0.0
-        if not least < self.log_ratio_clamp <= 80:
-            problems.append(
-                f"log_ratio_clamp = {self.log_ratio_clamp} must be above ln(dual_clip) = {least:.3f} and at most 80"
-            )
-        if self.max_dual_clipped_tokens is not None and self.max_dual_clipped_tokens < 0:
-            problems.append(
-                f"max_dual_clipped_tokens = {self.max_dual_clipped_tokens} must not be negative; null: no veto"
-            )
-        if self.aggregation not in AGGREGATIONS:
-            problems.append(f"aggregation = {self.aggregation!r} must be one of {', '.join(AGGREGATIONS)}")
-        return problems
-
-
-def loss_config(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> FIPOLossConfig:
-    """The loss's own config from the run's.
-
-    Raises:
-        ValueError: constants under which the loss is not defined.
-    """
-    return FIPOLossConfig(
-        half_life=algorithm.half_life,
-        influence_clip=algorithm.influence_clip,
-        clip_ratio_low=algorithm.clip_ratio_low,
-        clip_ratio_high=algorithm.clip_ratio_high,
-        dual_clip=algorithm.dual_clip,
-        safety_threshold=algorithm.safety_threshold,
-        log_ratio_clamp=algorithm.log_ratio_clamp,
-        max_dual_clipped_tokens=algorithm.max_dual_clipped_tokens,
-        aggregation=algorithm.aggregation,
-        norm_length=rollout.max_response_tokens,
-    )
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Sums, not means: divide `loss_sum` once, by the `denominator` added up over micro-batches and ranks."""
-
-    loss_sum: Tensor  # scalar, differentiable: over surviving tokens (token-mean) or over sequences' terms (seq-*)
-    num_tokens: Tensor  # scalar int64: surviving tokens
-    num_sequences: Tensor  # scalar int64: surviving sequences that have a loss token
-    denominator: Tensor  # the one of these two that the aggregation divides by
-    future_kl: Tensor  # [N] S_t, detached, nats
-    influence_weights: Tensor  # [N] f_t, detached, after clip and safety rule
-    vetoed: Tensor  # [S] bool: sequences removed whole
-    metrics: Mapping[str, Mean | Tensor]  # mergeable, see `metrics`
 
 
 def fipo_loss(
@@ -157,7 +57,8 @@ def fipo_loss(
         config: the constants.
         token_weights: [N] importance-sampling correction, multiplies each token's loss, detached; None: 1. Ratios,
             Future-KL, veto, and every metric but `loss` ignore it.
-        backend: "reference" is plain torch; "auto" the fastest there is.
+        backend: "reference" is plain torch, any dtype and device; "compiled" the extension, for the float32 it was
+            built for; "auto" the compiled one where it can be used.
         group: must be None; a sharded scan needs compiled ops.
 
     Returns:
@@ -166,13 +67,16 @@ def fipo_loss(
     Raises:
         ValueError: shapes, dtypes or offsets do not fit; a backend or a group that is not available.
     """
-    _check_backend(backend, group)
+    _check_group(group)
+    if _use_compiled(backend, log_probs):
+        inputs = (log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
+        return compiled_loss(*inputs, config, token_weights, influence=True)
     tokens = pack_tokens(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens, config.log_ratio_clamp)
-    extreme = _extreme(tokens, config)
-    future_kl = ops.future_kl(tokens.log_ratio.detach(), tokens.mask & ~extreme, cu_seqlens, config.half_life)
+    regular = tokens.mask & ~_extreme(tokens, config)
+    future_kl = ops.future_kl(tokens.log_ratio.detach(), regular, cu_seqlens, config.half_life, backend="reference")
     weights = _influence_weights(future_kl, tokens, config)
     influence = loss_metrics.influence_metrics(future_kl, weights, tokens.mask, config.influence_bounds)
-    return _aggregate(tokens, extreme, future_kl, weights, config, token_weights, influence)
+    return _aggregate(tokens, future_kl, weights, config, token_weights, influence)
 
 
 def grpo_loss(
@@ -192,15 +96,28 @@ def grpo_loss(
     Arguments, shapes and errors are those of `fipo_loss`; `config.half_life`, `influence_clip` and `safety_threshold`
     are not used.
     """
-    _check_backend(backend, group)
+    _check_group(group)
+    if _use_compiled(backend, log_probs):
+        inputs = (log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
+        return compiled_loss(*inputs, config, token_weights, influence=False)
     tokens = pack_tokens(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens, config.log_ratio_clamp)
     zeros = torch.zeros_like(tokens.advantage)
-    return _aggregate(tokens, _extreme(tokens, config), zeros, zeros + 1, config, token_weights, {})
+    return _aggregate(tokens, zeros, zeros + 1, config, token_weights, {})
 
 
-def _check_backend(backend: str, group: object) -> None:
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend {backend!r} is not built here; use 'auto' or 'reference'")
+def _use_compiled(backend: str, log_probs: Tensor) -> bool:
+    if backend not in ("auto", "reference", "compiled"):
+        raise ValueError(f"backend = {backend!r} must be 'auto', 'reference' or 'compiled'")
+    available = ops.compiled_for(log_probs)
+    if backend == "compiled" and not available:
+        raise ValueError(
+            f"backend 'compiled' is not built for {log_probs.dtype} on {log_probs.device.type} here "
+            f"({ops.compiled_summary()}); use 'auto' or 'reference'"
+        )
+    return available and backend != "reference"
+
+
+def _check_group(group: object) -> None:
     if group is not None:
         raise ValueError(
             "group: a Future-KL scan sharded over a process group needs the compiled ops, which are not built; "
@@ -233,7 +150,6 @@ def _token_losses(tokens: PackedTokens, weights: Tensor, config: FIPOLossConfig)
 
 def _aggregate(
     tokens: PackedTokens,
-    extreme: Tensor,
     future_kl: Tensor,
     weights: Tensor,
     config: FIPOLossConfig,
@@ -241,7 +157,7 @@ def _aggregate(
     influence: Mapping[str, Mean | Tensor],
 ) -> LossOutput:
     losses, clipped = _token_losses(tokens, weights, config)
-    dual_clipped = extreme & (tokens.advantage < 0)
+    dual_clipped = _extreme(tokens, config) & (tokens.advantage < 0)
     vetoed = _vetoed(tokens, dual_clipped, config.max_dual_clipped_tokens)
     survives = tokens.mask & ~vetoed[tokens.sequence]
     lengths = tokens.count(tokens.mask)  # [S] loss tokens of each sequence
@@ -255,7 +171,9 @@ def _aggregate(
         "loss": Mean(loss_sum.detach().double(), denominator.double()),
         "vetoed_fraction": Mean(vetoed.sum().double(), (lengths > 0).sum().double()),
     }
-    return LossOutput(loss_sum, num_tokens, num_sequences, denominator, future_kl, weights, vetoed, metrics)
+    return LossOutput(
+        loss_sum, num_tokens, num_sequences, denominator, vetoed, metrics, influence=lambda: (future_kl, weights)
+    )
 
 
 def _vetoed(tokens: PackedTokens, dual_clipped: Tensor, allowed: int | None) -> Tensor:
@@ -277,9 +195,5 @@ def _coefficients(
         factor = like.new_ones(())
     if token_weights is None:
         return factor
-    if token_weights.shape != like.shape or not token_weights.is_floating_point():
-        raise ValueError(
-            f"token_weights must be [N] = {list(like.shape)} floating point, "
-            f"not {list(token_weights.shape)} {token_weights.dtype}"
-        )
+    check_token_weights(token_weights, like)
     return factor * torch.where(tokens.mask, token_weights.detach().to(like.dtype), 0.0)

@@ -28,7 +28,7 @@ def pack_tokens(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, clamp: float
 ) -> PackedTokens:
     """Check the inputs of a loss (shapes and errors: `fipo_loss`) and select what its mask leaves."""
-    _check(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
+    check_inputs(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
     mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
     sequence = ops.sequence_ids(cu_seqlens, log_probs.numel())
     advantage = advantages.detach().to(log_probs.dtype)
@@ -45,7 +45,10 @@ def pack_tokens(
     )
 
 
-def _check(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> None:
+def check_inputs(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, loss_mask: Tensor, cu_seqlens: Tensor
+) -> None:
+    """Raise the ValueErrors of `fipo_loss` about its packed tensors."""
     if log_probs.dim() != 1 or log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_probs must be [N] float32 or float64, not {list(log_probs.shape)} {log_probs.dtype}; "
@@ -71,3 +74,12 @@ def _check(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, loss_ma
             raise ValueError(f"{name} is on {tensor.device}, log_probs on {log_probs.device}; move it there")
     if cu_seqlens.device != log_probs.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, log_probs on {log_probs.device}; move it there")
+
+
+def check_token_weights(token_weights: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless `token_weights` is [N] floating point; `like` is any [N] tensor."""
+    if token_weights.shape != like.shape or not token_weights.is_floating_point():
+        raise ValueError(
+            f"token_weights must be [N] = {list(like.shape)} floating point, "
+            f"not {list(token_weights.shape)} {token_weights.dtype}"
+        )

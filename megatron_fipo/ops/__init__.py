@@ -1,15 +1,36 @@
-"""The one door to the kernels. torch only."""
+"""The one door to the kernels: the scan and the fused loss, compiled where they were built, else in plain torch."""
+
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.ops import reference
+from megatron_fipo.ops import extension, reference, registration
+from megatron_fipo.ops.extension import metric_slots
+from megatron_fipo.ops.extension import serves as compiled_for
+from megatron_fipo.ops.extension import summary as compiled_summary
 from megatron_fipo.ops.packing import check_offsets, sequence_ids
 
-__all__ = ["check_offsets", "future_kl", "sequence_ids"]
+__all__ = [
+    "check_offsets",
+    "compiled_for",
+    "compiled_summary",
+    "fipo_loss",
+    "future_kl",
+    "metric_slots",
+    "sequence_ids",
+]
 
 
-def future_kl(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: float) -> Tensor:
+def future_kl(
+    log_ratio: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    half_life: float,
+    *,
+    backend: Literal["auto", "reference"] = "auto",
+) -> Tensor:
     """Future-KL of every packed token (arXiv 2603.19835, eq. 6), without gradient.
 
     Args:
@@ -17,6 +38,7 @@ def future_kl(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: fl
         mask: [N] bool, the tokens that contribute. The others still count as distance for the decay.
         cu_seqlens: [S+1] integer offsets; sequences may be empty.
         half_life: tokens after which a contribution has halved, > 0.
+        backend: "reference" is plain torch, "auto" the compiled scan where it can be used.
 
     Returns:
         [N] S_t, the dtype of `log_ratio`.
@@ -31,4 +53,19 @@ def future_kl(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: fl
     if not half_life > 0:
         raise ValueError(f"half_life = {half_life} must be positive (tokens)")
     check_offsets(cu_seqlens, log_ratio.numel())
+    if backend == "auto" and compiled_for(log_ratio):
+        unbounded = math.inf
+        scan = torch.ops.megatron_fipo.future_kl_scan
+        future_kl, _ = scan(log_ratio.detach(), None, mask, cu_seqlens, half_life, unbounded, unbounded)
+        return future_kl
     return reference.future_kl(log_ratio.detach(), mask, cu_seqlens, half_life)
+
+
+def fipo_loss(*tensors: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
+    """The compiled loss op, `extension.LOSS`; only where `compiled_for(log_probs)`."""
+    outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(*tensors, **constants)
+    return outputs
+
+
+if extension.is_built():
+    registration.register()

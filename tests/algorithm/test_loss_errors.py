@@ -20,7 +20,7 @@ from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss, grpo_loss
         ({"loss_mask": torch.ones(5)}, r"loss_mask must be \[4\]"),
         ({"cu_seqlens": torch.tensor([0, 2, 5])}, "not from 0 to 5"),
         ({"token_weights": torch.ones(3)}, r"token_weights must be \[N\] = \[4\]"),
-        ({"backend": "compiled"}, "'compiled' is not built"),
+        ({"backend": "fast"}, "'fast' must be 'auto', 'reference' or 'compiled'"),
         ({"group": object()}, "needs the compiled ops"),
     ],
 )

@@ -1,0 +1,82 @@
+// What the warps that share a segment tell each other: one summary each, folded from right to left.
+#pragma once
+
+#include "segments.cuh"
+
+namespace fipo {
+namespace cuda {
+
+// Of a stretch of tokens.
+struct Summary {
+  float first;           // S of its first token; with carry 0 unless said otherwise
+  int32_t loss_tokens;
+  int32_t dual_clipped;
+};
+
+struct Exchanged {
+  float carry;    // S of the token behind this warp's stretch
+  Summary whole;  // of all stretches together, with the carry that came in
+};
+
+// Two of each, used in turn: a block that is ahead writes into one while the other is still being read.
+template <class Shape>
+struct ExchangeMemory {
+  Summary warps[2][Shape::kWarps];
+  Summary blocks[2][Shape::kBlocks];
+};
+
+// Summaries of `count` equal stretches together, given the carry behind the last; *carry: what comes into stretch `mine`.
+template <int count>
+__device__ Summary fold(const Summary* stretches, float decay, float incoming, int mine, float* carry) {
+  Summary whole = {incoming, 0, 0};
+#pragma unroll
+  for (int i = count - 1; i >= 0; --i) {
+    if (i == mine) *carry = whole.first;
+    whole.first = fmaf(decay, whole.first, stretches[i].first);
+    whole.loss_tokens += stretches[i].loss_tokens;
+    whole.dual_clipped += stretches[i].dual_clipped;
+  }
+  return whole;
+}
+
+template <class Shape>
+class Exchange {
+ public:
+  __device__ Exchange(const Decay<Shape>& decay, const Place<Shape>& place, ExchangeMemory<Shape>* memory)
+      : decay_(decay), place_(place), memory_(memory) {}
+
+  // By all threads of the level; `rows` is how many rows each warp's stretch has.
+  __device__ Exchanged all(Level level, const Summary& mine, float incoming, int rows) {
+    const float over_warp = decay_.warp[rows];
+    if (level == Level::kWarp)
+      return {incoming, {fmaf(over_warp, incoming, mine.first), mine.loss_tokens, mine.dual_clipped}};
+
+    turn_ ^= 1;
+    Summary* const warps = memory_->warps[turn_];
+    if (place_.lane == 0) warps[place_.warp] = mine;
+    __syncthreads();
+    Exchanged result;
+    if (level == Level::kBlock) {
+      result.whole = fold<Shape::kWarps>(warps, over_warp, incoming, place_.warp, &result.carry);
+      return result;
+    }
+
+    Summary* const blocks = memory_->blocks[turn_];
+    const Summary block = fold<Shape::kWarps>(warps, over_warp, 0.0f, place_.warp, &result.carry);
+    if (threadIdx.x < Shape::kBlocks) of_peer<Shape>(blocks, threadIdx.x)[place_.block] = block;
+    cluster_sync<Shape>();
+    float behind_block;
+    result.whole = fold<Shape::kBlocks>(blocks, decay_.block[rows], incoming, place_.block, &behind_block);
+    fold<Shape::kWarps>(warps, over_warp, behind_block, place_.warp, &result.carry);
+    return result;
+  }
+
+ private:
+  const Decay<Shape>& decay_;
+  const Place<Shape>& place_;
+  ExchangeMemory<Shape>* const memory_;
+  int turn_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace fipo

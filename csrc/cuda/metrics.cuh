@@ -1,0 +1,220 @@
+// The metrics: gathered by each thread (counts and extrema in registers, sums in shared memory), then put together in
+// one fixed order over lanes, warps and blocks.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fipo {
+namespace cuda {
+
+// Most log-ratios are close to 0. Their bins are counted in the block's shared memory, [-kNearNats, kNearNats].
+constexpr int kNearNats = 2;
+constexpr int kNearBins = 2 * kNearNats * kHistogramBinsPerNat + 1;
+constexpr int kFirstNearBin = (kHistogramRange - kNearNats) * kHistogramBinsPerNat;
+
+constexpr float kExactExp = 80.0f;  // nats; above, exp(S) is summed in float64, since float32 overflows soon
+
+template <class T>
+struct Sums {
+  T log_ratio, future_kl, influence, influence_raw, loss;
+};
+
+template <class Shape>
+struct MetricsMemory {
+  uint32_t near_bins[2][kNearBins];
+  uint32_t counts[kFirstExtremum];             // what leaders count: tokens and sequences of whole segments
+  Sums<double> of_threads[Shape::kThreads];
+  double of_warps[Shape::kWarps][kNumMetrics];
+  bool is_last_block;
+};
+
+__host__ __device__ inline bool is_minimum(int metric) {
+  return metric == kPositiveRatioMin || metric == kFutureKlMin || metric == kInfluenceMin || metric == kInfluenceRawMin;
+}
+
+__device__ inline double no_data(int metric) {
+  return metric < kFirstExtremum ? 0.0 : is_minimum(metric) ? INFINITY : -INFINITY;
+}
+
+__device__ inline double combine(int metric, double a, double b) {
+  return metric < kFirstExtremum ? a + b : is_minimum(metric) ? fmin(a, b) : fmax(a, b);
+}
+
+template <class Shape>
+class Metrics {
+ public:
+  __device__ Metrics(MetricsMemory<Shape>* memory, int64_t* histograms) : memory_(*memory), histograms_(histograms) {}
+
+  // By all threads of the block, before anything is counted; a barrier has to follow.
+  __device__ void clear_shared() {
+    for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads) memory_.near_bins[i / kNearBins][i % kNearBins] = 0;
+    for (int i = threadIdx.x; i < kFirstExtremum; i += Shape::kThreads) memory_.counts[i] = 0;
+    sums() = {};
+  }
+
+  __device__ void count(Metric metric, int64_t by) {
+    if (by != 0) atomicAdd(&memory_.counts[metric], static_cast<uint32_t>(by));
+  }
+
+  // A loss token's log-ratio.
+  __device__ void add_ratio(float log_ratio, float ratio, float advantage, bool is_clipped, float dual_clip) {
+    tile_.log_ratio += log_ratio;
+    log_ratio_abs_max_ = fmaxf(log_ratio_abs_max_, fabsf(log_ratio));
+    ppo_clipped_ += is_clipped;
+    if (advantage < 0.0f) {
+      negative_ratio_max_ = fmaxf(negative_ratio_max_, ratio);
+      if (ratio >= 2.0f) count_high(ratio, dual_clip);
+      add_to_histogram(0, log_ratio);
+    } else if (advantage > 0.0f) {
+      positive_ratio_min_ = fminf(positive_ratio_min_, ratio);
+      positive_ratio_max_ = fmaxf(positive_ratio_max_, ratio);
+      positive_below_1e3_ += ratio < 1e-3f;
+      add_to_histogram(1, log_ratio);
+    }
+  }
+
+  // A loss token's S, exp(S) and influence weight.
+  __device__ void add_influence(float future_kl, float raw, float weight, const Constants& constants) {
+    tile_.future_kl += future_kl;
+    tile_.influence += weight;
+    if (future_kl > kExactExp)
+      sums().influence_raw += exp_in_double(future_kl);
+    else
+      tile_.influence_raw += raw;
+    pinned_upper_ += weight >= constants.pinned_high;
+    pinned_lower_ += weight <= constants.pinned_low;
+    future_kl_min_ = fminf(future_kl_min_, future_kl);
+    future_kl_max_ = fmaxf(future_kl_max_, future_kl);
+    influence_min_ = fminf(influence_min_, weight);
+    influence_max_ = fmaxf(influence_max_, weight);
+  }
+
+  __device__ void add_loss(float loss) { tile_.loss += loss; }
+
+  // A thread adds up the few tokens that it has of a tile in float32, everything above that in float64.
+  __device__ void end_tile() {
+    sums().log_ratio += tile_.log_ratio;
+    sums().future_kl += tile_.future_kl;
+    sums().influence += tile_.influence;
+    sums().influence_raw += tile_.influence_raw;
+    sums().loss += tile_.loss;
+    tile_ = {};
+  }
+
+  // The block's metrics to `to` [kNumMetrics], its share of the histograms to where they are summed.
+  __device__ void write_block(double* to, int lane, int warp) {
+    double* const mine = memory_.of_warps[warp];
+    gather_sums(mine, lane);
+    gather_extrema(mine, lane);
+    __syncthreads();
+    for (int metric = threadIdx.x; metric < kNumMetrics; metric += Shape::kThreads) {
+      double value = metric < kFirstExtremum ? memory_.counts[metric] : no_data(metric);
+      for (int i = 0; i < Shape::kWarps; ++i) value = combine(metric, value, memory_.of_warps[i][metric]);
+      to[metric] = value;
+    }
+    for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads) {
+      const uint32_t tokens = memory_.near_bins[i / kNearBins][i % kNearBins];
+      if (tokens) add_to_global(i / kNearBins, kFirstNearBin + i % kNearBins, tokens);
+    }
+  }
+
+ private:
+  __device__ Sums<double>& sums() { return memory_.of_threads[threadIdx.x]; }
+
+  __device__ void count_high(float ratio, float dual_clip) {
+    if (ratio < 3.0f)
+      ++negative_2_to_3_;
+    else if (ratio < 4.0f)
+      ++negative_3_to_4_;
+    else if (ratio < dual_clip)
+      ++negative_4_to_dual_;
+  }
+
+  __device__ void add_to_histogram(int sign, float log_ratio) {
+    if (log_ratio != log_ratio) return;
+    constexpr float range = kHistogramRange;
+    const int bin = static_cast<int>(rintf((clip(log_ratio, -range, range) + range) * kHistogramBinsPerNat));
+    const int near = bin - kFirstNearBin;
+    if (near >= 0 && near < kNearBins)
+      atomicAdd(&memory_.near_bins[sign][near], 1u);
+    else
+      add_to_global(sign, bin, 1);
+  }
+
+  // Integers: their sum does not depend on the order.
+  __device__ void add_to_global(int sign, int bin, uint32_t tokens) {
+    auto* const at = reinterpret_cast<unsigned long long*>(histograms_ + sign * kHistogramBins + bin);
+    atomicAdd(at, static_cast<unsigned long long>(tokens));
+  }
+
+  // exp is exact for powers of two: exp(S) = exp(S / 8)^8, and S / 8 is at most 75.
+  __device__ static double exp_in_double(float future_kl) {
+    const float bounded = future_kl > static_cast<float>(kMaxLogWeight) ? static_cast<float>(kMaxLogWeight) : future_kl;
+    double power = expf(bounded / 8.0f);
+    for (int i = 0; i < 3; ++i) power *= power;
+    return power;
+  }
+
+  __device__ __noinline__ static void put(double* to, int lane, int metric, double value) {
+    value = warp_reduce(value, [metric](double a, double b) { return combine(metric, a, b); });
+    if (lane == 0) to[metric] = value;
+  }
+
+  __device__ void gather_sums(double* to, int lane) {
+    for (int metric = lane; metric < kFirstExtremum; metric += kLanes) to[metric] = 0.0;
+    __syncwarp();
+    put(to, lane, kLossSum, sums().loss);
+    put(to, lane, kPolicyKl, -sums().log_ratio);
+    put(to, lane, kPpoClipped, ppo_clipped_);
+    put(to, lane, kNegative2To3, negative_2_to_3_);
+    put(to, lane, kNegative3To4, negative_3_to_4_);
+    put(to, lane, kNegative4ToDual, negative_4_to_dual_);
+    put(to, lane, kPositiveBelow1e3, positive_below_1e3_);
+    put(to, lane, kFutureKl, sums().future_kl);
+    put(to, lane, kInfluence, sums().influence);
+    put(to, lane, kInfluenceRaw, sums().influence_raw);
+    put(to, lane, kPinnedUpper, pinned_upper_);
+    put(to, lane, kPinnedLower, pinned_lower_);
+  }
+
+  __device__ void gather_extrema(double* to, int lane) const {
+    put(to, lane, kLogRatioAbsMax, log_ratio_abs_max_);
+    put(to, lane, kNegativeRatioMax, negative_ratio_max_);
+    put(to, lane, kPositiveRatioMin, positive_ratio_min_);
+    put(to, lane, kPositiveRatioMax, positive_ratio_max_);
+    put(to, lane, kFutureKlMin, future_kl_min_);
+    put(to, lane, kFutureKlMax, future_kl_max_);
+    put(to, lane, kInfluenceMin, influence_min_);
+    put(to, lane, kInfluenceMax, influence_max_);
+    // exp is monotone: its extrema are those of S. They turn into exp(S) when all blocks are together.
+    put(to, lane, kInfluenceRawMin, future_kl_min_);
+    put(to, lane, kInfluenceRawMax, future_kl_max_);
+  }
+
+  MetricsMemory<Shape>& memory_;
+  int64_t* const histograms_;
+  Sums<float> tile_ = {};
+  uint32_t ppo_clipped_ = 0, negative_2_to_3_ = 0, negative_3_to_4_ = 0, negative_4_to_dual_ = 0;
+  uint32_t positive_below_1e3_ = 0, pinned_upper_ = 0, pinned_lower_ = 0;
+  float log_ratio_abs_max_ = -INFINITY, negative_ratio_max_ = -INFINITY;
+  float positive_ratio_min_ = INFINITY, positive_ratio_max_ = -INFINITY;
+  float future_kl_min_ = INFINITY, future_kl_max_ = -INFINITY;
+  float influence_min_ = INFINITY, influence_max_ = -INFINITY;
+};
+
+// All blocks' metrics [blocks][kNumMetrics] together, in the order of the blocks; by the block that comes last.
+template <class Shape>
+__device__ void finish_metrics(const double* of_blocks, double* metrics, int lane, int warp) {
+  for (int metric = warp; metric < kNumMetrics; metric += Shape::kWarps) {
+    double value = no_data(metric);
+    for (int block = lane; block < gridDim.x; block += kLanes)
+      value = combine(metric, value, __ldcg(of_blocks + block * kNumMetrics + metric));
+    value = warp_reduce(value, [metric](double a, double b) { return combine(metric, a, b); });
+    const bool is_raw = metric == kInfluenceRawMin || metric == kInfluenceRawMax;
+    if (is_raw && value != no_data(metric)) value = exp(fmin(value, kMaxLogWeight));
+    if (lane == 0) metrics[metric] = value;
+  }
+}
+
+}  // namespace cuda
+}  // namespace fipo
