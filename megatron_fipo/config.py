@@ -27,6 +27,9 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     hf_path: str = ""  # directory of a Hugging Face checkpoint: config.json, tokenizer, *.safetensors
+    # Megatron distributed checkpoint to start from; None: the weights in hf_path. A converted one can be given as
+    # hf_path as well, since config.json and tokenizer travel along.
+    megatron_path: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)  # replace fields of config.json, e.g. the context length
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     fp32_logits: bool = False  # multiply the LM head in float32 instead of `dtype`; softmax is float32 either way
@@ -43,6 +46,7 @@ class ParallelConfig:
     virtual_pipeline: int = 1  # model chunks per pipeline stage; 1: no interleaving
     context: int = 1
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    expert: int = 1  # ranks that share out the experts; taken from the tensor, context and data axes
     first_stage_layers: int | None = None  # uneven pipeline: layers of the first stage
     last_stage_layers: int | None = None
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
@@ -243,6 +247,7 @@ def _required(config: Config) -> list[str]:
 
 def _layout(p: ParallelConfig) -> list[str]:
     sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "virtual_pipeline": p.virtual_pipeline}
+    sizes["expert"] = p.expert
     problems = [
         f"parallel.{k} = {v} must be at least 1" for k, v in {**sizes, "world_size": p.world_size}.items() if v < 1
     ]
@@ -258,6 +263,11 @@ def _layout(p: ParallelConfig) -> list[str]:
         problems.append(
             f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} = {model_parallel} does not divide the "
             f"{p.world_size} ranks; use {nearest} ranks, or another layout"
+        )
+    elif (p.world_size // p.pipeline) % p.expert:
+        problems.append(
+            f"parallel.expert {p.expert} does not divide the {p.world_size // p.pipeline} ranks of a pipeline stage "
+            f"({p.world_size} ranks / pp {p.pipeline})"
         )
     if p.sequence and p.tensor == 1:
         problems.append("parallel.sequence needs parallel.tensor > 1")

@@ -22,6 +22,7 @@ from megatron_fipo.algorithm import loss_config
 from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
 from megatron_fipo.config import Config
+from megatron_fipo.convert.distributed import load_distributed
 from megatron_fipo.convert.export import export_weights
 from megatron_fipo.convert.load import load_weights, named_parameters
 from megatron_fipo.model.architecture import Architecture
@@ -52,7 +53,10 @@ class FIPOActor(AlignableGenerativeInterface):
         self.engine = engine
         self.loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
         self.chunks = build_policy(arch, config, topology)
-        load_weights(self.chunks, config.model.hf_path, arch, topology)
+        if config.model.megatron_path:
+            load_distributed(self.chunks, config.model.megatron_path)
+        else:
+            load_weights(self.chunks, config.model.hf_path, arch, topology)
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology, config.updates_per_step)
         self.last_update: UpdateStatistics | None = None

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_fipo.convert import tables
+from megatron_fipo.convert.huggingface import CheckpointWriter, copy_companions
 from megatron_fipo.convert.load import named_parameters
-from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.convert.unfinished import Unfinished
+from megatron_fipo.model.architecture import Architecture, architecture
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 
-_FILE_BYTES = 5 << 30
+FILE_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter as the ranks of one pipeline stage hold it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sharded: bool
 
 
 def export_weights(
@@ -31,24 +40,39 @@ def export_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every Hugging Face tensor, whole, on every rank; all ranks of a replica must consume it together.
 
-    Each parameter is all-gathered over the tensor-parallel group and broadcast over the pipeline group, so no rank
-    ever holds more than one parameter beyond its own shards. `value` picks what is exported of a parameter: itself,
-    or another tensor of its shape, such as its gradient.
+    Each parameter is broadcast over the expert-parallel group if it is an expert's, broadcast over the pipeline group,
+    and all-gathered over the tensor-parallel group, so no rank ever holds more than one parameter beyond its own
+    shards. `value` picks what is exported of a parameter: itself, or another tensor of its shape, such as its gradient.
     """
-    local = [(name, p, value(p)) for name, p in named_parameters(chunks)]
-    mine = [(name, tuple(v.shape), v.dtype, _is_sharded(p)) for name, p, v in local]
-    stages: list[list[tuple[str, tuple[int, ...], torch.dtype, bool]]] = [[] for _ in range(topology.pp.size())]
-    dist.all_gather_object(stages, mine, group=topology.pp)
+    values = [value(p) for _, p in named_parameters(chunks)]
     exported: set[str] = set()
-    for stage, parameters in enumerate(stages):
-        for i, (name, shape, dtype, sharded) in enumerate(parameters):
-            mapping = tables.find(name, arch)
-            if exported.issuperset(mapping.huggingface):
-                continue  # the last stage's copy of tied embeddings
-            exported.update(mapping.huggingface)
-            held = local[i][2] if topology.pp.rank() == stage else None
-            shards = _gather(held, shape, dtype, sharded, stage, topology)
-            yield from zip(mapping.huggingface, mapping.transform.merge(shards, arch), strict=True)
+    for stage, ranks in enumerate(_held_everywhere(chunks, values, arch, topology)):
+        for i, first in enumerate(ranks[0]):
+            owners = range(len(ranks)) if tables.find(first.name, arch).is_expert else range(1)
+            for expert_rank in owners:
+                held = ranks[expert_rank][i]
+                parameter = tables.find(held.name, arch)
+                if exported.issuperset(parameter.huggingface):
+                    continue  # the last stage's copy of tied embeddings
+                exported.update(parameter.huggingface)
+                mine = values[i] if topology.pp.rank() == stage else None
+                shards = _gather(mine, held, stage, expert_rank if len(owners) > 1 else None, topology)
+                yield from zip(parameter.huggingface, parameter.transform.merge(shards, arch), strict=True)
+
+
+def _held_everywhere(
+    chunks: Sequence[PolicyModel], values: Sequence[torch.Tensor], arch: Architecture, topology: Topology
+) -> list[list[list[_Held]]]:
+    """What is held by each pipeline stage, each expert-parallel rank of it. All-gather over ep, then over pp."""
+    mine = [
+        _Held(name, tuple(v.shape), v.dtype, _is_sharded(p) and not tables.find(name, arch).is_expert)
+        for (name, p), v in zip(named_parameters(chunks), values, strict=True)
+    ]
+    ranks: list[list[_Held]] = [[] for _ in range(topology.ep.size())]
+    dist.all_gather_object(ranks, mine, group=topology.ep)
+    stages: list[list[list[_Held]]] = [[] for _ in range(topology.pp.size())]
+    dist.all_gather_object(stages, ranks, group=topology.pp)
+    return stages
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:
@@ -56,21 +80,21 @@ def _is_sharded(parameter: torch.nn.Parameter) -> bool:
 
 
 def _gather(
-    held: torch.Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    sharded: bool,
-    stage: int,
-    topology: Topology,
+    mine: torch.Tensor | None, held: _Held, stage: int, expert_rank: int | None, topology: Topology
 ) -> list[torch.Tensor]:
-    """The parameter's tensor-parallel shards, on every stage. Broadcast over pp, then all-gather over tp."""
-    mine = held if held is not None else torch.empty(shape, dtype=dtype, device=topology.device)
+    """The parameter's tensor-parallel shards, on every stage; an expert is whole and comes from `expert_rank`."""
+    if mine is None or (expert_rank is not None and expert_rank != topology.ep.rank()):
+        shard = torch.empty(held.shape, dtype=held.dtype, device=topology.device)
+    else:
+        shard = mine.contiguous()
+    if expert_rank is not None and mine is not None:
+        dist.broadcast(shard, dist.get_global_rank(topology.ep, expert_rank), group=topology.ep)
     if topology.pp.size() > 1:
-        dist.broadcast(mine, dist.get_global_rank(topology.pp, stage), group=topology.pp)
-    if not sharded or topology.tp.size() == 1:
-        return [mine]
-    shards = [torch.empty_like(mine) for _ in range(topology.tp.size())]
-    dist.all_gather(shards, mine.contiguous(), group=topology.tp)
+        dist.broadcast(shard, dist.get_global_rank(topology.pp, stage), group=topology.pp)
+    if not held.sharded or topology.tp.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(topology.tp.size())]
+    dist.all_gather(shards, shard, group=topology.tp)
     return shards
 
 
@@ -80,47 +104,27 @@ def save_checkpoint(
     """Write a Hugging Face checkpoint with config, generation config and tokenizer of `source`; `out` appears whole.
 
     Every rank calls it, since `weights` is a collective; only the one with `write` touches the disk.
+
+    Raises:
+        ValueError: the weights are not exactly the tensors that a model of `hf_config` has.
     """
     if not write:
         for _ in weights:
             pass
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    unfinished = Unfinished(out, {"source": source})
     try:
-        _write_tensors(weights, unfinished)
-        hf_config.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(unfinished)
-        if (Path(source) / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source, local_files_only=True).save_pretrained(unfinished)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(unfinished, out)
+        first = next(weights)
+        tensors = {
+            n: (shape, first[1].dtype) for n, shape in tables.huggingface_shapes(architecture(hf_config)).items()
+        }
+        writer = CheckpointWriter(unfinished.path, tensors, FILE_BYTES)
+        for name, tensor in chain([first], weights):
+            writer.write(name, tensor)
+        writer.close()
+        copy_companions(Path(source), unfinished.path)
+        hf_config.save_pretrained(unfinished.path)
+        unfinished.publish()
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.discard()
         raise
-
-
-def _write_tensors(weights: Iterator[tuple[str, torch.Tensor]], directory: Path) -> None:
-    """Files of at most 5 GiB each, and their index."""
-    held: dict[str, torch.Tensor] = {}
-    places: dict[str, str] = {}
-    held_bytes = total_bytes = files = 0
-
-    def flush() -> None:
-        nonlocal held, held_bytes, files
-        files += 1
-        name = f"model-{files:05d}.safetensors"
-        save_file(held, directory / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(held, name))
-        held, held_bytes = {}, 0
-
-    for name, tensor in weights:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > _FILE_BYTES:
-            flush()
-        held[name] = tensor.cpu().contiguous().clone()
-        held_bytes, total_bytes = held_bytes + size, total_bytes + size
-    flush()
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

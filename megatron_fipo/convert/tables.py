@@ -1,125 +1,236 @@
 """Which Hugging Face tensors make up each Megatron parameter: one table a model type, used in both directions.
 
-`{layer}` stands for the number of the decoder layer, counted over the whole model. Layer norms have two Megatron
-names: the torch layer spec's, and Transformer Engine's, which fuses them into the linear layer behind.
+`{layer}` and `{expert}` stand for numbers counted over the whole model. Layer norms and experts have two names in
+Megatron models: the torch layer spec's, and Transformer Engine's, which fuses a norm into the linear layer behind it
+and all experts of a rank into one module. Distributed checkpoints have neither number in a name: all layers are one
+tensor there, with a leading axis for the layer and one for the expert.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_fipo.convert.transforms import COLUMNS, FUSED_QKV, GATE_UP, REPLICATED, VOCABULARY, Transform
 from megatron_fipo.model.architecture import Architecture
 
-_LAYER = "model.layers.{layer}."
+_HF = "model.layers.{layer}."
+_MEGATRON = "decoder.layers.{layer}."
+_OUTPUT_LAYER = "output_layer.weight"
+_LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+_EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+(?=\.)|(?<=experts\.linear_fc[12]\.weight)\d+$")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A Megatron parameter, the Hugging Face tensors it is made of, and how."""
+    """A Megatron parameter, the Hugging Face tensors it is made of, and how.
 
-    megatron: tuple[str, ...]
-    huggingface: tuple[str, ...]
+    Attributes:
+        checkpoint: the parameter's name in distributed checkpoints.
+        model: its names in models.
+        huggingface: names and shapes of the tensors, the sizes spelled as in `_sizes`.
+    """
+
+    checkpoint: str
+    model: tuple[str, ...]
+    huggingface: dict[str, str]
     transform: Transform
-
-
-_DECODER: tuple[Rule, ...] = (
-    Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), VOCABULARY),
-    Rule(("output_layer.weight",), ("lm_head.weight",), VOCABULARY),
-    Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), REPLICATED),
-    Rule(
-        (
-            "decoder.layers.{layer}.input_layernorm.weight",
-            "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
-        ),
-        (_LAYER + "input_layernorm.weight",),
-        REPLICATED,
-    ),
-    Rule(
-        (
-            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-            "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
-        ),
-        (_LAYER + "post_attention_layernorm.weight",),
-        REPLICATED,
-    ),
-    Rule(
-        ("decoder.layers.{layer}.self_attention.linear_qkv.weight",),
-        tuple(_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
-        FUSED_QKV,
-    ),
-    Rule(
-        ("decoder.layers.{layer}.self_attention.linear_proj.weight",),
-        (_LAYER + "self_attn.o_proj.weight",),
-        COLUMNS,
-    ),
-    Rule(
-        ("decoder.layers.{layer}.mlp.linear_fc1.weight",),
-        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-        GATE_UP,
-    ),
-    Rule(("decoder.layers.{layer}.mlp.linear_fc2.weight",), (_LAYER + "mlp.down_proj.weight",), COLUMNS),
-)
-
-_QKV_BIAS = Rule(
-    ("decoder.layers.{layer}.self_attention.linear_qkv.bias",),
-    tuple(_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv"),
-    FUSED_QKV,
-)
-
-TABLES: dict[str, tuple[Rule, ...]] = {"qwen2": (*_DECODER, _QKV_BIAS)}
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """A rule applied to one parameter: its Hugging Face names filled in."""
+class Parameter:
+    """A rule applied to one layer and expert.
 
-    huggingface: tuple[str, ...]
+    Attributes:
+        index: its place on the leading axes of the tensor in a distributed checkpoint: (), (layer,), (layer, expert).
+        axes: the lengths of those axes.
+        huggingface: names and shapes of the tensors that it is made of.
+    """
+
+    checkpoint: str
+    index: tuple[int, ...]
+    axes: tuple[int, ...]
+    huggingface: dict[str, tuple[int, ...]]
     transform: Transform
 
+    @property
+    def is_expert(self) -> bool:
+        return len(self.index) == 2
 
-def find(parameter: str, arch: Architecture) -> Mapping:
-    """The mapping of a Megatron parameter, named with its layer number over the whole model.
+    @property
+    def is_vocabulary(self) -> bool:
+        return self.transform is VOCABULARY
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter: its tensors one below the other."""
+        shapes = list(self.huggingface.values())
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _rule(model: str, huggingface: dict[str, str], transform: Transform) -> Rule:
+    return Rule(model.replace(".{layer}", ""), (model,), huggingface, transform)
+
+
+def _in_layer(model: str, huggingface: dict[str, str], transform: Transform) -> Rule:
+    return _rule(_MEGATRON + model, {_HF + name: shape for name, shape in huggingface.items()}, transform)
+
+
+def _fused_norm(norm: str, fused: str, huggingface: str) -> Rule:
+    names = (_MEGATRON + norm, _MEGATRON + fused)
+    return Rule(names[1].replace(".{layer}", ""), names, {_HF + huggingface: "hidden"}, REPLICATED)
+
+
+def _expert(linear: str, huggingface: dict[str, str], transform: Transform) -> Rule:
+    experts = _MEGATRON + "mlp.experts."
+    names = (f"{experts}local_experts.{{expert}}.{linear}.weight", f"{experts}{linear}.weight{{expert}}")
+    tensors = {_HF + name: shape for name, shape in huggingface.items()}
+    return Rule(f"decoder.layers.mlp.experts.experts.{linear}.weight", names, tensors, transform)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    one = f"{block}.experts.{{expert}}."
+    gate_up = {f"{one}{name}.weight": "expert_ffn hidden" for name in (gate, up)}
+    return (
+        _in_layer("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "hidden"}, REPLICATED),
+        _in_layer("mlp.router.weight", {f"{block}.gate.weight": "experts hidden"}, REPLICATED),
+        _expert("linear_fc1", gate_up, GATE_UP),
+        _expert("linear_fc2", {f"{one}{down}.weight": "hidden expert_ffn"}, COLUMNS),
+    )
+
+
+_QKV_SIZES = {"q": "query", "k": "key_value", "v": "key_value"}
+
+_DECODER: tuple[Rule, ...] = (
+    _rule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocabulary hidden"}, VOCABULARY),
+    _rule(_OUTPUT_LAYER, {"lm_head.weight": "vocabulary hidden"}, VOCABULARY),
+    _rule("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}, REPLICATED),
+    _fused_norm(
+        "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight", huggingface="input_layernorm.weight"
+    ),
+    _in_layer(
+        "self_attention.linear_qkv.weight",
+        {f"self_attn.{x}_proj.weight": f"{size} hidden" for x, size in _QKV_SIZES.items()},
+        FUSED_QKV,
+    ),
+    _in_layer("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}, COLUMNS),
+)
+_QKV_BIAS = _in_layer(
+    "self_attention.linear_qkv.bias",
+    {f"self_attn.{x}_proj.bias": size for x, size in _QKV_SIZES.items()},
+    FUSED_QKV,
+)
+_QK_NORM = tuple(
+    _in_layer(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": "head"}, REPLICATED) for x in "qk"
+)
+_MLP: tuple[Rule, ...] = (
+    _fused_norm(
+        "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", huggingface="post_attention_layernorm.weight"
+    ),
+    _in_layer("mlp.linear_fc1.weight", {f"mlp.{x}_proj.weight": "ffn hidden" for x in ("gate", "up")}, GATE_UP),
+    _in_layer("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, COLUMNS),
+)
+
+TABLES: dict[str, tuple[Rule, ...]] = {
+    "qwen2": (*_DECODER, _QKV_BIAS, *_MLP),
+    "qwen3": (*_DECODER, *_QK_NORM, *_MLP),
+    "llama": (*_DECODER, *_MLP),
+    "mistral": (*_DECODER, *_MLP),
+    "qwen3_moe": (*_DECODER, *_QK_NORM, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    "mixtral": (*_DECODER, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+}
+
+
+def _sizes(arch: Architecture) -> dict[str, int]:
+    sizes = {
+        "vocabulary": arch.vocab_size,
+        "hidden": arch.hidden_size,
+        "head": arch.head_dim,
+        "query": arch.num_heads * arch.head_dim,
+        "key_value": arch.num_kv_heads * arch.head_dim,
+        "ffn": arch.ffn_hidden_size,
+    }
+    if arch.experts is not None:
+        sizes |= {"experts": arch.experts.count, "expert_ffn": arch.experts.ffn_hidden_size}
+    return sizes
+
+
+def _apply(rule: Rule, index: tuple[int, ...], axes: tuple[int, ...], sizes: Mapping[str, int]) -> Parameter:
+    numbers = dict(zip(("layer", "expert"), index, strict=False))
+    tensors = {
+        name.format(**numbers): tuple(sizes[size] for size in shape.split()) for name, shape in rule.huggingface.items()
+    }
+    return Parameter(rule.checkpoint, index, axes, tensors, rule.transform)
+
+
+def _axes(rule: Rule, arch: Architecture) -> tuple[int, ...]:
+    numbered = rule.model[0]
+    layers = (arch.num_layers,) if "{layer}" in numbered else ()
+    experts = (arch.experts.count,) if "{expert}" in numbered and arch.experts else ()
+    return layers + experts
+
+
+def parameters(arch: Architecture) -> Iterator[Parameter]:
+    """Every parameter of the whole model once, layer by layer; tied embeddings have no output layer."""
+    sizes = _sizes(arch)
+    rules = [r for r in TABLES[arch.model_type] if not (arch.tied_embeddings and r.checkpoint == _OUTPUT_LAYER)]
+    places = [
+        (index, number)
+        for number, rule in enumerate(rules)
+        for index in itertools.product(*map(range, _axes(rule, arch)))
+    ]
+    for index, number in sorted(places, key=lambda place: (place[0][:1], place[1], place[0])):
+        yield _apply(rules[number], index, _axes(rules[number], arch), sizes)
+
+
+def find(name: str, arch: Architecture) -> Parameter:
+    """The parameter of this name in a Megatron model, its layer and expert counted over the whole model.
 
     With tied embeddings the output layer, where a pipeline's last stage holds a copy, is the embedding.
 
     Raises:
         ValueError: the parameter is in no rule of the model's table.
     """
-    if arch.tied_embeddings and parameter == "output_layer.weight":
-        parameter = "embedding.word_embeddings.weight"
-    number = re.match(r"decoder\.layers\.(\d+)\.", parameter)
-    pattern = parameter.replace(number[0], "decoder.layers.{layer}.") if number else parameter
+    if arch.tied_embeddings and name == _OUTPUT_LAYER:
+        name = "embedding.word_embeddings.weight"
+    layer, expert = _LAYER_NUMBER.search(name), _EXPERT_NUMBER.search(name)
+    index = tuple(int(found[0]) for found in (layer, expert) if found)
+    pattern = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
     for rule in TABLES[arch.model_type]:
-        if pattern in rule.megatron:
-            layer = number[1] if number else ""
-            return Mapping(tuple(name.format(layer=layer) for name in rule.huggingface), rule.transform)
-    raise ValueError(f"Megatron parameter {parameter!r} has no counterpart in the {arch.model_type} table")
+        if pattern in rule.model:
+            return _apply(rule, index, _axes(rule, arch), _sizes(arch))
+    raise ValueError(f"Megatron parameter {name!r} has no counterpart in the {arch.model_type} table")
 
 
-def huggingface_names(arch: Architecture) -> set[str]:
-    """Every tensor that a checkpoint of this architecture must have."""
-    names: set[str] = set()
-    for rule in TABLES[arch.model_type]:
-        if arch.tied_embeddings and rule.megatron == ("output_layer.weight",):
-            continue
-        for layer in range(arch.num_layers if "{layer}" in rule.megatron[0] else 1):
-            names.update(name.format(layer=layer) for name in rule.huggingface)
-    return names
+def renumber(name: str, first_layer: int, first_expert: int) -> str:
+    """A parameter's name on one rank -> its name in the whole model."""
+    name = _LAYER_NUMBER.sub(lambda found: str(int(found[0]) + first_layer), name)
+    return _EXPERT_NUMBER.sub(lambda found: str(int(found[0]) + first_expert), name)
 
 
-def check_names(found: Sequence[str], arch: Architecture, where: str) -> None:
-    """Compare a checkpoint's tensor names with the architecture's.
+def huggingface_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this architecture must have."""
+    return {name: shape for parameter in parameters(arch) for name, shape in parameter.huggingface.items()}
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], arch: Architecture, where: str) -> None:
+    """Compare a checkpoint's tensor names and shapes with the architecture's.
 
     Raises:
-        ValueError: tensors are missing, or there are some that the model would ignore.
+        ValueError: tensors are missing, there are some that the model would ignore, or one has another shape.
     """
+    expected = huggingface_shapes(arch)
+    # Some checkpoints with tied embeddings store the output layer as well, and old Llama ones a rope buffer.
     ignorable = {"lm_head.weight"} if arch.tied_embeddings else set()
-    expected = huggingface_names(arch)
-    missing, unexpected = sorted(expected - set(found)), sorted(set(found) - expected - ignorable)
-    for kind, names in (("lacks", missing), ("has unexpected", unexpected)):
+    unexpected = {n for n in found.keys() - expected.keys() - ignorable if not n.endswith(".rotary_emb.inv_freq")}
+    for kind, names in (("lacks", sorted(expected.keys() - found.keys())), ("has unexpected", sorted(unexpected))):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(f"{where} {kind} tensors: {', '.join(names[:5])}{more}")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ValueError(
+                f"{name} of {where} has the shape {tuple(found[name])}, but its config.json asks for {shape}"
+            )

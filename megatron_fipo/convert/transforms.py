@@ -1,11 +1,13 @@
 """Pure functions between Hugging Face tensors and a tensor-parallel rank's shard of a Megatron parameter.
 
 Each transform has two directions. `shard` reads only the slices that the rank needs; `merge` takes the shards of all
-ranks, in rank order. Letters: G key/value groups, Q query heads of a group, D head width.
+ranks, in rank order, and gives views of a single one where it can. `whole` is the parameter unsharded, as distributed
+checkpoints hold it. Letters: G key/value groups, Q query heads of a group, D head width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,10 +25,19 @@ class Source(Protocol):
     def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor: ...
 
 
-class Transform(Protocol):
+class Transform(ABC):
+    @abstractmethod
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor: ...
 
+    @abstractmethod
     def merge(self, shards: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]: ...
+
+    def whole(self, sources: Sequence[Source], arch: Architecture) -> torch.Tensor:
+        return self.shard(sources, arch, 0, 1)
+
+
+def _join(shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 def _rows(source: Source, rank: int, size: int) -> torch.Tensor:
@@ -35,7 +46,7 @@ def _rows(source: Source, rank: int, size: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Replicated:
+class Replicated(Transform):
     """The same tensor on every rank."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -46,7 +57,7 @@ class Replicated:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Transform):
     """Rows of the vocabulary, padded with zeros to equal shards."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -56,11 +67,15 @@ class Vocabulary:
         return torch.cat([rows, rows.new_zeros(share - rows.shape[0], *rows.shape[1:])])
 
     def merge(self, shards: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
-        return [torch.cat(list(shards))[: arch.vocab_size]]
+        return [_join(shards)[: arch.vocab_size]]
+
+    def whole(self, sources: Sequence[Source], arch: Architecture) -> torch.Tensor:
+        """Without padding, which depends on the layout that reads it."""
+        return sources[0][:]
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Transform):
     """Input columns of a row-parallel linear layer."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -68,11 +83,11 @@ class Columns:
         return sources[0][:, rank * share : (rank + 1) * share]
 
     def merge(self, shards: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), dim=1)]
+        return [_join(shards, dim=1)]
 
 
 @dataclass(frozen=True)
-class GateUp:
+class GateUp(Transform):
     """SwiGLU's two projections: each rank holds its rows of the gate, then its rows of the up projection."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -80,11 +95,11 @@ class GateUp:
 
     def merge(self, shards: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return [torch.cat(gates), torch.cat(ups)]
+        return [_join(gates), _join(ups)]
 
 
 @dataclass(frozen=True)
-class FusedQKV:
+class FusedQKV(Transform):
     """Query, key and value rows interleaved by key/value group: [its Q query heads, its key head, its value head]."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -94,7 +109,7 @@ class FusedQKV:
         return fused.flatten(0, 1)
 
     def merge(self, shards: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
-        whole = torch.cat(list(shards))
+        whole = _join(shards)
         queries = arch.num_heads // arch.num_kv_heads * arch.head_dim
         grouped = whole.view(arch.num_kv_heads, queries + 2 * arch.head_dim, *whole.shape[1:])
         parts = grouped.split([queries, arch.head_dim, arch.head_dim], dim=1)

@@ -10,8 +10,28 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_fipo.config import Config, ParallelConfig
 
-SUPPORTED_MODEL_TYPES = ("qwen2",)
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral")
 _VOCABULARY_MULTIPLE = 64  # rows of each tensor-parallel vocabulary shard; keeps GEMM shapes aligned
+# Megatron-Core computes Llama 3's rope with these constants; only the factor can be chosen.
+_LLAMA3_ROPE = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ROPE_NEEDS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *_LLAMA3_ROPE}}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that stands for the MLP of every layer.
+
+    Attributes:
+        active: experts that each token is sent to (top-k).
+        ffn_hidden_size: width of one expert.
+        normalized: whether the weights of a token's active experts add up to 1; if not, they are their share of the
+            softmax over all experts.
+    """
+
+    count: int
+    active: int
+    ffn_hidden_size: int
+    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -20,7 +40,9 @@ class Architecture:
 
     Attributes:
         vocab_size: the model's own vocabulary (rows of the Hugging Face embedding).
-        rope_interpolation: linear scaling factor of positions, None for plain rope.
+        rope_interpolation: linear scaling factor of positions, None without.
+        rope_llama3_factor: factor of Llama 3's scaling by wavelength, None without.
+        experts: None for a dense model.
     """
 
     model_type: str
@@ -37,6 +59,9 @@ class Architecture:
     norm_eps: float
     tied_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
+    rope_llama3_factor: float | None = None
+    experts: Experts | None = None
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Vocabulary rows after padding to equal tensor-parallel shards."""
@@ -48,11 +73,14 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
     """Read config.json of a Hugging Face checkpoint and replace the fields named in `overrides`.
 
     Raises:
-        ValueError: no such checkpoint, an unsupported model type, or an override that the config does not know.
+        ValueError: no such checkpoint, a broken config, an unsupported model type, or an override it does not know.
     """
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.hf_path {path!r} has no config.json: it must be the directory of a checkpoint")
-    hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}/config.json cannot be read: {error}") from None
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise ValueError(f"model type {hf.model_type!r} of {path} is not supported; supported: {supported}")
@@ -67,16 +95,12 @@ def architecture(hf: PretrainedConfig) -> Architecture:
     """Translate a supported config, refusing what the Megatron model would compute differently.
 
     Raises:
-        ValueError: sliding-window attention, another activation than SiLU, or an unsupported kind of rope.
+        ValueError: attention within a window, another activation than SiLU, biases, an unsupported or incomplete kind
+            of rope, or experts in some layers only.
     """
-    if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: SwiGLU (silu) models only")
-    if getattr(hf, "use_sliding_window", False):
-        raise ValueError("use_sliding_window: sliding-window attention is not supported; set it to false to ignore it")
-    rope = hf.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise ValueError(f"rope type {kind!r} is not supported; supported: default, linear")
+    _refuse_other_models(hf)
+    rope = _rope(hf)
+    factor = {rope["rope_type"]: float(rope.get("factor", 1.0))}
     return Architecture(
         model_type=hf.model_type,
         num_layers=hf.num_hidden_layers,
@@ -88,11 +112,60 @@ def architecture(hf: PretrainedConfig) -> Architecture:
         vocab_size=hf.vocab_size,
         max_position_embeddings=hf.max_position_embeddings,
         rope_theta=float(rope["rope_theta"]),
-        rope_interpolation=float(rope["factor"]) if kind == "linear" else None,
+        rope_interpolation=factor.get("linear"),
         norm_eps=hf.rms_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,
-        qkv_bias=True,
+        qkv_bias=hf.model_type == "qwen2",
+        qk_norm=hf.model_type in ("qwen3", "qwen3_moe"),
+        rope_llama3_factor=factor.get("llama3"),
+        experts=_experts(hf),
     )
+
+
+def _refuse_other_models(hf: PretrainedConfig) -> None:
+    if hf.hidden_act != "silu":
+        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: SwiGLU (silu) models only")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(hf, name, False):
+            raise ValueError(f"{name} of a {hf.model_type} model is not supported")
+    if getattr(hf, "use_sliding_window", False):
+        raise ValueError("use_sliding_window: sliding-window attention is not supported; set it to false to ignore it")
+    # Qwen's configs switch the window by the flag above; Mistral's by a width.
+    window = None if hasattr(hf, "use_sliding_window") else getattr(hf, "sliding_window", None)
+    if window is not None and window < hf.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window {window} is below max_position_embeddings {hf.max_position_embeddings}: attention within "
+            f"a window is not supported; contexts of up to {window} tokens would be"
+        )
+
+
+def _rope(hf: PretrainedConfig) -> dict[str, Any]:
+    """The config's rope parameters, with the kind always named."""
+    rope = {"rope_type": "default", **(hf.rope_parameters or {})}
+    kind = rope["rope_type"]
+    if kind not in _ROPE_NEEDS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
+    if missing := sorted(({"rope_theta"} | _ROPE_NEEDS[kind]) - rope.keys()):
+        raise ValueError(f"rope_parameters {rope} lacks {' and '.join(missing)}; an override replaces all of it")
+    for name, value in _LLAMA3_ROPE.items():
+        if kind == "llama3" and rope[name] != value:
+            raise ValueError(f"llama3 rope with {name} {rope[name]} is not supported: Megatron-Core computes {value}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    return rope
+
+
+def _experts(hf: PretrainedConfig) -> Experts | None:
+    if hf.model_type == "mixtral":
+        return Experts(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size, normalized=True)
+    if hf.model_type != "qwen3_moe":
+        return None
+    if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
+        raise ValueError(
+            f"decoder_sparse_step {hf.decoder_sparse_step} and mlp_only_layers {hf.mlp_only_layers} make some layers "
+            "dense, which is not supported: every layer must have experts"
+        )
+    return Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
 
 
 def stage_layers(num_layers: int, p: ParallelConfig) -> list[int]:
@@ -121,6 +194,26 @@ def stage_layers(num_layers: int, p: ParallelConfig) -> list[int]:
     return layers
 
 
+def _experts_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
+    """What is wrong with the layout of the MLPs: split over tensor-parallel ranks, or whole experts over ranks."""
+    if arch.experts is None:
+        problems = []
+        if arch.ffn_hidden_size % p.tensor:
+            problems.append(f"MLP width {arch.ffn_hidden_size} cannot be split over parallel.tensor {p.tensor}")
+        if p.expert > 1:
+            problems.append(f"parallel.expert {p.expert}: a {arch.model_type} model has no experts")
+        return problems
+    problems = []
+    if arch.experts.count % p.expert:
+        legal = [e for e in range(1, arch.experts.count + 1) if arch.experts.count % e == 0]
+        problems.append(
+            f"{arch.experts.count} experts cannot be dealt to parallel.expert {p.expert} ranks; possible: {legal}"
+        )
+    if p.tensor > 1 and not p.sequence:
+        problems.append("a model with experts needs parallel.sequence=true with parallel.tensor > 1")
+    return problems
+
+
 def check_model(config: Config) -> Architecture:
     """Everything that can be wrong between a run's config and its model, before any rank starts.
 
@@ -133,8 +226,7 @@ def check_model(config: Config) -> Architecture:
         if heads % p.tensor:
             legal = [t for t in range(1, heads + 1) if heads % t == 0]
             problems.append(f"{heads} {name} cannot be split over parallel.tensor {p.tensor}; possible: {legal}")
-    if arch.ffn_hidden_size % p.tensor:
-        problems.append(f"MLP width {arch.ffn_hidden_size} cannot be split over parallel.tensor {p.tensor}")
+    problems += _experts_problems(arch, p)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > arch.max_position_embeddings:
         problems.append(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import Config
-from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
@@ -53,6 +53,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=p.tensor,
@@ -87,7 +88,22 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=False,  # the LM head's fused path would need NVIDIA apex
         cross_entropy_loss_fusion=False,
         **recompute,
+        **(_experts(arch.experts, p.expert, fused) if arch.experts else {}),
     )
+
+
+def _experts(experts: Experts, ranks: int, fused: bool) -> dict[str, Any]:
+    """No auxiliary loss: the policy gradient alone trains the router."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.active,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": fused,
+        "expert_model_parallel_size": ranks,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _leave_uninitialized(weight: torch.Tensor) -> torch.Tensor:
@@ -121,6 +137,8 @@ def _build_chunk(
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
         seq_len_interpolation_factor=arch.rope_interpolation,
+        rope_scaling=arch.rope_llama3_factor is not None,
+        rope_scaling_factor=arch.rope_llama3_factor or 1.0,
         pg_collection=topology.groups,
         vp_stage=vp_stage,
     )

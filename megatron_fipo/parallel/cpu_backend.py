@@ -28,6 +28,7 @@ def install() -> bool:
         _redirect_device()
         _redirect_random_states()
         _redirect_streams()
+        _redirect_expert_counts()
         _installed = True
     return True
 
@@ -85,6 +86,17 @@ def _redirect_streams() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     tensor: Any = torch.Tensor
     tensor.record_stream = lambda self, stream: None
+
+
+def _redirect_expert_counts() -> None:
+    """Megatron moves the numbers of tokens per expert from the GPU into numpy arrays, and so leaves CPU tensors as they
+    are; what it calls next takes no tensors."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
 @contextlib.contextmanager

@@ -62,6 +62,11 @@ class Topology:
         return self.groups.dp_cp
 
     @property
+    def ep(self) -> dist.ProcessGroup:
+        """Ranks of one pipeline stage that share out the experts; each holds its experts whole."""
+        return self.groups.ep
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp.rank() == 0
 
@@ -102,6 +107,8 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,  # whole experts: gloo has no uneven all-gather, and small GEMMs would shrink
         distributed_timeout_minutes=config.timeout_minutes,
         create_gloo_process_groups=False,
     )

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from megatron_fipo.convert import export, tables
 from megatron_fipo.convert.export import export_weights, save_checkpoint
-from megatron_fipo.convert.load import Checkpoint, load_weights, named_parameters
+from megatron_fipo.convert.huggingface import Checkpoint
+from megatron_fipo.convert.load import load_weights, named_parameters
 from megatron_fipo.model.architecture import architecture, check_model, load_hf_config
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.parallel import topology as topologies
@@ -137,7 +138,8 @@ def test_table_is_complete_and_one_to_one(models: dict[str, Path]) -> None:
     """The names the table asks for are exactly those of transformers' own model."""
     for name, path in models.items():
         arch = architecture(load_hf_config(str(path), {}))
-        assert tables.huggingface_names(arch) == set(load_file(path / "model.safetensors")), name
+        stored = load_file(path / "model.safetensors")
+        assert tables.huggingface_shapes(arch) == {n: tuple(t.shape) for n, t in stored.items()}, name
 
 
 def _drop(name: str) -> Callable[[Tensors], Tensors]:
@@ -244,12 +246,12 @@ def _weights(path: Path) -> Tensors:
 def test_checkpoint_of_several_files(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut at the size limit, it is read back whole by transformers and by our own reader."""
     path = models["untied"]
-    monkeypatch.setattr(export, "_FILE_BYTES", 50_000)
+    monkeypatch.setattr(export, "FILE_BYTES", 50_000)
     save_checkpoint(iter(_weights(path).items()), load_hf_config(str(path), {}), str(path), tmp_path / "out", True)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     _assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), _weights(path))
     checkpoint = Checkpoint(tmp_path / "out")
-    _assert_same({name: checkpoint.source(name)[:] for name in checkpoint.names()}, _weights(path))
+    _assert_same({name: checkpoint.source(name)[:] for name in checkpoint.shapes}, _weights(path))
 
 
 def _interrupted(weights: Tensors, kill: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -262,7 +264,7 @@ def _interrupted(weights: Tensors, kill: bool) -> Iterator[tuple[str, torch.Tens
 
 
 def _save_and_die(source: Path, out: Path) -> None:
-    export._FILE_BYTES = 50_000  # some files are on disk when it dies
+    export.FILE_BYTES = 50_000  # some files are on disk when it dies
     config = load_hf_config(str(source), {})
     save_checkpoint(_interrupted(_weights(source), kill=True), config, str(source), out, write=True)
 

@@ -1,0 +1,224 @@
+"""Whole checkpoints from one format to the other: one process, no GPU, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.convert import tables
+from megatron_fipo.convert.distributed import DistributedCheckpoint, plan_files, stacked, write_file, write_metadata
+from megatron_fipo.convert.export import FILE_BYTES
+from megatron_fipo.convert.huggingface import Checkpoint, CheckpointWriter, copy_companions
+from megatron_fipo.convert.tables import Parameter
+from megatron_fipo.convert.unfinished import Unfinished
+from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
+
+DISTRIBUTED_FILE_BYTES = 1 << 30  # what --resume may have to repeat
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Converted:
+    """What a conversion did: bytes of weights, and the names of parameters in which there are NaNs."""
+
+    num_bytes: int = 0
+    with_nan: list[str] = field(default_factory=list)
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The architecture that a checkpoint's config.json describes.
+
+    Raises:
+        ValueError: there is none, or it is not supported.
+    """
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json")
+    return architecture(load_hf_config(str(directory), {}))
+
+
+def weight_bytes(arch: Architecture, dtype: Callable[[Parameter], torch.dtype]) -> int:
+    """Bytes of all parameters."""
+    return sum(torch.Size(p.shape).numel() * dtype(p).itemsize for p in tables.parameters(arch))
+
+
+def to_megatron(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    advance: Advance = lambda num_bytes: None,
+) -> Converted:
+    """Write a Hugging Face checkpoint as a Megatron distributed checkpoint that any layout can load.
+
+    Args:
+        dtype: of all weights; None: as they are.
+        resume: go on where an interrupted conversion of the same files stopped.
+        advance: called with the number of bytes that were written.
+
+    Raises:
+        ValueError: the source is not supported or damaged, `out` is there already, or the disk is full.
+    """
+    arch, checkpoint = read_architecture(source), Checkpoint(source)
+    tables.check_tensors(checkpoint.shapes, arch, str(source))
+    dtypes = _dtypes(checkpoint, arch, dtype)
+    files = plan_files(arch, dtypes, DISTRIBUTED_FILE_BYTES)
+    size = weight_bytes(arch, lambda p: dtypes[p.checkpoint])
+    with _work(out, source, dtype, resume, size) as work:
+        for file, parameters in files.items():
+            if file not in work.finished:
+                with_nan: list[str] = []
+                tensors = _read(checkpoint, parameters, arch, dtypes, with_nan, advance)
+                places = write_file(work.path / file, tensors)
+                work.record(file, {"places": places, "with_nan": with_nan})
+            else:
+                advance(sum(torch.Size(p.shape).numel() * dtypes[p.checkpoint].itemsize for p in parameters))
+        write_metadata(work.path, arch, dtypes, files, {f: note["places"] for f, note in work.finished.items()})
+        copy_companions(source, work.path, dtype)
+        DistributedCheckpoint(work.path).check(arch)
+        done = Converted(size, [name for note in work.finished.values() for name in note["with_nan"]])
+        work.publish(_manifest(source, arch, dtype, done))
+    return done
+
+
+def _dtypes(checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type of each Megatron tensor, which holds a parameter of all layers."""
+    dtypes: dict[str, torch.dtype] = {}
+    for parameter in tables.parameters(arch):
+        for name in parameter.huggingface:
+            found = dtype or checkpoint.dtypes[name]
+            if dtypes.setdefault(parameter.checkpoint, found) != found:
+                raise ValueError(
+                    f"{name} is {found}, but other tensors of {parameter.checkpoint} are "
+                    f"{dtypes[parameter.checkpoint]}: choose one type with --dtype"
+                )
+    return dtypes
+
+
+def _read(
+    checkpoint: Checkpoint,
+    parameters: list[Parameter],
+    arch: Architecture,
+    dtypes: Mapping[str, torch.dtype],
+    with_nan: list[str],
+    advance: Advance,
+) -> Iterator[torch.Tensor]:
+    """The parameters as chunks, each read when it is asked for."""
+    for parameter in parameters:
+        sources = [checkpoint.source(name) for name in parameter.huggingface]
+        whole = parameter.transform.whole(sources, arch).to(dtypes[parameter.checkpoint])
+        if has_nan(whole):
+            with_nan.extend(parameter.huggingface)
+        yield stacked(whole, parameter)
+        advance(whole.nbytes)
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """The maximum of numbers that include a NaN is NaN; at several GB/s, where `isnan` is slow and needs memory."""
+    return bool(tensor.max().isnan())
+
+
+def to_huggingface(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    config: Path | None = None,
+    advance: Advance = lambda num_bytes: None,
+) -> Converted:
+    """Write the model of a converted or a training checkpoint as a Hugging Face checkpoint.
+
+    Args:
+        dtype: of all weights; None: as they are stored.
+        resume: go on where an interrupted conversion of the same files stopped.
+        config: directory of config.json and tokenizer; None: the checkpoint's own.
+        advance: called with the number of bytes that were written.
+
+    Raises:
+        ValueError: the source is damaged or does not fit its config, `out` is there already, or the disk is full.
+    """
+    config = config or source
+    arch, checkpoint = read_architecture(config), DistributedCheckpoint(source)
+    checkpoint.check(arch)
+    parameters = list(tables.parameters(arch))
+    tensors = {name: (shape, dtype or checkpoint.dtype(p)) for p in parameters for name, shape in p.huggingface.items()}
+    size = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in tensors.values())
+    with _work(out, source, dtype, resume, size) as work:
+        with_nan: list[str] = []
+        writer = CheckpointWriter(work.path, tensors, FILE_BYTES, lambda file: work.record(file, list(with_nan)))
+        for file, names in work.finished.items():
+            writer.skip(file)
+            with_nan = list(names)
+        for parameter in parameters:
+            _export(parameter, checkpoint, arch, tensors, writer, with_nan, advance)
+        writer.close()
+        copy_companions(config, work.path, dtype)
+        tables.check_tensors(Checkpoint(work.path).shapes, arch, str(out))
+        done = Converted(size, with_nan)
+        work.publish(_manifest(source, arch, dtype, done))
+    return done
+
+
+def _export(
+    parameter: Parameter,
+    checkpoint: DistributedCheckpoint,
+    arch: Architecture,
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    writer: CheckpointWriter,
+    with_nan: list[str],
+    advance: Advance,
+) -> None:
+    wanted = [name for name in parameter.huggingface if writer.wants(name)]
+    if wanted:
+        whole = checkpoint.read(parameter)
+        parts = parameter.transform.merge([whole], arch)
+        for name, part in zip(parameter.huggingface, parts, strict=True):
+            if name in wanted:
+                if has_nan(part):
+                    with_nan.append(name)
+                writer.write(name, part.to(tensors[name][1]))
+    for name in parameter.huggingface:
+        shape, dtype = tensors[name]
+        advance(torch.Size(shape).numel() * dtype.itemsize)
+
+
+@contextmanager
+def _work(out: Path, source: Path, dtype: torch.dtype | None, resume: bool, size: int) -> Iterator[Unfinished]:
+    """The directory to fill. What an error leaves there can be resumed, and has not the name of a checkpoint."""
+    if out.exists():
+        raise ValueError(f"{out} is there already: remove it, or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Unfinished(out, _job(source, dtype), resume)
+    try:
+        done = sum(f.stat().st_size for f in work.path.iterdir())
+        if (free := shutil.disk_usage(out.parent).free) < size - done:
+            raise ValueError(f"{out} needs {(size - done) / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are free")
+        yield work
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"no space left for {out}: free some and go on with --resume, or remove {work.path}") from None
+
+
+def _job(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What must be the same for --resume to go on: the files, as their sizes and times tell, and the type."""
+    names = [f for f in sorted(source.iterdir()) if f.suffix in (".safetensors", ".distcp", ".json")]
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in names}
+    return {"source": str(source.resolve()), "dtype": str(dtype), "source_files": files}
+
+
+def _manifest(source: Path, arch: Architecture, dtype: torch.dtype | None, done: Converted) -> dict[str, Any]:
+    return {
+        "source": str(source.resolve()),
+        "model_type": arch.model_type,
+        "dtype": str(dtype or "as stored").removeprefix("torch."),
+        "vocab_size": arch.vocab_size,
+        "padded_vocab_size": arch.vocab_size,  # stored without padding
+        "tensors_with_nan": done.with_nan,
+    }

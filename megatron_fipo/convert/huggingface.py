@@ -1,0 +1,225 @@
+"""Hugging Face checkpoints on disk: safetensors files, their index, and the small files beside them.
+
+Reading and writing both go tensor by tensor, so that a checkpoint of any size passes through little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_fipo.convert.transforms import Source
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_COMPANIONS = (
+    *("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.*", "*.model", "*.tiktoken"),
+)
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files, single or sharded with an index.
+
+    Attributes:
+        shapes: of every tensor, by name.
+        dtypes: of every tensor, by name.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the index and every file's header; no tensor is read.
+
+        Raises:
+            ValueError: no weights, an index that is none or does not fit the files, a damaged file, or numbers that
+                are no floating-point ones.
+        """
+        self.path = Path(path)
+        index = self.path / INDEX
+        places = _read_index(index) if index.is_file() else None
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name in sorted(set(places.values())) if places is not None else self._files_without_index():
+            if not (self.path / name).is_file():
+                raise ValueError(f"{index} names {name}, which is not there")
+            self._read_header(self.path / name)
+        if places is not None:
+            self._check_index(index, places)
+
+    def source(self, name: str) -> Source:
+        """A lazily read tensor.
+
+        Its file is mapped into memory for as long as the tensor, or a slice of it, is held, and no longer: mapped
+        pages count as this process's memory.
+        """
+        return safe_open(self._files[name], framework="pt").get_slice(name)
+
+    def _files_without_index(self) -> list[str]:
+        if (self.path / _SINGLE).is_file():
+            return [_SINGLE]  # other files are the same weights in another form, such as consolidated.safetensors
+        names = sorted(f.name for f in self.path.glob("*.safetensors"))
+        if not names:
+            raise ValueError(f"{self.path} has no *.safetensors weights")
+        return names
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        for name in handle.keys():  # noqa: SIM118  no mapping
+            tensor = handle.get_slice(name)
+            if tensor.get_dtype() not in _DTYPES:
+                raise ValueError(f"{name} of {file} is of type {tensor.get_dtype()}; supported: {', '.join(_DTYPES)}")
+            self._files[name] = file
+            self.shapes[name] = tuple(tensor.get_shape())
+            self.dtypes[name] = _DTYPES[tensor.get_dtype()]
+
+    def _check_index(self, index: Path, places: Mapping[str, str]) -> None:
+        for name, file in places.items():
+            if name not in self._files or self._files[name].name != file:
+                raise ValueError(f"{index} says that {name} is in {file}, but it is not")
+        if extra := sorted(self._files.keys() - places.keys()):
+            raise ValueError(f"{self._files[extra[0]]} holds {extra[0]}, which {index} does not name")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
+
+
+@dataclass
+class _File:
+    """One safetensors file to be: where each tensor goes, and what is still to come."""
+
+    places: dict[str, int] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+    size: int = 0
+    missing: set[str] = field(default_factory=set)
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        end = self.size + torch.Size(shape).numel() * dtype.itemsize
+        offsets = [self.size, end]
+        self.header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        self.places[name], self.size = self.size, end
+        self.missing.add(name)
+
+    def header_bytes(self) -> bytes:
+        text = json.dumps(self.header).encode()
+        text += b" " * (-len(text) % 8)  # data is aligned
+        return struct.pack("<Q", len(text)) + text
+
+
+class CheckpointWriter:
+    """Writes the tensors of a checkpoint in any order, each straight to its place; nothing is held.
+
+    Names, shapes and types are known beforehand, so whatever else comes, or does not come, is an error.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        file_bytes: int,
+        finished: Callable[[str], None] = lambda file: None,
+    ) -> None:
+        """Plan files of at most `file_bytes`, tensors in the given order; `finished(file)` is called once one is whole
+        and on disk."""
+        self.directory = directory
+        self._finished = finished
+        files = [_File()]
+        for name, (shape, dtype) in tensors.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if files[-1].size and files[-1].size + size > file_bytes:
+                files.append(_File())
+            files[-1].add(name, shape, dtype)
+        names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+        self._plan = dict(zip(names if len(files) > 1 else [_SINGLE], files, strict=True))
+        self._file_of = {name: file for file, plan in self._plan.items() for name in plan.places}
+        self._tensors = dict(tensors)
+
+    def skip(self, file: str) -> None:
+        """Take a file for written, by an earlier process."""
+        self._plan[file].missing.clear()
+
+    def wants(self, name: str) -> bool:
+        """Whether the tensor is still to be written."""
+        return name in self._plan[self._file_of[name]].missing
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor in its place.
+
+        Raises:
+            ValueError: it is not of this checkpoint, or of another shape or type, or it came already.
+        """
+        if name not in self._file_of or not self.wants(name):
+            raise ValueError(f"tensor {name} is {'there already' if name in self._file_of else 'not expected'}")
+        shape, dtype = self._tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, but the model's is {shape} {dtype}"
+            )
+        file = self._file_of[name]
+        plan, path, head = self._plan[file], self.directory / file, self._plan[file].header_bytes()
+        fresh = len(plan.missing) == len(plan.places)
+        with open(path, "wb" if fresh else "r+b", buffering=0) as stream:
+            if fresh:
+                _write_all(stream, memoryview(head))
+            stream.seek(len(head) + plan.places[name])
+            _write_all(stream, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            plan.missing.discard(name)
+            if not plan.missing:
+                os.fsync(stream.fileno())
+        if not plan.missing:
+            self._finished(file)
+
+    def close(self) -> None:
+        """Check that every tensor was written, and write the index where there are several files.
+
+        Raises:
+            ValueError: tensors are missing.
+        """
+        if missing := sorted(name for plan in self._plan.values() for name in plan.missing):
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(f"the export lacks tensors: {', '.join(missing[:5])}{more}")
+        if len(self._plan) > 1:
+            total = sum(plan.size for plan in self._plan.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _write_all(stream: Any, data: memoryview) -> None:
+    """A raw write may stop half-way, as at 2 GiB."""
+    while data:
+        data = data[stream.write(data) :]
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what belongs to a checkpoint beside its weights: config, generation config, tokenizer, chat template.
+
+    `dtype` replaces the type that the config names.
+    """
+    for file in sorted({f for pattern in _COMPANIONS for f in source.glob(pattern) if f.is_file()}):
+        shutil.copyfile(file, target / file.name)
+    if dtype is not None:
+        config = json.loads((target / "config.json").read_text())
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,80 @@
+"""Is a Megatron checkpoint the same model as a Hugging Face checkpoint? Tensor by tensor, and by logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_fipo.convert import tables
+from megatron_fipo.convert.conversion import has_nan, read_architecture
+from megatron_fipo.convert.distributed import DistributedCheckpoint
+from megatron_fipo.convert.huggingface import Checkpoint
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 24  # numbers compared at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor whose bits differ, compared in Megatron's type. `largest` is NaN where one side is."""
+
+    name: str
+    dtype: torch.dtype
+    num_different: int
+    num_elements: int
+    largest: float
+
+    def __str__(self) -> str:
+        share = f"{self.num_different} of {self.num_elements} numbers"
+        return f"{self.name}: {share} differ, by up to {self.largest:.3g} ({str(self.dtype).removeprefix('torch.')})"
+
+
+@dataclass
+class Verification:
+    differences: list[Difference]
+    with_nan: list[str]
+
+
+def verify(
+    huggingface: Path, megatron: Path, config: Path | None = None, advance: Callable[[int], None] = lambda n: None
+) -> Verification:
+    """Compare names and shapes, then every bit; a Hugging Face tensor of another type is rounded to Megatron's first.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or names or shapes do not fit.
+    """
+    arch = read_architecture(config or huggingface)
+    source, converted = Checkpoint(huggingface), DistributedCheckpoint(megatron)
+    tables.check_tensors(source.shapes, arch, str(huggingface))
+    converted.check(arch)
+    result = Verification([], [])
+    for parameter in tables.parameters(arch):
+        whole = converted.read(parameter)
+        parts = parameter.transform.merge([whole], arch)
+        for name, part in zip(parameter.huggingface, parts, strict=True):
+            if has_nan(part):
+                result.with_nan.append(name)
+            if difference := compare(name, source.source(name)[:], part):
+                result.differences.append(difference)
+        advance(whole.nbytes)
+    return result
+
+
+def compare(name: str, expected: torch.Tensor, found: torch.Tensor) -> Difference | None:
+    """None where all bits are the same, NaNs included."""
+    count, largest = 0, 0.0
+    for ours, theirs in _pieces(found, expected):
+        different = theirs.view(_INTEGERS[theirs.itemsize]) != ours.view(_INTEGERS[ours.itemsize])
+        if different.any():
+            count += int(different.sum())
+            gap = (theirs[different].double() - ours[different].double()).abs().max()
+            largest = max(largest, gap.item()) if not gap.isnan() else float("nan")
+    return Difference(name, found.dtype, count, found.numel(), largest) if count else None
+
+
+def _pieces(found: torch.Tensor, expected: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for ours, theirs in zip(found.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True):
+        yield ours, theirs.to(found.dtype)
