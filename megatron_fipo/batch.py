@@ -93,15 +93,14 @@ class Rollouts:
             tokens += [*prompt, *response]
             mask += [False] * len(prompt) + [True] * len(response)
             log_prob += [0.0] * len(prompt) + list(log_p)
-        zeros = torch.zeros(len(ids))
         return Rollouts(
             ids=torch.tensor(ids, dtype=torch.int64),
             prompt_lengths=prompt_lengths,
             lengths=lengths,
             truncated=torch.tensor(truncated, dtype=torch.bool),
-            rewards=zeros,
-            accuracy=zeros,
-            advantages=zeros,
+            rewards=torch.zeros(len(ids)),
+            accuracy=torch.zeros(len(ids)),
+            advantages=torch.zeros(len(ids)),
             tokens=torch.tensor(tokens, dtype=torch.int64),
             loss_mask=torch.tensor(mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(log_prob, dtype=torch.float32),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer
 
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config
+from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.reward import make_reward
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def check_run(config: Config) -> list[str]:
@@ -30,6 +35,8 @@ def check_run(config: Config) -> list[str]:
 
 
 def _check_tokenizer(path: str, vocab_size: int) -> None:
+    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -38,6 +45,7 @@ def _check_tokenizer(path: str, vocab_size: int) -> None:
         raise ValueError(
             f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model's embedding only {vocab_size} rows"
         )
+    check_chat_template(tokenizer)
 
 
 def _no_op_warnings(config: Config) -> list[str]:

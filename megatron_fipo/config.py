@@ -57,6 +57,12 @@ class ParallelConfig:
         """Data-parallel replicas: what is left of the world after the model-parallel axes."""
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
+    @property
+    def sequence_alignment(self) -> int:
+        """Packed sequences are padded to a multiple of this: zig-zag context chunks, sequence-parallel shards."""
+        context = 2 * self.context if self.context > 1 else 1
+        return context * (self.tensor if self.sequence else 1)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -187,19 +193,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if "=" not in text:
             raise ValueError(f"override {text!r} is not of the form section.key=value")
     try:
-        loaded = OmegaConf.load(path)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        config = _typed(given)
     except ConfigKeyError as error:
         raise ValueError(_unknown_key(str(error.full_key))) from None
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{where}{str(error.msg or error).splitlines()[0]}") from None
+        key = error.full_key or _refused_key(given)
+        reason = str(error.msg or error).splitlines()[0].replace("'$VALUE' of type '$VALUE_TYPE' ", "")
+        raise ValueError(f"{key}: {reason}") from None
     except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
         raise ValueError(f"cannot read {path}: {error}") from None
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _typed(given: Any) -> Any:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+
+
+def _refused_key(given: Any) -> str:
+    """The key of a value that OmegaConf refuses without naming it, as it does inside tuples."""
+    sections: Any = OmegaConf.to_container(given)
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            return str(section)
+        for name, value in values.items():
+            try:
+                _typed({section: {name: value}})
+            except OmegaConfBaseException:
+                return f"{section}.{name}"
+    return "config"
 
 
 def to_yaml(config: Config) -> str:
@@ -208,12 +232,16 @@ def to_yaml(config: Config) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    known = _known_keys(Config())
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.5
-    )
-    full = [k for k in known if nearest and (k == nearest[0] or k.endswith("." + nearest[0]))]
-    hint = f"; did you mean {full[0]!r}?" if full else f"; known sections: {', '.join(f.name for f in fields(Config))}"
+    known, sections = _known_keys(Config()), [f.name for f in fields(Config)]
+    names = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    name = key.rsplit(".", 1)[-1]
+    if name in names:  # the right name in the wrong section
+        nearest = [names[name]]
+    else:
+        nearest = difflib.get_close_matches(key, known if "." in key else sections, n=1, cutoff=0.5) or [
+            names[n] for n in difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        ]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known sections: {', '.join(sections)}"
     return f"unknown config key {key!r}{hint}"
 
 
@@ -230,7 +258,7 @@ def validate(config: Config) -> None:
     problems = [
         *_required(config),
         *_layout(config.parallel),
-        *_batch_sizes(config),
+        *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
         *_ranges(config),
     ]
     if problems:
@@ -281,7 +309,7 @@ def _layout(p: ParallelConfig) -> list[str]:
 
 def _batch_sizes(c: Config) -> list[str]:
     problems = []
-    if c.rollout.prompts_per_step % c.trainer.mini_batch_prompts:
+    if c.trainer.mini_batch_prompts > 0 and c.rollout.prompts_per_step % c.trainer.mini_batch_prompts:
         problems.append(
             f"rollout.prompts_per_step {c.rollout.prompts_per_step} is not a multiple of "
             f"trainer.mini_batch_prompts {c.trainer.mini_batch_prompts}"
@@ -291,10 +319,13 @@ def _batch_sizes(c: Config) -> list[str]:
             f"rollout.group_size {c.rollout.group_size}: a group-relative advantage needs at least 2 responses"
         )
     longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
-    if longest > c.trainer.tokens_per_micro_batch:
+    alignment = c.parallel.sequence_alignment
+    padded = -(-longest // alignment) * alignment
+    if padded > c.trainer.tokens_per_micro_batch:
+        aligned = f" ({padded} after alignment to {alignment})" if padded > longest else ""
         problems.append(
             f"data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
-            f"{c.rollout.max_response_tokens} = {longest} tokens do not fit trainer.tokens_per_micro_batch "
+            f"{c.rollout.max_response_tokens} = {longest} tokens{aligned} do not fit trainer.tokens_per_micro_batch "
             f"{c.trainer.tokens_per_micro_batch}"
         )
     if c.reward.overlong_buffer_tokens >= c.rollout.max_response_tokens:
@@ -307,7 +338,7 @@ def _batch_sizes(c: Config) -> list[str]:
 
 def _ranges(c: Config) -> list[str]:
     """Bounds of single values; the loss's own are checked by `algorithm.FIPOLossConfig`."""
-    positive = {
+    positive: dict[str, float | None] = {
         "rollout.temperature": c.rollout.temperature,
         "rollout.prompts_per_step": c.rollout.prompts_per_step,
         "rollout.max_response_tokens": c.rollout.max_response_tokens,
@@ -320,7 +351,13 @@ def _ranges(c: Config) -> list[str]:
         "trainer.tokens_per_micro_batch": c.trainer.tokens_per_micro_batch,
         "model.lm_head_chunk_tokens": c.model.lm_head_chunk_tokens,
         "optimizer.max_consecutive_skips": c.optimizer.max_consecutive_skips,
+        "optimizer.eps": c.optimizer.eps,
+        "optimizer.spike_threshold": c.optimizer.spike_threshold,
+        "parallel.timeout_minutes": c.parallel.timeout_minutes,
+        "parallel.threads_per_rank": c.parallel.threads_per_rank,
+        "rollout.prompts_per_round": c.rollout.prompts_per_round,
         "eval.samples": c.eval.samples,
+        "eval.max_problems": c.eval.max_problems,
         "reward.workers": c.reward.workers,
         "reward.timeout_seconds": c.reward.timeout_seconds,
     }
@@ -336,8 +373,13 @@ def _ranges(c: Config) -> list[str]:
         "eval.temperature": c.eval.temperature,
         "algorithm.kl_coefficient": c.algorithm.kl_coefficient,
     }
-    problems = [f"{name} = {v} must be positive" for name, v in positive.items() if v <= 0]
-    problems += [f"{name} = {v} must not be negative" for name, v in not_negative.items() if v < 0]
+    # `not v > 0` is true of NaN as well; None stands for a default.
+    problems = [f"{name} = {v} must be positive" for name, v in positive.items() if v is not None and not v > 0]
+    problems += [f"{name} = {v} must not be negative" for name, v in not_negative.items() if not v >= 0]
+    if c.optimizer.offload_state and not c.optimizer.distributed:
+        problems.append("optimizer.offload_state needs optimizer.distributed, which owns the state that it moves")
+    if not all(0 <= beta < 1 for beta in c.optimizer.betas):
+        problems.append(f"optimizer.betas = {list(c.optimizer.betas)} must be in [0, 1)")
     for name, p in (("rollout.top_p", c.rollout.top_p), ("eval.top_p", c.eval.top_p)):
         if not 0 < p <= 1:
             problems.append(f"{name} = {p} must be in (0, 1]")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_fipo.config import ParallelConfig
 
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+_SECONDS_TO_BE_SEEN = 1.0  # the launcher looks five times a second
 
 
 class RankFailure(RuntimeError):
@@ -84,8 +85,12 @@ def _run_rank(entry: Callable[..., Any], parallel: ParallelConfig, args: Sequenc
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         entry(*args)
-    finally:
-        dist.destroy_process_group()
+    except Exception:
+        # With the connections still open, nobody else fails before this rank was seen to.
+        time.sleep(_SECONDS_TO_BE_SEEN)
+        raise
+    dist.barrier()  # a rank that is gone looks like a failure to one that still connects
+    dist.destroy_process_group()
 
 
 def _adopt_slurm_environment() -> None:
@@ -104,18 +109,39 @@ def _adopt_slurm_environment() -> None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"].split("(")[0]
+    os.environ["LOCAL_WORLD_SIZE"] = _tasks_on_this_node()
+
+
+def _tasks_on_this_node() -> str:
+    """From the step's tasks on each node, which srun writes as `4(x2),3`."""
+    tasks: list[str] = []
+    for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, nodes = part.rstrip(")").partition("(x")
+        tasks += [count] * int(nodes or 1)
+    return tasks[int(os.environ["SLURM_NODEID"])]
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end this rank when the process that forked it dies, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    """End this rank when the process that launched it dies, even by SIGKILL.
+
+    The kernel's parent-death signal would not do: the parent of a rank is the fork server, which lives as long as any
+    rank does.
+    """
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def wait() -> None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="die-with-parent", daemon=True).start()
 
 
 def _raise_first_failure(error: ChildFailedError) -> NoReturn:
     rank, failure = error.get_first_failure()
-    details = failure.error_file_data.get("message", {}) if failure.error_file_data else {}
-    if failure.message.startswith("ValueError: "):
-        raise ValueError(failure.message.removeprefix("ValueError: ")) from None
-    trace = details.get("extraInfo", {}).get("py_callstack", "") if isinstance(details, dict) else ""
-    raise RankFailure(f"rank {rank} failed first: {failure.message}\n{trace}") from None
+    if isinstance(failure.message, str):  # ended by a signal: no Python was left to say more
+        raise RankFailure(f"rank {rank} failed first: {failure.message}") from None
+    text, trace = failure.message["message"], failure.message["extraInfo"]["py_callstack"]
+    if text.startswith("ValueError: "):
+        raise ValueError(text.removeprefix("ValueError: ")) from None
+    raise RankFailure(f"rank {rank} failed first: {text}\n{trace}") from None

@@ -32,23 +32,27 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def prepare_directory(config: Config) -> None:
-    """Make an empty run directory, before any rank starts.
+def check_directory(config: Config) -> None:
+    """Whether a run may start in its directory; asked before any rank starts.
 
     Raises:
-        ValueError: it holds a run already.
+        ValueError: it holds a run already, or is no directory.
     """
     directory = config.run_directory
-    if (directory / "metrics.jsonl").exists():
-        if not config.run.overwrite:
-            raise ValueError(
-                f"{directory} holds a run already: choose another run.name, or set run.overwrite=true to replace it"
-            )
-        for name in ("metrics.jsonl", "summary.json", "tensorboard", "rollouts", "policy", "report.html", "figures"):
-            _remove(directory / name)
-        for failed in directory.glob("failed_step_*"):
-            _remove(failed)
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"run.directory {directory} is a file; choose another run.name or run.directory")
+    if (directory / "metrics.jsonl").exists() and not config.run.overwrite:
+        raise ValueError(
+            f"{directory} holds a run already: choose another run.name, or set run.overwrite=true to replace it"
+        )
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier run left."""
+    for name in ("metrics.jsonl", "summary.json", "tensorboard", "rollouts", "policy", "report.html", "figures"):
+        _remove(directory / name)
+    for failed in directory.glob("failed_step_*"):
+        _remove(failed)
 
 
 def _remove(path: Path) -> None:
@@ -73,6 +77,8 @@ class RunLog:
         self._tensorboard: SummaryWriter | None = None
         if not self.writes:
             return
+        # Only now, with everything built that could have been refused, does an earlier run go.
+        _clear(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "config.yaml", to_yaml(config))
         self._metrics = (self.directory / "metrics.jsonl").open("a")

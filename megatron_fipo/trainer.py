@@ -51,6 +51,7 @@ class Trainer:
         """
         self.config = config
         hf_config = load_hf_config(config.model.hf_path, config.model.overrides)
+        hf_config.dtype = getattr(torch, config.model.dtype)  # of what is exported, whatever was read
         self.hf_config = hf_config
         self.topology = topologies.initialize(config.parallel, config.run.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)

@@ -59,11 +59,7 @@ def load_prompts(path: str | Path, tokenizer: Any, max_prompt_tokens: int) -> Pr
         ValueError: the file breaks the schema, one prompt has two ground truths, the tokenizer has no chat template,
             or no prompt is left.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, and prompts go through it "
-            "for base models too; add a chat_template.jinja to the checkpoint"
-        )
+    check_chat_template(tokenizer)
     unique = unique_problems(path)
     if unique.contradictions:
         raise ValueError(
@@ -78,6 +74,15 @@ def load_prompts(path: str | Path, tokenizer: Any, max_prompt_tokens: int) -> Pr
             f"{max_prompt_tokens} tokens (data.max_prompt_tokens)"
         )
     return PromptSet(kept, unique.num_rows, unique.num_unique, len(prompts) - len(kept))
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Raise a ValueError where the tokenizer has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, and prompts go through it "
+            "for base models too; add a chat_template.jinja to the checkpoint"
+        )
 
 
 def _tokenize(problems: Sequence[Problem], tokenizer: Any) -> list[Prompt]:

@@ -48,7 +48,7 @@ def open_problems(path: str | Path) -> pq.ParquetFile:
         raise ValueError(f"data file {path} does not exist")
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: a garbled footer
         raise ValueError(f"{path} is not a parquet file: {error}") from None
     missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
     if missing:

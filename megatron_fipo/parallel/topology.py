@@ -25,12 +25,13 @@ class Topology:
         groups: Megatron's collection (tp, pp, cp, dp, dp_cp, embd, ...), given to every Megatron object.
         replica: all ranks of this data-parallel replica (tensor x pipeline x context).
         virtual_pipeline: model chunks on each pipeline stage.
+        sequence_alignment: packed sequences are padded to a multiple of this.
     """
 
     groups: ProcessGroupCollection
     replica: dist.ProcessGroup
     virtual_pipeline: int
-    sequence_parallel: bool
+    sequence_alignment: int
     device: torch.device
 
     @property
@@ -80,12 +81,6 @@ class Topology:
         return dist.get_global_rank(self.pp, self.pp.size() - 1)
 
     @property
-    def sequence_alignment(self) -> int:
-        """Packed sequences are padded to a multiple of this: zig-zag context chunks, sequence-parallel shards."""
-        context = 2 * self.cp.size() if self.cp.size() > 1 else 1
-        return context * (self.tp.size() if self.sequence_parallel else 1)
-
-    @property
     def micro_batch_multiple(self) -> int:
         """The interleaved schedule takes micro-batches in rounds of the pipeline's length."""
         return self.pp.size() if self.virtual_pipeline > 1 else 1
@@ -118,7 +113,7 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         groups=groups,
         replica=_replica_group(groups.dp.rank(), config.timeout_minutes),
         virtual_pipeline=config.virtual_pipeline,
-        sequence_parallel=config.sequence,
+        sequence_alignment=config.sequence_alignment,
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
 
