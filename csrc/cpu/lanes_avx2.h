@@ -31,6 +31,7 @@ struct Lanes {
 
   static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static M is_number(F a) { return _mm256_cmp_ps(a, a, _CMP_ORD_Q); }
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M either(M a, M b) { return _mm256_or_ps(a, b); }
@@ -67,6 +68,7 @@ struct Lanes {
     four = _mm_min_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_min_ss(four, _mm_movehdup_ps(four)));
   }
+  static float largest(F x) { return -smallest(negate(x)); }
 
  private:
   static F power_of_two(__m256i n) {

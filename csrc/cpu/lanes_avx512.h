@@ -31,6 +31,7 @@ struct Lanes {
 
   static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static M is_number(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
   static M both(M a, M b) { return a & b; }
   static M either(M a, M b) { return a | b; }
@@ -55,6 +56,7 @@ struct Lanes {
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
   static float smallest(F x) { return _mm512_reduce_min_ps(x); }
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
 
  private:
   // Lane i holds x_{i + k}, 0 beyond the last.

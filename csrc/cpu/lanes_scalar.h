@@ -36,6 +36,7 @@ struct Lanes {
 
   static M greater(F a, F b) { return a > b; }
   static M less(F a, F b) { return a < b; }
+  static M equal(F a, F b) { return a == b; }
   static M is_number(F a) { return a == a; }
   static M both(M a, M b) { return a & b; }
   static M either(M a, M b) { return a | b; }
@@ -66,6 +67,11 @@ struct Lanes {
     float least = x[0];
     for (int i = 1; i < kWidth; ++i) least = x[i] < least ? x[i] : least;
     return least;
+  }
+  static float largest(F x) {
+    float most = x[0];
+    for (int i = 1; i < kWidth; ++i) most = x[i] > most ? x[i] : most;
+    return most;
   }
 };
 
