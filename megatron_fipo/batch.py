@@ -118,6 +118,8 @@ class MicroBatch:
         hidden_index: [R_local] int64, positions whose hidden state predicts a response token.
         targets: [R_local] int64, those response tokens.
         places: [R_local] int64, where they stand among the R response positions.
+        segment_offsets: [S * K + 1] int64, the chunks of responses among the R_local positions: K = 1, or 2 where
+            context parallelism gives each rank two chunks of a sequence.
     Loss inputs (whole, the same on every rank of a replica):
         loss_mask: [R] bool; response_offsets: [S + 1] int64; advantages: [S] float32.
         rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
@@ -131,6 +133,7 @@ class MicroBatch:
     hidden_index: torch.Tensor
     targets: torch.Tensor
     places: torch.Tensor
+    segment_offsets: torch.Tensor
     loss_mask: torch.Tensor
     response_offsets: torch.Tensor
     advantages: torch.Tensor
@@ -197,6 +200,8 @@ def pack(
     """
     chosen = rollouts.select(torch.tensor(list(index), dtype=torch.int64))
     inputs, positions, hidden, targets, places, padded = [], [], [], [], [], []
+    segments: list[int] = []
+    chunks = 1 if context_size == 1 else 2
     local_start = response_start = 0
     prompts = chosen.prompt_lengths.tolist()
     for sequence, prompt in zip(chosen.tokens.split(chosen.lengths.tolist()), prompts, strict=True):
@@ -210,6 +215,8 @@ def pack(
         hidden.append(predicts + local_start)
         targets.append(sequence[here[predicts] + 1])
         places.append(here[predicts] - (prompt - 1) + response_start)
+        chunk = len(here) // chunks
+        segments += [int(((predicts >= k * chunk) & (predicts < (k + 1) * chunk)).sum()) for k in range(chunks)]
         padded.append(total)
         local_start += len(here)
         response_start += responses
@@ -224,6 +231,7 @@ def pack(
         hidden_index=torch.cat(hidden),
         targets=torch.cat(targets),
         places=torch.cat(places),
+        segment_offsets=torch.tensor([0, *segments]).cumsum(0),
         loss_mask=chosen.loss_mask[in_response],
         response_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), chosen.response_lengths.cumsum(0)]),
         advantages=chosen.advantages,
@@ -250,6 +258,7 @@ def _padding_micro_batch(empty: Rollouts, alignment: int, context_size: int) -> 
         hidden_index=nothing,
         targets=nothing,
         places=nothing,
+        segment_offsets=torch.zeros(1, dtype=torch.int64),
         loss_mask=empty.loss_mask,
         response_offsets=torch.zeros(1, dtype=torch.int64),
         advantages=empty.advantages,

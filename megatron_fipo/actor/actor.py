@@ -27,6 +27,7 @@ from megatron_fipo.convert.export import export_weights
 from megatron_fipo.convert.load import load_weights, named_parameters
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.build import build_policy
+from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -92,7 +93,7 @@ class FIPOActor(AlignableGenerativeInterface):
             merged: Metrics = {}
             for report in reports:
                 merged = merge(merged, report)
-            metrics = finalize(all_reduce(merged, self.topology.dp))
+            metrics = finalize(all_reduce(merged, self.topology.dp_cp))
         metrics = self._from_last_stage(metrics)
         return metrics["loss"], metrics
 
@@ -256,7 +257,7 @@ class FIPOActor(AlignableGenerativeInterface):
         micro_batch = next(micro_batches).to(self.topology.device)
 
         def log_probs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return self.loss.token_statistics(output, micro_batch)[0]
+            return gather_tokens(output[0], micro_batch.places, micro_batch.num_response_positions, self.topology.cp)
 
         return model(micro_batch), log_probs
 

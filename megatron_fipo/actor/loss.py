@@ -10,7 +10,6 @@ from megatron_fipo.algorithm import FIPOLossConfig, aggregate_tokens, fipo_loss,
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.config import AlgorithmConfig
-from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -22,41 +21,42 @@ class PolicyLoss:
     config: FIPOLossConfig
     topology: Topology
 
-    def token_statistics(self, output: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        """`[2, R_local] -> [2, R]`: log-probabilities and entropies of all response positions of the micro-batch."""
-        size, group = micro_batch.num_response_positions, self.topology.cp
-        return torch.stack([gather_tokens(row, micro_batch.places, size, group) for row in output.unbind()])
-
     def __call__(self, output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """(loss sum, denominator, metrics) of the micro-batch, in the form that Megatron's per-token loss expects.
 
-        Every context-parallel rank computes the whole loss, since each needs the gradient of its own tokens; the
-        denominator is counted by the first one only, because Megatron adds it up over the group.
+        `output` is `[2, R_local]`, log-probabilities and entropies. Under context parallelism each rank has the loss
+        of its own chunks of every sequence, exact through the carries that the ranks exchange; Megatron adds sums and
+        denominators up over the data- and context-parallel ranks.
         """
+        log_probs, entropy = output.unbind()
         assert micro_batch.old_log_probs is not None
-        log_probs, entropy = self.token_statistics(output, micro_batch)
+        mask = self._mine(micro_batch.loss_mask, micro_batch)
+        sharded = self.topology.cp.size() > 1
         loss_function = fipo_loss if self.algorithm.loss == "fipo" else grpo_loss
         out = loss_function(
             log_probs,
-            micro_batch.old_log_probs,
-            micro_batch.advantages,
-            micro_batch.loss_mask,
-            micro_batch.response_offsets,
+            self._mine(micro_batch.old_log_probs, micro_batch),
+            micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages,
+            mask,
+            micro_batch.segment_offsets,
             self.config,
-            micro_batch.token_weights,
+            None if micro_batch.token_weights is None else self._mine(micro_batch.token_weights, micro_batch),
+            group=self.topology.cp if sharded else None,
+            layout="zigzag",
         )
-        metrics = {**out.metrics, "entropy": mean_where(entropy, micro_batch.loss_mask)}
+        metrics = {**out.metrics, "entropy": mean_where(entropy, mask)}
         loss_sum = out.loss_sum
         if self.algorithm.entropy_coefficient:
-            bonus = self._aggregate(entropy, micro_batch, out.vetoed)
+            bonus = aggregate_tokens(entropy, mask, micro_batch.segment_offsets, out, self.config)
             loss_sum = loss_sum - self.algorithm.entropy_coefficient * bonus
         if micro_batch.reference_log_probs is not None:
-            shift = micro_batch.reference_log_probs - log_probs
+            shift = self._mine(micro_batch.reference_log_probs, micro_batch) - log_probs
             penalty = shift.exp() - shift - 1  # k3: unbiased for KL(policy || reference), never negative
-            loss_sum = loss_sum + self.algorithm.kl_coefficient * self._aggregate(penalty, micro_batch, out.vetoed)
-            metrics["reference_kl"] = mean_where(penalty, micro_batch.loss_mask)
-        denominator = out.denominator if self.topology.cp.rank() == 0 else torch.zeros_like(out.denominator)
-        return loss_sum, denominator.int(), metrics
+            total = aggregate_tokens(penalty, mask, micro_batch.segment_offsets, out, self.config)
+            loss_sum = loss_sum + self.algorithm.kl_coefficient * total
+            metrics["reference_kl"] = mean_where(penalty, mask)
+        return loss_sum, out.denominator.int(), metrics
 
-    def _aggregate(self, values: torch.Tensor, micro_batch: MicroBatch, vetoed: torch.Tensor) -> torch.Tensor:
-        return aggregate_tokens(values, micro_batch.loss_mask, micro_batch.response_offsets, vetoed, self.config)
+    def _mine(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """[R] -> [R_local]: the positions that this context-parallel rank holds."""
+        return values if self.topology.cp.size() == 1 else values[micro_batch.places]

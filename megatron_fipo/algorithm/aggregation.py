@@ -7,10 +7,11 @@ from torch import Tensor
 
 from megatron_fipo import ops
 from megatron_fipo.algorithm.loss_config import FIPOLossConfig
+from megatron_fipo.algorithm.loss_output import LossOutput
 
 
 def aggregate_tokens(
-    values: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, vetoed: Tensor, config: FIPOLossConfig
+    values: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, loss: LossOutput, config: FIPOLossConfig
 ) -> Tensor:
     """Sum of a further per-token term of the loss (KL penalty, entropy) over the tokens that survive in it.
 
@@ -20,13 +21,15 @@ def aggregate_tokens(
         values: [N] floating point; masked positions may hold anything.
         loss_mask: [N] bool.
         cu_seqlens: [S+1] integer offsets.
-        vetoed: [S] bool, from the loss.
+        loss: of the same tokens, for what survives in it.
         config: for its aggregation.
     """
     sequence = ops.sequence_ids(cu_seqlens, values.numel())
-    values = torch.where(loss_mask & ~vetoed[sequence], values, 0.0)
+    values = torch.where(loss_mask & ~loss.vetoed[sequence], values, 0.0)
     if config.aggregation == "seq-mean-token-mean":
-        lengths = values.new_zeros(vetoed.numel()).index_add(0, sequence, loss_mask.to(values.dtype))
+        lengths = loss.sequence_tokens
+        if lengths is None:
+            lengths = torch.zeros_like(loss.vetoed, dtype=torch.int64).index_add(0, sequence, loss_mask.long())
         values = values / lengths.clamp(min=1)[sequence]
     elif config.aggregation == "seq-mean-token-sum-norm":
         values = values / config.norm_length

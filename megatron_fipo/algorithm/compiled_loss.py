@@ -1,6 +1,9 @@
 """The losses through the compiled op: one pass over the tokens, which also leaves the gradient and all metrics."""
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo import ops
@@ -8,6 +11,7 @@ from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean, Metrics
 from megatron_fipo.algorithm.packed_tokens import check_inputs, check_token_weights
+from megatron_fipo.algorithm.sharding import Layout, exchange
 
 # Names as in `loss_metrics`. Means are over loss tokens.
 RATIO_MEANS = (
@@ -47,6 +51,8 @@ def compiled_loss(
     token_weights: Tensor | None,
     *,
     influence: bool,
+    group: dist.ProcessGroup | None,
+    layout: Layout,
 ) -> LossOutput:
     """`fipo_loss` (`influence`) or `grpo_loss`; arguments and errors are theirs."""
     check_inputs(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
@@ -54,7 +60,9 @@ def compiled_loss(
         check_token_weights(token_weights, log_probs)
         token_weights = token_weights.detach().float()
     mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
-    inputs = (old_log_probs.detach(), advantages.detach().float(), mask, cu_seqlens, token_weights)
+    whole = (old_log_probs.detach(), advantages.detach().float(), mask, cu_seqlens)
+    shard = _exchange(log_probs.detach(), *whole, config, group, layout) if group is not None else ()
+    inputs = (*whole, token_weights, *shard)
     constants = _constants(config)
 
     def weights() -> tuple[Tensor, Tensor]:
@@ -70,9 +78,35 @@ def compiled_loss(
         num_sequences=num_sequences,
         denominator=num_tokens if config.aggregation == "token-mean" else num_sequences,
         vetoed=vetoed,
+        sequence_tokens=shard[2] if shard else None,
         metrics=_metrics(slots, histograms, config, influence),
         influence=weights,
     )
+
+
+def _exchange(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: FIPOLossConfig,
+    group: dist.ProcessGroup,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's arguments of the same names: carry_in, vetoed, sequence_tokens, counts_sequence."""
+    first, dual_clipped, loss_tokens = ops.chunk_summary(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        cu_seqlens,
+        config.half_life,
+        config.log_ratio_clamp,
+        math.log(config.dual_clip),
+    )
+    shard = exchange(first, dual_clipped, loss_tokens, cu_seqlens, config, group, layout)
+    return shard.carry_in.float(), shard.vetoed, shard.sequence_tokens, shard.counts_sequence
 
 
 def _constants(config: FIPOLossConfig) -> dict[str, float | int | str]:

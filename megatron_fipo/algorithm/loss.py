@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo import ops
@@ -25,6 +26,7 @@ from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean
 from megatron_fipo.algorithm.packed_tokens import PackedTokens, check_token_weights, pack_tokens
+from megatron_fipo.algorithm.sharding import Layout, Shard, exchange
 
 Backend = Literal["auto", "reference", "compiled"]
 
@@ -41,7 +43,8 @@ def fipo_loss(
     token_weights: Tensor | None = None,
     *,
     backend: Backend = "auto",
-    group: torch.distributed.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
+    layout: Layout = "contiguous",
 ) -> LossOutput:
     """FIPO loss of packed sequences (arXiv 2603.19835, eq. 6 to 8); the gradient goes through `log_probs` only.
 
@@ -59,24 +62,29 @@ def fipo_loss(
             Future-KL, veto, and every metric but `loss` ignore it.
         backend: "reference" is plain torch, any dtype and device; "compiled" the extension, for the float32 it was
             built for; "auto" the compiled one where it can be used.
-        group: must be None; a sharded scan needs compiled ops.
+        group: ranks over which every sequence is split; None: whole sequences. Each rank then passes its own chunks:
+            cu_seqlens and per-sequence advantages count segments, sequence by sequence, the same number on every
+            rank. The sums, counts and metrics are this rank's, to be added up over the group.
+        layout: which chunks those are, see `sharding.Layout`.
 
     Returns:
         LossOutput. Where nothing survives, `loss_sum` and the gradient are 0.
 
     Raises:
-        ValueError: shapes, dtypes or offsets do not fit; a backend or a group that is not available.
+        ValueError: shapes, dtypes, offsets or the layout do not fit; a backend that is not available.
     """
-    _check_group(group)
     if _use_compiled(backend, log_probs):
         inputs = (log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
-        return compiled_loss(*inputs, config, token_weights, influence=True)
+        return compiled_loss(*inputs, config, token_weights, influence=True, group=group, layout=layout)
     tokens = pack_tokens(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens, config.log_ratio_clamp)
     regular = tokens.mask & ~_extreme(tokens, config)
     future_kl = ops.future_kl(tokens.log_ratio.detach(), regular, cu_seqlens, config.half_life, backend="reference")
+    shard = None if group is None else _exchange(tokens, future_kl, cu_seqlens, config, group, layout)
+    if shard is not None:
+        future_kl = future_kl + _carried(shard, tokens, cu_seqlens, config.half_life)
     weights = _influence_weights(future_kl, tokens, config)
     influence = loss_metrics.influence_metrics(future_kl, weights, tokens.mask, config.influence_bounds)
-    return _aggregate(tokens, future_kl, weights, config, token_weights, influence)
+    return _aggregate(tokens, future_kl, weights, config, token_weights, influence, shard)
 
 
 def grpo_loss(
@@ -89,20 +97,21 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     *,
     backend: Backend = "auto",
-    group: torch.distributed.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
+    layout: Layout = "contiguous",
 ) -> LossOutput:
     """DAPO/GRPO loss: `fipo_loss` with every influence weight 1, no Future-KL and none of its metrics.
 
     Arguments, shapes and errors are those of `fipo_loss`; `config.half_life`, `influence_clip` and `safety_threshold`
     are not used.
     """
-    _check_group(group)
     if _use_compiled(backend, log_probs):
         inputs = (log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
-        return compiled_loss(*inputs, config, token_weights, influence=False)
+        return compiled_loss(*inputs, config, token_weights, influence=False, group=group, layout=layout)
     tokens = pack_tokens(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens, config.log_ratio_clamp)
     zeros = torch.zeros_like(tokens.advantage)
-    return _aggregate(tokens, zeros, zeros + 1, config, token_weights, {})
+    shard = None if group is None else _exchange(tokens, zeros, cu_seqlens, config, group, layout)
+    return _aggregate(tokens, zeros, zeros + 1, config, token_weights, {}, shard)
 
 
 def _use_compiled(backend: str, log_probs: Tensor) -> bool:
@@ -117,17 +126,37 @@ def _use_compiled(backend: str, log_probs: Tensor) -> bool:
     return available and backend != "reference"
 
 
-def _check_group(group: object) -> None:
-    if group is not None:
-        raise ValueError(
-            "group: a Future-KL scan sharded over a process group needs the compiled ops, which are not built; "
-            "pass group=None and whole sequences"
-        )
-
-
 def _extreme(tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
     """[N] bool: loss tokens whose ratio is above the dual clip."""
     return tokens.mask & (tokens.log_ratio.detach() > math.log(config.dual_clip))
+
+
+def _dual_clipped(tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
+    """[N] bool: where the dual clip acts. It does not depend on the influence weights, which are positive."""
+    return _extreme(tokens, config) & (tokens.advantage < 0)
+
+
+def _exchange(
+    tokens: PackedTokens,
+    future_kl: Tensor,
+    cu_seqlens: Tensor,
+    config: FIPOLossConfig,
+    group: dist.ProcessGroup,
+    layout: Layout,
+) -> Shard:
+    starts, empty = cu_seqlens[:-1], cu_seqlens.diff() == 0
+    padded = torch.cat([future_kl, future_kl.new_zeros(1)])  # an empty last segment starts behind the last token
+    first = torch.where(empty, 0.0, padded[starts])
+    dual_clipped = tokens.count(_dual_clipped(tokens, config))
+    return exchange(first, dual_clipped, tokens.count(tokens.mask), cu_seqlens, config, group, layout)
+
+
+def _carried(shard: Shard, tokens: PackedTokens, cu_seqlens: Tensor, half_life: float) -> Tensor:
+    """[N]: what each token's Future-KL gets from behind the end of its segment."""
+    positions = torch.arange(tokens.sequence.numel(), device=cu_seqlens.device)
+    to_end = cu_seqlens[1:][tokens.sequence] - positions
+    decay = torch.exp2(-to_end.double() / half_life)
+    return (decay * shard.carry_in[tokens.sequence]).to(tokens.advantage.dtype)
 
 
 def _influence_weights(future_kl: Tensor, tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
@@ -155,13 +184,15 @@ def _aggregate(
     config: FIPOLossConfig,
     token_weights: Tensor | None,
     influence: Mapping[str, Mean | Tensor],
+    shard: Shard | None,
 ) -> LossOutput:
     losses, clipped = _token_losses(tokens, weights, config)
-    dual_clipped = _extreme(tokens, config) & (tokens.advantage < 0)
-    vetoed = _vetoed(tokens, dual_clipped, config.max_dual_clipped_tokens)
+    dual_clipped = _dual_clipped(tokens, config)
+    vetoed = shard.vetoed if shard else _vetoed(tokens, dual_clipped, config.max_dual_clipped_tokens)
     survives = tokens.mask & ~vetoed[tokens.sequence]
-    lengths = tokens.count(tokens.mask)  # [S] loss tokens of each sequence
-    num_tokens, num_sequences = survives.sum(), ((lengths > 0) & ~vetoed).sum()
+    lengths = shard.sequence_tokens if shard else tokens.count(tokens.mask)  # [S] loss tokens of each sequence
+    counted = (lengths > 0) & shard.counts_sequence if shard else lengths > 0
+    num_tokens, num_sequences = survives.sum(), (counted & ~vetoed).sum()
     scaled = losses * _coefficients(tokens, lengths, token_weights, config)
     loss_sum = torch.where(survives, scaled, 0.0).sum()
     denominator = num_tokens if config.aggregation == "token-mean" else num_sequences
@@ -169,10 +200,17 @@ def _aggregate(
         **loss_metrics.ratio_metrics(tokens, clipped, dual_clipped, config.dual_clip),
         **influence,
         "loss": Mean(loss_sum.detach().double(), denominator.double()),
-        "vetoed_fraction": Mean(vetoed.sum().double(), (lengths > 0).sum().double()),
+        "vetoed_fraction": Mean((vetoed & counted).sum().double(), counted.sum().double()),
     }
     return LossOutput(
-        loss_sum, num_tokens, num_sequences, denominator, vetoed, metrics, influence=lambda: (future_kl, weights)
+        loss_sum=loss_sum,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        denominator=denominator,
+        vetoed=vetoed,
+        sequence_tokens=shard.sequence_tokens if shard else None,
+        metrics=metrics,
+        influence=lambda: (future_kl, weights),
     )
 
 

@@ -22,6 +22,7 @@ class LossOutput:
     num_sequences: Tensor  # scalar int64: surviving sequences that have a loss token
     denominator: Tensor  # the one of these two that the aggregation divides by
     vetoed: Tensor  # [S] bool: sequences removed whole
+    sequence_tokens: Tensor | None  # [S] int64: loss tokens of each segment's whole sequence, where they are sharded
     metrics: Mapping[str, Mean | Tensor]  # mergeable, see `metrics`
     influence: Callable[[], tuple[Tensor, Tensor]]  # what the two properties below hold
 

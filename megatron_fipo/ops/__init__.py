@@ -14,6 +14,7 @@ from megatron_fipo.ops.packing import check_offsets, sequence_ids
 
 __all__ = [
     "check_offsets",
+    "chunk_summary",
     "compiled_for",
     "compiled_summary",
     "fipo_loss",
@@ -64,6 +65,12 @@ def future_kl(
 def fipo_loss(*tensors: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
     """The compiled loss op, `extension.LOSS`; only where `compiled_for(log_probs)`."""
     outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(*tensors, **constants)
+    return outputs
+
+
+def chunk_summary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the other chunks of sharded sequences need of these, `extension.SUMMARY`; as `fipo_loss` where compiled."""
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.megatron_fipo.chunk_summary(*arguments)
     return outputs
 
 
