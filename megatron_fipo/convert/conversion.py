@@ -21,7 +21,7 @@ from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
 
 DISTRIBUTED_FILE_BYTES = 1 << 30  # what --resume may have to repeat
-Advance = Callable[[int], None]
+Progress = Callable[[int, int], None]  # (bytes of weights just done, bytes in all)
 
 
 @dataclass
@@ -30,6 +30,10 @@ class Converted:
 
     num_bytes: int = 0
     with_nan: list[str] = field(default_factory=list)
+
+
+def no_progress(num_bytes: int, total: int) -> None:
+    pass
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -43,9 +47,8 @@ def read_architecture(directory: Path) -> Architecture:
     return architecture(load_hf_config(str(directory), {}))
 
 
-def weight_bytes(arch: Architecture, dtype: Callable[[Parameter], torch.dtype]) -> int:
-    """Bytes of all parameters."""
-    return sum(torch.Size(p.shape).numel() * dtype(p).itemsize for p in tables.parameters(arch))
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def to_megatron(
@@ -53,14 +56,14 @@ def to_megatron(
     out: Path,
     dtype: torch.dtype | None = None,
     resume: bool = False,
-    advance: Advance = lambda num_bytes: None,
+    progress: Progress = no_progress,
 ) -> Converted:
     """Write a Hugging Face checkpoint as a Megatron distributed checkpoint that any layout can load.
 
     Args:
         dtype: of all weights; None: as they are.
         resume: go on where an interrupted conversion of the same files stopped.
-        advance: called with the number of bytes that were written.
+        progress: told of the bytes that are done.
 
     Raises:
         ValueError: the source is not supported or damaged, `out` is there already, or the disk is full.
@@ -69,16 +72,16 @@ def to_megatron(
     tables.check_tensors(checkpoint.shapes, arch, str(source))
     dtypes = _dtypes(checkpoint, arch, dtype)
     files = plan_files(arch, dtypes, DISTRIBUTED_FILE_BYTES)
-    size = weight_bytes(arch, lambda p: dtypes[p.checkpoint])
+    size = sum(num_bytes(p.shape, dtypes[p.checkpoint]) for p in tables.parameters(arch))
     with _work(out, source, dtype, resume, size) as work:
         for file, parameters in files.items():
             if file not in work.finished:
                 with_nan: list[str] = []
-                tensors = _read(checkpoint, parameters, arch, dtypes, with_nan, advance)
+                tensors = _read(checkpoint, parameters, arch, dtypes, with_nan, lambda n: progress(n, size))
                 places = write_file(work.path / file, tensors)
                 work.record(file, {"places": places, "with_nan": with_nan})
             else:
-                advance(sum(torch.Size(p.shape).numel() * dtypes[p.checkpoint].itemsize for p in parameters))
+                progress(sum(num_bytes(p.shape, dtypes[p.checkpoint]) for p in parameters), size)
         write_metadata(work.path, arch, dtypes, files, {f: note["places"] for f, note in work.finished.items()})
         copy_companions(source, work.path, dtype)
         DistributedCheckpoint(work.path).check(arch)
@@ -107,16 +110,17 @@ def _read(
     arch: Architecture,
     dtypes: Mapping[str, torch.dtype],
     with_nan: list[str],
-    advance: Advance,
+    done: Callable[[int], None],
 ) -> Iterator[torch.Tensor]:
     """The parameters as chunks, each read when it is asked for."""
     for parameter in parameters:
         sources = [checkpoint.source(name) for name in parameter.huggingface]
         whole = parameter.transform.whole(sources, arch).to(dtypes[parameter.checkpoint])
         if has_nan(whole):
-            with_nan.extend(parameter.huggingface)
+            parts = parameter.transform.merge([whole], arch)
+            with_nan.extend(n for n, part in zip(parameter.huggingface, parts, strict=True) if has_nan(part))
         yield stacked(whole, parameter)
-        advance(whole.nbytes)
+        done(whole.nbytes)
 
 
 def has_nan(tensor: torch.Tensor) -> bool:
@@ -130,7 +134,7 @@ def to_huggingface(
     dtype: torch.dtype | None = None,
     resume: bool = False,
     config: Path | None = None,
-    advance: Advance = lambda num_bytes: None,
+    progress: Progress = no_progress,
 ) -> Converted:
     """Write the model of a converted or a training checkpoint as a Hugging Face checkpoint.
 
@@ -138,7 +142,7 @@ def to_huggingface(
         dtype: of all weights; None: as they are stored.
         resume: go on where an interrupted conversion of the same files stopped.
         config: directory of config.json and tokenizer; None: the checkpoint's own.
-        advance: called with the number of bytes that were written.
+        progress: told of the bytes that are done.
 
     Raises:
         ValueError: the source is damaged or does not fit its config, `out` is there already, or the disk is full.
@@ -148,7 +152,7 @@ def to_huggingface(
     checkpoint.check(arch)
     parameters = list(tables.parameters(arch))
     tensors = {name: (shape, dtype or checkpoint.dtype(p)) for p in parameters for name, shape in p.huggingface.items()}
-    size = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in tensors.values())
+    size = sum(num_bytes(*tensor) for tensor in tensors.values())
     with _work(out, source, dtype, resume, size) as work:
         with_nan: list[str] = []
         writer = CheckpointWriter(work.path, tensors, FILE_BYTES, lambda file: work.record(file, list(with_nan)))
@@ -156,7 +160,8 @@ def to_huggingface(
             writer.skip(file)
             with_nan = list(names)
         for parameter in parameters:
-            _export(parameter, checkpoint, arch, tensors, writer, with_nan, advance)
+            _export(parameter, checkpoint, arch, tensors, writer, with_nan)
+            progress(sum(num_bytes(*tensors[name]) for name in parameter.huggingface), size)
         writer.close()
         copy_companions(config, work.path, dtype)
         tables.check_tensors(Checkpoint(work.path).shapes, arch, str(out))
@@ -172,20 +177,17 @@ def _export(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     writer: CheckpointWriter,
     with_nan: list[str],
-    advance: Advance,
 ) -> None:
+    """Write those of the parameter's tensors that no earlier process wrote."""
     wanted = [name for name in parameter.huggingface if writer.wants(name)]
-    if wanted:
-        whole = checkpoint.read(parameter)
-        parts = parameter.transform.merge([whole], arch)
-        for name, part in zip(parameter.huggingface, parts, strict=True):
-            if name in wanted:
-                if has_nan(part):
-                    with_nan.append(name)
-                writer.write(name, part.to(tensors[name][1]))
-    for name in parameter.huggingface:
-        shape, dtype = tensors[name]
-        advance(torch.Size(shape).numel() * dtype.itemsize)
+    if not wanted:
+        return
+    parts = parameter.transform.merge([checkpoint.read(parameter)], arch)
+    for name, part in zip(parameter.huggingface, parts, strict=True):
+        if name in wanted:
+            if has_nan(part):
+                with_nan.append(name)
+            writer.write(name, part.to(tensors[name][1]))
 
 
 @contextmanager
@@ -219,6 +221,6 @@ def _manifest(source: Path, arch: Architecture, dtype: torch.dtype | None, done:
         "model_type": arch.model_type,
         "dtype": str(dtype or "as stored").removeprefix("torch."),
         "vocab_size": arch.vocab_size,
-        "padded_vocab_size": arch.vocab_size,  # stored without padding
+        "vocab_padding": 0,  # each layout pads what it loads
         "tensors_with_nan": done.with_nan,
     }

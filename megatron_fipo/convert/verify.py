@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_fipo.convert import tables
-from megatron_fipo.convert.conversion import has_nan, read_architecture
+from megatron_fipo.convert.conversion import Progress, has_nan, no_progress, num_bytes, read_architecture
 from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.convert.huggingface import Checkpoint
 
@@ -38,20 +38,20 @@ class Verification:
     with_nan: list[str]
 
 
-def verify(
-    huggingface: Path, megatron: Path, config: Path | None = None, advance: Callable[[int], None] = lambda n: None
-) -> Verification:
+def verify(huggingface: Path, megatron: Path, progress: Progress = no_progress) -> Verification:
     """Compare names and shapes, then every bit; a Hugging Face tensor of another type is rounded to Megatron's first.
 
     Raises:
         ValueError: a checkpoint is damaged, or names or shapes do not fit.
     """
-    arch = read_architecture(config or huggingface)
+    arch = read_architecture(huggingface)
     source, converted = Checkpoint(huggingface), DistributedCheckpoint(megatron)
     tables.check_tensors(source.shapes, arch, str(huggingface))
     converted.check(arch)
     result = Verification([], [])
-    for parameter in tables.parameters(arch):
+    parameters = list(tables.parameters(arch))
+    size = sum(num_bytes(p.shape, converted.dtype(p)) for p in parameters)
+    for parameter in parameters:
         whole = converted.read(parameter)
         parts = parameter.transform.merge([whole], arch)
         for name, part in zip(parameter.huggingface, parts, strict=True):
@@ -59,7 +59,7 @@ def verify(
                 result.with_nan.append(name)
             if difference := compare(name, source.source(name)[:], part):
                 result.differences.append(difference)
-        advance(whole.nbytes)
+        progress(num_bytes(parameter.shape, whole.dtype), size)
     return result
 
 

@@ -211,6 +211,8 @@ def _experts_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
         )
     if p.tensor > 1 and not p.sequence:
         problems.append("a model with experts needs parallel.sequence=true with parallel.tensor > 1")
+    if p.tensor > 1 and p.expert == 1:  # Megatron-Core would not add up an expert's gradients over these ranks
+        problems.append(f"a model with experts needs parallel.expert > 1 with parallel.tensor {p.tensor}")
     return problems
 
 

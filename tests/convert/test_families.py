@@ -29,7 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     "ep2": {"expert": 2},
     "ep2_pp2": {"expert": 2, "pipeline": 2},
-    "ep2_tp2": {"expert": 2, "tensor": 2, "sequence": True},
+    "ep2_tp2_pp2": {"expert": 2, "tensor": 2, "pipeline": 2, "sequence": True},
 }
 TOKENS = torch.randint(0, 60, (4, 24), generator=torch.Generator().manual_seed(5))
 
@@ -40,8 +40,12 @@ def _world(layout: dict[str, Any]) -> int:
 
 
 def _families(layout: dict[str, Any]) -> list[str]:
-    """Experts need an MoE model; two tensor-parallel ranks need two key/value heads."""
-    names = MOE if "expert" in layout else list(FAMILIES)
+    """Experts need an MoE model, and that an expert-parallel axis beside a tensor-parallel one; two tensor-parallel
+    ranks need two key/value heads."""
+    if "expert" in layout:
+        names = MOE
+    else:
+        names = [n for n in FAMILIES if n not in MOE or layout.get("tensor", 1) == 1]
     return [n for n in names if FAMILIES[n].get("num_key_value_heads", 2) % layout.get("tensor", 1) == 0]
 
 

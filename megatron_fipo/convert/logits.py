@@ -1,0 +1,82 @@
+"""The logits of a Megatron checkpoint against transformers', on one prompt: the last word on a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_fipo.config import Config, ModelConfig
+from megatron_fipo.convert.distributed import load_distributed
+from megatron_fipo.model.architecture import architecture, load_hf_config
+from megatron_fipo.model.build import build_policy
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.topology import Topology
+
+_TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order, over all layers, stay far below
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    num_tokens: int
+    largest: float
+    scale: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.largest <= _TOLERANCE * self.scale
+
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.num_tokens} tokens differ by up to {self.largest:.2g}, of logits up to {self.scale:.3g}"
+        )
+
+
+@torch.no_grad()
+def compare_logits(huggingface: Path, megatron: Path, prompt: str) -> LogitDifference:
+    """Run both models in float32, whole, in this process; tokenizer and config are the Hugging Face checkpoint's.
+
+    Raises:
+        ValueError: the prompt has no tokens, or the Megatron checkpoint does not fit the config.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(huggingface, local_files_only=True)
+    tokens = torch.tensor([tokenizer.encode(prompt)])  # [1, S]
+    if not tokens.numel():
+        raise ValueError(f"the prompt {prompt!r} has no tokens")
+    model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32, local_files_only=True)
+    expected = model(tokens).logits.float()  # [1, S, vocabulary]
+    del model
+    with _one_rank() as topology:
+        found = _megatron_logits(huggingface, megatron, tokens, topology)[..., : expected.shape[-1]]
+    return LogitDifference(tokens.numel(), (found - expected).abs().max().item(), expected.abs().max().item())
+
+
+def _megatron_logits(huggingface: Path, megatron: Path, tokens: torch.Tensor, topology: Topology) -> torch.Tensor:
+    config = Config(model=ModelConfig(hf_path=str(huggingface), dtype="float32"))
+    arch = architecture(load_hf_config(str(huggingface), {}))
+    chunks = build_policy(arch, config, topology)
+    load_distributed(chunks, megatron)
+    tokens = tokens.to(topology.device)
+    ends = torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=topology.device)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=tokens.shape[1], max_seqlen_kv=tokens.shape[1])
+    positions = torch.arange(tokens.shape[1], device=topology.device).unsqueeze(0)
+    return GPTModel.forward(chunks[0].eval(), tokens, positions, None, packed_seq_params=packed).float().cpu()
+
+
+@contextmanager
+def _one_rank() -> Iterator[Topology]:
+    """A world of this process alone."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield topologies.initialize(Config().parallel, seed=1)
+    finally:
+        topologies.destroy()
+        dist.destroy_process_group()
