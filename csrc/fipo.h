@@ -11,6 +11,7 @@
 // what the chunk cannot know of the rest of its sequence.
 //
 // For every function below:
+// - Where N or S is 0, the arrays of that size may be null, required ones too.
 // - Outputs must not overlap inputs or each other. Pointers called optional may be null. Every element of an output
 //   that is not null is written, whatever it held before.
 // - Masked tokens may hold anything, NaN included, in every input of theirs: they are selected away, never multiplied.

@@ -90,7 +90,8 @@ class LossRun {
 
   PieceLoss piece(const Piece& piece, int64_t sequence_tokens) {
     scale_ = Lanes::set(coefficient(piece, sequence_tokens));
-    if (!all_.advantages) advantage_ = Lanes::set(job_.tokens.advantages[piece.segment]);
+    // The flag decides, not the pointer: without tokens, per-token advantages are null while there may be segments.
+    if (!job_.tokens.advantages_per_token) advantage_ = Lanes::set(job_.tokens.advantages[piece.segment]);
     carry_ = piece.carry;
     PieceLoss seen = {0.0, 0, 0};
     int64_t end = piece.end;
