@@ -65,7 +65,7 @@ class Exchange {
     const Summary block = fold<Shape::kWarps>(warps, over_warp, 0.0f, place_.warp, &result.carry);
     if (threadIdx.x < Shape::kBlocks) of_peer<Shape>(blocks, threadIdx.x)[place_.block] = block;
     cluster_sync<Shape>();
-    float behind_block;
+    float behind_block = incoming;
     result.whole = fold<Shape::kBlocks>(blocks, decay_.block[rows], incoming, place_.block, &behind_block);
     fold<Shape::kWarps>(warps, over_warp, behind_block, place_.warp, &result.carry);
     return result;

@@ -33,7 +33,7 @@ class LossTask {
 
   __device__ bool counts() const { return true; }
 
-  __device__ void settle(int64_t segment, const SegmentCounts& counts, bool is_leader) {
+  __device__ void settle(int segment, const SegmentCounts& counts, bool is_leader) {
     const Shard& shard = work_.shard;
     const int64_t allowed = constants().max_dual_clipped;
     vetoed_ = shard.vetoed ? shard.vetoed[segment] != 0 : allowed >= 0 && counts.dual_clipped > allowed;
@@ -52,7 +52,7 @@ class LossTask {
     metrics.count(kVetoed, vetoed_);
   }
 
-  __device__ void row(const Window& window, const Row& row, int64_t) {
+  __device__ void row(const Window& window, const Row& row, int) {
     Quad<float> advantage, token_weight, gradient, weight;
     if (tokens().advantages_per_token) advantage = read_quad(tokens().advantages, window, row.index);
     if (tokens().token_weights) token_weight = read_quad(tokens().token_weights, window, row.index);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) loss_kernel(const __grid_c
     cluster_sync<Shape>();  // also: a block's shared memory may be written to once the block runs
 
     Worker<Shape, LossTask<Shape>> worker(work.inputs, place, &exchange_memory, &task);
-    for_each_segment(work.inputs.tokens, place, [&](Level level, int64_t segment) { worker.segment(level, segment); });
+    for_each_segment(work.inputs.tokens, place, [&](Level level, int segment) { worker.segment(level, segment); });
     __syncthreads();
 
     task.metrics.write_block(work.of_blocks + static_cast<int64_t>(blockIdx.x) * kNumMetrics, place.lane, place.warp);
@@ -147,8 +147,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) loss_kernel(const __grid_c
   }
 }
 
+inline int64_t workspace_size(int64_t blocks) { return sizeof(WorkspaceHead) + blocks * kNumMetrics * sizeof(double); }
+
 inline int64_t loss_workspace(int64_t num_tokens, int64_t num_segments) {
-  return sizeof(WorkspaceHead) + most_blocks(num_tokens, num_segments) * kNumMetrics * sizeof(double);
+  return workspace_size(most_blocks(num_tokens, num_segments));
 }
 
 template <class Shape>

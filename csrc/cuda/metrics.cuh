@@ -1,5 +1,5 @@
-// The metrics: gathered by each thread (counts and extrema in registers, sums in shared memory), then put together in
-// one fixed order over lanes, warps and blocks.
+// The metrics: each thread gathers those of a tile in registers and its own in shared memory; they are put together in one
+// fixed order over lanes, warps and blocks.
 #pragma once
 
 #include "tile.cuh"
@@ -14,16 +14,62 @@ constexpr int kFirstNearBin = (kHistogramRange - kNearNats) * kHistogramBinsPerN
 
 constexpr float kExactExp = 80.0f;  // nats; above, exp(S) is summed in float64, since float32 overflows soon
 
+struct Counts {
+  uint32_t ppo_clipped, pinned_upper, pinned_lower;
+};
+
+// The same of the few tokens that a thread has of one tile: 10 bits each.
+struct TileCounts {
+  static constexpr uint32_t kPpoClipped = 1, kPinnedUpper = 1 << 10, kPinnedLower = 1 << 20;
+  uint32_t packed = 0;
+
+  __device__ void add(uint32_t one, bool condition) {
+    if (condition) packed += one;
+  }
+  __device__ void move_to(Counts* counts) {
+    counts->ppo_clipped += packed & 1023;
+    counts->pinned_upper += packed >> 10 & 1023;
+    counts->pinned_lower += packed >> 20;
+    packed = 0;
+  }
+};
+
 template <class T>
 struct Sums {
   T log_ratio, future_kl, influence, influence_raw, loss;
 };
 
+struct Extrema {
+  float log_ratio_abs_max = -INFINITY, negative_ratio_max = -INFINITY;
+  float positive_ratio_min = INFINITY, positive_ratio_max = -INFINITY;
+  float future_kl_min = INFINITY, future_kl_max = -INFINITY;
+  float influence_min = INFINITY, influence_max = -INFINITY;
+
+  __device__ void merge(const Extrema& other) {
+    log_ratio_abs_max = fmaxf(log_ratio_abs_max, other.log_ratio_abs_max);
+    negative_ratio_max = fmaxf(negative_ratio_max, other.negative_ratio_max);
+    positive_ratio_min = fminf(positive_ratio_min, other.positive_ratio_min);
+    positive_ratio_max = fmaxf(positive_ratio_max, other.positive_ratio_max);
+    future_kl_min = fminf(future_kl_min, other.future_kl_min);
+    future_kl_max = fmaxf(future_kl_max, other.future_kl_max);
+    influence_min = fminf(influence_min, other.influence_min);
+    influence_max = fmaxf(influence_max, other.influence_max);
+  }
+};
+
+template <class T>
+struct NotInitialized {  // shared memory has no constructors
+  alignas(T) unsigned char bytes[sizeof(T)];
+  __device__ T& get() { return *reinterpret_cast<T*>(bytes); }
+};
+
 template <class Shape>
 struct MetricsMemory {
   uint32_t near_bins[2][kNearBins];
-  uint32_t counts[kFirstExtremum];             // what leaders count: tokens and sequences of whole segments
-  Sums<double> of_threads[Shape::kThreads];
+  uint32_t counts[kFirstExtremum];  // tokens and sequences of whole segments, and what is rare
+  Sums<double> sums[Shape::kThreads];
+  Counts tokens[Shape::kThreads];
+  NotInitialized<Extrema> extrema[Shape::kThreads];
   double of_warps[Shape::kWarps][kNumMetrics];
   bool is_last_block;
 };
@@ -50,6 +96,8 @@ class Metrics {
     for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads) memory_.near_bins[i / kNearBins][i % kNearBins] = 0;
     for (int i = threadIdx.x; i < kFirstExtremum; i += Shape::kThreads) memory_.counts[i] = 0;
     sums() = {};
+    memory_.tokens[threadIdx.x] = {};
+    extrema() = {};
   }
 
   __device__ void count(Metric metric, int64_t by) {
@@ -59,16 +107,16 @@ class Metrics {
   // A loss token's log-ratio.
   __device__ void add_ratio(float log_ratio, float ratio, float advantage, bool is_clipped, float dual_clip) {
     tile_.log_ratio += log_ratio;
-    log_ratio_abs_max_ = fmaxf(log_ratio_abs_max_, fabsf(log_ratio));
-    ppo_clipped_ += is_clipped;
+    tile_extrema_.log_ratio_abs_max = fmaxf(tile_extrema_.log_ratio_abs_max, fabsf(log_ratio));
+    tile_counts_.add(TileCounts::kPpoClipped, is_clipped);
     if (advantage < 0.0f) {
-      negative_ratio_max_ = fmaxf(negative_ratio_max_, ratio);
+      tile_extrema_.negative_ratio_max = fmaxf(tile_extrema_.negative_ratio_max, ratio);
       if (ratio >= 2.0f) count_high(ratio, dual_clip);
       add_to_histogram(0, log_ratio);
     } else if (advantage > 0.0f) {
-      positive_ratio_min_ = fminf(positive_ratio_min_, ratio);
-      positive_ratio_max_ = fmaxf(positive_ratio_max_, ratio);
-      positive_below_1e3_ += ratio < 1e-3f;
+      tile_extrema_.positive_ratio_min = fminf(tile_extrema_.positive_ratio_min, ratio);
+      tile_extrema_.positive_ratio_max = fmaxf(tile_extrema_.positive_ratio_max, ratio);
+      if (ratio < 1e-3f) count(kPositiveBelow1e3, 1);
       add_to_histogram(1, log_ratio);
     }
   }
@@ -81,12 +129,12 @@ class Metrics {
       sums().influence_raw += exp_in_double(future_kl);
     else
       tile_.influence_raw += raw;
-    pinned_upper_ += weight >= constants.pinned_high;
-    pinned_lower_ += weight <= constants.pinned_low;
-    future_kl_min_ = fminf(future_kl_min_, future_kl);
-    future_kl_max_ = fmaxf(future_kl_max_, future_kl);
-    influence_min_ = fminf(influence_min_, weight);
-    influence_max_ = fmaxf(influence_max_, weight);
+    tile_counts_.add(TileCounts::kPinnedUpper, weight >= constants.pinned_high);
+    tile_counts_.add(TileCounts::kPinnedLower, weight <= constants.pinned_low);
+    tile_extrema_.future_kl_min = fminf(tile_extrema_.future_kl_min, future_kl);
+    tile_extrema_.future_kl_max = fmaxf(tile_extrema_.future_kl_max, future_kl);
+    tile_extrema_.influence_min = fminf(tile_extrema_.influence_min, weight);
+    tile_extrema_.influence_max = fmaxf(tile_extrema_.influence_max, weight);
   }
 
   __device__ void add_loss(float loss) { tile_.loss += loss; }
@@ -99,6 +147,9 @@ class Metrics {
     sums().influence_raw += tile_.influence_raw;
     sums().loss += tile_.loss;
     tile_ = {};
+    tile_counts_.move_to(&memory_.tokens[threadIdx.x]);
+    extrema().merge(tile_extrema_);
+    tile_extrema_ = {};
   }
 
   // The block's metrics to `to` [kNumMetrics], its share of the histograms to where they are summed.
@@ -119,15 +170,16 @@ class Metrics {
   }
 
  private:
-  __device__ Sums<double>& sums() { return memory_.of_threads[threadIdx.x]; }
+  __device__ Extrema& extrema() { return memory_.extrema[threadIdx.x].get(); }
+  __device__ Sums<double>& sums() { return memory_.sums[threadIdx.x]; }
 
   __device__ void count_high(float ratio, float dual_clip) {
     if (ratio < 3.0f)
-      ++negative_2_to_3_;
+      count(kNegative2To3, 1);
     else if (ratio < 4.0f)
-      ++negative_3_to_4_;
+      count(kNegative3To4, 1);
     else if (ratio < dual_clip)
-      ++negative_4_to_dual_;
+      count(kNegative4ToDual, 1);
   }
 
   __device__ void add_to_histogram(int sign, float log_ratio) {
@@ -165,49 +217,42 @@ class Metrics {
     __syncwarp();
     put(to, lane, kLossSum, sums().loss);
     put(to, lane, kPolicyKl, -sums().log_ratio);
-    put(to, lane, kPpoClipped, ppo_clipped_);
-    put(to, lane, kNegative2To3, negative_2_to_3_);
-    put(to, lane, kNegative3To4, negative_3_to_4_);
-    put(to, lane, kNegative4ToDual, negative_4_to_dual_);
-    put(to, lane, kPositiveBelow1e3, positive_below_1e3_);
+    put(to, lane, kPpoClipped, memory_.tokens[threadIdx.x].ppo_clipped);
     put(to, lane, kFutureKl, sums().future_kl);
     put(to, lane, kInfluence, sums().influence);
     put(to, lane, kInfluenceRaw, sums().influence_raw);
-    put(to, lane, kPinnedUpper, pinned_upper_);
-    put(to, lane, kPinnedLower, pinned_lower_);
+    put(to, lane, kPinnedUpper, memory_.tokens[threadIdx.x].pinned_upper);
+    put(to, lane, kPinnedLower, memory_.tokens[threadIdx.x].pinned_lower);
   }
 
-  __device__ void gather_extrema(double* to, int lane) const {
-    put(to, lane, kLogRatioAbsMax, log_ratio_abs_max_);
-    put(to, lane, kNegativeRatioMax, negative_ratio_max_);
-    put(to, lane, kPositiveRatioMin, positive_ratio_min_);
-    put(to, lane, kPositiveRatioMax, positive_ratio_max_);
-    put(to, lane, kFutureKlMin, future_kl_min_);
-    put(to, lane, kFutureKlMax, future_kl_max_);
-    put(to, lane, kInfluenceMin, influence_min_);
-    put(to, lane, kInfluenceMax, influence_max_);
+  __device__ void gather_extrema(double* to, int lane) {
+    put(to, lane, kLogRatioAbsMax, extrema().log_ratio_abs_max);
+    put(to, lane, kNegativeRatioMax, extrema().negative_ratio_max);
+    put(to, lane, kPositiveRatioMin, extrema().positive_ratio_min);
+    put(to, lane, kPositiveRatioMax, extrema().positive_ratio_max);
+    put(to, lane, kFutureKlMin, extrema().future_kl_min);
+    put(to, lane, kFutureKlMax, extrema().future_kl_max);
+    put(to, lane, kInfluenceMin, extrema().influence_min);
+    put(to, lane, kInfluenceMax, extrema().influence_max);
     // exp is monotone: its extrema are those of S. They turn into exp(S) when all blocks are together.
-    put(to, lane, kInfluenceRawMin, future_kl_min_);
-    put(to, lane, kInfluenceRawMax, future_kl_max_);
+    put(to, lane, kInfluenceRawMin, extrema().future_kl_min);
+    put(to, lane, kInfluenceRawMax, extrema().future_kl_max);
   }
 
   MetricsMemory<Shape>& memory_;
   int64_t* const histograms_;
   Sums<float> tile_ = {};
-  uint32_t ppo_clipped_ = 0, negative_2_to_3_ = 0, negative_3_to_4_ = 0, negative_4_to_dual_ = 0;
-  uint32_t positive_below_1e3_ = 0, pinned_upper_ = 0, pinned_lower_ = 0;
-  float log_ratio_abs_max_ = -INFINITY, negative_ratio_max_ = -INFINITY;
-  float positive_ratio_min_ = INFINITY, positive_ratio_max_ = -INFINITY;
-  float future_kl_min_ = INFINITY, future_kl_max_ = -INFINITY;
-  float influence_min_ = INFINITY, influence_max_ = -INFINITY;
+  TileCounts tile_counts_;
+  Extrema tile_extrema_;
 };
 
 // All blocks' metrics [blocks][kNumMetrics] together, in the order of the blocks; by the block that comes last.
 template <class Shape>
 __device__ void finish_metrics(const double* of_blocks, double* metrics, int lane, int warp) {
+  const int num_blocks = gridDim.x;
   for (int metric = warp; metric < kNumMetrics; metric += Shape::kWarps) {
     double value = no_data(metric);
-    for (int block = lane; block < gridDim.x; block += kLanes)
+    for (int block = lane; block < num_blocks; block += kLanes)
       value = combine(metric, value, __ldcg(of_blocks + block * kNumMetrics + metric));
     value = warp_reduce(value, [metric](double a, double b) { return combine(metric, a, b); });
     const bool is_raw = metric == kInfluenceRawMin || metric == kInfluenceRawMax;

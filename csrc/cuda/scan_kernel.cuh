@@ -22,13 +22,13 @@ class ScanTask {
 
   __device__ bool counts() const { return out_.dual_clipped || out_.loss_tokens; }
 
-  __device__ void settle(int64_t segment, const SegmentCounts& counts, bool is_leader) const {
+  __device__ void settle(int segment, const SegmentCounts& counts, bool is_leader) const {
     if (!is_leader) return;
     if (out_.dual_clipped) out_.dual_clipped[segment] = counts.dual_clipped;
     if (out_.loss_tokens) out_.loss_tokens[segment] = counts.loss_tokens;
   }
 
-  __device__ void row(const Window& window, const Row& row, int64_t segment) const {
+  __device__ void row(const Window& window, const Row& row, int segment) const {
     if (out_.future_kl) write_quad(out_.future_kl, window, row, row.future_kl);
     if (!out_.carry_out) return;
     const int first = window.begin - row.index * kRowTokens;  // of an empty segment, the carry's term is there
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) scan_kernel(const __grid_c
     cluster_sync<Shape>();  // a block's shared memory may be written to once the block runs
     ScanTask<Shape> task(work.out);
     Worker<Shape, ScanTask<Shape>> worker(work.inputs, place, &memory, &task);
-    for_each_segment(work.inputs.tokens, place, [&](Level level, int64_t segment) { worker.segment(level, segment); });
+    for_each_segment(work.inputs.tokens, place, [&](Level level, int segment) { worker.segment(level, segment); });
   }
 }
 

@@ -11,7 +11,7 @@ namespace cuda {
 enum class Level { kWarp, kBlock, kCluster };
 
 struct Range {
-  int64_t first, last;
+  int first, last;  // segments; there are fewer than 2^31, and tokens in each of them
 };
 
 constexpr int64_t kSegmentWeight = 128;  // tokens whose work is about that of starting a segment
@@ -21,11 +21,11 @@ __host__ __device__ inline int64_t total_weight(const Tokens& tokens) {
 }
 
 // The first segment that begins at or behind `target`, in weight. By the whole warp, 33 times fewer candidates a round.
-__device__ inline int64_t first_segment_from(const Tokens& tokens, int64_t target, int lane) {
-  int64_t low = 0, high = tokens.num_segments;
+__device__ inline int first_segment_from(const Tokens& tokens, int64_t target, int lane) {
+  int low = 0, high = static_cast<int>(tokens.num_segments);
   while (low < high) {
-    const int64_t step = (high - low + kLanes - 1) / kLanes;
-    const int64_t probe = low + lane * step;
+    const int step = (high - low + kLanes - 1) / kLanes;
+    const int probe = low + lane * step;
     const bool before = probe < high && tokens.offsets[probe] + kSegmentWeight * probe < target;
     const int num_before = __popc(__ballot_sync(kAllLanes, before));  // the candidates ascend: these are the first ones
     if (num_before == 0) return low;
@@ -38,7 +38,7 @@ __device__ inline int64_t first_segment_from(const Tokens& tokens, int64_t targe
 // The segments that begin within the cluster's equal share of the weight.
 template <class Shape>
 __device__ Range share_of_cluster(const Tokens& tokens, const Place<Shape>& place) {
-  if (place.num_clusters == 1) return {0, tokens.num_segments};
+  if (place.num_clusters == 1) return {0, static_cast<int>(tokens.num_segments)};
   const int64_t total = total_weight(tokens);
   const int64_t begin = total * place.cluster / place.num_clusters;
   const int64_t end = total * (place.cluster + 1) / place.num_clusters;
@@ -49,7 +49,7 @@ __device__ Range share_of_cluster(const Tokens& tokens, const Place<Shape>& plac
 __host__ __device__ inline int64_t aligned_down(int64_t token) { return token & ~static_cast<int64_t>(kQuad - 1); }
 
 template <class Shape>
-__device__ Level level_of(const Tokens& tokens, int64_t segment) {
+__device__ Level level_of(const Tokens& tokens, int segment) {
   const int64_t span = tokens.offsets[segment + 1] - aligned_down(tokens.offsets[segment]);
   return span <= Shape::kWarpTokens ? Level::kWarp : span <= Shape::kBlockTokens ? Level::kBlock : Level::kCluster;
 }
@@ -58,7 +58,7 @@ __device__ Level level_of(const Tokens& tokens, int64_t segment) {
 template <class Shape>
 __device__ void levels_in(const Tokens& tokens, Range range, bool* any_block, bool* any_cluster) {
   bool block = false, cluster = false;
-  for (int64_t segment = range.first + threadIdx.x; segment < range.last; segment += Shape::kThreads) {
+  for (int segment = range.first + threadIdx.x; segment < range.last; segment += Shape::kThreads) {
     const Level level = level_of<Shape>(tokens, segment);
     block |= level == Level::kBlock;
     cluster |= level == Level::kCluster;
@@ -70,7 +70,7 @@ __device__ void levels_in(const Tokens& tokens, Range range, bool* any_block, bo
 // How the segments of a level are dealt out: candidates are every `stride`-th from `first` on; of those that are of the
 // level, this thread works at every `turns`-th, from `turn` on.
 struct Deal {
-  int64_t first;
+  int first;
   int stride;
   int turns, turn;
 };
@@ -95,11 +95,11 @@ __device__ void for_each_segment(const Tokens& tokens, const Place<Shape>& place
     const Level level = i == 0 ? Level::kCluster : i == 1 ? Level::kBlock : Level::kWarp;
     if ((level == Level::kCluster && !any_cluster) || (level == Level::kBlock && !any_block)) continue;
     Deal mine = deal(level, share, place);
-    for (int64_t base = mine.first; base < share.last; base += kLanes * mine.stride) {
-      const int64_t candidate = base + place.lane * mine.stride;
+    for (int base = mine.first; base < share.last; base += kLanes * mine.stride) {
+      const int candidate = base + place.lane * mine.stride;
       const bool matches = candidate < share.last && level_of<Shape>(tokens, candidate) == level;
       for (unsigned left = __ballot_sync(kAllLanes, matches); left; left &= left - 1) {
-        if (mine.turn == 0) visit(level, base + static_cast<int64_t>(__ffs(left) - 1) * mine.stride);
+        if (mine.turn == 0) visit(level, base + (__ffs(left) - 1) * mine.stride);
         mine.turn = mine.turn == 0 ? mine.turns - 1 : mine.turn - 1;
       }
     }

@@ -7,7 +7,7 @@ namespace fipo {
 namespace cuda {
 
 struct SegmentCounts {
-  int64_t loss_tokens = 0, dual_clipped = 0;
+  int loss_tokens = 0, dual_clipped = 0;
 
   __device__ void add(const Summary& tile) {
     loss_tokens += tile.loss_tokens;
@@ -42,10 +42,10 @@ class Worker {
 
   // From the last tile to the first. Only a cluster's segments have more than one. There, a task that has to know the
   // counts before it can write gets them from a first reading, which leaves the segment in the L2 cache.
-  __device__ void segment(Level level, int64_t index) {
+  __device__ void segment(Level level, int index) {
     const int64_t begin = inputs_.tokens.offsets[index], end = inputs_.tokens.offsets[index + 1];
-    const int64_t span = end - aligned_down(begin);
-    const int64_t num_tiles = level == Level::kCluster ? (span + Shape::kClusterTokens - 1) / Shape::kClusterTokens : 1;
+    const int span = static_cast<int>(end - aligned_down(begin));
+    const int num_tiles = level == Level::kCluster ? (span - 1) / static_cast<int>(Shape::kClusterTokens) + 1 : 1;
     const int rows = num_tiles > 1 ? Shape::kRows : rows_for(level, span);
     advantage_ = inputs_.tokens.advantages && !inputs_.tokens.advantages_per_token ? inputs_.tokens.advantages[index] : 0.0f;
     carry_in_ = inputs_.carry_in && inputs_.constants.influence ? inputs_.carry_in[index] : 0.0f;
@@ -55,10 +55,10 @@ class Worker {
 #pragma unroll 1
     for (int pass = counts_alone ? 0 : 1; pass < 2; ++pass) {
       // The carry is a term of the last tile, unless the segment ends where the tile does.
-      const int64_t last_tile_end = aligned_down(begin) + num_tiles * tile_tokens(level, rows);
+      const int64_t last_tile_end = aligned_down(begin) + static_cast<int64_t>(num_tiles) * tile_tokens(level, rows);
       float carry = end == last_tile_end ? carry_in_ : 0.0f;
 #pragma unroll 1
-      for (int64_t i = num_tiles - 1; i >= 0; --i) {
+      for (int i = num_tiles - 1; i >= 0; --i) {
         Tile<Shape> tile;
         tile.load(inputs_.tokens, inputs_.constants, window(level, begin, end, i, rows), carry_in_);
         Summary mine = counts_of(tile);
@@ -80,12 +80,12 @@ class Worker {
   __device__ static int num_warps(Level level) {
     return level == Level::kWarp ? 1 : level == Level::kBlock ? Shape::kWarps : Shape::kWarps * Shape::kBlocks;
   }
-  __device__ static int64_t tile_tokens(Level level, int rows) {
-    return static_cast<int64_t>(rows) * kRowTokens * num_warps(level);
+  __device__ static int tile_tokens(Level level, int rows) {
+    return rows * kRowTokens * num_warps(level);
   }
   // The fewest rows a warp that hold the span, so that all warps have work; at least one, for the carry's term.
-  __device__ static int rows_for(Level level, int64_t span) {
-    const int rows = static_cast<int>((span + tile_tokens(level, 1) - 1) / tile_tokens(level, 1));
+  __device__ static int rows_for(Level level, int span) {
+    const int rows = (span + tile_tokens(level, 1) - 1) / tile_tokens(level, 1);
     return rows > 1 ? rows : 1;
   }
   __device__ bool is_leader(Level level) const {
@@ -93,12 +93,12 @@ class Worker {
            (level != Level::kCluster || place_.block == 0);
   }
 
-  __device__ Window window(Level level, int64_t begin, int64_t end, int64_t tile, int rows) const {
+  __device__ Window window(Level level, int64_t begin, int64_t end, int tile, int rows) const {
     const int warp = level == Level::kWarp    ? 0
                      : level == Level::kBlock ? place_.warp
                                               : place_.block * Shape::kWarps + place_.warp;
-    const int64_t position = aligned_down(begin) + tile * tile_tokens(level, rows) +
-                             static_cast<int64_t>(warp) * rows * kRowTokens + place_.lane * kQuad;
+    const int64_t position = aligned_down(begin) + static_cast<int64_t>(tile) * tile_tokens(level, rows) +
+                             warp * rows * kRowTokens + place_.lane * kQuad;
     // Only the quad at the very end of the tokens may be a part of one, and only a segment's last quad can be that.
     const bool vectors = inputs_.aligned && (end + kQuad - 1) / kQuad * kQuad <= inputs_.tokens.num_tokens;
     return {position, within_reach(begin - position), within_reach(end - position), rows, vectors};
