@@ -11,7 +11,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test test-all lint clean
+.PHONY: help install quickstart test test-all sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,18 @@ test: install  ## the tests that need no GPU and no server
 
 test-all: test  ## those, and the slow ones
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
+# AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.
+sanitize: install  ## the compiled ops' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r csrc megatron_fipo tests setup.py pyproject.toml README.md LICENSE build/sanitize/
+	rm -f build/sanitize/megatron_fipo/ops/_extension*.so
+	cd build/sanitize && MEGATRON_FIPO_SANITIZE=1 MEGATRON_FIPO_CUDA=0 $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" && \
+	  $(abspath $(BIN))/python -c "from megatron_fipo.ops import compiled_summary as s; assert 'sanitizers' in s(), s()" && \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu and not slow" tests/ops/test_extension.py tests/golden
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
