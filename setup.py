@@ -9,8 +9,10 @@ MEGATRON_FIPO_SANITIZE=1     a build for `make sanitize`: AddressSanitizer and U
 
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,9 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"],
 }
 QUIET_FLAGS = {"avx512": ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]}  # GCC 12 warns about its own header
+
+
+CUDA_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass
@@ -53,10 +58,59 @@ def compile_cuda(build_dir: Path) -> CudaPart:
     wanted = os.environ.get("MEGATRON_FIPO_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"error: MEGATRON_FIPO_CUDA={wanted} must be 0, 1 or auto")
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
-    if wanted == "0" or not sources:
-        return CudaPart("off (MEGATRON_FIPO_CUDA=0)" if wanted == "0" else "off (no kernels in csrc/cuda)")
-    return CudaPart("off")
+    if wanted == "0":
+        return CudaPart("off (MEGATRON_FIPO_CUDA=0)")
+    nvcc = find_nvcc()
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            "error: MEGATRON_FIPO_CUDA=1, but nvcc is neither on PATH nor in $CUDA_HOME/bin. Install the CUDA toolkit "
+            "(12.0 or later), or leave the variable unset to build without CUDA kernels"
+        )
+    if nvcc is None:
+        return CudaPart("off (no nvcc)")
+    architectures = cuda_architectures(nvcc)
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags(architectures)]
+    if "CXX" in os.environ:
+        flags += ["-ccbin", shlex.split(os.environ["CXX"])[0]]
+
+    def compile_one(source: Path) -> str:
+        target = build_dir / f"{source.stem}.cuda.o"
+        command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit(
+                f"error: nvcc could not compile {source}, see above. Mend the CUDA toolkit, or set "
+                "MEGATRON_FIPO_CUDA=0 to install without CUDA kernels (the losses then run in plain torch on GPUs)"
+            )
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sorted((CSRC / "cuda").glob("*.cu"))))
+    return CudaPart(", ".join(architectures), objects, cuda_link_flags(nvcc))
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Those of `CUDA_ARCHITECTURES` that this nvcc knows; a newer GPU compiles the last one's PTX when it starts."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in CUDA_ARCHITECTURES if name in known]
+
+
+def gencode_flags(architectures: list[str]) -> list[str]:
+    numbers = [name.removeprefix("sm_") for name in architectures]
+    machine_code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return [*machine_code, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
+def cuda_link_flags(nvcc: str) -> list[str]:
+    """The CUDA runtime, statically: whichever one torch brings stays its own affair."""
+    probe = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    dry_run = subprocess.run(probe, capture_output=True, text=True).stderr  # names the toolkit's library folders
+    folders = re.findall(r'"(-L[^"]*)"', "".join(line for line in dry_run.splitlines() if "LIBRARIES=" in line))
+    return [*folders, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 # ---- CPU and binding ----
