@@ -121,6 +121,22 @@ def _apex() -> str:
     return "with its CUDA kernels"
 
 
+def _compiled_ops() -> str:
+    from megatron_fipo.ops import extension
+
+    if not extension.is_built():
+        raise Missing("not built")
+    return extension.summary()
+
+
+def _cuda_kernels() -> str:
+    from megatron_fipo.ops import extension
+
+    if not extension.has_cuda():
+        raise Missing("not built")
+    return "built"
+
+
 def _program(name: str, keyword: str) -> Callable[[], str]:
     """The line of `name --version` that holds `keyword`."""
 
@@ -172,7 +188,9 @@ COMPONENTS = (
     Component("vLLM", _package("vllm"), "rollouts by the embedded hf engine, for small models"),
     Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),
     Component("math-verify", _package("math-verify"), "no reward.function=math"),
-    Component("nvcc", _program("nvcc", "release"), "Transformer Engine and apex cannot be built from source here"),
+    Component("compiled ops", _compiled_ops, "the losses run in plain torch, more than ten times slower"),
+    Component("CUDA kernels", _cuda_kernels, "the losses of tensors on GPUs run in plain torch; built where nvcc is"),
+    Component("nvcc", _program("nvcc", "release"), "no Transformer Engine, apex or CUDA kernels from source here"),
     Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
     Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),
     Component("cores", _cores, ""),

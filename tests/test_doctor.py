@@ -1,13 +1,16 @@
 from importlib import metadata, util
 from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_fipo import doctor
+from megatron_fipo.ops import extension
 
 PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "vLLM", "nemo-aligner", "math-verify"}
-OTHERS = {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"}
+OPS = {"compiled ops", "CUDA kernels"}
+OTHERS = {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"} | OPS
 
 
 def found(name):
@@ -99,3 +102,16 @@ def test_programs_are_asked_for_their_version(monkeypatch, tmp_path):
     assert found("Slurm")[1:] == ("slurm 24.05", True)
     (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 3\n")
     assert found("nvcc").found.startswith("broken: CalledProcessError")
+
+
+def test_tells_how_the_ops_were_built(monkeypatch):
+    """Instruction sets and CUDA architectures, and whether the CUDA kernels are there; or that nothing was built."""
+    built = SimpleNamespace(BUILD="g++; CPU: scalar; CUDA: sm_90", HAS_CUDA=True, cpu_isa=lambda: "scalar")
+    monkeypatch.setattr(extension, "_extension", built)
+    assert found("compiled ops")[1:] == ("g++; CPU: scalar; CUDA: sm_90; in use: scalar", True)
+    assert found("CUDA kernels").present
+    built.HAS_CUDA = False
+    assert found("CUDA kernels")[1:] == ("not built", False)
+    monkeypatch.setattr(extension, "_extension", None)
+    assert found("compiled ops")[1:] == ("not built", False)
+    assert found("CUDA kernels")[1:] == ("not built", False)

@@ -11,7 +11,7 @@ namespace cuda {
 enum class Level { kWarp, kBlock, kCluster };
 
 struct Range {
-  int first, last;  // segments; there are fewer than 2^31, and tokens in each of them
+  int first, last;  // segments; of them, as of tokens, there are fewer than 2^31: the caller checks that
 };
 
 constexpr int64_t kSegmentWeight = 128;  // tokens whose work is about that of starting a segment

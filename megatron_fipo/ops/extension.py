@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_fipo.ops.packing import check_offsets
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")  # as in fipo.h
-MAX_TOKENS = 2**32 - 1  # what a thread's histogram counts in one bin
+MAX_TOKENS = 2**31 - 1  # and segments: the kernels count both in 32 bits
 PINNED = 1e-7  # a weight this close to a bound counts as clipped, as in the authors' code
 
 SCAN = """future_kl_scan(
@@ -74,12 +74,16 @@ def serves(tensor: Tensor) -> bool:
     if _extension is None:
         return False
     if tensor.device.type == "cuda":
-        return bool(_extension.HAS_CUDA) and tensor.dtype in (torch.float32, torch.bfloat16)
+        return has_cuda() and tensor.dtype in (torch.float32, torch.bfloat16)
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def is_built() -> bool:
     return _extension is not None
+
+
+def has_cuda() -> bool:
+    return _extension is not None and bool(_extension.HAS_CUDA)
 
 
 def num_metrics() -> int:
@@ -138,8 +142,9 @@ class _Inputs:
                 f"not {list(log_probs.shape)} {log_probs.dtype}; the compiled ops take no other"
             )
         self.num_tokens, self.num_segments = log_probs.numel(), cu_seqlens.numel() - 1
-        if self.num_tokens > MAX_TOKENS:
-            raise ValueError(f"{self.num_tokens} tokens are more than the {MAX_TOKENS} that one call takes; split them")
+        for name, number in (("tokens", self.num_tokens), ("sequences", self.num_segments)):
+            if number > MAX_TOKENS:
+                raise ValueError(f"{number} {name} are more than the {MAX_TOKENS} that one call takes; split them")
         check_offsets(cu_seqlens, self.num_tokens)
         same, floats, size = (log_probs.dtype,), (torch.float32,), (self.num_tokens,)
         self.log_probs = log_probs.contiguous()
