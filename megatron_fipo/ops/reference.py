@@ -7,8 +7,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_fipo.ops.packing import sequence_ids
+
+BLOCK = 64  # tokens
 
 
 def future_kl_loop(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: float) -> Tensor:
@@ -24,25 +27,37 @@ def future_kl_loop(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_lif
 
 
 def future_kl(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: float) -> Tensor:
-    """The same by doubling: after the step of width h, token t holds the sum over its next 2h tokens.
+    """The same in a time linear in the tokens, without a host sync. [N] -> [N].
 
-    log2 of the longest sequence steps, each one pass over the tokens. Only powers gamma^h <= 1 appear, so no half-life
-    and no length overflows; gamma^h that underflows ends the loop, as its terms are zero.
+    Only powers gamma^h <= 1 appear, so no half-life and no length overflows.
     """
     num_tokens = log_ratio.numel()
     ends = cu_seqlens[1:].int()  # [S]; 32 bits, as the comparisons below are bound by memory traffic
     positions = torch.arange(num_tokens, dtype=torch.int32, device=log_ratio.device)
     to_end = ends[sequence_ids(cu_seqlens, num_tokens)] - positions  # [N], at least 1
-    out = torch.where(mask, log_ratio, 0.0)  # [N]; a select, since a masked value may be NaN
-    # On CUDA the longest sequence is not read, which would cost a host sync; steps beyond it add nothing.
-    on_cpu = log_ratio.device.type == "cpu"
-    longest = int(to_end.max()) if on_cpu and num_tokens else num_tokens
+    terms = torch.where(mask, log_ratio, 0.0)  # a select, since a masked value may be NaN
+    return _scan(terms, to_end, half_life)
+
+
+def _scan(terms: Tensor, to_end: Tensor, half_life: float) -> Tensor:
+    """S of `terms` [N], whose sequences go on for `to_end` [N] tokens: within blocks, then the carry over blocks.
+
+    The first tokens of blocks obey the same recurrence, with a half-life of that many blocks: hence the recursion.
+    """
+    num_tokens = terms.numel()
+    num_blocks = -(-num_tokens // BLOCK)
+    padding = (0, num_blocks * BLOCK - num_tokens)
+    out = pad(terms, padding).view(num_blocks, BLOCK)
+    to_end = pad(to_end, padding, value=1).view(num_blocks, BLOCK)
     width = 1
-    while width < longest:
-        decay = 2.0 ** (-width / half_life)
-        if decay < torch.finfo(out.dtype).smallest_normal:
-            break
-        inside = to_end[:-width] > width  # the token `width` ahead is in the same sequence
-        out[:-width].add_(torch.where(inside, out[width:], 0.0), alpha=decay)
+    while width < BLOCK:  # before this step, each token holds the sum over the `width` tokens from it on
+        inside = to_end[:, :-width] > width  # the token `width` ahead is in the same sequence
+        later = torch.where(inside, out[:, width:], 0.0)
+        out[:, :-width].add_(later, alpha=2.0 ** (-width / half_life))
         width *= 2
-    return out
+    if num_blocks > 1:
+        firsts = _scan(out[:, 0], (to_end[:, 0] + BLOCK - 1) // BLOCK, half_life / BLOCK)  # [blocks]
+        distance = torch.arange(BLOCK, 0, -1, dtype=torch.int32, device=terms.device)  # to the next block's first
+        decay = torch.exp2(-distance.to(terms.dtype) / half_life)
+        out[:-1].add_(torch.where(to_end[:-1] > distance, firsts[1:, None] * decay, 0.0))
+    return out.view(-1)[:num_tokens]

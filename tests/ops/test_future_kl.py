@@ -74,14 +74,15 @@ def test_masked_tokens_count_as_distance():
 
 
 def test_segmented_is_a_loop_of_unsegmented_calls():
-    """Thousands of packed sequences, empty ones among them, give what each gives alone, bit for bit."""
+    """Thousands of packed sequences, empty ones among them, give what each gives alone, but for rounding."""
     lengths = [(7 * i) % 13 for i in range(3000)]
     log_ratio, mask, cu_seqlens = random_tokens(lengths)
     alone = [
         future_kl(x, m, offsets([x.numel()]), 32.0)
         for x, m in zip(log_ratio.split(lengths), mask.split(lengths), strict=True)
     ]
-    assert torch.equal(future_kl(log_ratio, mask, cu_seqlens, 32.0), torch.cat(alone))
+    packed = future_kl(log_ratio, mask, cu_seqlens, 32.0)
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-14, atol=1e-14)
 
 
 def test_nan_stays_in_its_sequence():
