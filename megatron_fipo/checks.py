@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config
+from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.model.architecture import check_model
@@ -23,6 +24,8 @@ def check_run(config: Config) -> list[str]:
         ValueError: what is wrong, and what to change.
     """
     architecture = check_model(config)
+    if config.model.megatron_path:
+        DistributedCheckpoint(config.model.megatron_path).check(architecture)
     loss_config(config.algorithm, config.rollout)
     for path in filter(None, (config.data.train, config.data.validation)):
         open_problems(path).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +14,21 @@ from typing import Any
 import torch
 
 from megatron_fipo.convert import tables
-from megatron_fipo.convert.distributed import DistributedCheckpoint, plan_files, stacked, write_file, write_metadata
+from megatron_fipo.convert.distributed import (
+    DistributedCheckpoint,
+    flush,
+    plan_files,
+    stacked,
+    write_file,
+    write_metadata,
+)
 from megatron_fipo.convert.export import FILE_BYTES
 from megatron_fipo.convert.huggingface import Checkpoint, CheckpointWriter, copy_companions
 from megatron_fipo.convert.tables import Parameter
 from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
 
-DISTRIBUTED_FILE_BYTES = 1 << 30  # what --resume may have to repeat
+DISTRIBUTED_FILE_BYTES = 512 << 20  # what is flushed at once, and what --resume may have to repeat
 Progress = Callable[[int, int], None]  # (bytes of weights just done, bytes in all)
 
 
@@ -73,21 +81,48 @@ def to_megatron(
     dtypes = _dtypes(checkpoint, arch, dtype)
     files = plan_files(arch, dtypes, DISTRIBUTED_FILE_BYTES)
     size = sum(num_bytes(p.shape, dtypes[p.checkpoint]) for p in tables.parameters(arch))
-    with _work(out, source, dtype, resume, size) as work:
+    with _work(out, source, dtype, resume, size) as work, _Flusher(work) as flusher:
         for file, parameters in files.items():
             if file not in work.finished:
                 with_nan: list[str] = []
                 tensors = _read(checkpoint, parameters, arch, dtypes, with_nan, lambda n: progress(n, size))
                 places = write_file(work.path / file, tensors)
-                work.record(file, {"places": places, "with_nan": with_nan})
+                flusher.add(file, {"places": places, "with_nan": with_nan})
             else:
                 progress(sum(num_bytes(p.shape, dtypes[p.checkpoint]) for p in parameters), size)
+        flusher.wait()
         write_metadata(work.path, arch, dtypes, files, {f: note["places"] for f, note in work.finished.items()})
         copy_companions(source, work.path, dtype)
         DistributedCheckpoint(work.path).check(arch)
         done = Converted(size, [name for note in work.finished.values() for name in note["with_nan"]])
         work.publish(_manifest(source, arch, dtype, done))
     return done
+
+
+class _Flusher:
+    """Brings each file to disk while the next one is read and written, then records it as whole."""
+
+    def __init__(self, work: Unfinished) -> None:
+        self._work = work
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: tuple[str, Any, Future[None]] | None = None
+
+    def add(self, file: str, note: Any) -> None:
+        self.wait()
+        self._pending = file, note, self._thread.submit(flush, self._work.path / file)
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            file, note, flushed = self._pending
+            flushed.result()
+            self._work.record(file, note)
+            self._pending = None
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
 
 
 def _dtypes(checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

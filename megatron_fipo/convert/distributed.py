@@ -60,12 +60,14 @@ def plan_files(arch: Architecture, dtypes: Mapping[str, torch.dtype], file_bytes
 
 
 def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> list[Place]:
-    """Write tensors one behind the other, flushed to disk; each is asked for when its turn comes."""
+    """Write tensors one behind the other; each is asked for when its turn comes. `flush` brings them to disk."""
     with open(path, "wb") as stream:
-        places = [_write(stream, _exact_storage(tensor)) for tensor in tensors]
-        stream.flush()
+        return [_write(stream, _exact_storage(tensor)) for tensor in tensors]
+
+
+def flush(path: Path) -> None:
+    with open(path, "rb") as stream:
         os.fsync(stream.fileno())
-    return places
 
 
 def _write(stream: Any, value: Any) -> Place:
@@ -204,12 +206,21 @@ class DistributedCheckpoint:
         items = create_read_items_for_chunk_list(name, held, [wanted])
         if sum(item.lengths.numel() for item in items) != size.numel():
             raise ValueError(f"{self.path} holds only a part of {name}{list(index)}")
-        whole = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         try:
+            if len(items) == 1:
+                return self._read_chunk(items[0]).reshape(size)
+            whole = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
             self._reader.read_data(LoadPlan(items), _Into(whole))
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{name}{list(index)} of {self.path} cannot be read: {error}") from None
         return whole.view(size)
+
+    def _read_chunk(self, item: ReadItem) -> torch.Tensor:
+        """A parameter that is stored as one chunk, without the second copy that torch's reader puts it into."""
+        place = self._reader.storage_data[item.storage_index]
+        with open(self.path / place.relative_path, "rb") as stream:
+            chunk = torch.load(self._reader._slice_file(stream, place), map_location="cpu", weights_only=True)
+        return narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
 
     def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
         """Name and leading index; some checkpoints number the layers in the names instead of stacking them."""

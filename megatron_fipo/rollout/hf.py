@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_fipo.convert.modules import published_parameters
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.sampler import SeededSampler
 
@@ -32,7 +33,7 @@ class HFEngine:
         self.batch_size = batch_size
         self.device = device
         self.model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(device).eval()
-        self._parameters = dict(self.model.named_parameters())
+        self._parameters = published_parameters(self.model)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -102,7 +102,7 @@ def _read_both_ways(families: list[str], paths: dict[str, tuple[Path, Path]], la
     for family in families:
         source, converted = paths[family]
         config = make_config(
-            source,
+            converted,  # config.json travels along
             parallel={**layout, "world_size": _world(layout)},
             model={"megatron_path": str(converted)},
         )
