@@ -183,14 +183,13 @@ class Metrics {
   }
 
   __device__ void add_to_histogram(int sign, float log_ratio) {
-    if (log_ratio != log_ratio) return;
-    constexpr float range = kHistogramRange;
-    const int bin = static_cast<int>(rintf((clip(log_ratio, -range, range) + range) * kHistogramBinsPerNat));
-    const int near = bin - kFirstNearBin;
-    if (near >= 0 && near < kNearBins)
-      atomicAdd(&memory_.near_bins[sign][near], 1u);
-    else
-      add_to_global(sign, bin, 1);
+    if (fabsf(log_ratio) <= kNearNats)
+      atomicAdd(&memory_.near_bins[sign][bin_of(log_ratio) - kFirstNearBin], 1u);
+    else if (log_ratio == log_ratio)
+      add_to_global(sign, bin_of(clip(log_ratio, -kHistogramRange, kHistogramRange)), 1);
+  }
+  __device__ static int bin_of(float log_ratio) {
+    return static_cast<int>(rintf((log_ratio + kHistogramRange) * kHistogramBinsPerNat));
   }
 
   // Integers: their sum does not depend on the order.
