@@ -15,6 +15,7 @@ from megatron_fipo.ops.extension import AGGREGATIONS
 
 # Metrics that are sums of rounded numbers: float32 inside, so they are compared with a tolerance.
 RELATIVE, ABSOLUTE = 2e-5, 1e-5
+FEW = 2e-6  # share of tokens that rounding may put on the other side of a threshold: none of fewer than 500,000
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ def check_loss(case: KernelCase, *, influence: bool = True) -> None:
     rounded, _ = _run(case, influence, "reference")
 
     scale = float(exact_gradient.abs().max()) if gradient.numel() else 0.0
-    close(gradient, exact_gradient, "gradient", absolute=ABSOLUTE * max(scale, 1e-3))
+    close_but_for_few(gradient, exact_gradient, "gradient", absolute=ABSOLUTE * max(scale, 1e-3))
     scale = max(1.0, float(exact.future_kl.abs().max()) if gradient.numel() else 0.0)
     close(compiled.future_kl, exact.future_kl, "Future-KL", absolute=2e-6 * scale)
-    close(compiled.influence_weights, exact.influence_weights, "influence weights", relative=ABSOLUTE * scale)
+    close_but_for_few(
+        compiled.influence_weights, exact.influence_weights, "influence weights", relative=ABSOLUTE * scale
+    )
     close(compiled.loss_sum, exact.loss_sum, "loss sum", absolute=ABSOLUTE * _size_of_losses(exact_gradient))
     for name in ("num_tokens", "num_sequences", "denominator", "vetoed"):
         assert torch.equal(getattr(compiled, name), getattr(exact, name)), name
@@ -117,7 +120,8 @@ def _check_metric(
             absolute *= 10
         if "fraction" in name or "ratio_" in name:
             low, high = sorted((float(expected.sum), float(rounded.sum)))
-            assert low <= value.sum <= high, (name, value.sum, low, high)
+            near = FEW * scale * float(expected.count)
+            assert low - int(near) <= value.sum <= high + int(near), (name, value.sum, low, high)
         else:
             close(value.sum, expected.sum, name, relative=RELATIVE * scale, absolute=absolute)
     else:
@@ -128,6 +132,15 @@ def close(value: Tensor, expected: Tensor, what: str, relative: float = RELATIVE
     torch.testing.assert_close(
         value.double(), expected.double(), rtol=relative, atol=absolute, msg=lambda text: f"{what}: {text}"
     )
+
+
+def close_but_for_few(
+    value: Tensor, expected: Tensor, what: str, relative: float = RELATIVE, absolute: float = 1e-6
+) -> None:
+    far = ~torch.isclose(value.double(), expected.double(), rtol=relative, atol=absolute)
+    allowed = int(FEW * value.numel())
+    if int(far.sum()) > allowed:
+        close(value, expected, what, relative, absolute)
 
 
 def _run(case: KernelCase, influence: bool, backend: str):
@@ -154,14 +167,14 @@ def check_shards(case: KernelCase, seed: int) -> None:
     """The loss of two ranks that hold the front and the back of every sequence is that of the whole sequences."""
     if case.advantages.shape == case.log_probs.shape:
         case = replace(case, advantages=torch.ones(case.cu_seqlens.numel() - 1, device=case.log_probs.device).neg())
-    whole = _loss_op(case)
+    whole = loss_op(case)
     generator = torch.Generator().manual_seed(seed)
     lengths = case.cu_seqlens.diff().cpu()
     cuts = (torch.rand(len(lengths), generator=generator) * (lengths + 1)).long()
     chunks = [_chunk(case, cuts, back) for back in (False, True)]
     summaries = [_summary(chunk) for chunk, _ in chunks]
     shards = _shards(case, summaries)
-    parts = [_loss_op(chunk, shard) for (chunk, _), shard in zip(chunks, shards, strict=True)]
+    parts = [loss_op(chunk, shard) for (chunk, _), shard in zip(chunks, shards, strict=True)]
 
     gradient = torch.empty_like(whole[1])
     for (_, tokens), part in zip(chunks, parts, strict=True):
@@ -213,7 +226,7 @@ def _shards(case: KernelCase, summaries: list[tuple[Tensor, Tensor, Tensor]]) ->
     return [(back_first, vetoed, tokens, counts), (torch.zeros_like(back_first), vetoed, tokens, ~counts)]
 
 
-def _loss_op(case: KernelCase, shard: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+def loss_op(case: KernelCase, shard: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
     config = case.config
     low, high = config.influence_bounds
     return torch.ops.megatron_fipo.fipo_loss(
@@ -237,5 +250,5 @@ def _loss_op(case: KernelCase, shard: tuple[Tensor, ...] = ()) -> tuple[Tensor, 
 
 def check_same_bits(case: KernelCase) -> None:
     """Two runs return the same bits."""
-    for first, second in zip(_loss_op(case), _loss_op(case), strict=True):
+    for first, second in zip(loss_op(case), loss_op(case), strict=True):
         assert torch.equal(first.nan_to_num(nan=7.0), second.nan_to_num(nan=7.0))
