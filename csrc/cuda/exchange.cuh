@@ -25,7 +25,7 @@ struct ExchangeMemory {
   Summary blocks[2][Shape::kBlocks];
 };
 
-// Summaries of `count` equal stretches together, given the carry behind the last; *carry: what comes into stretch `mine`.
+// Summaries of `count` equal stretches together, given the carry behind the last. *carry: what comes into `mine`.
 template <int count>
 __device__ Summary fold(const Summary* stretches, float decay, float incoming, int mine, float* carry) {
   Summary whole = {incoming, 0, 0};

@@ -28,8 +28,10 @@ class LossTask {
  public:
   static constexpr bool kCountsFirst = true;  // the veto decides about the gradient
 
+  Metrics<Shape> metrics;
+
   __device__ LossTask(const LossWork<Shape>& work, MetricsMemory<Shape>* memory)
-      : work_(work), metrics(memory, work.out.histograms) {}
+      : metrics(memory, work.out.histograms), work_(work) {}
 
   __device__ bool counts() const { return true; }
 
@@ -101,9 +103,6 @@ class LossTask {
   const LossWork<Shape>& work_;
   bool vetoed_;
   float coefficient_, advantage_;
-
- public:
-  Metrics<Shape> metrics;
 };
 
 // By all threads of the only cluster; a barrier has to follow.

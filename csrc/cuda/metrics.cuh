@@ -1,5 +1,5 @@
-// The metrics: each thread gathers those of a tile in registers and its own in shared memory; they are put together in one
-// fixed order over lanes, warps and blocks.
+// The metrics: each thread gathers those of a tile in registers and its own in shared memory; they are put together in
+// one fixed order over lanes, warps and blocks.
 #pragma once
 
 #include "tile.cuh"
@@ -40,11 +40,12 @@ struct Sums {
 };
 
 struct Extrema {
-  float log_ratio_abs_max = -INFINITY, negative_ratio_max = -INFINITY;
-  float positive_ratio_min = INFINITY, positive_ratio_max = -INFINITY;
-  float future_kl_min = INFINITY, future_kl_max = -INFINITY;
-  float influence_min = INFINITY, influence_max = -INFINITY;
+  float log_ratio_abs_max, negative_ratio_max, positive_ratio_min, positive_ratio_max;
+  float future_kl_min, future_kl_max, influence_min, influence_max;
 
+  __device__ static Extrema none() {
+    return {-INFINITY, -INFINITY, INFINITY, -INFINITY, INFINITY, -INFINITY, INFINITY, -INFINITY};
+  }
   __device__ void merge(const Extrema& other) {
     log_ratio_abs_max = fmaxf(log_ratio_abs_max, other.log_ratio_abs_max);
     negative_ratio_max = fmaxf(negative_ratio_max, other.negative_ratio_max);
@@ -57,19 +58,13 @@ struct Extrema {
   }
 };
 
-template <class T>
-struct NotInitialized {  // shared memory has no constructors
-  alignas(T) unsigned char bytes[sizeof(T)];
-  __device__ T& get() { return *reinterpret_cast<T*>(bytes); }
-};
-
 template <class Shape>
 struct MetricsMemory {
   uint32_t near_bins[2][kNearBins];
   uint32_t counts[kFirstExtremum];  // tokens and sequences of whole segments, and what is rare
   Sums<double> sums[Shape::kThreads];
   Counts tokens[Shape::kThreads];
-  NotInitialized<Extrema> extrema[Shape::kThreads];
+  Extrema extrema[Shape::kThreads];
   double of_warps[Shape::kWarps][kNumMetrics];
   bool is_last_block;
 };
@@ -93,11 +88,12 @@ class Metrics {
 
   // By all threads of the block, before anything is counted; a barrier has to follow.
   __device__ void clear_shared() {
-    for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads) memory_.near_bins[i / kNearBins][i % kNearBins] = 0;
+    for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads)
+      memory_.near_bins[i / kNearBins][i % kNearBins] = 0;
     for (int i = threadIdx.x; i < kFirstExtremum; i += Shape::kThreads) memory_.counts[i] = 0;
     sums() = {};
     memory_.tokens[threadIdx.x] = {};
-    extrema() = {};
+    extrema() = Extrema::none();
   }
 
   __device__ void count(Metric metric, int64_t by) {
@@ -149,7 +145,7 @@ class Metrics {
     tile_ = {};
     tile_counts_.move_to(&memory_.tokens[threadIdx.x]);
     extrema().merge(tile_extrema_);
-    tile_extrema_ = {};
+    tile_extrema_ = Extrema::none();
   }
 
   // The block's metrics to `to` [kNumMetrics], its share of the histograms to where they are summed.
@@ -170,7 +166,7 @@ class Metrics {
   }
 
  private:
-  __device__ Extrema& extrema() { return memory_.extrema[threadIdx.x].get(); }
+  __device__ Extrema& extrema() { return memory_.extrema[threadIdx.x]; }
   __device__ Sums<double>& sums() { return memory_.sums[threadIdx.x]; }
 
   __device__ void count_high(float ratio, float dual_clip) {
@@ -242,7 +238,7 @@ class Metrics {
   int64_t* const histograms_;
   Sums<float> tile_ = {};
   TileCounts tile_counts_;
-  Extrema tile_extrema_;
+  Extrema tile_extrema_ = Extrema::none();
 };
 
 // All blocks' metrics [blocks][kNumMetrics] together, in the order of the blocks; by the block that comes last.

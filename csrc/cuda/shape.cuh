@@ -48,7 +48,9 @@ struct Decay {
 
 template <class Shape>
 Decay<Shape> make_decay(double half_life) {
-  const auto power = [half_life](int64_t tokens) { return static_cast<float>(exp2(-static_cast<double>(tokens) / half_life)); };
+  const auto power = [half_life](int64_t tokens) {
+    return static_cast<float>(exp2(-static_cast<double>(tokens) / half_life));
+  };
   Decay<Shape> decay;
   decay.token = power(1);
   for (int i = 0; i < 5; ++i) decay.quads[i] = power(kQuad << i);

@@ -40,43 +40,57 @@ class Worker {
         task_(*task),
         behind_lane_(inputs.decay.behind[place.lane]) {}
 
-  // From the last tile to the first. Only a cluster's segments have more than one. There, a task that has to know the
-  // counts before it can write gets them from a first reading, which leaves the segment in the L2 cache.
+  // Only a cluster's segments have more than one tile. There, a task that has to know the counts before it can write
+  // gets them from a first reading, which leaves the segment in the L2 cache.
   __device__ void segment(Level level, int index) {
-    const int64_t begin = inputs_.tokens.offsets[index], end = inputs_.tokens.offsets[index + 1];
+    const Tokens& tokens = inputs_.tokens;
+    const int64_t begin = tokens.offsets[index], end = tokens.offsets[index + 1];
     const int span = static_cast<int>(end - aligned_down(begin));
     const int num_tiles = level == Level::kCluster ? (span - 1) / static_cast<int>(Shape::kClusterTokens) + 1 : 1;
     const int rows = num_tiles > 1 ? Shape::kRows : rows_for(level, span);
-    advantage_ = inputs_.tokens.advantages && !inputs_.tokens.advantages_per_token ? inputs_.tokens.advantages[index] : 0.0f;
+    const Stretch stretch = {level, index, begin, end, num_tiles, rows};
+    advantage_ = tokens.advantages && !tokens.advantages_per_token ? tokens.advantages[index] : 0.0f;
     carry_in_ = inputs_.carry_in && inputs_.constants.influence ? inputs_.carry_in[index] : 0.0f;
 
     SegmentCounts counts;
     const bool counts_alone = Task::kCountsFirst && num_tiles > 1;
-#pragma unroll 1
-    for (int pass = counts_alone ? 0 : 1; pass < 2; ++pass) {
-      // The carry is a term of the last tile, unless the segment ends where the tile does.
-      const int64_t last_tile_end = aligned_down(begin) + static_cast<int64_t>(num_tiles) * tile_tokens(level, rows);
-      float carry = end == last_tile_end ? carry_in_ : 0.0f;
-#pragma unroll 1
-      for (int i = num_tiles - 1; i >= 0; --i) {
-        Tile<Shape> tile;
-        tile.load(inputs_.tokens, inputs_.constants, window(level, begin, end, i, rows), carry_in_);
-        Summary mine = counts_of(tile);
-        mine.first = tile.scan(inputs_.decay, place_.lane);
-        const Exchanged exchanged = exchange_.all(level, mine, carry, rows);
-        carry = exchanged.whole.first;
-        if (pass == 0 || !counts_alone) counts.add(exchanged.whole);
-        if (pass == 0) continue;
-        if (Task::kCountsFirst && i == num_tiles - 1) task_.settle(index, counts, is_leader(level));
-        tile.for_each_row(inputs_.decay, place_.lane, behind_lane_, exchanged.carry,
-                          [&](const Row& row) { task_.row(tile.window, row, index); });
-        task_.end_tile();
-      }
-    }
+#pragma unroll 1  // a second copy of the walk would be too much code
+    for (int pass = counts_alone ? 0 : 1; pass < 2; ++pass)
+      walk(stretch, pass == 0 || !counts_alone, pass == 1, &counts);
     if (!Task::kCountsFirst) task_.settle(index, counts, is_leader(level));
   }
 
  private:
+  // A segment, and how it is cut: `num_tiles` tiles, in each of which a warp has `rows` rows.
+  struct Stretch {
+    Level level;
+    int index;
+    int64_t begin, end;
+    int num_tiles, rows;
+  };
+
+  // From the last tile to the first.
+  __device__ void walk(const Stretch& segment, bool counts_it, bool writes, SegmentCounts* counts) {
+    // The carry is a term of the last tile, unless the segment ends where the tile does.
+    float carry = segment.end == first_position(segment, segment.num_tiles) ? carry_in_ : 0.0f;
+#pragma unroll 1
+    for (int i = segment.num_tiles - 1; i >= 0; --i) {
+      Tile<Shape> tile;
+      tile.load(inputs_.tokens, inputs_.constants, window(segment, i), carry_in_);
+      Summary mine = counts_of(tile);
+      mine.first = tile.scan(inputs_.decay, place_.lane);
+      const Exchanged exchanged = exchange_.all(segment.level, mine, carry, segment.rows);
+      carry = exchanged.whole.first;
+      if (counts_it) counts->add(exchanged.whole);
+      if (!writes) continue;
+      if (Task::kCountsFirst && i == segment.num_tiles - 1)
+        task_.settle(segment.index, *counts, is_leader(segment.level));
+      tile.for_each_row(inputs_.decay, place_.lane, behind_lane_, exchanged.carry,
+                        [&](const Row& row) { task_.row(tile.window, row, segment.index); });
+      task_.end_tile();
+    }
+  }
+
   __device__ static int num_warps(Level level) {
     return level == Level::kWarp ? 1 : level == Level::kBlock ? Shape::kWarps : Shape::kWarps * Shape::kBlocks;
   }
@@ -93,15 +107,20 @@ class Worker {
            (level != Level::kCluster || place_.block == 0);
   }
 
-  __device__ Window window(Level level, int64_t begin, int64_t end, int tile, int rows) const {
-    const int warp = level == Level::kWarp    ? 0
-                     : level == Level::kBlock ? place_.warp
-                                              : place_.block * Shape::kWarps + place_.warp;
-    const int64_t position = aligned_down(begin) + static_cast<int64_t>(tile) * tile_tokens(level, rows) +
-                             warp * rows * kRowTokens + place_.lane * kQuad;
+  // Of a tile; that of the tile behind the last one is where the last one ends.
+  __device__ static int64_t first_position(const Stretch& segment, int tile) {
+    return aligned_down(segment.begin) + static_cast<int64_t>(tile) * tile_tokens(segment.level, segment.rows);
+  }
+
+  __device__ Window window(const Stretch& segment, int tile) const {
+    int warp = segment.level == Level::kWarp ? 0 : place_.warp;
+    if (segment.level == Level::kCluster) warp += place_.block * Shape::kWarps;
+    const int64_t position =
+        first_position(segment, tile) + warp * segment.rows * kRowTokens + place_.lane * kQuad;
     // Only the quad at the very end of the tokens may be a part of one, and only a segment's last quad can be that.
-    const bool vectors = inputs_.aligned && (end + kQuad - 1) / kQuad * kQuad <= inputs_.tokens.num_tokens;
-    return {position, within_reach(begin - position), within_reach(end - position), rows, vectors};
+    const bool vectors = inputs_.aligned && aligned_down(segment.end + kQuad - 1) <= inputs_.tokens.num_tokens;
+    return {position, within_reach(segment.begin - position), within_reach(segment.end - position), segment.rows,
+            vectors};
   }
 
   __device__ static int within_reach(int64_t distance) {
