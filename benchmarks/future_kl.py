@@ -1,0 +1,263 @@
+"""The Future-KL scan and the fused loss: their time, and what it is of what this machine can do.
+
+    python benchmarks/future_kl.py [--device cpu] [--sizes 8x20480 64x4096 mix 25M] [--seconds 2] [--skip-published]
+
+For each size: the compiled scan alone, the compiled loss (sum, gradient and all metrics), and the share of the copy
+bandwidth that the same run measures with the same threads, out of cache. Both move 13 bytes a token: two log-probs and
+a mask byte read, one float written. Sizes that fit the cache may exceed 100%. Ratios are to
+(a) the published algorithm for the scan, padded rows times a decay matrix in chunks, O(T^2);
+(b) the torch reference of the loss, forward and backward with metrics.
+
+Times are the least over `--seconds` of calls, at least three; (a) runs once. On CPU, glibc is told to keep freed
+memory (`KEEP_FREED`): the copy writes where memory is mapped already, and so do the ops then, as they do with torch's
+CUDA allocator. With `--fresh-memory` each call of an op pays for the first touch of its outputs instead; for (b) too.
+Run it on an idle machine; `load_before` in the last line says whether it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
+from megatron_fipo.ops import compiled_summary
+
+BYTES_PER_TOKEN = 13
+COPY_ELEMENTS = 64 * 2**20  # 256 MiB each way, beyond any cache
+PUBLISHED_CHUNK = 128  # rows of the decay matrix at a time
+PUBLISHED_LIMIT = 2**40  # B T^2 multiply-adds, a few minutes on two cores; beyond, (a) is left out
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+CONFIG = FIPOLossConfig()
+
+
+@dataclass
+class Batch:
+    log_probs: Tensor  # [N]
+    old_log_probs: Tensor  # [N]
+    advantages: Tensor  # [S]
+    mask: Tensor  # [N] bool
+    lengths: list[int]
+
+    @property
+    def offsets(self) -> Tensor:
+        return torch.tensor([0, *self.lengths], device=self.mask.device).cumsum(0)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.log_probs, self.old_log_probs, self.advantages, self.mask, self.offsets
+
+
+def mixed_lengths(sequences: int, tokens: int, shortest: int = 250, longest: int = 20480) -> list[int]:
+    """Lengths spread evenly on a log scale between the two, shuffled, and scaled to add up to `tokens`."""
+    scale = torch.logspace(
+        torch.log10(torch.tensor(float(shortest))), torch.log10(torch.tensor(float(longest))), sequences
+    )
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
+    lengths = (scale[order] * tokens / scale.sum()).long().clamp(min=1)
+    lengths[0] += tokens - lengths.sum()
+    return lengths.tolist()
+
+
+SIZES = {
+    "8x20480": lambda: [20480] * 8,
+    "64x4096": lambda: [4096] * 64,
+    "mix": lambda: mixed_lengths(64, 262_144),
+    "25M": lambda: [20480] * 1221,
+    "25M-mix": lambda: mixed_lengths(4096, 25_000_000),
+}
+
+
+def make_batch(lengths: list[int], device: str) -> Batch:
+    """Log-ratios of standard deviation 0.05 and 5% of the tokens masked, as in a late mini-batch."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = sum(lengths)
+    old = -torch.rand(size, generator=generator, device=device)
+    log_probs = old + 0.05 * torch.randn(size, generator=generator, device=device)
+    mask = torch.rand(size, generator=generator, device=device) < 0.95
+    advantages = torch.randn(len(lengths), generator=generator, device=device)
+    return Batch(log_probs, old, advantages, mask, lengths)
+
+
+def seconds(function: Callable[[], Any], device: str, budget: float) -> float:
+    """Least time of a call within `budget` seconds, after one that does not count; on CUDA between events."""
+    function()
+    times: list[float] = []
+    until = time.perf_counter() + budget
+    while len(times) < 3 or time.perf_counter() < until:
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def copy_bandwidth(device: str, budget: float) -> float:
+    """Bytes a second of an out-of-cache copy, reads and writes counted."""
+    source, target = (torch.ones(COPY_ELEMENTS, device=device) for _ in range(2))
+    return 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source), device, budget)
+
+
+def published_scan(batch: Batch) -> Callable[[], Tensor]:
+    """The published algorithm: padded [B, T] times the transposed decay matrix, a chunk of its rows at a time."""
+    rows = [part.nan_to_num() for part in (batch.log_probs - batch.old_log_probs).split(batch.lengths)]
+    values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, T]
+    masks = torch.nn.utils.rnn.pad_sequence(batch.mask.split(batch.lengths), batch_first=True)
+    gamma = 2.0 ** (-1.0 / CONFIG.half_life)
+
+    def scan() -> Tensor:
+        shift = values * masks
+        out = torch.zeros_like(shift)
+        positions = torch.arange(shift.shape[1], device=shift.device)
+        for start in range(0, shift.shape[1], PUBLISHED_CHUNK):
+            chunk = positions[start : start + PUBLISHED_CHUNK]
+            distance = positions[None, :] - chunk[:, None]  # [chunk, T]
+            decay = torch.where(distance >= 0, gamma ** distance.clamp(min=0).float(), 0.0)
+            out[:, chunk] = shift @ decay.T
+        return out
+
+    return scan
+
+
+def loss_and_backward(batch: Batch, backend: str) -> Callable[[], Tensor]:
+    log_probs = batch.log_probs.clone().requires_grad_()
+    inputs = batch.inputs()[1:]
+
+    def step() -> Tensor:
+        out = fipo_loss(log_probs, *inputs, CONFIG, backend=backend)  # type: ignore[arg-type]
+        return torch.autograd.grad(out.loss_sum, log_probs)[0]
+
+    return step
+
+
+def measure(name: str, device: str, budget: float, copy: float, with_published: bool) -> dict[str, Any]:
+    batch = make_batch(SIZES[name](), device)
+    tokens = batch.mask.numel()
+    log_probs, old, advantages, mask, offsets = batch.inputs()
+    ops, config = torch.ops.megatron_fipo, CONFIG
+    low, high = config.influence_bounds
+    scan = seconds(
+        lambda: ops.future_kl_scan(log_probs, old, mask, offsets, config.half_life, config.log_ratio_clamp, 2.302585),
+        device,
+        budget,
+    )
+    fused = seconds(
+        lambda: ops.fipo_loss(
+            log_probs,
+            old,
+            advantages,
+            mask,
+            offsets,
+            None,
+            half_life=config.half_life,
+            influence_low=low,
+            influence_high=high,
+            clip_ratio_low=config.clip_ratio_low,
+            clip_ratio_high=config.clip_ratio_high,
+            dual_clip=config.dual_clip,
+            safety_threshold=config.safety_threshold,
+            log_ratio_clamp=config.log_ratio_clamp,
+            norm_length=config.norm_length,
+            max_dual_clipped=1,
+            aggregation=config.aggregation,
+        ),
+        device,
+        budget,
+    )
+    whole = seconds(loss_and_backward(batch, "compiled"), device, budget)
+    reference = seconds(loss_and_backward(batch, "reference"), device, budget)
+    padded_work = len(batch.lengths) * max(batch.lengths) ** 2
+    published = (
+        seconds_once(published_scan(batch), device) if with_published and padded_work < PUBLISHED_LIMIT else None
+    )
+    moved = BYTES_PER_TOKEN * tokens
+    return {
+        "size": name,
+        "tokens": tokens,
+        "sequences": len(batch.lengths),
+        "scan_ms": scan * 1e3,
+        "scan_gb_per_s": moved / scan / 1e9,
+        "scan_share_of_copy": moved / scan / copy,
+        "fused_ms": fused * 1e3,
+        "fused_gb_per_s": moved / fused / 1e9,
+        "fused_share_of_copy": moved / fused / copy,
+        "loss_and_backward_ms": whole * 1e3,
+        "reference_ms": reference * 1e3,
+        "reference_over_compiled": reference / whole,
+        "published_ms": published and published * 1e3,
+        "published_over_scan": published and published / scan,
+    }
+
+
+def seconds_once(function: Callable[[], Any], device: str) -> float:
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def show(rows: list[dict[str, Any]], copy: float) -> None:
+    table = Table(title=f"Future-KL; copy {copy / 1e9:.1f} GB/s; {compiled_summary()}")
+    for heading in ("size", "scan ms", "GB/s", "of copy", "fused ms", "GB/s", "of copy", "(a) / scan", "(b) / loss"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        published = row["published_over_scan"]
+        table.add_row(
+            row["size"],
+            f"{row['scan_ms']:.3f}",
+            f"{row['scan_gb_per_s']:.1f}",
+            f"{row['scan_share_of_copy']:.0%}",
+            f"{row['fused_ms']:.3f}",
+            f"{row['fused_gb_per_s']:.1f}",
+            f"{row['fused_share_of_copy']:.0%}",
+            f"{published:,.0f}" if published else "not run",
+            f"{row['reference_over_compiled']:.1f}",
+        )
+    Console(width=130).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["8x20480", "64x4096", "mix", "25M"])
+    parser.add_argument("--seconds", type=float, default=2.0, help="time given to each measurement")
+    parser.add_argument("--fresh-memory", action="store_true", help="let the allocator return freed memory (CPU)")
+    parser.add_argument("--skip-published", action="store_true", help="leave out (a), about a minute on two cores")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.fresh_memory and not KEEP_FREED.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED})
+    load_before = os.getloadavg()[0]
+    copy = copy_bandwidth(args.device, args.seconds)
+    rows = [measure(name, args.device, args.seconds, copy, not args.skip_published) for name in args.sizes]
+    show(rows, copy)
+    figures = {
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_before": load_before,
+        "fresh_memory": args.fresh_memory,
+        "copy_gb_per_s": copy / 1e9,
+        "rows": rows,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
