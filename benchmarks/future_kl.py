@@ -12,15 +12,21 @@ Times are the least over `--seconds` of calls, at least three; (a) runs once. On
 memory (`KEEP_FREED`): the copy writes where memory is mapped already, and so do the ops then, as they do with torch's
 CUDA allocator. With `--fresh-memory` each call of an op pays for the first touch of its outputs instead; for (b) too.
 Run it on an idle machine; `load_before` in the last line says whether it was.
+
+On a GPU (`--device cuda --sizes 8x20480 64x4096 mix 25M 25M-mix`) the copy is from device to device, and two more
+figures are printed: what the loss of a micro-batch of 20,480 tokens launches, and the memory that the loss of 25M
+tokens takes beside its inputs and outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +35,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
 from megatron_fipo.ops import compiled_summary
@@ -75,6 +83,9 @@ SIZES = {
     "25M": lambda: [20480] * 1221,
     "25M-mix": lambda: mixed_lengths(4096, 25_000_000),
 }
+
+
+MICRO_BATCHES = {"1 x 20480": [20480], "80 x 256": [256] * 80}
 
 
 def make_batch(lengths: list[int], device: str) -> Batch:
@@ -146,40 +157,69 @@ def loss_and_backward(batch: Batch, backend: str) -> Callable[[], Tensor]:
     return step
 
 
+def fused_loss(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The compiled op alone: loss sum, gradient, metrics, histograms, vetoes."""
+    low, high = CONFIG.influence_bounds
+    outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(
+        *inputs,
+        None,
+        half_life=CONFIG.half_life,
+        influence_low=low,
+        influence_high=high,
+        clip_ratio_low=CONFIG.clip_ratio_low,
+        clip_ratio_high=CONFIG.clip_ratio_high,
+        dual_clip=CONFIG.dual_clip,
+        safety_threshold=CONFIG.safety_threshold,
+        log_ratio_clamp=CONFIG.log_ratio_clamp,
+        norm_length=CONFIG.norm_length,
+        max_dual_clipped=1,
+        aggregation=CONFIG.aggregation,
+    )
+    return outputs
+
+
+def launches(batch: Batch) -> dict[str, int]:
+    """What one loss puts on the stream, by name, and how often."""
+    inputs = batch.inputs()
+    fused_loss(inputs)  # whatever happens on a first call only
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        fused_loss(inputs)
+        torch.cuda.synchronize()
+    return dict(Counter(event.name for event in profiler.events() if event.device_type == DeviceType.CUDA))
+
+
+def extra_memory(batch: Batch) -> int:
+    """Most bytes of device memory that one loss holds beside its inputs and outputs."""
+    inputs = batch.inputs()
+    fused_loss(inputs)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = fused_loss(inputs)
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak - sum(tensor.numel() * tensor.element_size() for tensor in outputs)
+
+
+def show_cuda_figures() -> dict[str, Any]:
+    launched = {name: launches(make_batch(lengths, "cuda")) for name, lengths in MICRO_BATCHES.items()}
+    for name, counts in launched.items():
+        print(f"launched by the loss of {name}: " + ", ".join(f"{n} x {kernel}" for kernel, n in counts.items()))
+    extra = extra_memory(make_batch(SIZES["25M"](), "cuda"))
+    print(f"memory beside inputs and outputs, 25M tokens: {extra / 2**20:.2f} MiB")
+    return {"launches": launched, "extra_bytes_25M": extra}
+
+
 def measure(name: str, device: str, budget: float, copy: float, with_published: bool) -> dict[str, Any]:
     batch = make_batch(SIZES[name](), device)
     tokens = batch.mask.numel()
-    log_probs, old, advantages, mask, offsets = batch.inputs()
-    ops, config = torch.ops.megatron_fipo, CONFIG
-    low, high = config.influence_bounds
+    inputs = batch.inputs()
+    log_probs, old, _, mask, offsets = inputs
+    scan_op, log_dual_clip = torch.ops.megatron_fipo.future_kl_scan, math.log(CONFIG.dual_clip)
     scan = seconds(
-        lambda: ops.future_kl_scan(log_probs, old, mask, offsets, config.half_life, config.log_ratio_clamp, 2.302585),
+        lambda: scan_op(log_probs, old, mask, offsets, CONFIG.half_life, CONFIG.log_ratio_clamp, log_dual_clip),
         device,
         budget,
     )
-    fused = seconds(
-        lambda: ops.fipo_loss(
-            log_probs,
-            old,
-            advantages,
-            mask,
-            offsets,
-            None,
-            half_life=config.half_life,
-            influence_low=low,
-            influence_high=high,
-            clip_ratio_low=config.clip_ratio_low,
-            clip_ratio_high=config.clip_ratio_high,
-            dual_clip=config.dual_clip,
-            safety_threshold=config.safety_threshold,
-            log_ratio_clamp=config.log_ratio_clamp,
-            norm_length=config.norm_length,
-            max_dual_clipped=1,
-            aggregation=config.aggregation,
-        ),
-        device,
-        budget,
-    )
+    fused = seconds(lambda: fused_loss(inputs), device, budget)
     whole = seconds(loss_and_backward(batch, "compiled"), device, budget)
     reference = seconds(loss_and_backward(batch, "reference"), device, budget)
     padded_work = len(batch.lengths) * max(batch.lengths) ** 2
@@ -206,6 +246,8 @@ def measure(name: str, device: str, budget: float, copy: float, with_published: 
 
 
 def seconds_once(function: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     function()
     if device == "cuda":
@@ -255,6 +297,7 @@ def main() -> None:
         "fresh_memory": args.fresh_memory,
         "copy_gb_per_s": copy / 1e9,
         "rows": rows,
+        **(show_cuda_figures() if args.device == "cuda" else {}),
     }
     print(json.dumps(figures))
 
