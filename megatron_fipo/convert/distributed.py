@@ -42,6 +42,30 @@ from megatron_fipo.model.policy import PolicyModel
 _FORMAT = "metadata.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _STACKED_LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("Path", "PosixPath"),
+    "collections": ("OrderedDict",),
+}
 Place = tuple[int, int]  # offset and length in a file
 
 
@@ -141,6 +165,28 @@ def _module_states(arch: Architecture) -> Iterator[str]:
             yield f"decoder.layers.{name}._extra_state/shard_{place}_{sizes}"
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Torch keeps a checkpoint's metadata as a pickle. Unpickling may run any function that the file names, so nothing
+    but the classes that torch and Megatron-Core put there is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint has use for")
+
+
+def check_metadata(path: str | Path) -> None:
+    """Refuse a checkpoint whose metadata could run code when torch or Megatron-Core reads it.
+
+    Raises:
+        FileNotFoundError: there is no metadata.
+        pickle.UnpicklingError: it names something that is no checkpoint class.
+    """
+    with open(Path(path) / ".metadata", "rb") as stream:
+        _MetadataUnpickler(stream).load()
+
+
 class DistributedCheckpoint:
     """The model's tensors in a converted or a training checkpoint; optimizer state is never read."""
 
@@ -153,6 +199,7 @@ class DistributedCheckpoint:
         self.path = Path(path)
         try:
             backend = json.loads((self.path / _FORMAT).read_text())["sharded_backend"]
+            check_metadata(self.path)
             self._reader = FileSystemReader(self.path)
             metadata = self._reader.read_metadata()
         except FileNotFoundError as error:
@@ -266,6 +313,7 @@ def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
     Raises:
         ValueError: a parameter is missing or of another shape.
     """
+    check_metadata(path)
     content = dist_checkpointing.load_content_metadata(str(path)) or {}
     metadata = {name: content[name] for name in _STACKED_LAYERS if name in content}
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}

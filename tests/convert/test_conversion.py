@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
@@ -145,6 +146,26 @@ def test_damaged_megatron_checkpoint(original: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no finished Megatron checkpoint: .*metadata\.json is missing"):
         to_huggingface(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+class _Bomb:
+    """Unpickled by torch's own reader, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_metadata_that_would_run_code(original: Path, tmp_path: Path) -> None:
+    """A checkpoint's metadata is a pickle; one that names anything but checkpoint classes is refused, and not run."""
+    out, mark = tmp_path / "megatron", tmp_path / "mark"
+    to_megatron(original, out)
+    (out / ".metadata").write_bytes(pickle.dumps(_Bomb(mark)))
+    with pytest.raises(ValueError, match=r"is damaged: .*posix\.mkdir, which no checkpoint has use for"):
+        DistributedCheckpoint(out)
+    assert not mark.exists()
 
 
 def test_megatron_checkpoint_of_another_model(original: Path, tmp_path: Path) -> None:
