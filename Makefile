@@ -37,8 +37,9 @@ quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, e
 test: install  ## the tests that need no GPU and no server
 	$(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-test-all: test  ## those, and the slow ones
+test-all: test  ## those, the slow ones, and the sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(MAKE) sanitize
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
 # AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.
