@@ -12,8 +12,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 # Two blocks of 256 threads share a multiprocessor's 65536 registers.
 MAX_REGISTERS = 128
-# Bytes a thread stores to memory for want of registers. The loss keeps the state of its walk over segments there, which
-# is touched once a segment.
+# Bytes a thread keeps in memory for want of registers. Of the loss that is the state of its walk over segments and
+# tiles; inside the loop over rows nothing is stored, and at most four values are read back for a lane's four tokens.
 MAX_SPILLS = {"scan": 0, "loss": 160}
 
 pytestmark = [
