@@ -13,6 +13,7 @@ import re
 import select
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,18 +79,27 @@ class _Worker:
 
     def ask(self, answer: str, ground_truth: str) -> bool:
         """Whether the two are equal; False where that could not be decided within the limits."""
+        used = self._process is not None and self._process.poll() is None
+        reply, died = self._reply(answer, ground_truth)
+        if died and used:  # perhaps before it saw this answer, which a new one then judges
+            reply, _ = self._reply(answer, ground_truth)
+        return reply == b"1"
+
+    def _reply(self, answer: str, ground_truth: str) -> tuple[bytes, bool]:
+        """The worker's byte, empty if it gave none, and whether it died of something else than the time limit."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
-        assert self._process.stdin is not None
+        process = self._process
+        assert process.stdin is not None
+        started = time.monotonic()
         try:
-            self._process.stdin.write(json.dumps([answer, ground_truth]).encode() + b"\n")
+            process.stdin.write(json.dumps([answer, ground_truth]).encode() + b"\n")
+            reply = _read_byte(process, self._timeout_seconds)
         except BrokenPipeError:
             reply = b""
-        else:
-            reply = _read_byte(self._process, self._timeout_seconds)
         if not reply:
             self.stop()
-        return reply == b"1"
+        return reply, not reply and time.monotonic() - started < self._timeout_seconds / 2
 
     def stop(self) -> None:
         process, self._process = self._process, None
