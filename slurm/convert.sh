@@ -1,0 +1,16 @@
+#!/bin/bash
+# Convert or verify a checkpoint on one CPU node, no GPU; the arguments are those of `megatron-fipo convert`:
+#
+#   sbatch slurm/convert.sh to-megatron --hf DIR --out DIR
+#   sbatch slurm/convert.sh to-hf --megatron DIR --out DIR
+#
+#SBATCH --job-name=fipo-convert
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=8G
+#SBATCH --time=02:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+source "${FIPO_SITE:-slurm/site.env}"
+srun "${FIPO_SRUN[@]}" megatron-fipo convert "$@"
