@@ -59,7 +59,7 @@ class FIPOActor(AlignableGenerativeInterface):
         else:
             load_weights(self.chunks, config.model.hf_path, arch, topology)
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
-        self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology, config.updates_per_step)
+        self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
         self._initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
 

@@ -54,7 +54,6 @@ class PolicyOptimizer:
         wrapped: Sequence[DistributedDataParallel],
         config: settings.OptimizerConfig,
         topology: Topology,
-        updates_per_step: int,
     ) -> None:
         self.config = config
         self.wrapped = list(wrapped)
