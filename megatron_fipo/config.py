@@ -159,6 +159,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 10  # steps; 0: only when the run is interrupted and after the last step
+    asynchronous: bool = True  # training goes on while a checkpoint is written
+    keep_last: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # steps: checkpoints of multiples of this stay for good; 0: none
+    keep_best: bool = True  # the one with the highest validation avg@k stays
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    allow_changes: bool = False  # go on with a run although its model, data, seed or algorithm were changed
+    max_requeues: int = 100  # times that a Slurm job puts itself back into the queue
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -170,6 +185,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     @property
     def run_directory(self) -> Path:
@@ -360,6 +377,7 @@ def _ranges(c: Config) -> list[str]:
         "eval.max_problems": c.eval.max_problems,
         "reward.workers": c.reward.workers,
         "reward.timeout_seconds": c.reward.timeout_seconds,
+        "checkpoint.keep_last": c.checkpoint.keep_last,
     }
     not_negative = {
         "rollout.top_k": c.rollout.top_k,
@@ -372,6 +390,9 @@ def _ranges(c: Config) -> list[str]:
         "eval.every": c.eval.every,
         "eval.temperature": c.eval.temperature,
         "algorithm.kl_coefficient": c.algorithm.kl_coefficient,
+        "checkpoint.every": c.checkpoint.every,
+        "checkpoint.keep_every": c.checkpoint.keep_every,
+        "resume.max_requeues": c.resume.max_requeues,
     }
     # `not v > 0` is true of NaN as well; None stands for a default.
     problems = [f"{name} = {v} must be positive" for name, v in positive.items() if v is not None and not v > 0]
