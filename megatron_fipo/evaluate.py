@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_fipo.config import EvalConfig
 from megatron_fipo.data import Prompt
+from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.rollout import RolloutEngine, Sampling
 from megatron_fipo.rollout.collect import derive_seed, generate_and_score
@@ -70,18 +71,17 @@ def evaluate(
     """Sample `config.samples` answers a problem, shared out over all ranks. Collective; the same result everywhere.
 
     The seeds depend on the problem and the sample only, so that two policies are compared on the same draws.
+
+    Raises:
+        Interrupted: a rank was asked to stop; raised on all of them.
     """
     problems = problems[: config.max_problems]
     sampling = Sampling(config.temperature, config.top_p, 0, max_tokens, stop_token_ids)
     wanted = [(p, k) for p in range(len(problems)) for k in range(config.samples)]
     mine = wanted[dist.get_rank() :: dist.get_world_size()]
-    responses, scores = generate_and_score(
-        engine,
-        reward,
-        tokenizer,
-        [problems[p] for p, _ in mine],
-        [derive_seed(seed, "eval", p, k) for p, k in mine],
-        sampling,
+    prompts, seeds = [problems[p] for p, _ in mine], [derive_seed(seed, "eval", p, k) for p, k in mine]
+    responses, scores = unless_interrupted(
+        lambda: generate_and_score(engine, reward, tokenizer, prompts, seeds, sampling)
     )
     samples = [
         Sample(p, k, score.accuracy, score.answer, len(response.token_ids), response.truncated)

@@ -5,13 +5,17 @@ SIGUSR1 is what the batch scripts ask for ahead of the time limit; SIGTERM comes
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _requested = threading.Event()
 
@@ -39,6 +43,23 @@ def agreed(group: dist.ProcessGroup | None = None) -> bool:
     flag = torch.tensor(float(requested()), device="cuda" if on_gpu else "cpu")
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def unless_interrupted(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """This rank's share of a phase that may be abandoned; `work` itself has no collectives, and may raise Interrupted.
+
+    Collective over the group.
+
+    Raises:
+        Interrupted: some rank was asked to stop before all had finished; raised on all of them.
+    """
+    result: T | None = None
+    with contextlib.suppress(Interrupted):
+        result = work()
+    if agreed(group):
+        raise Interrupted
+    assert result is not None, "a rank gave up its work although nobody asked it to stop"
+    return result
 
 
 def _request(number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt, PromptStream
 from megatron_fipo.parallel.exchange import all_gather
+from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction, Score
 from megatron_fipo.rollout.protocol import Request, Response, RolloutEngine, Sampling
@@ -107,6 +108,7 @@ class RolloutCollector:
 
         Raises:
             DynamicSamplingExhausted: `rollout.max_rounds` did not fill it.
+            Interrupted: a rank was asked to stop; raised on all of them.
         """
         seen: list[torch.Tensor] = []
         while self.collector.needs_round():
@@ -126,6 +128,38 @@ class RolloutCollector:
             **self._batch_metrics(rollouts),
         }
         return Collected(rollouts, batch.groups, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two batches: where the stream of prompts is, and the groups kept for the next batch."""
+        return {
+            "stream": self.stream.state_dict(),
+            "next_group": self.next_group,
+            "kept": self.collector.pending.copy(),
+        }
+
+    def kept_rollouts(self) -> dict[str, torch.Tensor]:
+        """This replica's responses to the kept groups, as the fields of a `Rollouts`."""
+        kept = [self._held[group] for group in self.collector.pending if group in self._held]
+        return vars(Rollouts.concatenate(kept) if kept else _no_rollouts())
+
+    def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Go on where `state` was taken.
+
+        Args:
+            kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
+
+        Raises:
+            ValueError: the prompts, their seed or their shuffling are others.
+        """
+        self.stream.load_state_dict(state["stream"])
+        self.next_group = state["next_group"]
+        self.collector.pending = list(state["kept"])
+        replica, replicas = self.topology.dp.rank(), self.topology.dp.size()
+        # On as many replicas as before each gets its own back, so that sums over replicas round as they would have.
+        mine = kept_rollouts[replica::replicas]
+        rollouts = Rollouts.concatenate([_no_rollouts(), *(Rollouts(**part) for part in mine)])
+        groups = self._groups(rollouts.ids)
+        self._held = {int(g): rollouts.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
 
     def _round(self) -> torch.Tensor:
         """Generate one round of prompts; returns a row of numbers for each response of all replicas."""
@@ -159,7 +193,9 @@ class RolloutCollector:
         mine = wanted[replica.rank() :: replica.size()]
         ids, prompts = [i for i, _ in mine], [p for _, p in mine]
         seeds = [derive_seed(self.config.run.seed, "rollout", i) for i in ids]
-        responses, scores = generate_and_score(self.engine, self.reward, self.tokenizer, prompts, seeds, self.sampling)
+        responses, scores = unless_interrupted(
+            lambda: generate_and_score(self.engine, self.reward, self.tokenizer, prompts, seeds, self.sampling)
+        )
         rollouts = Rollouts.from_responses(
             ids=ids,
             prompts=[p.token_ids for p in prompts],

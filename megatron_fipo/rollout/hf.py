@@ -14,12 +14,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PretrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from megatron_fipo.convert.modules import published_parameters
+from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.sampler import SeededSampler
 
@@ -56,7 +59,11 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        """One response a request, in order, `batch_size` at a time."""
+        """One response a request, in order, `batch_size` at a time.
+
+        Raises:
+            Interrupted: this rank was asked to stop meanwhile.
+        """
         responses: list[Response] = []
         for start in range(0, len(requests), self.batch_size):
             responses += self._generate_batch(requests[start : start + self.batch_size], sampling)
@@ -73,6 +80,7 @@ class HFEngine:
             input_ids=prompt_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([*_warpers(sampling), sampler]),
+            stopping_criteria=StoppingCriteriaList([_WhenInterrupted()]),
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_tokens,
                 do_sample=False,  # the sampler leaves one token
@@ -80,9 +88,18 @@ class HFEngine:
                 pad_token_id=_PAD,
             ),
         )[:, width:].cpu()
+        if interrupt.requested():
+            raise interrupt.Interrupted
         log_probs = torch.stack(sampler.log_probs, dim=1)  # [B, generated]
         stops = torch.isin(tokens, torch.tensor(sampling.stop_token_ids))
         return [_cut(*row, sampling.max_tokens) for row in zip(tokens, log_probs, stops, strict=True)]
+
+
+class _WhenInterrupted(StoppingCriteria):
+    """Ends generation at the next token once this rank is asked to stop."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), interrupt.requested(), device=input_ids.device)
 
 
 def _warpers(sampling: Sampling) -> list[object]:

@@ -48,7 +48,11 @@ class RolloutEngine(Protocol):
         """Take new weights by their Hugging Face names; every tensor is consumed before this returns."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        """One response a request, in order."""
+        """One response a request, in order.
+
+        Raises:
+            Interrupted: this rank was asked to stop (`parallel.interrupt`) before all were drawn.
+        """
 
     def close(self) -> None:
         """Free what the engine holds."""

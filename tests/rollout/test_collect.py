@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,10 @@ def _collect(path: Path, world: int, steps: int, **rollout: Any) -> dict[str, An
     return {"steps": collected, "error": error, "requested": collector.engine.requested, "held": collector._held}
 
 
+KEEP: dict[str, Any] = {"surplus_groups": "keep", "prompts_per_round": 18}
 CASES: dict[str, dict[str, Any]] = {
     "drop": {"steps": 3},
-    "keep": {"steps": 3, "surplus_groups": "keep", "prompts_per_round": 18},
+    "keep": {"steps": 3, **KEEP},
     "no_filter": {"steps": 2, "dynamic_sampling": False},
     "stop": {"steps": 1, "max_rounds": 1},
     "train": {"steps": 1, "max_rounds": 1, "when_exhausted": "train"},
@@ -114,6 +116,23 @@ CASES: dict[str, dict[str, Any]] = {
 
 def _all_cases(path: Path, world: int) -> dict[str, Any]:
     return {name: _collect(path, world, **case) for name, case in CASES.items()}
+
+
+def _state_after_one_step(path: Path, world: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    collector = _collector(path, world, **KEEP)
+    collector.collect()
+    state = collector.state_dict(), collector.kept_rollouts()
+    collector.collect()  # goes on, and must not change what was saved
+    topologies.destroy()
+    return state
+
+
+def _two_steps_from(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, torch.Tensor]]) -> Any:
+    collector = _collector(path, world, **KEEP)
+    collector.load_state_dict(json.loads(json.dumps(state)), parts)
+    steps = [collector.collect() for _ in range(2)]
+    topologies.destroy()
+    return steps
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +196,30 @@ def test_kept_surplus_opens_the_next_step(results: dict[int, list[dict[str, Any]
     assert [step.metrics["sampling/surplus_groups"] for step in steps] == [6, 2, 9]
     assert "reward/mean" not in steps[1].metrics
     assert list(results[1][0]["keep"]["held"]) == INFORMATIVE[12:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+def test_goes_on_from_its_state(
+    before: int, after: int, results: dict[int, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """With kept surplus groups, on as many replicas or on others: the batches of an uninterrupted run, to the bit
+    where the replicas are as many."""
+    save_tokenizer(tmp_path)
+    states = run_ranks(_state_after_one_step, before, tmp_path, before)
+    assert len({json.dumps(state) for state, _ in states}) == 1
+    parts = [part for _, part in states]
+    assert sum(len(part["ids"]) for part in parts) == 6 * GROUP
+    continued = run_ranks(_two_steps_from, after, tmp_path, after, states[0][0], parts)
+    for step in range(2):
+        for rank, reference in zip(continued, results[after], strict=True):
+            expected = reference["keep"]["steps"][step + 1]
+            assert rank[step].groups == expected.groups
+            exact = before == after
+            assert rank[step].metrics == (expected.metrics if exact else pytest.approx(expected.metrics, rel=1e-6))
+        whole = Rollouts.concatenate([rank[step].rollouts for rank in continued])
+        expected = _whole(results[after], "keep", step + 1)
+        for name, values in vars(whole.select(whole.ids.argsort())).items():
+            assert torch.equal(values, getattr(expected, name)), name
 
 
 def test_without_dynamic_sampling_every_group_is_taken(results: dict[int, list[dict[str, Any]]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import HFEngine, Request, Response, Sampling
 from tests.policies import make_qwen2
 
@@ -207,3 +210,17 @@ def test_load_weights_errors(model: PreTrainedModel, broken: object, message: st
     weights = {name: p.detach() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
         engine_for(model).load_weights(broken(weights))  # type: ignore[operator]
+
+
+def test_asked_to_stop(engine: HFEngine) -> None:
+    """Generation ends at the next token and gives nothing, rather than responses that were cut."""
+    interrupt.install()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(interrupt.Interrupted):
+            engine.generate(requests(2), sampling(max_tokens=100_000))
+    finally:
+        interrupt.install()
+        for number in interrupt.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    assert len(engine.generate(requests(2), sampling())) == 2

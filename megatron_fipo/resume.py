@@ -1,0 +1,122 @@
+"""Whether and where a run goes on: what its directory says of an earlier attempt, and what may differ from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.evaluate import Evaluation
+
+# What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
+# on. Everything else decides what is learned. A name ending in "." stands for its whole section.
+_FREE = (
+    *("parallel.", "checkpoint.", "resume.", "eval.", "run.name", "run.directory", "run.overwrite"),
+    *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens", "data.validation"),
+    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning"),
+    *("reward.workers", "reward.timeout_seconds", "optimizer.distributed", "optimizer.offload_state"),
+    *("trainer.max_steps", "trainer.tokens_per_micro_batch", "trainer.micro_batch_order"),
+    *("trainer.strict", "trainer.export_policy", "trainer.tensorboard"),
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come; saved with every checkpoint.
+
+    Attributes:
+        step: finished steps.
+        before, after: the first and the newest evaluation.
+        best: the highest validation avg@k so far.
+        unlogged: metrics of `step` whose evaluation and record are still missing.
+        seconds: wall seconds over all attempts.
+    """
+
+    step: int = 0
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    best: float | None = None
+    unlogged: dict[str, float] | None = None
+    seconds: float = 0.0
+
+    def evaluated(self, result: Evaluation | None) -> Progress:
+        """With one more evaluation."""
+        if result is None:
+            return self
+        best = result.avg if self.best is None else max(self.best, result.avg)
+        return replace(self, before=self.before or result, after=result, best=best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_state_dict(state: dict[str, Any]) -> Progress:
+        evaluations = {name: state[name] and Evaluation(**state[name]) for name in ("before", "after")}
+        return Progress(**{**state, **evaluations})
+
+
+def starts_over(config: Config) -> bool:
+    """Whether what an earlier run left is to be removed.
+
+    A job that Slurm has put back into the queue comes with the arguments of its first start; that start's
+    `run.overwrite=true` was not meant for the job's own checkpoints.
+    """
+    return config.run.overwrite and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
+
+
+def check_directory(config: Config) -> None:
+    """Whether a run may start, or go on, in its directory; asked before any rank starts.
+
+    Raises:
+        ValueError: the directory holds a run that this one would silently alter, or a finished one without
+            checkpoints, or is no directory.
+    """
+    directory = config.run_directory
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"run.directory {directory} is a file; choose another run.name or run.directory")
+    if starts_over(config) or not (directory / "metrics.jsonl").exists():
+        return
+    if (directory / "summary.json").exists() and not (directory / "checkpoints").exists():
+        raise ValueError(
+            f"{directory} holds a finished run without checkpoints: choose another run.name, or set run.overwrite=true "
+            "to replace it"
+        )
+    found = changes(directory / "config.yaml", config)
+    if found and not config.resume.allow_changes:
+        listed = "\n".join(f"  - {change}" for change in found)
+        raise ValueError(
+            f"{directory} holds a run with other settings, which would silently become another run:\n{listed}\n"
+            "Go back to them, choose another run.name, set run.overwrite=true to start over, or "
+            "resume.allow_changes=true to go on all the same"
+        )
+
+
+def changes(saved: Path, config: Config) -> list[str]:
+    """The settings that decide what is learned and differ from a saved configuration, as `name: old -> new`.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        old = _flat(asdict(load_config(saved)))
+    except ValueError as error:
+        raise ValueError(f"cannot tell what the run in {saved.parent} was: {error}") from None
+    new = _flat(asdict(config))
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if not _is_free(name) and old.get(name) != new.get(name)
+    ]
+
+
+def _is_free(name: str) -> bool:
+    return any(name.startswith(free) if free.endswith(".") else name == free for free in _FREE)
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat

@@ -1,0 +1,57 @@
+"""A signal to one rank is seen by all of them at the same point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.interrupt import Interrupted
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def _phases(signalled: int, number: int) -> list[str]:
+    """Three phases, in the second of which one rank is signalled while the other works on."""
+    interrupt.install()
+    seen = []
+    for phase in range(3):
+
+        def work(phase: int = phase) -> str:
+            if phase == 1 and dist.get_rank() == signalled:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # Slurm signals whole containers, and so does a supervisor
+                if interrupt.requested():
+                    raise Interrupted
+            time.sleep(0.05)
+            return f"phase {phase}"
+
+        try:
+            seen.append(interrupt.unless_interrupted(work))
+        except Interrupted:
+            seen.append("interrupted")
+            break
+    return [*seen, f"asked: {interrupt.requested()}", f"agreed: {interrupt.agreed()}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_all_ranks_stop_in_the_same_phase(number: int) -> None:
+    """Rank 1 is asked; rank 0, which was not, finishes its work and then stops, too."""
+    asked, other = run_ranks(_phases, 2, 0, number)
+    assert asked == ["phase 0", "interrupted", "asked: True", "agreed: True"]
+    assert other == ["phase 0", "interrupted", "asked: False", "agreed: True"]
+
+
+def _never_asked() -> tuple[bool, bool, str]:
+    interrupt.install()
+    return interrupt.requested(), interrupt.agreed(), interrupt.unless_interrupted(lambda: "done")
+
+
+def test_nobody_asked() -> None:
+    """Without a signal the work's result comes back."""
+    assert run_ranks(_never_asked, 2) == [(False, False, "done")] * 2
