@@ -35,12 +35,14 @@ quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, e
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
 test: install  ## the tests that need no GPU and no server
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: test  ## those, the slow ones, and the sanitizers
+test-all: test  ## those, the slow ones, the ones on a real Slurm, and the sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -q -m "slurm"
 	$(MAKE) sanitize
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise

@@ -10,7 +10,8 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=8G
 #SBATCH --time=02:00:00
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 source "${FIPO_SITE:-slurm/site.env}"
-srun "${FIPO_SRUN[@]}" megatron-fipo convert "$@"
+srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" megatron-fipo convert "$@"

@@ -1,0 +1,25 @@
+#!/bin/bash
+# Train Qwen2.5-32B with DAPO, the baseline: FIPO's recipe with another loss.
+#
+#   sbatch slurm/dapo_32b.sh [CONFIG.yaml] [key=value ...]     without CONFIG: examples/dapo_32b.yaml
+#
+# Resources can be changed on sbatch's command line, e.g. --nodes=2 --ntasks-per-node=4; one task is one rank, and
+# parallel.world_size must be their number. The job is told to stop 10 minutes before its time is up, writes a
+# checkpoint, and puts itself back into the queue; it goes on after a node failure as well.
+#
+#SBATCH --job-name=dapo-32b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+source "${FIPO_SITE:-slurm/site.env}"
+srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
+  megatron-fipo train "${@:-examples/dapo_32b.yaml}"

@@ -1,0 +1,21 @@
+#!/bin/bash
+# Evaluate a checkpoint on one node: Avg@k, Cons@k and Pass@k of the config's validation problems.
+#
+#   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [key=value ...]
+#
+# One task is one rank, and parallel.world_size must be their number.
+#
+#SBATCH --job-name=fipo-eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+source "${FIPO_SITE:-slurm/site.env}"
+srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
+  megatron-fipo eval "$@"

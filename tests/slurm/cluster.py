@@ -1,0 +1,261 @@
+"""A real Slurm on this machine: munged, slurmctld, and one slurmd a node.
+
+Every node has a host name and processes of its own, and can lose its power. Nodes say that they have 8 GPUs and 96
+cores, so that batch scripts run as they are; nothing holds jobs to what they ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+GPUS, CORES, MEGABYTES = 8, 96, 1_000_000
+COMMAND_SECONDS = 30  # for one call of a Slurm command
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
+
+# cred_expire: a requeued job waits that long, 120 s by default. MinJobAge: ended jobs can be asked for their state.
+# SlurmdTimeout: a node that does not answer is down after that.
+SLURM_CONF = """
+ClusterName=emulated
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={directory}/munge/socket/s,cred_expire=5
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+ReturnToService=2
+RebootProgram=/bin/true
+SlurmdTimeout=6
+KillWait=5
+Waittime=0
+MinJobAge=3600
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool.%n
+SlurmctldPidFile={directory}/run/slurmctld.pid
+SlurmdPidFile={directory}/run/%n.pid
+SlurmctldLogFile={directory}/log/slurmctld.log
+SlurmdLogFile={directory}/log/%n.log
+JobCompType=jobcomp/none
+AccountingStorageType=accounting_storage/none
+PropagateResourceLimitsExcept=MEMLOCK
+PlugStackConfig={directory}/etc/plugstack.conf
+MailProg=/bin/true
+GresTypes=gpu
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
+"""
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={port} State=UNKNOWN "
+    f"Sockets=2 CoresPerSocket={CORES // 2} ThreadsPerCore=1 RealMemory={MEGABYTES} Gres=gpu:h100:{GPUS}"
+)
+# A GPU that has no device behind it would not be counted. No cgroup is used, and none may be mounted.
+GRES_CONF = "AutoDetect=off\nName=gpu Type=h100 File={directory}/dev/nvidia[0-7]\n"
+CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
+
+
+def obstacle() -> str | None:
+    """Why no cluster can run on this machine; None: it can."""
+    missing = [
+        name for name in ("munged", "slurmctld", "slurmd", "sbatch", "unshare") if not shutil.which(name, path=PATH)
+    ]
+    if missing:
+        return f"{', '.join(missing)} not found: run tests/slurm/install.sh"
+    user = [] if os.getuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+    command = ["unshare", *user, "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    return f"namespaces are not permitted here: {refused.stderr.strip()}" if refused.returncode else None
+
+
+class Cluster:
+    """A running cluster; a context manager. Its processes end with it, or with the process that made it."""
+
+    def __init__(self, num_nodes: int = 16) -> None:
+        """Start it and wait until all nodes are idle.
+
+        Raises:
+            RuntimeError: it does not come up; with the last lines of the daemons' logs.
+        """
+        self.nodes = [f"node{i}" for i in range(1, num_nodes + 1)]
+        self.directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds a socket
+        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
+        _write_files(self.directory, self.nodes)
+        self._keeper = subprocess.Popen(
+            ["bash", HERE / "cluster.sh", self.directory, "up", *self.nodes],
+            stdin=subprocess.PIPE,
+            env=self.environment,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
+        )
+        try:
+            self._wait_until_idle(30.0)
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all processes and remove the directory."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        self._keeper.wait(COMMAND_SECONDS)
+
+    def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A Slurm command, in the project's root.
+
+        Raises:
+            RuntimeError: it failed; the message is its standard error.
+        """
+        done = subprocess.run(
+            [str(part) for part in command],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            cwd=ROOT,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()}")
+        return done
+
+    def submit(
+        self, script: str, *arguments: object, log: Path, options: Sequence[str] = (), **environment: str
+    ) -> Job:
+        """`sbatch OPTIONS SCRIPT ARGUMENTS`, with these variables; the job's output goes to `log`."""
+        command = ["sbatch", "--parsable", f"--output={log}", *options, script, *arguments]
+        return Job(self, self.run(*command, **environment).stdout.strip(), log)
+
+    def crash(self, node: str) -> None:
+        """Cut the node's power: its processes are gone, and nobody is told."""
+        self._tell(f"crash {node}")
+
+    def boot(self, node: str) -> None:
+        """Start a node that crashed, and wait until it is idle."""
+        self._tell(f"start {node}")
+        self._wait_until_idle(30.0)
+
+    def _tell(self, line: str) -> None:
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(line + "\n")
+        self._keeper.stdin.flush()
+
+    def _wait_until_idle(self, seconds: float) -> None:
+        deadline, seen = time.monotonic() + seconds, set[str]()
+        while True:
+            with contextlib.suppress(RuntimeError):  # slurmctld does not listen yet
+                seen = set(self.run("sinfo", "--noheader", "--Node", "--format=%N=%T").stdout.split())
+            if seen == {f"{node}=idle" for node in self.nodes}:  # `idle*` has not answered yet
+                return
+            if time.monotonic() > deadline or self._keeper.poll() is not None:
+                raise RuntimeError(f"nodes are {sorted(seen) or 'unknown'}\n{self._last_words()}")
+            time.sleep(0.1)
+
+    def _last_words(self) -> str:
+        logs = [self.directory / "log" / name for name in ("munged.out", "slurmctld.out", "node1.out", "node1.log")]
+        return "\n".join(f"{log}:\n{log.read_text()[-1000:]}" for log in logs if log.exists())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job and where its output goes."""
+
+    cluster: Cluster
+    number: str
+    log: Path
+
+    def read(self) -> dict[str, str]:
+        """What Slurm knows of it: JobState, ExitCode, Restarts, NodeList, Reason, ..."""
+        text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number).stdout
+        return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+    def wait(self, states: Sequence[str] = ENDED, seconds: float = 120.0, restarts: int = 0) -> dict[str, str]:
+        """What Slurm knows of it, as soon as it is in one of these states after at least so many restarts.
+
+        Raises:
+            TimeoutError: it is not within so many seconds; with the end of its output.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            job = self.read()
+            if job["JobState"] in states and int(job["Restarts"]) >= restarts:
+                return job
+            if time.monotonic() > deadline:
+                state = f"{job['JobState']} ({job['Reason']}) with {job['Restarts']} restarts"
+                raise TimeoutError(f"job {self.number} is {state} after {seconds:.0f} s\n{self.output()[-3000:]}")
+            time.sleep(0.2)
+
+    def output(self) -> str:
+        """What it has printed, in all its attempts."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def cancel(self) -> None:
+        """End it, if it has not ended, and wait for that."""
+        self.cluster.run("scancel", self.number)
+        self.wait(seconds=30.0)
+
+
+def _write_files(directory: Path, nodes: Sequence[str]) -> None:
+    for name in ("dev", "etc", "log", "munge/socket", "run", "state"):
+        (directory / name).mkdir(parents=True)
+    directory.chmod(0o755)  # munged refuses a socket that others could not reach
+    (directory / "munge").chmod(0o711)
+    key = directory / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    for i in range(GPUS):
+        (directory / "dev" / f"nvidia{i}").symlink_to("/dev/null")
+    host, port = socket.gethostname().split(".")[0], _free_ports(len(nodes) + 1)
+    lines = [NODE.format(name=n, host=host, number=i, port=port + i) for i, n in enumerate(nodes, start=1)]
+    hosts = [f"127.0.0.1 localhost {host}", *(f"127.0.1.{i} {n}" for i, n in enumerate(nodes, start=1))]
+    files = {
+        "slurm.conf": SLURM_CONF.format(
+            host=host, port=port, user=getpass.getuser(), directory=directory, nodes="\n".join(lines)
+        ),
+        "gres.conf": GRES_CONF.format(directory=directory),
+        "cgroup.conf": CGROUP_CONF,
+        "plugstack.conf": "",
+        "hosts": "\n".join(hosts) + "\n",
+    }
+    for name, text in files.items():
+        (directory / "etc" / name).write_text(text)
+
+
+def _free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system gives out."""
+    while True:
+        first = random.randrange(15000, 30000 - count)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as trial:
+                    trial.bind(("", port))
+        except OSError:
+            continue
+        return first

@@ -1,0 +1,79 @@
+"""Rewards that break a run at a chosen point, named in the config: the code under test stays as it is.
+
+A step is known by the rows of metrics.jsonl when the process began and its calls since, one a step where sampling is
+not dynamic. FIPO_TEST_RUN is the run's directory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from megatron_fipo.parallel import interrupt
+
+Scores = list[float]
+BROKEN_STEP = 2
+_calls = itertools.count(1)
+
+
+def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """No fault: an untrained policy is rewarded half of the time."""
+    return [1.0 if sum(map(ord, response)) % 2 == 0 else -1.0 for response in responses]
+
+
+def raises(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """Rank 3's program has an error."""
+    if _in_broken_step() and os.environ["RANK"] == "3":
+        raise RuntimeError("the reward model has gone")
+    return parity(responses, ground_truths, data_sources)
+
+
+def kills_rank(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """Rank 3 is killed, in every attempt, as a kernel does that is out of memory."""
+    if _in_broken_step() and os.environ["RANK"] == "3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return parity(responses, ground_truths, data_sources)
+
+
+def waits_for_signal(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """In the first attempt, all ranks wait for the signal to stop."""
+    if _in_broken_step() and _is_first_attempt():
+        _wait(interrupt.requested)
+    return parity(responses, ground_truths, data_sources)
+
+
+def waits_for_crash(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """In the first attempt, all ranks wait for the worst, and say so in a file."""
+    if _in_broken_step() and _is_first_attempt():
+        (_run() / f"waiting_{os.environ['RANK']}").touch()
+        _wait(lambda: False)
+    return parity(responses, ground_truths, data_sources)
+
+
+def _run() -> Path:
+    return Path(os.environ["FIPO_TEST_RUN"])
+
+
+@cache
+def _steps_before() -> int:
+    metrics = _run() / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def _in_broken_step() -> bool:
+    return _steps_before() + next(_calls) == BROKEN_STEP
+
+
+def _is_first_attempt() -> bool:
+    return os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100.0
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
