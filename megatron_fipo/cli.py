@@ -56,16 +56,25 @@ def train(
 
 @data.command()
 def prepare(
-    input: Annotated[Path, typer.Argument(help="Published parquet file in the DAPO schema.")],
-    output: Annotated[Path, typer.Argument(help="Where to write the checked, de-duplicated file.")],
+    input: Annotated[
+        str, typer.Argument(help="dapo-math-17k, aime-2024 or aime-2025 from the Hugging Face hub, or a problem file.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Where to write the checked, de-duplicated parquet file.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of problems held out in a file beside it.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the held-out split.")] = 0,
 ) -> None:
-    """Check a published problem file, take every problem once, and hold some out."""
+    """Check a problem file, take every problem once, and hold some out.
+
+    A problem file is parquet in the schema of DAPO-Math-17k, or parquet or JSON lines with a problem and an answer a
+    row, which get DAPO's prompt.
+    """
     from megatron_fipo.data import prepare as prepare_file
 
     done = prepare_file(input, output, validation_fraction, seed)
-    typer.echo(f"{done.num_rows} rows, {done.num_unique} different prompts, {done.num_contradictory} left out")
+    typer.echo(
+        f"{done.num_rows} rows, {done.num_unique} different prompts, "
+        f"{done.num_contradictory} left out since their rows disagree on the answer"
+    )
     for name, file in done.files.items():
         typer.echo(f"{output.parent / name}: {file.rows} problems, sha256 {file.sha256}")
 

@@ -1,8 +1,7 @@
-"""A published file of problems made ready: checked, every problem once, a part held out if asked for."""
+"""A file of problems made ready: checked, every problem once, a part held out if asked for."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from megatron_fipo.data.published import PUBLISHED, fetch, sha256_of
+from megatron_fipo.data.questions import in_dapo_schema
 from megatron_fipo.data.schema import ROWS_AT_ONCE, open_problems, unique_problems
 
 
@@ -26,7 +27,7 @@ class WrittenFile:
 class Prepared:
     """What `prepare` read and wrote; also the JSON beside the output."""
 
-    input: str
+    input: str  # path, or address of a published set
     input_sha256: str
     num_rows: int  # in the input
     num_unique: int  # different prompts among them
@@ -39,37 +40,50 @@ class Prepared:
 def prepare(input: str | Path, output: str | Path, validation_fraction: float = 0.0, seed: int = 0) -> Prepared:
     """Write `output` (parquet, every column and the order of the input) and its counts and checksums as JSON.
 
-    With a `validation_fraction`, that share of the problems, drawn by `seed`, goes to `<output>_validation.parquet`
-    instead. Each file appears whole or not at all, the JSON last.
+    `input` is a parquet file in the DAPO schema, a file of bare questions (see `questions`), or the name of a
+    published set, which is downloaded. With a `validation_fraction`, that share of the problems, drawn by `seed`, goes
+    to `<output>_validation.parquet` instead. Each file appears whole or not at all, the JSON last.
 
     Raises:
-        ValueError: the input breaks the DAPO schema, the output is the input, or a part would be empty.
+        ValueError: there is no such input, or it breaks the schema; the output is the input; a part would be empty.
     """
-    input, output = Path(input), Path(output)
+    output = Path(output)
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction {validation_fraction} is not in [0, 1)")
-    if input.resolve() == output.resolve():
+    file, address = _located(input, output)
+    if file.resolve() == output.resolve():
         raise ValueError(f"{output} is the input too; choose another output")
-    unique = unique_problems(input)
-    rows = np.array([problem.row for problem in unique.problems], dtype=np.int64)
-    parts = _split(rows, output, validation_fraction, seed)
-    for path, part in parts.items():
-        if len(part) == 0:
-            raise ValueError(f"{path} would be empty: {input} has {len(rows)} usable prompts")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with in_dapo_schema(file) as source:
+        unique = unique_problems(source)
+        rows = np.array([problem.row for problem in unique.problems], dtype=np.int64)
+        parts = _split(rows, output, validation_fraction, seed)
+        for path, part in parts.items():
+            if len(part) == 0:
+                raise ValueError(f"{path} would be empty: {address} has {len(rows)} usable prompts")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        files = {path.name: _write_rows(source, part, path) for path, part in parts.items()}
     prepared = Prepared(
-        input=str(input),
-        input_sha256=_sha256(input),
+        input=address,
+        input_sha256=sha256_of(file),
         num_rows=unique.num_rows,
         num_unique=unique.num_unique,
         num_contradictory=len(unique.contradictions),
         validation_fraction=validation_fraction,
         seed=seed,
-        files={path.name: _write_rows(input, part, path) for path, part in parts.items()},
+        files=files,
     )
     with _whole_or_not_at_all(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(asdict(prepared), indent=2) + "\n")
     return prepared
+
+
+def _located(input: str | Path, output: Path) -> tuple[Path, str]:
+    """The file to read, and what to call it."""
+    if Path(input).is_file():
+        return Path(input), str(input)
+    if str(input) in PUBLISHED:
+        return fetch(str(input), output), PUBLISHED[str(input)].url
+    raise ValueError(f"{input} is neither a file nor the name of a published set ({', '.join(PUBLISHED)})")
 
 
 def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int) -> dict[Path, np.ndarray]:
@@ -93,7 +107,7 @@ def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
                 if last > first:
                     target.write_batch(batch.take(rows[first:last] - start))
                 start += batch.num_rows
-        return WrittenFile(len(rows), _sha256(temporary))
+        return WrittenFile(len(rows), sha256_of(temporary))
 
 
 @contextmanager
@@ -105,8 +119,3 @@ def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 COLUMNS = ("prompt", "data_source", "reward_model")
-ROWS_AT_ONCE = 65536  # DAPO-Math-17k has 1.79 million, nearly all of them repeats
+ROWS_AT_ONCE = 2048  # DAPO-Math-17k has 1.79 million, nearly all of them repeats
+_READ_BYTES = 1 << 20  # of a column at once
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,29 @@ class UniqueProblems:
         return len(self.problems) + len(self.contradictions)
 
 
+def open_parquet(path: str | Path) -> pq.ParquetFile:
+    """The opened file, to be read with little memory.
+
+    Raises:
+        ValueError: not there, or not parquet.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    try:
+        # Otherwise all of a row group is read ahead, and a published file may be a single one.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES)
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: a garbled footer
+        raise ValueError(f"{path} is not a parquet file: {error}") from None
+
+
 def open_problems(path: str | Path) -> pq.ParquetFile:
     """The opened file.
 
     Raises:
         ValueError: not there, not parquet, or a column is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:  # OSError: a garbled footer
-        raise ValueError(f"{path} is not a parquet file: {error}") from None
+    file = open_parquet(path)
     missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
     if missing:
         raise ValueError(
@@ -100,8 +111,8 @@ def _problem(value: dict[str, Any], row: int, where: str) -> Problem:
     return Problem(
         row=row,
         messages=_messages(value["prompt"], where),
-        data_source=_text(value["data_source"], f"{where}: column data_source"),
-        ground_truth=_text(reward_model["ground_truth"], f"{where}: column reward_model.ground_truth"),
+        data_source=require_text(value["data_source"], f"{where}: column data_source"),
+        ground_truth=require_text(reward_model["ground_truth"], f"{where}: column reward_model.ground_truth"),
     )
 
 
@@ -112,10 +123,13 @@ def _messages(prompt: Any, where: str) -> tuple[tuple[str, str], ...]:
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"{column} has {message!r}, which is not {{role, content}}")
-    return tuple((_text(m["role"], f"{column}.role"), _text(m["content"], f"{column}.content")) for m in prompt)
+    return tuple(
+        (require_text(m["role"], f"{column}.role"), require_text(m["content"], f"{column}.content")) for m in prompt
+    )
 
 
-def _text(value: Any, column: str) -> str:
+def require_text(value: Any, column: str) -> str:
+    """`value`, if it is a text that is not blank; otherwise a ValueError that names the column."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column} is {value!r}, not a text")
     return value

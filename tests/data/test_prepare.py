@@ -2,12 +2,15 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import random
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_fipo.data import load_prompts, prepare
-from tests.data.problems import character_tokenizer, row, write
+from tests.data.problems import character_tokenizer, row, write, write_as_dapo_math
 
 
 def contents(path):
@@ -64,6 +67,25 @@ def test_many_batches(tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.import_module(f"megatron_fipo.data.{module}"), "ROWS_AT_ONCE", 3)
     prepare(source, tmp_path / "out.parquet")
     assert contents(tmp_path / "out.parquet") == [str(i) for i in range(7)]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_repeats(tmp_path):
+    """A file of 200 MB, one row group, is prepared by a process that grows by less than half of it."""
+    rng = random.Random(0)
+    problems = [(rng.randbytes(500).hex(), "1") for _ in range(2000)]
+    source = write_as_dapo_math(problems, 100, tmp_path / "in.parquet")
+    assert source.stat().st_size > 200e6
+    program = (
+        "import re, sys; from pathlib import Path; from megatron_fipo.data import prepare\n"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "before = peak(); done = prepare(*sys.argv[1:]); print(done.num_unique, peak() - before)"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out.parquet")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    num_unique, growth = map(int, output.split())
+    assert num_unique == 2000
+    assert growth < 100e6
 
 
 @pytest.mark.parametrize(
