@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,15 @@ from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
+COMMANDS = {"convert.sh": "convert", "eval.sh": "eval"}
 RECIPES = [name for name in SCRIPTS if "examples/" in (ROOT / "slurm" / name).read_text()]
+
+PRINTS_ITS_PLACE = r"""#!/bin/bash
+printf '{"world": "%s", "rank": "%s", "local": "%s", "node": "%s", ' \
+  "$SLURM_NTASKS" "$SLURM_PROCID" "$SLURM_LOCALID" "$(hostname)"
+printf '"gpus": "%s", "cores": "%s", "arguments": "%s"}\n' \
+  "$CUDA_VISIBLE_DEVICES" "$SLURM_CPUS_PER_TASK" "$(printf '%s|' "$@")"
+"""
 
 
 def _asked(script: str, option: str) -> str:
@@ -38,7 +48,8 @@ def test_script_is_one_command(script: str) -> None:
     commands = [line for line in lines if line and not line.startswith("#")]
     assert commands[:2] == ["set -euo pipefail", 'source "${FIPO_SITE:-slurm/site.env}"']
     assert len(commands) == 3
-    assert commands[2].startswith("srun --export=ALL ")
+    # Without --cpus-per-task, srun of Slurm 22.05 and newer would give a task one core, whatever the job has.
+    assert {"--export=ALL", '--cpus-per-task="$SLURM_CPUS_PER_TASK"'} < set(commands[2].split())
     assert not re.search(r"--n(tasks|odes|procs)|\s-[nN]", commands[2])
 
 
@@ -81,3 +92,57 @@ def test_slurm_refuses_more_than_there_is(cluster: Cluster) -> None:
     """That acceptance means something: 17 nodes are too many."""
     with pytest.raises(RuntimeError, match="node configuration is not available"):
         cluster.run("sbatch", "--test-only", "--nodes=17", "slurm/fipo_32b.sh")
+
+
+@pytest.fixture
+def ranks(cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
+    """ranks(script, *arguments, options=()): what each started rank was given, in order, in place of running it."""
+    command = tmp_path / "bin" / "megatron-fipo"
+    command.parent.mkdir()
+    command.write_text(PRINTS_ITS_PLACE)
+    command.chmod(0o755)
+    site = tmp_path / "site.env"
+    site.write_text(f'export PATH="{command.parent}:$PATH"\nFIPO_SRUN=(--label)\n')
+
+    def run(script: str, *arguments: str, options: tuple[str, ...] = ()) -> list[dict[str, str]]:
+        job = cluster.submit(
+            f"slurm/{script}", *arguments, log=tmp_path / "job.log", options=options, FIPO_SITE=str(site)
+        )
+        assert job.wait(seconds=60.0)["JobState"] == "COMPLETED", job.output()
+        found = [json.loads(line.split(": ", 1)[1]) for line in job.output().splitlines()]
+        return sorted(found, key=lambda rank: int(rank["rank"]))
+
+    return run
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[str, str]]]) -> None:
+    """As many ranks as asked for, eight a node, each with its node's GPUs in sight, its cores and the arguments."""
+    nodes = int(_asked(script, "nodes"))
+    started = ranks(script, "a b.yaml", "run.name=c")
+    on_a_node = 1 if script == "convert.sh" else 8
+    places = [(rank["world"], rank["rank"], rank["local"], rank["node"]) for rank in started]
+    world = nodes * on_a_node
+    assert places == [(str(world), str(r), str(r % on_a_node), f"node{r // on_a_node + 1}") for r in range(world)]
+    for rank in started:
+        assert rank["gpus"] == ("" if script == "convert.sh" else "0,1,2,3,4,5,6,7")
+        assert rank["cores"] == _asked(script, "cpus-per-task")
+        assert rank["arguments"] == f"{COMMANDS.get(script, 'train')}|a b.yaml|run.name=c|"
+
+
+@pytest.mark.slurm
+def test_command_line_changes_the_resources(ranks: Callable[..., list[dict[str, str]]]) -> None:
+    """`sbatch --nodes=2 --ntasks-per-node=2 --cpus-per-task=3` starts 4 ranks on 2 nodes, the script as it is."""
+    started = ranks("fipo_32b.sh", "x.yaml", options=("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3"))
+    assert [(rank["node"], rank["cores"], rank["world"]) for rank in started] == [
+        *[("node1", "3", "4")] * 2,
+        *[("node2", "3", "4")] * 2,
+    ]
+
+
+@pytest.mark.slurm
+def test_variables_arrive_though_sbatch_exports_none(ranks: Callable[..., list[dict[str, str]]]) -> None:
+    """With --export=NONE the ranks still have what the site file sets, such as the PATH of the environment."""
+    options = ("--nodes=1", "--ntasks-per-node=1", "--export=FIPO_SITE,SLURM_CONF")
+    assert len(ranks("fipo_32b.sh", "x.yaml", options=options)) == 1
