@@ -61,7 +61,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
-        self._initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
+        self.initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
 
     # Training
 
@@ -181,10 +181,10 @@ class FIPOActor(AlignableGenerativeInterface):
         Raises:
             RuntimeError: they were not kept, because algorithm.kl_coefficient is 0.
         """
-        if self._initial_weights is None:
+        if self.initial_weights is None:
             raise RuntimeError("the initial policy is kept only with algorithm.kl_coefficient > 0")
         current = self._copy_weights()
-        self._put_weights(self._initial_weights)
+        self._put_weights(self.initial_weights)
         try:
             return [self.log_probs(batch) for batch in rollout_batches]
         finally:

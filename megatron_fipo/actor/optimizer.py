@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -30,6 +32,23 @@ class UpdateStatistics:
     grad_norm: float
     lr: float
     skipped: bool
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """What the optimizer keeps of the part of one model parameter that this rank updates.
+
+    Attributes:
+        parameter: the model's parameter.
+        start: flat index in it of the part's first element; the part is contiguous.
+        main: the numbers that Adam updates, float32; in a float32 model they may be the parameter's own memory.
+        moments: `exp_avg` and `exp_avg_sq`, as large as `main`.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    main: torch.Tensor
+    moments: dict[str, torch.Tensor]
 
 
 def wrap_for_training(
@@ -119,6 +138,52 @@ class PolicyOptimizer:
         if not self._advance_per_update:
             self.scheduler.step(1)
 
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Adam's state on this rank, made as zeros where no update has made it yet: the first update then finds what
+        it would have made itself."""
+        for optimizer in self._parts():
+            for parameter, start, main in _updated(optimizer):
+                state = optimizer.optimizer.state[main]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(main.data))
+                if _counts_by_parameter(optimizer):
+                    state.setdefault("step", torch.tensor(0.0))
+                yield ParameterState(parameter, start, main, {n: state[n] for n in ("exp_avg", "exp_avg_sq")})
+
+    def counters(self) -> dict[str, int]:
+        """Updates applied, which Adam corrects its bias by; steps of the schedule; updates skipped in a row."""
+        return {
+            "updates": self._updates(),
+            "schedule": int(self.scheduler.num_steps),
+            "consecutive_skips": self.consecutive_skips,
+        }
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """Go on from what `counters` gave, at the rates that this optimizer was configured with."""
+        for optimizer in self._parts():
+            for _, _, main in _updated(optimizer) if _counts_by_parameter(optimizer) else ():
+                # One tensor each: updates count in place, and a shared one would be counted once a parameter.
+                optimizer.optimizer.state[main]["step"] = torch.tensor(float(counters["updates"]))
+            for group in () if _counts_by_parameter(optimizer) else optimizer.optimizer.param_groups:
+                group["step"] = counters["updates"]
+        self.consecutive_skips = counters["consecutive_skips"]
+        self.scheduler.num_steps = counters["schedule"]
+        self.scheduler.step(0)
+
+    def _updates(self) -> int:
+        counts = set()
+        for optimizer in self._parts():
+            if _counts_by_parameter(optimizer):
+                counts |= {int(s["step"]) for s in optimizer.optimizer.state.values() if "step" in s}
+            else:
+                counts |= {int(g["step"]) for g in optimizer.optimizer.param_groups if "step" in g and g["params"]}
+        assert len(counts) <= 1, f"parameters were updated {counts} times: Adam's updates are of all or none"
+        return counts.pop() if counts else 0
+
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers of dense and of expert parameters, those with something to update."""
+        return [o for o in self.optimizer.chained_optimizers if o.optimizer is not None]
+
     def offload_state(self) -> None:
         self.optimizer.offload_to_cpu()
 
@@ -141,3 +206,23 @@ def _constant_after_warmup(optimizer: Any, config: settings.OptimizerConfig) -> 
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def _counts_by_parameter(optimizer: Any) -> bool:
+    """torch's Adam counts updates in each parameter's state, Transformer Engine's and apex's in the groups."""
+    return isinstance(optimizer.optimizer, torch.optim.Adam)
+
+
+def _updated(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+    """Each parameter that has a part on this rank, the part's flat start, and the tensor that is updated for it."""
+    groups = optimizer.optimizer.param_groups
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+            start = optimizer._get_model_param_range_map(parameter)["param"].start
+            yield parameter, start, groups[group]["params"][place]
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+            yield from ((model, 0, main) for model, main in zip(models, mains, strict=True))
+        yield from ((p, 0, p) for parameters in optimizer.fp32_from_fp32_groups for p in parameters)
+    else:
+        yield from ((p, 0, p) for group in groups for p in group["params"])

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -86,7 +89,7 @@ def plan_files(arch: Architecture, dtypes: Mapping[str, torch.dtype], file_bytes
 def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> list[Place]:
     """Write tensors one behind the other; each is asked for when its turn comes. `flush` brings them to disk."""
     with open(path, "wb") as stream:
-        return [_write(stream, _exact_storage(tensor)) for tensor in tensors]
+        return [_write(stream, exact_storage(tensor)) for tensor in tensors]
 
 
 def flush(path: Path) -> None:
@@ -100,7 +103,7 @@ def _write(stream: Any, value: Any) -> Place:
     return start, stream.tell() - start
 
 
-def _exact_storage(tensor: torch.Tensor) -> torch.Tensor:
+def exact_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in a storage of their own, without a copy: `torch.save` writes whole storages, and a tensor
     that is mapped from a file sits in one of the file's size."""
     raw = tensor.contiguous().flatten().view(torch.uint8)
@@ -176,15 +179,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint has use for")
 
 
-def check_metadata(path: str | Path) -> None:
-    """Refuse a checkpoint whose metadata could run code when torch or Megatron-Core reads it.
+def check_metadata(path: str | Path) -> Metadata:
+    """Read a checkpoint's metadata; refuse it if it could run code when torch or Megatron-Core reads it.
 
     Raises:
         FileNotFoundError: there is no metadata.
         pickle.UnpicklingError: it names something that is no checkpoint class.
     """
     with open(Path(path) / ".metadata", "rb") as stream:
-        _MetadataUnpickler(stream).load()
+        return _MetadataUnpickler(stream).load()
 
 
 class DistributedCheckpoint:
@@ -308,22 +311,48 @@ def _by_place(
 
 @torch.no_grad()
 def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
-    """Fill this rank's parameters from a Megatron checkpoint of any layout. Collective over all ranks.
+    """Fill this rank's parameters from a Megatron checkpoint of any layout, optimizer state or not. Collective over
+    all ranks.
 
     Raises:
         ValueError: a parameter is missing or of another shape.
     """
-    check_metadata(path)
     content = dist_checkpointing.load_content_metadata(str(path)) or {}
     metadata = {name: content[name] for name in _STACKED_LAYERS if name in content}
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    loaded = load_sharded(state, path)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)], strict=False)  # module states stay as they are
+
+
+def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a Megatron checkpoint holds for a state of sharded tensors, and its unsharded rest. Collective.
+
+    Sharded objects, such as a module's state for FP8, are left out: torch would unpickle them, whatever they are.
+    Tensors whose names start with one of `optional` may be missing.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape, or the metadata is damaged or could run code.
+    """
+    try:
+        stored = check_metadata(path).state_dict_metadata
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+    tensors, _ = extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))
+    wanted, absent = extract_matching_values(tensors, lambda value: value.key in stored)
+    lacking = sorted({value.key for value in nested_values(absent) if not value.key.startswith(optional)})
+    _agree(f"{path} lacks {', '.join(lacking[:5])}" if lacking else None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, at names that Megatron-Core 0.16 uses
-            loaded, missing, _ = dist_checkpointing.load(state, str(path), strict="return_all")
+            return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
     except dist_checkpointing.mapping.CheckpointingException as error:
         raise ValueError(f"{path} does not fit the model: {error}") from None
-    if lacking := sorted(name for name in missing if "_extra_state" not in name):
-        raise ValueError(f"{path} lacks parameters: {', '.join(lacking[:5])}")
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)], strict=False)  # module states stay as they are
+
+
+def _agree(problem: str | None) -> None:
+    """Raise ValueError on all ranks if one has a problem, since the others would wait for it."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if first := next(filter(None, problems), None):
+        raise ValueError(first)

@@ -1,0 +1,245 @@
+"""One checkpoint on its way to disk: planned by all ranks, then written by each rank's own process in the background.
+
+Megatron plans the files, and its queue starts the writers and learns when all ranks' are done. What a writer does is
+ours. Megatron's would start two more processes a rank, one of which outlives a killed run; it would copy parameters
+that are views into a buffer, which a forked process need not, and sync files before their last block is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import io
+import json
+import multiprocessing
+import os
+import signal
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_fipo.checkpoint.files import FileRecord
+from megatron_fipo.convert.distributed import exact_storage
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # requests to the run: it is the run that answers them
+_BACKGROUND_NICENESS = 10
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one rank writes: its tensors into `name`, and small files as they are."""
+
+    name: str
+    items: list[tuple[WriteItem, torch.Tensor | io.BytesIO]]
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank's writer did, or why it could not.
+
+    Attributes:
+        places: offset and length of each item in the rank's data file.
+        seconds: that it took.
+    """
+
+    files: dict[str, FileRecord]
+    places: list[tuple[int, int]]
+    seconds: float
+    error: str | None = None
+
+    def results(self, payload: Payload) -> list[WriteResult]:
+        """In torch's terms, for the checkpoint's metadata."""
+        return [
+            WriteResult(item.index, length, _StorageInfo(payload.name, offset, length))
+            for (item, _), (offset, length) in zip(payload.items, self.places, strict=True)
+        ]
+
+
+class Report:
+    """Memory that a writer process leaves its word in: a pipe would block it once full, and a disk may be."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("checkpoint-report"), "w+b")
+
+    def put(self, written: Written) -> None:
+        self._file.write(json.dumps(asdict(written)).encode())
+        self._file.flush()
+
+    def take(self) -> Written:
+        """The word, or that there is none."""
+        with self._file:
+            self._file.seek(0)
+            content = self._file.read()
+        try:
+            word = json.loads(content)
+        except ValueError:
+            return Written({}, [], 0.0, "the process that wrote it was killed")
+        files = {name: FileRecord(**record) for name, record in word["files"].items()}
+        return Written(**{**word, "files": files})
+
+
+class _Planned(FileSystemWriterAsync):
+    """Takes part in Megatron's planning, and keeps the tensors for the writer as they are."""
+
+    items: list[tuple[WriteItem, Any]]
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self.items = [(item, planner.resolve_data(item)) for item in plan.items]
+
+
+def plan(state: Mapping[str, Any], directory: Path) -> tuple[_Planned, Metadata | None]:
+    """What this rank writes of a state without factories; on rank 0, the metadata of the whole. Collective."""
+    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+    (planned, metadata, _), *_ = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(tensors),
+        _Planned(str(directory)),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    return planned, metadata
+
+
+def request(directory: Path, payload: Payload, report: Report, background: bool, finalize: Any) -> AsyncRequest:
+    """The writing as Megatron's queue takes it. `finalize` is called when all ranks' writers are done."""
+    function = functools.partial(_write_in_background, os.getpid()) if background else _write
+    return AsyncRequest(
+        function, (directory, payload, report), [finalize], preload_fn=functools.partial(_to_host, payload)
+    )
+
+
+class WriterQueue(AsyncCallsQueue):
+    """Megatron's queue, in a process that was itself started as a daemon too."""
+
+    def _get_async_caller(self) -> TemporalAsyncCaller:
+        return _ForkCaller()
+
+    def kill(self) -> None:
+        """End what is being written, on this rank alone."""
+        for call in self.async_calls:
+            call.async_caller.close(abort=True)
+        self.async_calls.clear()
+
+
+class _ForkCaller(TemporalAsyncCaller):
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        with _children_allowed():
+            super().schedule_async_call(async_req)
+
+
+@contextlib.contextmanager
+def _children_allowed() -> Iterator[None]:
+    """Python forbids children to daemonic processes since these would be left behind when it ends a daemon. Ours die
+    with their parent, so that for the moment of the fork the ban can be lifted."""
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    daemon = config.pop("daemon", None)
+    try:
+        yield
+    finally:
+        if daemon is not None:
+            config["daemon"] = daemon
+
+
+def _to_host(payload: Payload) -> Payload:
+    """Bring tensors from the GPU. Those in host memory stay where they are: a forked process sees them as they were
+    at the fork, and memory is copied only where training changes it."""
+    items = [(i, x.to("cpu", non_blocking=True) if torch.is_tensor(x) else x) for i, x in payload.items]
+    torch.cuda.synchronize()
+    return Payload(payload.name, items, payload.files)
+
+
+def _write_in_background(parent: int, directory: Path, payload: Payload, report: Report) -> None:
+    """The life of a writer process."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before it could be asked for
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    gc.disable()  # a tensor of the GPU must not be freed here
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    os.nice(_BACKGROUND_NICENESS)
+    _write(directory, payload, report)
+
+
+def _write(directory: Path, payload: Payload, report: Report) -> None:
+    """Write and flush this rank's files. Errors go into the report, since all ranks must learn of them."""
+    started = time.perf_counter()
+    try:
+        files, places = _write_files(directory, payload)
+        report.put(Written(files, places, time.perf_counter() - started))
+    except OSError as error:
+        report.put(Written({}, [], 0.0, error.strerror or str(error)))
+    except Exception as error:
+        report.put(Written({}, [], 0.0, f"{type(error).__name__}: {error}"))
+
+
+def _write_files(directory: Path, payload: Payload) -> tuple[dict[str, FileRecord], list[tuple[int, int]]]:
+    files = {}
+    for name, content in payload.files.items():
+        with _File(directory / name) as file:
+            file.write(content)
+        files[name] = file.record
+    places = []
+    if payload.items:
+        with _File(directory / payload.name) as file:
+            places = [_write_item(file, data) for _, data in payload.items]
+        files[payload.name] = file.record
+    return files, places
+
+
+def _write_item(file: _File, data: torch.Tensor | io.BytesIO) -> tuple[int, int]:
+    start = file.size
+    if isinstance(data, torch.Tensor):
+        torch.save(exact_storage(data), cast(IO[bytes], file))
+    else:
+        file.write(data.getbuffer())
+    return start, file.size - start
+
+
+class _File:
+    """A file that is on disk when the context ends, and whose checksum is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "wb")  # noqa: SIM115  closed by the context
+        self.size = 0
+        self._crc = 0
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._stream:
+            if error[0] is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+
+    def write(self, data: Any) -> int:
+        self._crc = zlib.crc32(data, self._crc)
+        self.size += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        """`torch.save` asks for it after each tensor; it is done once, at the end."""
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self.size, self._crc)
