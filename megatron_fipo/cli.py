@@ -40,7 +40,7 @@ def train(
     """Train a policy. Starts its own ranks unless torchrun or srun already did."""
     from megatron_fipo import launch
     from megatron_fipo.checks import check_run
-    from megatron_fipo.run_log import check_directory
+    from megatron_fipo.resume import check_directory
 
     settings = load_config(config, overrides or ())
     for warning in check_run(settings):

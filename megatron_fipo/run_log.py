@@ -32,27 +32,26 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def check_directory(config: Config) -> None:
-    """Whether a run may start in its directory; asked before any rank starts.
-
-    Raises:
-        ValueError: it holds a run already, or is no directory.
-    """
-    directory = config.run_directory
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"run.directory {directory} is a file; choose another run.name or run.directory")
-    if (directory / "metrics.jsonl").exists() and not config.run.overwrite:
-        raise ValueError(
-            f"{directory} holds a run already: choose another run.name, or set run.overwrite=true to replace it"
-        )
-
-
-def _clear(directory: Path) -> None:
-    """Remove what an earlier run left."""
-    for name in ("metrics.jsonl", "summary.json", "tensorboard", "rollouts", "policy", "report.html", "figures"):
+def clear(directory: Path) -> None:
+    """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
+    for name in (*("metrics.jsonl", "summary.json", "report.html"), *("tensorboard", "rollouts", "policy", "figures")):
         _remove(directory / name)
+    _remove(directory / "checkpoints")
     for failed in directory.glob("failed_step_*"):
         _remove(failed)
+
+
+def _rewind(directory: Path, step: int) -> int:
+    """Remove what was written of steps after `step`; returns the number of metrics rows that stay."""
+    for path in (*directory.glob("rollouts/step_*"), *directory.glob("failed_step_*")):
+        if int(path.name.removesuffix(".parquet").rpartition("_")[2]) > step:
+            _remove(path)
+    (directory / "summary.json").unlink(missing_ok=True)
+    metrics = directory / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    write_whole(metrics, "".join(f"{row}\n" for row in kept))
+    return len(kept)
 
 
 def _remove(path: Path) -> None:
@@ -75,17 +74,29 @@ class RunLog:
         self._started = time.monotonic()
         self._metrics: Any = None
         self._tensorboard: SummaryWriter | None = None
+
+    def open(self, step: int, seconds: float) -> None:
+        """Start writing after `step` finished steps, which took `seconds`; what an attempt wrote of later ones goes."""
+        self._started = time.monotonic() - seconds
         if not self.writes:
             return
-        # Only now, with everything built that could have been refused, does an earlier run go.
-        _clear(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.directory / "config.yaml", to_yaml(config))
+        rows = _rewind(self.directory, step)
+        if rows != step:
+            self.warn(
+                f"{self.directory / 'metrics.jsonl'} has {rows} rows of {step} finished steps; the others are lost"
+            )
+        write_whole(self.directory / "config.yaml", to_yaml(self.config))
         self._metrics = (self.directory / "metrics.jsonl").open("a")
-        if config.trainer.tensorboard:
+        if self.config.trainer.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of the run, earlier attempts included."""
+        return time.monotonic() - self._started
 
     def note(self, text: str) -> None:
         self.console.print(text)
@@ -95,11 +106,12 @@ class RunLog:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step and print its line, with the time and the device-hours that are left."""
-        seconds = time.monotonic() - self._started
+        seconds = self.seconds
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._metrics.write(json.dumps({"step": step, "wall_seconds": seconds, **numbers}) + "\n")
             self._metrics.flush()
+            os.fsync(self._metrics.fileno())  # a checkpoint that counts this row may come to the disk before it does
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -149,14 +161,14 @@ class RunLog:
         torch.save([vars(m) for m in batch.micro_batches], path)
         return f"the batch is in {path}"
 
-    def finish(self, before: Evaluation | None, after: Evaluation | None, seconds: float) -> None:
+    def finish(self, before: Evaluation | None, after: Evaluation | None) -> None:
         """Write summary.json, the last file of a run."""
         if not self.writes:
             return
         summary = {
             "run": self.config.run.name,
             "steps": self.config.trainer.max_steps,
-            "wall_seconds": seconds,
+            "wall_seconds": self.seconds,
             "before": before.scores() if before else None,
             "after": after.scores() if after else None,
             "evaluation": {"before": asdict(before), "after": asdict(after)} if before and after else None,

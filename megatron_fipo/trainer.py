@@ -4,6 +4,7 @@
     -> old log-probabilities -> for each mini-batch: FIPO loss, gradient, update   (actor)
     -> new weights to the rollout engine
 
+A step is finished or it never was: the same command goes on from the newest checkpoint, exactly (resume, checkpoint).
 FIPO differs from DAPO in the loss alone: `algorithm.loss`.
 """
 
@@ -13,27 +14,33 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from megatron_fipo.actor import FIPOActor, GradientError
 from megatron_fipo.algorithm import mismatch_metrics, truncated_importance_weights
 from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
+from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import PromptStream, load_prompts
 from megatron_fipo.evaluate import Evaluation, evaluate
 from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.interrupt import Interrupted
+from megatron_fipo.resume import Progress, starts_over
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import HFEngine
 from megatron_fipo.rollout.collect import RolloutCollector
 from megatron_fipo.rollout.distribute import distribute
-from megatron_fipo.run_log import RunLog
+from megatron_fipo.rollout.stop_tokens import stop_token_ids
+from megatron_fipo.run_log import RunLog, clear
 
 logger = logging.getLogger(__name__)
 
@@ -72,31 +79,130 @@ class Trainer:
             config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
         )
         self.log = RunLog(config, self.topology.rank, enabled=write)
+        self.progress = Progress()
+        self._saved: Progress | None = None  # what the newest checkpoint is of
+        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()  # after the last finished step
+        self._pause = 0.0  # seconds that the last checkpoint took from training
+        self._clock: dict[str, float] = {}
         self.log.note(f"train data: {self.prompts}")
         if self.problems is not None:
             self.log.note(f"validation data: {self.problems}")
 
     def train(self) -> None:
-        """Run to `trainer.max_steps`, evaluating before the first step, every `eval.every` and after the last."""
-        started = time.monotonic()
-        before = after = self.validate(step=0)
-        for step in range(1, self.config.trainer.max_steps + 1):
-            self._clock: dict[str, float] = {}
-            with self._timed("step"):
-                metrics = self.step(step)
-            scores: dict[str, float] = {}
-            last = step == self.config.trainer.max_steps
-            if self.problems and (last or (self.config.eval.every and step % self.config.eval.every == 0)):
-                with self._timed("eval"):
-                    after = self.validate(step)
-                scores = after.metrics() if after else {}
-            self.log.step(step, {**metrics, **scores, **self._throughput(metrics)})
+        """Run to `trainer.max_steps` from where the newest checkpoint stands, evaluating before the first step, every
+        `eval.every` and after the last.
+
+        Raises:
+            Interrupted: a rank was asked to stop; all finished steps are in a checkpoint.
+            ValueError: the run's checkpoints are all damaged, or of other data.
+        """
+        self.checkpointer = Checkpointer(
+            self.config.run_directory / "checkpoints", self.config.checkpoint, self.actor, self.topology, self.log.warn
+        )
+        try:
+            if self._restore():
+                return
+            self._run()
+        finally:
+            self.checkpointer.close()
+
+    def _run(self) -> None:
+        try:
+            self._conclude_step()
+            while self.progress.step < self.config.trainer.max_steps:
+                self._advance()
+                self._conclude_step()
+        except Interrupted:
+            # Raised before the weights of an unfinished step change: they are those of the last finished one.
+            self._save(wait=True)
+            self.log.note(f"asked to stop: a checkpoint of step {self.progress.step} is written")
+            raise
         if self.config.trainer.export_policy:
             self.export_policy()
-        self.log.finish(before, after, time.monotonic() - started)
+        self.checkpointer.finish()
+        self.log.finish(self.progress.before, self.progress.after)
+
+    def _advance(self) -> None:
+        """One more step, and what the next one starts from."""
+        self._clock = {"checkpoint": self._pause}
+        step = self.progress.step + 1
+        with self._timed("step"):
+            metrics = self.step(step)
+        self.progress = replace(self.progress, step=step, unlogged={**metrics, **self._throughput(metrics)})
+        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
+
+    def _conclude_step(self) -> None:
+        """Evaluation, record and checkpoint, each where due, of the step that was finished last."""
+        progress, config = self.progress, self.config
+        last = progress.step == config.trainer.max_steps
+        scores: dict[str, float] = {}
+        if progress.before is None or (
+            progress.unlogged is not None and (last or _due(progress.step, config.eval.every))
+        ):
+            started = time.monotonic()
+            result = self.validate(progress.step)
+            progress = progress.evaluated(result)
+            scores = {**result.metrics(), "time/eval": time.monotonic() - started} if result else {}
+        if progress.unlogged is None:
+            self.progress = progress
+            return
+        self.log.step(progress.step, {**progress.unlogged, **scores})
+        best = config.checkpoint.keep_best and progress.best != self.progress.best
+        self.progress = replace(progress, unlogged=None)
+        self.checkpointer.poll()
+        if last or best or _due(progress.step, config.checkpoint.every):
+            self._save(score=scores.get("eval/avg@k"))
+
+    def _save(self, score: float | None = None, wait: bool = False) -> None:
+        """Write a checkpoint of the last finished step, unless there is one."""
+        started = time.monotonic()
+        if self._saved != self.progress:
+            progress = replace(self.progress, seconds=self.log.seconds)
+            collector, kept = self._boundary
+            state = {"progress": progress.state_dict(), "collector": collector}
+            self.checkpointer.save(progress.step, state, kept, score, wait)
+            self._saved = self.progress
+        elif wait:
+            self.checkpointer.finish()
+        self._pause = time.monotonic() - started
+
+    def _restore(self) -> bool:
+        """Take up the run where its newest whole checkpoint stands; True if there is nothing left to do."""
+        directory = self.config.run_directory
+        if starts_over(self.config):
+            if self.topology.rank == 0:
+                clear(directory)
+            dist.barrier()
+        newest = self.checkpointer.newest()
+        if newest is not None:
+            complete = newest >= self.config.trainer.max_steps and (directory / "summary.json").exists()
+            if complete:
+                self.log.note(f"{directory} is complete: {newest} steps; raise trainer.max_steps to go on")
+                return True
+            state, kept = self.checkpointer.load(newest)
+            self.progress = self._saved = Progress.from_state_dict(state["progress"])
+            self._restore_data_position(state["collector"], kept)
+            self.log.note(f"going on after step {newest}, from {directory / 'checkpoints'}")
+        elif (directory / "metrics.jsonl").exists():
+            self.log.note("an earlier attempt ended before its first checkpoint: starting at the beginning")
+        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
+        self.log.open(self.progress.step, self.progress.seconds)
+        return False
+
+    def _restore_data_position(self, state: dict[str, Any], kept: list[Any]) -> None:
+        try:
+            self.collector.load_state_dict(state, kept)
+        except ValueError as error:
+            if not self.config.resume.allow_changes:
+                raise
+            self.log.warn(f"{error}; as resume.allow_changes is set, the new data starts at its beginning")
 
     def step(self, step: int) -> dict[str, float]:
-        """One training step: a batch of responses and the updates on it."""
+        """One training step: a batch of responses and the updates on it.
+
+        Raises:
+            Interrupted: a rank was asked to stop before the first update.
+        """
         with self._timed("rollout"), self.actor.inference():
             collected = self.collector.collect()
         rollouts, batches = distribute(
@@ -105,6 +211,8 @@ class Trainer:
         with self.actor.training():
             with self._timed("old_log_probs"):
                 batches = self._with_old_log_probs(batches)
+            if interrupt.agreed():
+                raise Interrupted
             with self._timed("update"):
                 updates = self._update_policy(step, batches)
         if self.config.rollout.save:
@@ -253,22 +361,8 @@ class Trainer:
         }
 
 
-def stop_token_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the generation config's and the tokenizer's end-of-sequence tokens.
-
-    Raises:
-        ValueError: there is none, so that no response would ever end.
-    """
-    stops: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    try:
-        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
-    except OSError:  # the checkpoint has no generation config
-        eos = None
-    if eos is not None:
-        stops.update(eos if isinstance(eos, list) else [eos])
-    if not stops:
-        raise ValueError(f"{path} names no end-of-sequence token, neither in its tokenizer nor its generation config")
-    return tuple(sorted(stops))
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _mismatch(m: MicroBatch) -> Metrics:

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_fipo import cli, launch
 from megatron_fipo.config import Config
-from megatron_fipo.run_log import RunLog
+from megatron_fipo.run_log import RunLog, clear
 from tests.policies import make_task
 
 
@@ -151,25 +151,33 @@ def _earlier_run(task: Path) -> None:
 
 
 def test_an_earlier_run_is_kept(task: Path, command: Command) -> None:
-    """A directory that holds a run is refused, with the two ways out, and stays as it is."""
+    """A directory with a run of unknown or other settings is refused, with the ways out, and stays as it is."""
     _earlier_run(task)
     before = _tree(task)
     outcome = command("train", "config.yaml")
     assert outcome.code == 2
-    assert "run holds a run already: choose another run.name, or set run.overwrite=true" in outcome.stderr
+    assert "cannot tell what the run in run was: config file run/config.yaml does not exist" in outcome.stderr
     assert _tree(task) == before
+    (task / "run" / "config.yaml").write_text((task / "config.yaml").read_text())
+    outcome = command("train", "config.yaml", "optimizer.lr=2e-6")
+    assert outcome.code == 2
+    assert "optimizer.lr: 1e-06 -> 2e-06" in outcome.stderr
+    assert "run.overwrite=true to start over" in outcome.stderr
 
 
 def test_overwrite_replaces_an_earlier_run(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `run.overwrite=true` an earlier run is still there when ranks start; the log of the new one removes what
-    a run leaves, and nothing else."""
+    """With `run.overwrite=true` an earlier run is still there when ranks start; what they remove is what a run leaves,
+    and nothing else."""
     _earlier_run(task)
     before = sorted(f.name for f in Path("run").iterdir())
     seen: list[list[str]] = []
 
     def start(entry: object, parallel: object, args: tuple[Config]) -> None:
         seen.append(sorted(f.name for f in Path("run").iterdir()))
-        RunLog(args[0], rank=0).close()
+        clear(args[0].run_directory)
+        log = RunLog(args[0], rank=0)
+        log.open(step=0, seconds=0.0)
+        log.close()
         seen.append(sorted(f.name for f in Path("run").iterdir()))
 
     monkeypatch.setattr(launch, "run", start)

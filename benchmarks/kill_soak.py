@@ -1,0 +1,223 @@
+"""Is a run that is killed again and again the run that was not? N kills at random moments, then a comparison by bits.
+
+    python benchmarks/kill_soak.py [N] [--layout tp2|dp2|pp2|one] [--seed 0] [--steps 8]
+
+One run is left alone. Others, of the same configuration, are ended over and over: by SIGKILL to the launcher and all
+its ranks, or, one time in four, by SIGUSR1 to the launcher as Slurm sends it. Each is started again by the same
+command until it is through. The moments are uniform over an attempt, so they fall into model building, generation,
+updates and asynchronous checkpoints alike. Metrics (times left out), trained responses and the final weights are
+compared with those of the undisturbed run: every difference is an error, and so is an attempt that fails by itself.
+Prints a table, and as its last line one JSON object with the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+MAKE_TASK = Path(__file__).parents[1] / "examples" / "quickstart" / "make_task.py"
+LAYOUTS = {
+    "one": ["parallel.world_size=1"],
+    "tp2": ["parallel.world_size=2", "parallel.tensor=2"],
+    "pp2": ["parallel.world_size=2", "parallel.pipeline=2"],
+    "dp2": ["parallel.world_size=2"],
+}
+# Small batches, several rounds a step, groups kept for the next step, a checkpoint every other step.
+CONFIG = """
+model: {hf_path: base, dtype: float32}
+data: {train: base/train.parquet, validation: base/validation.parquet, max_prompt_tokens: 16}
+rollout:
+  {prompts_per_step: 4, prompts_per_round: 6, max_rounds: 0, surplus_groups: keep, group_size: 4,
+   max_response_tokens: 24}
+reward: {function: "soak_reward:parity", overlong_buffer_tokens: 0}
+optimizer: {lr: 1.0e-4, warmup: 3}
+trainer: {mini_batch_prompts: 2, tokens_per_micro_batch: 256, tensorboard: false}
+eval: {every: 3, samples: 2}
+checkpoint: {every: 2}
+"""
+UNREPEATABLE = ("time/", "throughput/", "wall_seconds")
+# The base model knows nothing; by this rule it is right half of the time, so that groups are informative.
+REWARD = """
+def parity(responses, ground_truths, data_sources):
+    return [1.0 if sum(map(ord, response)) % 2 == 0 else -1.0 for response in responses]
+"""
+ENDED_BY_REQUEST = 75  # the exit code that asks to be started again
+ATTEMPT_LIMIT = 300.0  # seconds
+
+
+@dataclass
+class Soak:
+    """What happened to the disturbed runs."""
+
+    kills: int = 0
+    requests: int = 0
+    runs: int = 0
+    resumed_from: list[int] = field(default_factory=list)  # step of the checkpoint that each attempt found
+    errors: list[str] = field(default_factory=list)
+
+
+def make_task(directory: Path) -> None:
+    """The quickstart's task with a hardly trained model, and the reward above."""
+    command = [sys.executable, str(MAKE_TASK), "--out", str(directory / "base"), "--steps", "1"]
+    subprocess.run([*command, "--train-problems", "64", "--validation-problems", "4"], check=True, capture_output=True)
+    (directory / "soak_reward.py").write_text(REWARD)
+    (directory / "soak.yaml").write_text(CONFIG)
+
+
+def command(run: str, layout: str, steps: int) -> list[str]:
+    """The command that starts a run, and starts it again."""
+    overrides = [f"run.directory={run}", f"trainer.max_steps={steps}", *LAYOUTS[layout]]
+    return [sys.executable, "-m", "megatron_fipo.cli", "train", "soak.yaml", *overrides]
+
+
+def start(arguments: list[str], directory: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    log = (directory / "attempts.log").open("ab")
+    return subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, cwd=directory)
+
+
+def end(process: subprocess.Popen[bytes], politely: bool) -> None:
+    """SIGUSR1 to the launcher, or SIGKILL to it and to every process that it started."""
+    if politely:
+        process.send_signal(signal.SIGUSR1)
+        process.wait(ATTEMPT_LIMIT)
+        return
+    try:
+        victims = [*psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        victims = []
+    process.kill()
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    psutil.wait_procs(victims, timeout=10)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything of a finished run that must be repeatable."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {
+        f"step {row['step']}, {name}": value
+        for row in rows
+        for name, value in row.items()
+        if not name.startswith(UNREPEATABLE)
+    }
+    found["rows"] = [row["step"] for row in rows]
+    for file in sorted((run / "policy").glob("*.safetensors")):
+        found[f"policy/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for step in found["rows"]:
+        found[f"rollouts of step {step}"] = pq.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist()
+    return found
+
+
+def differences(expected: dict[str, Any], seen: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(expected.keys() | seen.keys()) if expected.get(name) != seen.get(name)]
+
+
+def disturbed_run(arguments: list[str], run: Path, kills: int, typical: float, rng: random.Random, soak: Soak) -> None:
+    """Start a run until it is through, ending up to `kills` attempts at random moments."""
+    soak.runs += 1
+    while True:
+        checkpoints = run / "checkpoints"
+        whole = [int(p.parent.name.partition("_")[2]) for p in checkpoints.glob("step_*/complete.json")]
+        soak.resumed_from.append(max(whole, default=0))
+        process = start(arguments, run.parent)
+        try:
+            process.wait(rng.uniform(0.0, typical) if kills > 0 else ATTEMPT_LIMIT)
+        except subprocess.TimeoutExpired:
+            if kills <= 0:
+                end(process, politely=False)
+                soak.errors.append(f"{run.name}: an attempt took more than {ATTEMPT_LIMIT:.0f} s")
+                return
+            politely = rng.random() < 0.25
+            end(process, politely)
+            kills -= 1
+            soak.requests += politely
+            soak.kills += not politely
+            # A request that comes before the ranks listen ends the process as any program's.
+            if politely and process.returncode not in (0, ENDED_BY_REQUEST, -signal.SIGUSR1):
+                soak.errors.append(f"{run.name}: asked to stop, it exited with {process.returncode}")
+            continue
+        if process.returncode == 0:
+            return
+        soak.errors.append(f"{run.name}: an attempt failed by itself with {process.returncode}")
+        return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kills", type=int, nargs="?", default=4)
+    parser.add_argument("--layout", choices=LAYOUTS, default="tp2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--kills-per-run", type=int, default=5)
+    options = parser.parse_args()
+    if options.kills < 1 or options.steps < 1 or options.kills_per_run < 1:
+        parser.error("the numbers of kills and steps must be positive")
+    rng, soak = random.Random(options.seed), Soak()
+    with tempfile.TemporaryDirectory(prefix="kill-soak-") as name, Progress(console=Console(stderr=True)) as bar:
+        directory = Path(name)
+        task = bar.add_task("kills", total=options.kills)
+        make_task(directory)
+        started = time.monotonic()
+        if start(command("undisturbed", options.layout, options.steps), directory).wait(ATTEMPT_LIMIT) != 0:
+            sys.exit("the undisturbed run failed:\n" + (directory / "attempts.log").read_text()[-4000:])
+        typical = time.monotonic() - started
+        expected = outcome(directory / "undisturbed")
+        while soak.kills + soak.requests < options.kills and not soak.errors:
+            run = directory / f"run-{soak.runs}"
+            left = min(options.kills - soak.kills - soak.requests, options.kills_per_run)
+            disturbed_run(command(run.name, options.layout, options.steps), run, left, typical, rng, soak)
+            if not soak.errors:
+                soak.errors += [f"{run.name}: {d} differs" for d in differences(expected, outcome(run))]
+            bar.update(task, completed=soak.kills + soak.requests)
+        if soak.errors:
+            sys.stderr.write((directory / "attempts.log").read_text()[-8000:])
+    report(soak, options, typical)
+    sys.exit(1 if soak.errors else 0)
+
+
+def report(soak: Soak, options: argparse.Namespace, typical: float) -> None:
+    table = Table(title=f"kill soak, layout {options.layout}, {options.steps} steps, seed {options.seed}")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    figures = {
+        "SIGKILL": soak.kills,
+        "SIGUSR1": soak.requests,
+        "runs": soak.runs,
+        "attempts": len(soak.resumed_from),
+        "attempts that found a checkpoint": sum(step > 0 for step in soak.resumed_from),
+        "wrong or failed": len(soak.errors),
+    }
+    for what, number in figures.items():
+        table.add_row(what, str(number))
+    console = Console()
+    console.print(table)
+    for error in soak.errors[:20]:
+        console.print(f"[red]{error}")
+    line = {**figures, "undisturbed_seconds": round(typical, 1), "layout": options.layout, "errors": soak.errors[:20]}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

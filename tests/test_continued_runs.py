@@ -1,0 +1,284 @@
+"""Runs that were interrupted, and go on: on the same layout to the bit, on another one as an uninterrupted run does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from megatron_fipo.config import Config
+from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.interrupt import Interrupted
+from megatron_fipo.reward import Score
+from megatron_fipo.trainer import Trainer
+from tests.policies import make_config, make_task
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one": {"world_size": 1},
+    "dp2": {"world_size": 2},
+    "tp2": {"world_size": 2, "tensor": 2},
+    "pp2": {"world_size": 2, "pipeline": 2},
+}
+STEPS = 5
+UNREPEATABLE = ("time/", "throughput/", "wall_seconds")
+Weights = dict[str, torch.Tensor]
+
+
+def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
+    """A reward that an untrained policy gets half of the time, so that most groups are informative."""
+    right = [sum(map(ord, response)) % 2 == 0 for response in responses]
+    return [Score(1.0 if r else -1.0, float(r), answer=str(r)) for r in right]
+
+
+def _config(task: Path, out: Path, layout: str = "one", steps: int = STEPS, **sections: dict[str, Any]) -> Config:
+    """Steps of several updates, surplus groups that are kept, a schedule that warms up: all of it is state."""
+    return make_config(
+        task,
+        **{
+            "run": {"directory": str(out)},
+            "parallel": LAYOUTS[layout],
+            "data": {"train": f"{task}/train.parquet", "validation": f"{task}/validation.parquet"},
+            "rollout": {
+                "prompts_per_round": 6,
+                "max_response_tokens": 12,
+                "max_rounds": 0,
+                "surplus_groups": "keep",
+            },
+            "reward": {"function": "tests.test_continued_runs:parity", "overlong_buffer_tokens": 4},
+            "optimizer": {"distributed": True, "eps": 1e-4, "warmup": 4},
+            "trainer": {"max_steps": steps, "tokens_per_micro_batch": 96, "tensorboard": False},
+            "eval": {"every": 2, "samples": 2, "max_problems": 4},
+            "checkpoint": {"every": 2},
+            **sections,
+        },
+    )
+
+
+def _signal_at(trainer: Trainer, moment: str) -> None:
+    """SIGUSR1 to this rank in `reward N`, the N-th time that rewards are computed, or in `update N`."""
+    place, _, number = moment.partition(" ")
+    owner, name = (trainer.reward, "__call__") if place == "reward" else (trainer, "_update_policy")
+    function: Callable[..., Any] = getattr(owner, name)
+    calls = [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == int(number):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return function(*args, **kwargs)
+
+    if place == "reward":
+        trainer.reward = trainer.collector.reward = wrapped  # type: ignore[assignment]
+        trainer.reward.close = lambda: None  # type: ignore[method-assign]
+    else:
+        setattr(trainer, name, wrapped)
+
+
+def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
+    """How the run ended, and its policy's weights. Only the last rank gets the signal."""
+    interrupt.install()
+    trainer = Trainer(config)
+    if moment and trainer.topology.rank == trainer.topology.world_size - 1:
+        _signal_at(trainer, moment)
+    try:
+        trainer.train()
+        return "finished", {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
+    except Interrupted:
+        return f"interrupted after step {trainer.progress.step}", {}
+    finally:
+        trainer.close()
+        topologies.destroy()
+
+
+def _run(config: Config, moment: str | None = None) -> tuple[str, Weights]:
+    ended, weights = run_ranks(_train, config.parallel.world_size, config, moment)[0]
+    return ended, weights
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(UNREPEATABLE)} for row in rows]
+
+
+def _rollouts(run: Path) -> list[Any]:
+    return [pq.read_table(run / "rollouts" / f"step_{n}.parquet").to_pylist() for n in range(1, STEPS + 1)]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task") / "base")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Weights]]:
+    """The run of this layout that nobody interrupts, and its weights; run once."""
+    done: dict[str, tuple[Path, Weights]] = {}
+
+    def run(layout: str) -> tuple[Path, Weights]:
+        if layout not in done:
+            out = tmp_path_factory.mktemp("undisturbed") / layout
+            ended, weights = _run(_config(task, out, layout))
+            assert ended == "finished"
+            done[layout] = out, weights
+        return done[layout]
+
+    return run
+
+
+Undisturbed = Callable[[str], tuple[Path, Weights]]
+
+
+def _assert_same_run(run: Path, weights: Weights, expected: tuple[Path, Weights]) -> None:
+    directory, expected_weights = expected
+    assert _rows(run) == _rows(directory)
+    assert _rollouts(run) == _rollouts(directory)
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected_weights[name]), name
+
+
+# Rewards are computed once an evaluation and once a round of generation; there are two rounds or fewer a step.
+@pytest.mark.parametrize(
+    ("layout", "moment", "ended"),
+    [
+        ("dp2", "reward 1", "interrupted after step 0"),  # the first evaluation
+        ("dp2", "reward 2", "interrupted after step 0"),  # the first responses
+        ("dp2", "update 2", "interrupted after step 2"),  # an update, which is finished first
+        ("tp2", "update 3", "interrupted after step 3"),
+        ("pp2", "reward 5", "interrupted after step"),
+    ],
+)
+def test_interrupted_run_goes_on_to_the_bit(
+    layout: str, moment: str, ended: str, task: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Whatever the phase: metrics, trained responses and weights are those of a run that was left alone."""
+    config = _config(task, tmp_path / "run", layout)
+    assert _run(config, moment)[0].startswith(ended)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    how, weights = _run(config)
+    assert how == "finished"
+    _assert_same_run(tmp_path / "run", weights, undisturbed(layout))
+
+
+def test_interrupted_in_every_phase(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """One attempt after another is interrupted the third time that it computes rewards; the run gets through."""
+    config, seen = _config(task, tmp_path / "run", "one"), []
+    for _ in range(12):
+        how, weights = _run(config, "reward 3")
+        seen.append(how)
+        if how == "finished":
+            break
+    assert seen[-1] == "finished"
+    assert len(seen) > 2
+    _assert_same_run(tmp_path / "run", weights, undisturbed("one"))
+
+
+@pytest.mark.parametrize(("before", "after"), [("tp2", "pp2"), ("dp2", "one"), ("one", "dp2")])
+def test_goes_on_with_another_layout(
+    before: str, after: str, task: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Two steps on one layout and three on another: the responses of the first layout's run, and its weights and
+    losses to 1e-5."""
+    assert _run(_config(task, tmp_path / "run", before), "update 2")[0] == "interrupted after step 2"
+    how, weights = _run(_config(task, tmp_path / "run", after))
+    assert how == "finished"
+    directory, expected = undisturbed(before)
+    for row, reference in zip(_rows(tmp_path / "run"), _rows(directory), strict=True):
+        assert row.keys() == reference.keys()
+        sampled = [
+            name for name in reference if name.startswith(("reward/", "response_length/", "batch/", "sampling/"))
+        ]
+        for name in ("policy/loss", "policy/lr", "policy/entropy", *sampled):
+            assert row[name] == pytest.approx(reference[name], abs=1e-5), (row["step"], name)
+        assert row["policy/grad_norm"] == pytest.approx(reference["policy/grad_norm"], rel=1e-5)
+        assert row["policy/first_log_ratio_abs_max"] == 0.0
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_killed_after_a_step_that_no_checkpoint_has(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """What was written of steps beyond the newest checkpoint is taken back and done again."""
+    directory, expected = undisturbed("one")
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    shutil.rmtree(run / "policy")
+    (run / "summary.json").unlink()
+    for step in (run / "checkpoints").glob("step_*"):
+        if step.name > "step_2":
+            shutil.rmtree(step)
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:4]) + rows[4][:20])  # cut off in the middle of a row
+    how, weights = _run(_config(task, run))
+    assert how == "finished"
+    _assert_same_run(run, weights, (directory, expected))
+
+
+def test_damaged_newest_checkpoint(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The one before is used, and the run comes to the same end."""
+    directory, expected = undisturbed("one")
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    shutil.rmtree(run / "policy")
+    (run / "summary.json").unlink()
+    newest = max((run / "checkpoints").glob("step_*"))
+    assert newest.name == f"step_{STEPS}"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    how, weights = _run(_config(task, run))
+    assert how == "finished"
+    _assert_same_run(run, weights, (directory, expected))
+
+
+def test_finished_run_stays_as_it_is(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The same command once more writes nothing; more steps go on."""
+    directory, _ = undisturbed("one")
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("*")}
+    _run(_config(task, run))
+    assert {f: f.stat().st_mtime_ns for f in run.rglob("*")} == before
+    _run(_config(task, run, steps=STEPS + 1))
+    assert [row["step"] for row in _rows(run)] == list(range(1, STEPS + 2))
+    assert _rows(run)[:STEPS] == _rows(directory)
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS + 1
+
+
+def test_overwrite_starts_over(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Checkpoints of the earlier run go, and none of its steps counts."""
+    directory, expected = undisturbed("one")
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    (run / "checkpoints" / "step_99").mkdir()
+    how, weights = _run(_config(task, run, run={"directory": str(run), "overwrite": True}))
+    assert how == "finished"
+    _assert_same_run(run, weights, (directory, expected))
+    assert not (run / "checkpoints" / "step_99").exists()
+
+
+def test_other_data_is_refused(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The file's name is the same, its problems are not: an error, or from the new beginning if that is wanted."""
+    directory, _ = undisturbed("one")
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(directory, run)
+    shutil.copytree(task, other)
+    shutil.copy(other / "validation.parquet", other / "train.parquet")
+    config = _config(task, run, steps=STEPS + 1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(other / "train.parquet")))
+    with pytest.raises(RuntimeError, match="cannot continue the data stream: its dataset_fingerprint was"):
+        _run(config)
+    allowed = dataclasses.replace(config, resume=dataclasses.replace(config.resume, allow_changes=True))
+    assert _run(allowed)[0] == "finished"
+    assert len(_rows(run)) == STEPS + 1
