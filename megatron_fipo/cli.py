@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from megatron_fipo.config import Config, load_config
+from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 
 app = typer.Typer(
     help="Train reasoning models with FIPO on Megatron-Core.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +31,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -39,19 +41,32 @@ def train(
 ) -> None:
     """Train a policy. Starts its own ranks unless torchrun or srun already did."""
     from megatron_fipo import launch
-    from megatron_fipo.checks import check_run
-    from megatron_fipo.resume import check_directory
 
     settings = load_config(config, overrides or ())
-    for warning in check_run(settings):
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
+        _check(settings, dry_run)
     if dry_run:
         launch.run(_dry_run_rank, settings.parallel, (settings,))
         return
-    check_directory(settings)
-    launch.run(_train_rank, settings.parallel, (settings,))
+    launch.run(
+        _train_rank,
+        settings.parallel,
+        (settings,),
+        run_directory=settings.run_directory,
+        max_requeues=settings.resume.max_requeues,
+    )
     if launch.is_first_process():
         _report(settings.run_directory)
+
+
+def _check(config: Config, dry_run: bool) -> None:
+    from megatron_fipo.checks import check_run
+    from megatron_fipo.resume import check_directory
+
+    for warning in check_run(config):
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    if not dry_run:
+        check_directory(config)
 
 
 @data.command()
@@ -227,17 +242,20 @@ def _report(run: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: a ValueError is the user's to mend (exit code 2); a failed rank shows its own traceback (1)."""
-    from megatron_fipo.launch import RankFailure
-
+    """Entry point. A ValueError is the user's to mend; a failed rank shows its own traceback."""
     try:
         app()
     except ValueError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except RankFailure as error:
-        typer.secho(str(error), fg="red", err=True)
-        sys.exit(1)
+        if not error.shown:
+            typer.secho(str(error), fg="red", err=True)
+        sys.exit(error.exit_code)
+    except Interrupted as error:
+        if str(error):
+            typer.echo(error, err=True)
+        sys.exit(RUN_AGAIN)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "run", lambda *args: pytest.fail("ranks were started"))
+    monkeypatch.setattr(launch, "run", lambda *args, **kwargs: pytest.fail("ranks were started"))
     assert base.is_dir()
     return tmp_path
 
@@ -172,7 +172,7 @@ def test_overwrite_replaces_an_earlier_run(task: Path, command: Command, monkeyp
     before = sorted(f.name for f in Path("run").iterdir())
     seen: list[list[str]] = []
 
-    def start(entry: object, parallel: object, args: tuple[Config]) -> None:
+    def start(entry: object, parallel: object, args: tuple[Config], **kwargs: object) -> None:
         seen.append(sorted(f.name for f in Path("run").iterdir()))
         clear(args[0].run_directory)
         log = RunLog(args[0], rank=0)
@@ -189,7 +189,7 @@ def test_overwrite_replaces_an_earlier_run(task: Path, command: Command, monkeyp
 
 def test_no_op_is_warned_about(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """One update a step: a warning on stderr, and the run goes on."""
-    monkeypatch.setattr(launch, "run", lambda *args: None)
+    monkeypatch.setattr(launch, "run", lambda *args, **kwargs: None)
     outcome = command("train", "config.yaml", "--dry-run", "trainer.mini_batch_prompts=4")
     assert outcome.code == 0
     assert "warning: with one update a step, FIPO is exactly DAPO" in outcome.stderr
@@ -199,7 +199,7 @@ def test_dry_run_writes_nothing(task: Path, command: Command, monkeypatch: pytes
     """Not even the run's directory, and an earlier run there is no obstacle."""
     _earlier_run(task)
     before = _tree(task)
-    monkeypatch.setattr(launch, "run", lambda *args: None)
+    monkeypatch.setattr(launch, "run", lambda *args, **kwargs: None)
     assert command("train", "config.yaml", "--dry-run").code == 0
     assert _tree(task) == before
 
@@ -207,7 +207,7 @@ def test_dry_run_writes_nothing(task: Path, command: Command, monkeypatch: pytes
 def test_a_failed_rank_is_shown_with_exit_code_1(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its traceback, and not the command's own."""
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise launch.RankFailure("rank 3 failed first: RuntimeError: boom\nits traceback")
 
     monkeypatch.setattr(launch, "run", fail)

@@ -15,17 +15,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.outcome import Interrupted
+
+__all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "unless_interrupted"]
+
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _requested = threading.Event()
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has stopped in good order: what it had done is in a checkpoint."""
-
-
 def install() -> None:
-    """From now on the signals are requests, which the code that checks for them obeys."""
+    """From now on the signals are requests, which the code that checks for them obeys; earlier ones are forgotten."""
     _requested.clear()
     for number in SIGNALS:
         signal.signal(number, _request)

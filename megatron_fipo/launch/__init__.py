@@ -1,0 +1,120 @@
+"""Ranks: one meaning of rank and world, whether this command starts them, torchrun did, or srun did."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import ParallelConfig
+from megatron_fipo.launch import slurm
+from megatron_fipo.launch.attempt import Attempt
+from megatron_fipo.launch.supervisor import RankTask, Supervisor
+from megatron_fipo.outcome import Interrupted, RankFailure
+
+__all__ = ["Interrupted", "RankFailure", "is_first_process", "run"]
+
+
+def is_first_process() -> bool:
+    """Whether this process is the run's only one, or its rank 0 under torchrun or srun."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def run(
+    entry: Callable[..., Any],
+    parallel: ParallelConfig,
+    args: Sequence[Any] = (),
+    *,
+    run_directory: Path | None = None,
+    max_requeues: int = 0,
+) -> None:
+    """Call `entry(*args)` on every rank inside an initialized process group.
+
+    Under torchrun this process is one of the ranks. Under srun it starts the rank of its task, and otherwise
+    `parallel.world_size` local ranks, watches over them, and ends all as soon as one fails. What a rank prints is in
+    `<run_directory>/logs/rank_R.log`; rank 0's is shown as well.
+
+    Args:
+        run_directory: where logs and the record of attempts are kept; None: nowhere.
+        max_requeues: times that a Slurm job puts itself back into the queue when it was interrupted or lost a node.
+
+    Raises:
+        Interrupted: the ranks were asked to stop, and have.
+        RankFailure: a rank failed.
+        ValueError: a rank refused its input, or srun's tasks are not as many as `parallel.world_size`.
+    """
+    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from megatron_fipo.launch import rank
+
+        rank.run_under_torchrun(entry, parallel, args, run_directory)
+        return
+    first, alone = is_first_process(), not slurm.is_task(os.environ)
+    attempt = Attempt(run_directory, max_requeues, first, alone)
+    attempt.begin()
+    with _logs(run_directory) as logs, tempfile.TemporaryDirectory(prefix="megatron-fipo-") as errors:
+        tasks = [
+            RankTask(
+                entry,
+                args,
+                parallel,
+                environment,
+                log=logs / f"rank_{environment['RANK']}.log",
+                error=Path(errors) / f"rank_{environment['RANK']}.json",
+                run_directory=run_directory,
+                listener=listener,
+            )
+            for environment, listener in _ranks(parallel)
+        ]
+        with Supervisor(attempt, Path(errors)) as supervisor:
+            supervisor.start(tasks)
+            supervisor.wait()
+
+
+def _ranks(parallel: ParallelConfig) -> Iterator[tuple[dict[str, str], socket.socket | None]]:
+    """What each rank that is started here finds in its environment, and rank 0's socket."""
+    if slurm.is_task(os.environ):
+        environment = slurm.torch_environment(os.environ)
+        if is_first_process():  # once is enough, and Slurm ends the others
+            _check_number(parallel, int(environment["WORLD_SIZE"]))
+        yield environment, None
+        return
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    port, number = str(listener.getsockname()[1]), str(parallel.world_size)
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(parallel.world_size):
+        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listener if rank == 0 else None
+
+
+def _check_number(parallel: ParallelConfig, started: int) -> None:
+    p = parallel
+    if p.world_size != started:
+        raise ValueError(
+            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} x dp {p.data} = {p.world_size} ranks, but srun started "
+            f"{started} tasks: set parallel.world_size={started}, or ask for other --nodes and --ntasks-per-node"
+        )
+
+
+@contextmanager
+def _logs(run_directory: Path | None) -> Iterator[Path]:
+    """The directory of the ranks' logs; without a run directory one that stays only if a rank fails."""
+    if run_directory is not None:
+        yield run_directory / "logs"
+        return
+    logs = Path(tempfile.mkdtemp(prefix="megatron-fipo-logs-"))
+    try:
+        yield logs
+    except RankFailure:
+        print(f"the ranks' logs are kept in {logs}", file=sys.stderr)
+        raise
+    except BaseException:
+        shutil.rmtree(logs)
+        raise
+    shutil.rmtree(logs)

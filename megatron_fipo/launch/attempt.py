@@ -1,0 +1,133 @@
+"""One attempt of a run as a supervisor sees it: what it adds to the record, and whether the job is requeued."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_fipo.launch import attempts
+from megatron_fipo.launch.attempts import Event, Record
+from megatron_fipo.launch.failure import Failure
+from megatron_fipo.launch.slurm import Job, job
+from megatron_fipo.outcome import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
+
+_POLL_SECONDS = 1.0  # of a file that all nodes see
+_NOTICE_SECONDS = 3.0  # for the other supervisors to see the record of a failure before Slurm ends them
+_FIRST_RANK_SECONDS = 60.0  # for the first rank's supervisor to requeue the job
+
+
+class Attempt:
+    """Without a run directory nothing is recorded and no job requeued."""
+
+    def __init__(self, run_directory: Path | None, max_requeues: int, first: bool, alone: bool) -> None:
+        """`first`: rank 0 is watched here; `alone`: all ranks are."""
+        self.first, self.alone = first, alone
+        self.job: Job | None = job(os.environ)
+        self._directory = run_directory
+        self._max_requeues = max_requeues
+        self._seen: tuple[int, list[Record]] = (0, [])
+        self._next_look = 0.0
+
+    def begin(self) -> None:
+        """Note the start.
+
+        Raises:
+            RankFailure: this is the third attempt at a step in which the job has failed twice.
+        """
+        if self._directory is None or not self.first:
+            return
+        now = attempts.new_record("start", self._directory, self.job)
+        lost = attempts.abandoned(self._records(), now)
+        if lost is not None:
+            attempts.append(self._path, lost)
+            loop = attempts.crash_loop(self._records())
+            if loop is not None:
+                self._record("failed", loop)  # for the other supervisors to see
+                raise RankFailure(f"job {now.job} does not go on: {loop}")
+        attempts.append(self._path, now)
+
+    def signalled(self) -> None:
+        if self.first:
+            self._record("signalled")
+
+    def finished(self) -> None:
+        if self.first:
+            self._record("finished")
+
+    def interrupted(self) -> str:
+        """All ranks have stopped as they were asked: requeue the job, or say why not."""
+        if self._directory is None:
+            return "interrupted"
+        if not self.first:  # a supervisor that ends with an exit code other than 0 may have Slurm end the first one
+            self._await_first()
+            return ""
+        now = attempts.new_record("interrupted", self._directory, self.job)
+        reason = attempts.why_not_requeued([*self._records(), now], self.job, "machine", self._max_requeues)
+        told = f"interrupted in step {now.step}: {self._requeue(reason)}"
+        attempts.append(self._path, now)
+        return told
+
+    def failed(self, failure: Failure, message: str) -> RankFailure:
+        """The error to end with. The first of all supervisors to come here shows it, and may requeue the job."""
+        exit_code = BAD_INPUT if failure.kind == "input" else FAILED
+        if self._directory is None:
+            return RankFailure(message, exit_code)
+        if self.failed_elsewhere() is not None:
+            return RankFailure(message, exit_code, shown=True)
+        self._record("failed", failure.headline[:1000])
+        noted = time.monotonic()
+        if self.job is not None:
+            print(message, file=sys.stderr, flush=True)  # now: a requeue ends this process
+            reason = attempts.why_not_requeued(self._records(), self.job, failure.kind, self._max_requeues)
+            print(self._requeue(reason), file=sys.stderr, flush=True)
+            exit_code = RUN_AGAIN if reason is None else exit_code
+        if not self.alone:
+            time.sleep(max(0.0, noted + _NOTICE_SECONDS - time.monotonic()))
+        return RankFailure(message, exit_code, shown=self.job is not None)
+
+    def failed_elsewhere(self) -> Record | None:
+        """The failure that another supervisor has recorded of this attempt."""
+        if self.alone or self._directory is None:
+            return None
+        me = attempts.new_record("start", self._directory, self.job)
+        return next((r for r in self._recent() if r.event == "failed" and r.same_attempt(me)), None)
+
+    def _await_first(self) -> None:
+        assert self._directory is not None
+        me = attempts.new_record("start", self._directory, self.job)
+        deadline = time.monotonic() + _FIRST_RANK_SECONDS
+        while time.monotonic() < deadline:
+            if any(r.event in ("interrupted", "failed") and r.same_attempt(me) for r in self._recent()):
+                return
+            time.sleep(_POLL_SECONDS / 5)
+
+    def _requeue(self, reason: str | None) -> str:
+        """Requeue the job unless there is a reason against it; says what came of it."""
+        if self.job is None:
+            return "the same command goes on from the last checkpoint"
+        name = f"job {self.job.number}"
+        reason = reason or self.job.requeue()
+        return f"{name} is requeued" if reason is None else f"{name} is not requeued: {reason}"
+
+    @property
+    def _path(self) -> Path:
+        assert self._directory is not None
+        return self._directory / "attempts.jsonl"
+
+    def _records(self) -> list[Record]:
+        return attempts.read(self._path)
+
+    def _recent(self) -> list[Record]:
+        """The records as of a second ago at most; the file is read when it has grown."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _POLL_SECONDS
+            size = self._path.stat().st_size if self._path.exists() else 0
+            if size != self._seen[0]:
+                self._seen = (size, self._records())
+        return self._seen[1]
+
+    def _record(self, event: Event, cause: str = "") -> None:
+        if self._directory is not None:
+            attempts.append(self._path, attempts.new_record(event, self._directory, self.job, cause))

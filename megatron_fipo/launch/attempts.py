@@ -1,0 +1,132 @@
+"""The attempts of a run, <run>/attempts.jsonl, and what follows from them: requeue, or stop in a crash loop.
+
+Only records are added, one line each, by the supervisors of several ranks, perhaps from several nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from megatron_fipo.launch.failure import Kind, host
+from megatron_fipo.launch.slurm import Job
+
+# `signalled`: asked to stop, which is no failure even when Slurm's patience ends before the checkpoint is written.
+Event = Literal["start", "signalled", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Attributes:
+    job, restarts, launch: the attempt: Slurm's job number (None without Slurm), how often the job was requeued
+        before, and srun's number within the job.
+    step: the training step in progress.
+    """
+
+    event: Event
+    step: int
+    job: str | None = None
+    restarts: int = 0
+    launch: str = ""
+    cause: str = ""
+    host: str = ""
+    time: str = ""
+
+    def same_attempt(self, other: Record) -> bool:
+        return (self.job, self.restarts, self.launch) == (other.job, other.restarts, other.launch)
+
+
+def read(path: Path) -> list[Record]:
+    """All records in order. Lines that two nodes wrote at once, or a dying one in part, are passed over."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return records
+
+
+def append(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, (json.dumps(asdict(record)) + "\n").encode())
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def new_record(event: Event, run_directory: Path, job: Job | None, cause: str = "") -> Record:
+    """Of this moment and this node."""
+    return Record(
+        event,
+        step_in_progress(run_directory),
+        job=job.number if job else None,
+        restarts=job.restarts if job else 0,
+        launch=job.step if job else "",
+        cause=cause,
+        host=host(),
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+
+
+def step_in_progress(run_directory: Path) -> int:
+    """One after the last step in metrics.jsonl, 1 before there is any."""
+    try:
+        lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return 1
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"]) + 1
+        except (ValueError, KeyError, TypeError):  # cut short by the end of its writer
+            continue
+    return 1
+
+
+def abandoned(records: Sequence[Record], now: Record) -> Record | None:
+    """The failure of the job's previous attempt, if that ended without a word: as with its node."""
+    mine = [r for r in records if r.job == now.job]
+    starts = [i for i, r in enumerate(mine) if r.event == "start"]
+    if now.job is None or not starts or mine[starts[-1]].restarts == now.restarts:
+        return None
+    start, *after = mine[starts[-1] :]
+    if after:
+        return None
+    cause = f"the attempt that started at {start.time} on {start.host} ended without a word, as with its node"
+    return Record("failed", now.step, start.job, start.restarts, start.launch, cause, start.host, now.time)
+
+
+def crash_loop(records: Sequence[Record]) -> str | None:
+    """What to say when the last two failures of the last record's job were in the same step."""
+    failures = [r for r in records if r.event == "failed" and r.job == records[-1].job]
+    if len(failures) < 2 or failures[-1].step != failures[-2].step:
+        return None
+    causes = "\n".join(f"  - {r.time}: {r.cause}" for r in failures[-2:])
+    return f"it failed twice in step {failures[-1].step}:\n{causes}"
+
+
+def why_not_requeued(records: Sequence[Record], job: Job | None, kind: Kind, max_requeues: int) -> str | None:
+    """The reason to leave a failed or interrupted job alone; None: requeue it.
+
+    `records` ends with the record of this failure or interruption; `kind` is ignored for an interruption.
+    """
+    if job is None:
+        return "it is no Slurm job"
+    if job.restarts >= max_requeues:
+        return f"it was requeued {job.restarts} times and resume.max_requeues is {max_requeues}"
+    if records[-1].event != "failed":
+        return None
+    if kind in ("input", "program"):
+        return "the same would happen again"
+    return crash_loop(records)

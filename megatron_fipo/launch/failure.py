@@ -1,0 +1,82 @@
+"""What a failed rank tells its supervisor, and what kind of failure it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+# input: a ValueError, the user's to mend. program: any other exception; it would come again. machine: a node, a device
+# or a disk; another attempt may do better. connection: one of these, or the mere consequence of another rank's failure.
+Kind = Literal["input", "program", "machine", "connection"]
+
+_CONNECTION = re.compile(
+    r"gloo[/:]|Connection (closed|reset|refused)|Socket Timeout|Broken pipe|Timed out waiting|NCCL", re.IGNORECASE
+)
+_DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|uncorrectable ECC", re.IGNORECASE)
+_MACHINE_ERRORS = {
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    host: str
+    kind: Kind
+    message: str  # "RuntimeError: what happened"
+    traceback: str = ""
+
+    @property
+    def headline(self) -> str:
+        return f"rank {self.rank} on {self.host} failed first: {self.message}"
+
+    def write(self, path: Path) -> None:
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_text(json.dumps(asdict(self)))
+        os.replace(unfinished, path)
+
+    @staticmethod
+    def read(path: Path) -> Failure:
+        return Failure(**json.loads(path.read_text()))
+
+
+def host() -> str:
+    """Slurm's name of this node, or its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def of_exit(rank: int, exit_code: int) -> Failure:
+    """Of a rank that ended without an exception."""
+    if exit_code >= 0:
+        return Failure(rank, host(), "program", f"it ended with exit code {exit_code}")
+    number = signal.Signals(-exit_code)
+    # NCCL's watchdog aborts the process when a peer is gone or a collective takes too long.
+    kind: Kind = "connection" if number == signal.SIGABRT else "machine"
+    hint = ", which is how a machine out of memory ends processes" if number == signal.SIGKILL else ""
+    return Failure(rank, host(), kind, f"it was ended by {number.name}{hint}")
+
+
+def kind_of(error: BaseException) -> Kind:
+    """By type where there is one to go by, otherwise by what libraries write into a RuntimeError."""
+    names = {c.__name__ for c in type(error).__mro__}
+    if type(error) is ValueError:
+        return "input"
+    if "OutOfMemoryError" in names:
+        return "program"
+    if isinstance(error, ConnectionError) or "DistError" in names:
+        return "connection"
+    if isinstance(error, OSError):
+        return "machine" if error.errno in _MACHINE_ERRORS else "program"
+    if "AcceleratorError" in names:
+        return "machine"
+    if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):
+        return "connection"
+    return "machine" if isinstance(error, RuntimeError) and _DEVICE.search(str(error)) else "program"

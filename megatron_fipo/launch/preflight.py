@@ -1,0 +1,290 @@
+"""Before anything is built: have all ranks come, do they run the same software, see the same files, reach each other?
+
+What fails here says which rank or node it was, instead of half an hour later that some collective timed out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_fipo.launch import slurm
+from megatron_fipo.launch.failure import host
+
+_ARRIVAL = timedelta(minutes=10)  # all ranks have imported their packages, from a busy network file system
+_CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
+_VISIBLE_SECONDS = 60.0  # network file systems cache what a directory holds
+_OTHERS_SECONDS = 2.0  # for the other ranks to note how far they came
+_GIB = 2**30
+_LITTLE_DISK, _NO_DISK = 20 * _GIB, 2**27
+_LITTLE_DEVICE_MEMORY = 0.9  # of the whole
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a rank. Bytes where there is no other unit; None: no GPU, or no run directory."""
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    sees_directory: bool | None
+    free_device_memory: float | None = None  # share of the whole
+
+
+def connect(timeout: timedelta, run_directory: Path | None, listener: Any = None) -> None:
+    """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
+
+    The environment names this rank as torch's does. Rank 0 judges, and prints one line. `listener`: rank 0's socket,
+    bound to MASTER_PORT.
+
+    Raises:
+        ValueError: what to change, and on which node.
+        ConnectionError: ranks that did not come, or that cannot be reached.
+    """
+    started = time.monotonic()
+    ranks = _Ranks(_store(min(timeout, _ARRIVAL), listener))
+    facts = ranks.gather(min(timeout, _ARRIVAL), run_directory)
+    with ranks.named_on_error():
+        _initialize(ranks, min(timeout, _CONNECTION))
+    ranks.shared_store.set_timeout(timeout)
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    if facts:
+        for warning in [*_memory_warnings(facts), *_disk_warnings(run_directory)]:
+            print(f"warning: {warning}", flush=True)
+        nodes = len({f.host for f in facts})
+        print(
+            f"preflight: {ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {nodes} "
+            f"{'node' if nodes == 1 else 'nodes'} ok ({time.monotonic() - started:.1f} s)",
+            flush=True,
+        )
+
+
+def device_index() -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        ValueError: there are more ranks than GPUs on this node.
+    """
+    local_rank, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if visible == 1:  # srun has bound this task to one
+        return 0
+    if local_rank >= visible:
+        local_ranks = os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1))
+        raise ValueError(
+            f"{local_ranks} ranks on {host()}, which has {visible} GPUs: start at most {visible} ranks on a node"
+        )
+    return local_rank
+
+
+class _Ranks:
+    """What the ranks tell each other through rank 0's key-value store, which works when nothing else does."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.store = dist.PrefixStore("preflight", store)
+        self.shared_store = store
+
+    def gather(self, timeout: timedelta, run_directory: Path | None) -> list[Facts]:
+        """All ranks' facts on rank 0, which has checked them, and nothing on the others, which waited for that."""
+        token = self._token(timeout, run_directory)
+        mine = Facts(self.rank, host(), _versions(), _is_visible(token) if token else None, _free_device_memory())
+        self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
+        if self.rank != 0:
+            self._wait_for_rank_0(timeout)
+            return []
+        try:
+            facts = self._arrived(timeout)
+        finally:
+            if token:
+                token.unlink(missing_ok=True)
+        _check(facts, run_directory)
+        self.store.set("checked", "")
+        return facts
+
+    def _token(self, timeout: timedelta, run_directory: Path | None) -> Path | None:
+        """A file that rank 0 has just made in the run directory."""
+        if run_directory is None:
+            return None
+        if self.rank == 0:
+            run_directory.mkdir(parents=True, exist_ok=True)
+            _check_disk(run_directory)
+            token = run_directory / f".preflight-{uuid.uuid4().hex}"
+            token.touch()
+            self.store.set("token", token.name)
+            return token
+        self.store.wait(["token"], timeout)
+        return run_directory / self.store.get("token").decode()
+
+    def _wait_for_rank_0(self, timeout: timedelta) -> None:
+        try:
+            self.store.wait(["checked"], timeout + timedelta(seconds=_VISIBLE_SECONDS))
+        except dist.DistError as error:
+            raise ConnectionError(f"rank 0 did not find all ranks in order: {error}") from None
+
+    def _arrived(self, timeout: timedelta) -> list[Facts]:
+        keys = [f"facts/{rank}" for rank in range(self.world_size)]
+        try:
+            self.store.wait(keys, timeout)
+        except dist.DistStoreError:
+            found = self._facts()
+            raise ConnectionError(_never_came(found, self.world_size, timeout)) from None
+        return self._facts()
+
+    def _facts(self) -> list[Facts]:
+        """Of those that have come."""
+        keys = [f"facts/{rank}" for rank in range(self.world_size)]
+        return [Facts(**json.loads(self.store.get(key))) for key in keys if self.store.check([key])]
+
+    @contextmanager
+    def named_on_error(self) -> Iterator[None]:
+        """Note that this rank has reached the others in what is inside; on an error, say who has not.
+
+        Raises:
+            ConnectionError: in place of what torch raises when a rank cannot be reached.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(_OTHERS_SECONDS)
+            behind = [f for f in self._facts() if not self.store.check([f"reached/{f.rank}"])]
+            raise ConnectionError(
+                f"{_places(behind)} could not reach all the others. "
+                "If a node has several networks, name the one to use in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. "
+                f"What torch says: {error}"
+            ) from error
+        self.store.set(f"reached/{self.rank}", "")
+
+
+def _store(timeout: timedelta, listener: Any) -> dist.Store:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own
+        return next(rendezvous("env://", timeout=timeout))[0]
+    rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(
+            address,
+            port,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+    except dist.DistNetworkError as error:
+        if rank == 0:
+            raise ConnectionError(f"cannot listen at {address}:{port}; choose another MASTER_PORT: {error}") from None
+        raise ConnectionError(f"no answer from rank 0 at {address}:{port} to {host()}: {error}") from None
+
+
+def _initialize(ranks: _Ranks, timeout: timedelta) -> None:
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=ranks.shared_store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+    )
+    devices = [torch.device("cpu"), *([torch.device("cuda", torch.cuda.current_device())] if on_gpu else [])]
+    for device in devices:
+        one = torch.ones(1, device=device)
+        dist.all_reduce(one)
+        if one.item() != ranks.world_size:
+            raise RuntimeError(f"the ranks' ones add up to {one.item()} on {device.type}, not {ranks.world_size}")
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in ("megatron-fipo", "torch", "megatron-core", "transformers")}
+    return {"Python": platform.python_version(), **packages}
+
+
+def _free_device_memory() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return free / total
+
+
+def _is_visible(file: Path) -> bool:
+    """Whether the file is, or within a minute becomes, one that this node sees."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while True:
+        try:  # listing makes a network file system look again; asking for the name may repeat a cached answer
+            if file.name in os.listdir(file.parent):
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
+def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
+    """Raise one ValueError with all that rank 0 finds wrong with the ranks."""
+    problems = []
+    for name, reference in facts[0].versions.items():
+        others = [f for f in facts if f.versions.get(name) != reference]
+        if others:
+            found = others[0].versions.get(name)
+            problems.append(
+                f"{name} is {reference} on {facts[0].host}, but {found} for {_places(others)}: "
+                "start all ranks from the same environment"
+            )
+    blind = [f for f in facts if f.sees_directory is False]
+    if blind:
+        problems.append(
+            f"{run_directory} on {facts[0].host} is not what {_places(blind)} see under that name: choose a "
+            "run.directory on a file system that all nodes share"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _check_disk(run_directory: Path) -> None:
+    free = shutil.disk_usage(run_directory).free
+    if free < _NO_DISK:
+        raise ValueError(f"{free / 2**20:.0f} MiB free in {run_directory}: make room, or choose another run.directory")
+
+
+def _disk_warnings(run_directory: Path | None) -> list[str]:
+    free = shutil.disk_usage(run_directory).free if run_directory else _LITTLE_DISK
+    return [f"only {free / _GIB:.1f} GiB free in {run_directory}"] if free < _LITTLE_DISK else []
+
+
+def _memory_warnings(facts: Sequence[Facts]) -> list[str]:
+    used = [f for f in facts if f.free_device_memory is not None and f.free_device_memory < _LITTLE_DEVICE_MEMORY]
+    shares = ", ".join(f"{f.free_device_memory:.0%}" for f in used[:8])
+    return [f"another process holds memory of the GPU of {_places(used)}; free are {shares}"] if used else []
+
+
+def _never_came(found: Sequence[Facts], world_size: int, timeout: timedelta) -> str:
+    present = {f.rank for f in found}
+    missing = ", ".join(str(r) for r in range(world_size) if r not in present)
+    text = f"{len(present)} of {world_size} ranks came within {timeout.total_seconds():.0f} s, without {missing}"
+    if not slurm.is_task(os.environ):
+        return text
+    silent = [n for n in slurm.step_nodes(os.environ) if n not in {f.host for f in found}]
+    return f"{text}; no rank came from {', '.join(silent)}" if silent else text
+
+
+def _places(facts: Sequence[Facts]) -> str:
+    """`ranks 4, 5 on node2 and rank 7 on node3`."""
+    by_host: dict[str, list[str]] = defaultdict(list)
+    for f in facts:
+        by_host[f.host].append(str(f.rank))
+    parts = [f"{'rank' if len(r) == 1 else 'ranks'} {', '.join(r)} on {h}" for h, r in by_host.items()]
+    return " and ".join(parts)

@@ -1,0 +1,130 @@
+"""What srun tells its tasks through the environment, and the job's way back into the queue."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
+_ANSWER_SECONDS = 30.0  # a busy controller
+
+
+def is_task(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several tasks."""
+    return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _num_tasks(environment) > 1
+
+
+def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, ... of this task, from srun's variables alone. A MASTER_ADDR or MASTER_PORT that is set wins.
+
+    In a heterogeneous job the ranks are those of this task's own component.
+    """
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(_num_tasks(environment)),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environment)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or step_nodes(environment)[0],
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
+    }
+
+
+def step_nodes(environment: Mapping[str, str]) -> list[str]:
+    """Names of the step's nodes; the first one runs task 0."""
+    return expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, written out in its order.
+
+    Read here because containers have no scontrol.
+    """
+    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for host in _expand(part)]
+
+
+def _expand(part: str) -> Iterator[str]:
+    prefix, bracket, rest = part.partition("[")
+    if not bracket:
+        yield prefix
+        return
+    ranges, _, suffix = rest.partition("]")
+    endings = list(_expand(suffix))
+    for numbers in ranges.split(","):
+        first, _, last = numbers.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            yield from (f"{prefix}{number:0{len(first)}d}{ending}" for ending in endings)
+
+
+def _num_tasks(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
+
+
+def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
+    """From the step's tasks on each node, which srun writes as `4(x2),3`."""
+    tasks: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, nodes = part.rstrip(")").partition("(x")
+        tasks += [int(count)] * int(nodes or 1)
+    return tasks[int(environment["SLURM_NODEID"])]
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """The same on all nodes, and different for jobs of near numbers, a job's steps, and its attempts."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    return _FIRST_PORT + (64 * job + 8 * (step % 8) + _restarts(environment) % 8) % _PORTS
+
+
+def _restarts(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is part of.
+
+    Attributes:
+        restarts: times that it was put back into the queue before.
+        step: srun's number for this launch; "" without srun.
+    """
+
+    number: str
+    restarts: int
+    step: str = ""
+
+    def requeue(self) -> str | None:
+        """Put the job back into the queue, which ends it here; returns why not, or None when it was done."""
+        if shutil.which("scontrol") is None:
+            return f"there is no scontrol here to requeue it: run `scontrol requeue {self.number}` or submit it again"
+        reason = _reason_against(self.number)
+        return reason or _run("scontrol", "requeue", self.number)[1]
+
+
+def job(environment: Mapping[str, str]) -> Job | None:
+    number = environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID")
+    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", "")) if number else None
+
+
+def _reason_against(number: str) -> str | None:
+    """Only a running batch job, or one at its time limit, is requeued: scancel and preemption have their own way."""
+    answer, error = _run("scontrol", "show", "job", number, "--oneliner")
+    if error:
+        return error
+    found = dict(re.findall(r"(\S+?)=(\S*)", answer))
+    state = "TIMEOUT" if found.get("Reason") == "TimeLimit" else found.get("JobState", "unknown")
+    if state not in ("RUNNING", "TIMEOUT"):
+        return f"its state is {state}"
+    return None if found.get("BatchFlag") == "1" else "it is no batch job"
+
+
+def _run(*command: str) -> tuple[str, str | None]:
+    """The command's output, and what went wrong if anything did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"`{' '.join(command)}` did not answer within {_ANSWER_SECONDS:.0f} s"
+    if done.returncode:
+        return done.stdout, f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}"
+    return done.stdout, None

@@ -1,0 +1,30 @@
+"""How a command ends, and what that tells the shell and Slurm."""
+
+from __future__ import annotations
+
+FAILED = 1
+BAD_INPUT = 2
+RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command goes on
+
+EXIT_CODES = (
+    f"Exit codes: 0 done, {FAILED} failed, {BAD_INPUT} bad input, {RUN_AGAIN} stopped before its end: "
+    "requeue the job, the same command goes on."
+)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has stopped in good order: what it had done is in a checkpoint."""
+
+
+class RankFailure(RuntimeError):
+    """A rank failed; the message ends with its own traceback.
+
+    Attributes:
+        exit_code: FAILED, or RUN_AGAIN where the machine is to blame and the job should be requeued.
+        shown: whether people have been told already, by this process or another rank's supervisor.
+    """
+
+    def __init__(self, message: str, exit_code: int = FAILED, shown: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.shown = shown
