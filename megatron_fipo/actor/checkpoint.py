@@ -21,6 +21,7 @@ from megatron_fipo.actor import random_states
 from megatron_fipo.actor.actor import FIPOActor
 from megatron_fipo.actor.optimizer import ParameterState
 from megatron_fipo.convert.load import named_parameters
+from megatron_fipo.parallel.topology import Topology
 
 LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}  # stacked: a tensor has an axis of layers
 OPTIONAL = ("optimizer.state.fp32_param.", "initial.")  # keys of what a checkpoint may lack, see `restore`
@@ -36,6 +37,7 @@ def sharded_state(actor: FIPOActor, *, loading: bool) -> dict[str, Any]:
     """
     model = {str(n): chunk.sharded_state_dict(metadata=dict(LAYERS)) for n, chunk in enumerate(actor.chunks)}
     weights = {id(value.data): value for value in nested_values(model) if not isinstance(value, ShardedObject)}
+    _share_out(weights.values(), actor.topology)
     state = {
         "model": model,
         "optimizer": _optimizer_state(actor, weights),
@@ -87,6 +89,18 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
     for offsets, sizes in boxes(shape[1:], start, stop):
         yield (row, *offsets), (1, *sizes)
+
+
+def _share_out(weights: Iterable[Sharded], topology: Topology) -> None:
+    """Data-parallel replicas hold the same weights, and Megatron has the first write them. Let each write as many."""
+    loads = {True: [0] * topology.groups.expt_dp.size(), False: [0] * topology.dp_cp.size()}
+    for weight in weights:
+        load = loads[not getattr(weight.data, "allreduce", True)]  # Megatron's mark of an expert's parameter
+        writer = load.index(min(load))
+        *others, replica = weight.replica_id
+        if not any(others):
+            load[writer] += weight.data.nbytes
+        weight.replica_id = (*others, (replica - writer) % len(load))
 
 
 def _optimizer_state(actor: FIPOActor, weights: Mapping[int, Sharded]) -> dict[str, Any]:

@@ -55,14 +55,17 @@ class _Save:
     payload: Payload
     report: Report
     metadata: Metadata | None  # on rank 0
+    failure: str | None = None
+    bytes: int = 0  # on rank 0, once written
     pause: float = 0.0
+    writing: float = 0.0  # on rank 0, once written
 
 
 class Checkpointer:
     """Checkpoints of one actor in one directory, which no other run writes to. All methods but `close` are collective.
 
     Attributes:
-        last: figures of the newest checkpoint that this process has seen through, on rank 0.
+        last: figures of the checkpoint that was written last; whole only on rank 0.
     """
 
     def __init__(
@@ -82,8 +85,7 @@ class Checkpointer:
         self._warn = warn if topology.rank == 0 else lambda text: None
         self._queue = WriterQueue()
         self._pending: _Save | None = None
-        self._failure: str | None = None  # of the save that was finalized last
-        self._first_save = True
+        self._validated = False
         self._whole: int | None = None  # the newest that is known to be whole
         self._deletion: threading.Thread | None = None
         # Python's own exit would wait for writers, and with them whoever waits for a failed rank.
@@ -129,7 +131,8 @@ class Checkpointer:
         except OSError as error:  # no memory for another process
             failure = f"its writer cannot be started: {error.strerror}"
         if failure := _first(failure):
-            self.close()
+            self._queue.kill()
+            self._pending = None
             self._fail(step, failure, wait)
         pending.pause = time.perf_counter() - started
 
@@ -164,11 +167,8 @@ class Checkpointer:
             self._conclude(wait=False)
 
     def _prepare(self, step: int) -> None:
-        if self._first_save:
-            self._clean_up()
-        path = files.unfinished(self.directory, step)
-        retention.delete([path])
-        path.mkdir(parents=True)
+        self._clean_up()
+        files.unfinished(self.directory, step).mkdir(parents=True)
 
     def _clean_up(self) -> None:
         retention.finish_interrupted(self.directory)
@@ -188,10 +188,10 @@ class Checkpointer:
     def _stage(self, step: int, score: float | None, small: dict[str, bytes]) -> _Save:
         # The validation exchanges every rank's shapes; they stay the same throughout a run.
         sharded, common = save_preprocess(
-            actor_state.sharded_state(self.actor, loading=False), validate_access_integrity=self._first_save
+            actor_state.sharded_state(self.actor, loading=False), validate_access_integrity=not self._validated
         )
+        self._validated = True
         planned, metadata = writing.plan(sharded, files.unfinished(self.directory, step))
-        self._first_save = False
         if self.topology.rank == 0:
             small[files.COMMON] = _saved(common)
         payload = Payload(f"__{self.topology.rank}_0.distcp", planned.items, small)
@@ -206,7 +206,7 @@ class Checkpointer:
         box: list[Any] = [None] * self.topology.world_size
         dist.gather_object((written, results), box if self.topology.rank == 0 else None)
         errors = [f"{w.error} (rank {r})" for r, (w, _) in enumerate(box) if w.error] if self.topology.rank == 0 else []
-        self._failure = self._on_first_rank(lambda: self._publish(save, box), errors[0] if errors else None)
+        save.failure = self._on_first_rank(lambda: self._publish(save, box), errors[0] if errors else None)
 
     def _publish(self, save: _Save, box: list[tuple[Written, list[WriteResult]]]) -> None:
         path = files.unfinished(self.directory, save.step)
@@ -215,28 +215,26 @@ class Checkpointer:
         FileSystemWriter(path).finish(save.metadata, [results for _, results in box])
         records[files.METADATA] = files.record(path / files.METADATA)
         retention.publish(self.directory, Marker(save.step, self._layout(), save.score, records))
-        size = sum(record.bytes for record in records.values())
-        self.last = Statistics(save.step, size, save.pause, max(written.seconds for written, _ in box))
+        save.bytes = sum(record.bytes for record in records.values())
+        save.writing = max(written.seconds for written, _ in box)
 
     def _conclude(self, wait: bool) -> None:
         """After `_finalize`, on all ranks."""
         save, self._pending = self._pending, None
         assert save is not None
-        if self._failure:
-            self._fail(save.step, self._failure, wait)
+        if save.failure:
+            self._fail(save.step, save.failure, wait)
             return
         self._whole = save.step
-        if self.last is not None and self.topology.rank == 0:
-            self.last = Statistics(save.step, self.last.bytes, save.pause, self.last.writing)
-        if failure := self._on_first_rank(self._remove_old):
+        self.last = Statistics(save.step, save.bytes, save.pause, save.writing)
+        if failure := self._on_first_rank(lambda: self._remove_old(save.step)):
             self._warn(f"old checkpoints in {self.directory} could not be removed: {failure}")
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, written: int) -> None:
         """Deleting takes long on some file systems: training does not wait for it."""
         self._join_deletion()
-        self._deletion = threading.Thread(
-            target=retention.delete, args=(retention.retire(self.directory, self.config),), daemon=True
-        )
+        old = retention.retire(self.directory, self.config, written)
+        self._deletion = threading.Thread(target=retention.delete, args=(old,), daemon=True)
         self._deletion.start()
 
     def _join_deletion(self) -> None:

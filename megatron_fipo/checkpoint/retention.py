@@ -38,11 +38,11 @@ def publish(directory: Path, marker: Marker) -> None:
     flush(directory)
 
 
-def kept(scores: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
-    """Of checkpoints, given as step -> validation score, those that stay. The newest always does; of equal scores the
-    latest counts as the best."""
+def kept(scores: Mapping[int, float | None], written: int, config: CheckpointConfig) -> set[int]:
+    """Of checkpoints, given as step -> validation score, those that stay. The newest always does, and the one just
+    written, which is another where a run went back; of equal scores the latest counts as the best."""
     newest_first = sorted(scores, reverse=True)
-    keep = set(newest_first[: max(1, config.keep_last)])
+    keep = {written, *newest_first[: max(1, config.keep_last)]}
     if config.keep_every:
         keep |= {step for step in newest_first if step % config.keep_every == 0}
     scored = {step: score for step, score in scores.items() if score is not None}
@@ -51,9 +51,9 @@ def kept(scores: Mapping[int, float | None], config: CheckpointConfig) -> set[in
     return keep
 
 
-def retire(directory: Path, config: CheckpointConfig) -> list[Path]:
-    """Take the names of checkpoints that need not stay, so that nobody can take one that is half deleted for whole.
-    Those without a readable marker are left for a person to look at.
+def retire(directory: Path, config: CheckpointConfig, written: int) -> list[Path]:
+    """Take the names of checkpoints that need not stay now that `written` is whole, so that nobody can take one that
+    is half deleted for whole. Those without a readable marker are left for a person to look at.
 
     Returns what is to be deleted.
 
@@ -66,7 +66,7 @@ def retire(directory: Path, config: CheckpointConfig) -> list[Path]:
             scores[step] = Marker.read(directory_of(directory, step), step).score
         except DamagedError:
             continue
-    for step in scores.keys() - kept(scores, config):
+    for step in scores.keys() - kept(scores, written, config):
         take_away(directory, step)
     return [path for path in leftovers(directory) if path.name.endswith(".removed")]
 
