@@ -4,9 +4,10 @@
 
 One run is left alone. Others, of the same configuration, are ended over and over: by SIGKILL to the launcher and all
 its ranks, or, one time in four, by SIGUSR1 to the launcher as Slurm sends it. Each is started again by the same
-command until it is through. The moments are uniform over an attempt, so they fall into model building, generation,
-updates and asynchronous checkpoints alike. Metrics (times left out), trained responses and the final weights are
-compared with those of the undisturbed run: every difference is an error, and so is an attempt that fails by itself.
+command until it is through. One moment in four is uniform over the whole attempt, start-up included; the others are
+uniform over its training, so they fall into generation, updates, evaluations and asynchronous checkpoints alike.
+Metrics (times left out), trained responses and the final weights are compared with those of the undisturbed run:
+every difference is an error, and so is an attempt that fails by itself.
 Prints a table, and as its last line one JSON object with the same figures.
 """
 
@@ -60,6 +61,14 @@ def parity(responses, ground_truths, data_sources):
 """
 ENDED_BY_REQUEST = 75  # the exit code that asks to be started again
 ATTEMPT_LIMIT = 300.0  # seconds
+
+
+@dataclass(frozen=True)
+class Usual:
+    """Seconds of the undisturbed run: of the whole command, and of its training."""
+
+    attempt: float
+    training: float
 
 
 @dataclass
@@ -134,34 +143,57 @@ def differences(expected: dict[str, Any], seen: dict[str, Any]) -> list[str]:
     return [name for name in sorted(expected.keys() | seen.keys()) if expected.get(name) != seen.get(name)]
 
 
-def disturbed_run(arguments: list[str], run: Path, kills: int, typical: float, rng: random.Random, soak: Soak) -> None:
+def survives_until_its_moment(process: subprocess.Popen[bytes], run: Path, usual: Usual, rng: random.Random) -> bool:
+    """Wait for a random moment of an attempt; False: the attempt came to an end before."""
+    if rng.random() < 0.25:
+        return _still_runs_after(process, rng.uniform(0.0, usual.attempt))
+    before = _rows(run)
+    deadline = time.monotonic() + usual.attempt * 3
+    while _rows(run) == before and time.monotonic() < deadline:
+        if not _still_runs_after(process, 0.05):
+            return False
+    return _still_runs_after(process, rng.uniform(0.0, usual.training))
+
+
+def _rows(run: Path) -> bytes:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes() if metrics.exists() else b""
+
+
+def _still_runs_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def disturbed_run(arguments: list[str], run: Path, kills: int, usual: Usual, rng: random.Random, soak: Soak) -> None:
     """Start a run until it is through, ending up to `kills` attempts at random moments."""
     soak.runs += 1
     while True:
-        checkpoints = run / "checkpoints"
-        whole = [int(p.parent.name.partition("_")[2]) for p in checkpoints.glob("step_*/complete.json")]
+        whole = [int(p.parent.name.partition("_")[2]) for p in run.glob("checkpoints/step_*/complete.json")]
         soak.resumed_from.append(max(whole, default=0))
         process = start(arguments, run.parent)
-        try:
-            process.wait(rng.uniform(0.0, typical) if kills > 0 else ATTEMPT_LIMIT)
-        except subprocess.TimeoutExpired:
-            if kills <= 0:
-                end(process, politely=False)
-                soak.errors.append(f"{run.name}: an attempt took more than {ATTEMPT_LIMIT:.0f} s")
-                return
-            politely = rng.random() < 0.25
-            end(process, politely)
+        if kills > 0 and survives_until_its_moment(process, run, usual, rng):
             kills -= 1
-            soak.requests += politely
-            soak.kills += not politely
-            # A request that comes before the ranks listen ends the process as any program's.
-            if politely and process.returncode not in (0, ENDED_BY_REQUEST, -signal.SIGUSR1):
-                soak.errors.append(f"{run.name}: asked to stop, it exited with {process.returncode}")
+            disturb(process, politely=rng.random() < 0.25, soak=soak)
             continue
-        if process.returncode == 0:
-            return
-        soak.errors.append(f"{run.name}: an attempt failed by itself with {process.returncode}")
+        if _still_runs_after(process, ATTEMPT_LIMIT):
+            end(process, politely=False)
+            soak.errors.append(f"{run.name}: an attempt took more than {ATTEMPT_LIMIT:.0f} s")
+        elif process.returncode != 0:
+            soak.errors.append(f"{run.name}: an attempt failed by itself with {process.returncode}")
         return
+
+
+def disturb(process: subprocess.Popen[bytes], politely: bool, soak: Soak) -> None:
+    end(process, politely)
+    soak.requests += politely
+    soak.kills += not politely
+    # A request that comes before the launcher listens ends it as it ends any program; one that comes last is too late.
+    if politely and process.returncode not in (0, ENDED_BY_REQUEST, -signal.SIGUSR1):
+        soak.errors.append(f"asked to stop, an attempt exited with {process.returncode}")
 
 
 def main() -> None:
@@ -182,22 +214,24 @@ def main() -> None:
         started = time.monotonic()
         if start(command("undisturbed", options.layout, options.steps), directory).wait(ATTEMPT_LIMIT) != 0:
             sys.exit("the undisturbed run failed:\n" + (directory / "attempts.log").read_text()[-4000:])
-        typical = time.monotonic() - started
-        expected = outcome(directory / "undisturbed")
+        undisturbed = directory / "undisturbed"
+        training = json.loads(_rows(undisturbed).splitlines()[-1])["wall_seconds"]
+        usual = Usual(attempt=time.monotonic() - started, training=training)
+        expected = outcome(undisturbed)
         while soak.kills + soak.requests < options.kills and not soak.errors:
             run = directory / f"run-{soak.runs}"
             left = min(options.kills - soak.kills - soak.requests, options.kills_per_run)
-            disturbed_run(command(run.name, options.layout, options.steps), run, left, typical, rng, soak)
+            disturbed_run(command(run.name, options.layout, options.steps), run, left, usual, rng, soak)
             if not soak.errors:
                 soak.errors += [f"{run.name}: {d} differs" for d in differences(expected, outcome(run))]
             bar.update(task, completed=soak.kills + soak.requests)
         if soak.errors:
             sys.stderr.write((directory / "attempts.log").read_text()[-8000:])
-    report(soak, options, typical)
+    report(soak, options, usual)
     sys.exit(1 if soak.errors else 0)
 
 
-def report(soak: Soak, options: argparse.Namespace, typical: float) -> None:
+def report(soak: Soak, options: argparse.Namespace, usual: Usual) -> None:
     table = Table(title=f"kill soak, layout {options.layout}, {options.steps} steps, seed {options.seed}")
     table.add_column("what")
     table.add_column("number", justify="right")
@@ -215,7 +249,12 @@ def report(soak: Soak, options: argparse.Namespace, typical: float) -> None:
     console.print(table)
     for error in soak.errors[:20]:
         console.print(f"[red]{error}")
-    line = {**figures, "undisturbed_seconds": round(typical, 1), "layout": options.layout, "errors": soak.errors[:20]}
+    line = {
+        **figures,
+        "undisturbed_seconds": round(usual.attempt, 1),
+        "layout": options.layout,
+        "errors": soak.errors[:20],
+    }
     print(json.dumps(line))
 
 
