@@ -1,0 +1,1 @@
+"""What a layout costs: memory of its ranks."""

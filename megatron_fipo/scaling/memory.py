@@ -1,0 +1,201 @@
+"""Device memory of a rank, by pipeline stage, in bytes: plain arithmetic, nothing is built or measured.
+
+Exact: parameters, gradients and optimizer state, which a test compares with Megatron's own buffers. Estimated, from
+the tensors that backward needs with Transformer Engine's kernels: activations and the LM head. Not in it: the CUDA
+context, NCCL's buffers, kernels' workspaces, and what the allocator loses to fragmentation.
+
+Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, t tensor-parallel ranks,
+p pipeline stages, v model chunks a stage, N tokens of a micro-batch on one context-parallel rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.model.architecture import Architecture, stage_layers
+
+_ITEM = {"bfloat16": 2, "float32": 4}  # bytes
+_FLOAT32 = 4
+# Megatron's distributed optimizer aligns each tensor in its buffers, and the end of each buffer so that it can be
+# shared out evenly; in elements.
+_TENSOR_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+_LM_HEAD_SCRATCH = 2 * (64 << 20)  # parallel.lm_head's float32 blocks on a GPU
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """One rank during an update, at its peak."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # the largest share of any data-parallel rank
+    activations: int
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class RolloutMemory:
+    """One rank while a rollout engine on the same GPU generates."""
+
+    kept: int  # what stays of the trainer
+    weights: int  # of the engine
+    cache_per_token: int  # keys and values, on each of the engine's GPUs
+
+
+def training_memory(arch: Architecture, config: Config, stage: int) -> TrainingMemory:
+    """Of a rank of pipeline stage `stage`, 0 first.
+
+    Raises:
+        ValueError: the layers cannot be dealt to the stages.
+    """
+    buckets = list(_buckets(arch, config.parallel, stage))
+    distributed, item = config.optimizer.distributed, _ITEM[config.model.dtype]
+    elements = sum(b.elements(distributed) for b in buckets)
+    # Adam's two moments, and beside narrower parameters the float32 ones that are updated
+    state = _FLOAT32 * (3 if item < _FLOAT32 else 2)
+    return TrainingMemory(
+        parameters=elements * item,
+        gradients=elements * _FLOAT32,
+        optimizer=state * sum(b.largest_share() if distributed else sum(b.sizes) for b in buckets),
+        activations=_activations(arch, config, stage),
+        lm_head=_lm_head(arch, config) if stage == config.parallel.pipeline - 1 else 0,
+    )
+
+
+def rollout_memory(arch: Architecture, config: Config, stage: int, engine_tensor: int) -> RolloutMemory:
+    """Beside an engine that splits the model, in the trainer's precision, over `engine_tensor` GPUs."""
+    trainer, item = training_memory(arch, config, stage), _ITEM[config.model.dtype]
+    engine = ParallelConfig(world_size=engine_tensor, tensor=engine_tensor)
+    kv_heads = max(1, arch.num_kv_heads // engine_tensor)
+    return RolloutMemory(
+        kept=trainer.parameters + trainer.gradients + (0 if config.optimizer.offload_state else trainer.optimizer),
+        weights=num_parameters(arch, engine, stage=0) * item,
+        cache_per_token=2 * arch.num_layers * kv_heads * arch.head_dim * item,
+    )
+
+
+def num_parameters(arch: Architecture, layout: ParallelConfig, stage: int) -> int:
+    """Elements of the parameters on one rank of a stage; a tied embedding counts on both ends of a pipeline.
+
+    Raises:
+        ValueError: the layers cannot be dealt to the stages.
+    """
+    return sum(sum(b.sizes) for b in _buckets(arch, layout, stage))
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Parameters whose gradients are reduced together."""
+
+    sizes: list[int]  # elements of each tensor
+    ranks: int  # that the distributed optimizer shares them out to
+
+    def elements(self, distributed: bool) -> int:
+        """With the distributed optimizer's padding."""
+        if not distributed:
+            return sum(self.sizes)
+        aligned = sum(_round_up(n, _TENSOR_ALIGNMENT) for n in self.sizes)
+        return _round_up(aligned, math.lcm(self.ranks, _BUCKET_ALIGNMENT))
+
+    def largest_share(self) -> int:
+        """Elements that the first rank updates; exact unless tensors are padded, by up to that padding too many."""
+        return min(self.elements(distributed=True) // self.ranks, sum(self.sizes))
+
+
+def _buckets(arch: Architecture, p: ParallelConfig, stage: int) -> Iterator[_Bucket]:
+    """Of each model chunk: dense parameters, experts, and an embedding that two pipeline stages share."""
+    layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
+    expert_ranks = p.tensor * p.context * p.data // p.expert
+    vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor * arch.hidden_size
+    for chunk in range(p.virtual_pipeline):
+        first = stage == 0 and chunk == 0
+        last = stage == p.pipeline - 1 and chunk == p.virtual_pipeline - 1
+        dense = _dense_sizes(arch, p) * layers
+        if last:
+            dense.append(arch.hidden_size)  # the final norm
+        embeddings = [vocabulary] * (first + last - (first and last and arch.tied_embeddings))
+        shared = arch.tied_embeddings and first != last
+        yield _Bucket(dense + ([] if shared else embeddings), p.data * p.context)
+        if shared:
+            yield _Bucket(embeddings, p.data * p.context)
+        if arch.experts:
+            yield _Bucket(_expert_sizes(arch, p) * layers, expert_ranks)
+
+
+def _dense_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
+    """Elements of a layer's parameters on one rank, without its experts."""
+    h, q = arch.hidden_size, arch.num_heads * arch.head_dim
+    qkv = (q + 2 * arch.num_kv_heads * arch.head_dim) // p.tensor
+    sizes = [h, qkv * h, h * q // p.tensor, h]  # norm, projections to and from the heads, norm
+    if arch.qkv_bias:
+        sizes.append(qkv)
+    if arch.qk_norm:
+        sizes += [arch.head_dim, arch.head_dim]
+    if arch.experts:
+        return [*sizes, arch.experts.count * h]  # the router
+    f = arch.ffn_hidden_size // p.tensor
+    return [*sizes, 2 * f * h, h * f]
+
+
+def _expert_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
+    assert arch.experts is not None
+    h, f = arch.hidden_size, arch.experts.ffn_hidden_size
+    return [2 * f * h, h * f] * (arch.experts.count // p.expert)
+
+
+def layer_activations(arch: Architecture, config: Config) -> int:
+    """Bytes a token of one layer that backward needs, where nothing is recomputed.
+
+    In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
+    both halves of the MLP's input to SwiGLU, and its output, 3f.
+    """
+    p, item = config.parallel, _ITEM[config.model.dtype]
+    norms = 4 * arch.hidden_size
+    heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim
+    if arch.experts:  # each token's copies for its experts, whole, balanced over their ranks
+        mlp = arch.experts.active * (2 * arch.hidden_size + 3 * arch.experts.ffn_hidden_size)
+    else:
+        mlp = 3 * arch.ffn_hidden_size
+    split = (heads + mlp) // p.tensor
+    return item * (split + (norms // p.tensor if p.sequence else norms))
+
+
+def _activations(arch: Architecture, config: Config, stage: int) -> int:
+    """Those of the micro-batches between their forward and backward pass on this stage."""
+    p = config.parallel
+    tokens = config.trainer.tokens_per_micro_batch // p.context
+    layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
+    one_layer = layer_activations(arch, config) * tokens
+    if config.model.recompute != "full":  # flash attention has nothing left for `selective` to drop
+        return layers * chunks_in_flight(p, stage) * one_layer
+    layer_input = arch.hidden_size * _ITEM[config.model.dtype] * tokens // (p.tensor if p.sequence else 1)
+    return layers * chunks_in_flight(p, stage) * layer_input + one_layer  # the one that is being recomputed
+
+
+def chunks_in_flight(p: ParallelConfig, stage: int) -> int:
+    """Forward passes of this stage's model chunks whose backward is still to come, at most (1F1B)."""
+    if p.virtual_pipeline == 1:
+        return p.pipeline - stage
+    return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
+
+
+def _lm_head(arch: Architecture, config: Config) -> int:
+    """Backward of the chunked head, if every token of the micro-batch belongs to a response."""
+    p, item = config.parallel, _ITEM[config.model.dtype]
+    tokens = config.trainer.tokens_per_micro_batch // p.context
+    vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor
+    hidden = tokens * arch.hidden_size * item * (3 if p.sequence else 2)  # gathered, selected, and its gradient
+    weight_gradient = vocabulary * arch.hidden_size * (_FLOAT32 + (item if item < _FLOAT32 else 0))  # sum, then cast
+    logits = config.model.lm_head_chunk_tokens * vocabulary * (_FLOAT32 + item if config.model.fp32_logits else item)
+    return hidden + weight_gradient + logits + _LM_HEAD_SCRATCH
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,166 @@
+"""The paper's recipes: their numbers, that models and layouts fit, and that README shows what memory.py prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.algorithm import loss_config
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.model.architecture import check_model
+from megatron_fipo.scaling.memory import training_memory
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("fipo_32b", "dapo_32b", "fipo_7b")
+# config.json as published, without what nothing here reads
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+CONFIG_JSON = {
+    "Qwen2.5-32B": QWEN
+    | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40}
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 64}
+    | {"rope_theta": 1000000.0, "rms_norm_eps": 1e-05},
+    "Qwen2.5-Math-7B": QWEN
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    | {"num_key_value_heads": 4, "max_position_embeddings": 4096, "sliding_window": 4096, "max_window_layers": 28}
+    | {"rope_theta": 10000, "rms_norm_eps": 1e-06},
+}
+PAPER: dict[str, dict[str, dict[str, Any]]] = {
+    "fipo_32b": {
+        "rollout": {"prompts_per_step": 512, "group_size": 16, "prompts_per_round": 4 * 512, "max_rounds": 10}
+        | {"temperature": 1.0, "top_p": 1.0, "max_response_tokens": 20480, "dynamic_sampling": True},
+        "algorithm": {"loss": "fipo", "half_life": 32, "influence_clip": (1.0, 1.2), "safety_threshold": 10}
+        | {
+            "clip_ratio_low": 0.2,
+            "clip_ratio_high": 0.28,
+            "dual_clip": 10,
+            "kl_coefficient": 0,
+            "entropy_coefficient": 0,
+        },
+        "optimizer": {"lr": 1e-6, "warmup": 10, "warmup_unit": "step", "betas": (0.9, 0.999), "eps": 1e-8}
+        | {"weight_decay": 0.1, "grad_clip": 1.0},
+        "trainer": {"mini_batch_prompts": 64, "epochs_per_batch": 1},
+        "data": {"max_prompt_tokens": 2048},
+        "reward": {"function": "dapo", "overlong_buffer_tokens": 4096, "overlong_penalty_factor": 1.0},
+        "eval": {"every": 5, "samples": 32, "temperature": 1.0, "top_p": 0.7},
+        "checkpoint": {"every": 5},
+        "parallel": {"world_size": 16 * 8},
+    },
+    "dapo_32b": {
+        "rollout": {"prompts_per_step": 512, "group_size": 16, "prompts_per_round": 3 * 512, "max_rounds": 10},
+        "algorithm": {"loss": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "dual_clip": 10},
+        "trainer": {"mini_batch_prompts": 32},
+    },
+    "fipo_7b": {
+        "rollout": {"prompts_per_step": 512, "group_size": 32, "prompts_per_round": 4 * 512}
+        | {"max_response_tokens": 10240},
+        "algorithm": {"half_life": 32, "influence_clip": (0.8, 1.2), "safety_threshold": 3, "dual_clip": 10},
+        "trainer": {"mini_batch_prompts": 64},
+        "data": {"max_prompt_tokens": 2048},
+        "reward": {"overlong_buffer_tokens": 2048},
+        "model": {"overrides": {"max_position_embeddings": 32768}},
+    },
+}
+
+
+def load_script(name):
+    spec = util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+memory = load_script("memory")
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load_config(ROOT / "examples" / f"{name}.yaml", overrides)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A directory with the published config.json of each model."""
+    for name, config in CONFIG_JSON.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_numbers_are_the_papers(name):
+    """Every number that the paper, or the authors' code, gives."""
+    config = recipe(name)
+    for section, values in PAPER[name].items():
+        found = {key: getattr(getattr(config, section), key) for key in values}
+        assert found == values
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_model_fits_the_layout(models, name):
+    """Heads, layers and lengths, with the model's own config.json; the loss's constants are legal."""
+    config = recipe(name)
+    config = recipe(name, f"model.hf_path={models / Path(config.model.hf_path).name}")
+    arch = check_model(config)
+    assert arch == dataclasses.replace(
+        memory.shape(recipe(name)),  # what memory.py knows without the model
+        max_position_embeddings=arch.max_position_embeddings,
+        rope_theta=arch.rope_theta,
+        norm_eps=arch.norm_eps,
+    )
+    loss_config(config.algorithm, config.rollout)
+    assert config.updates_per_step == {"fipo_32b": 8, "dapo_32b": 16, "fipo_7b": 8}[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_update_fits_into_80_gb(name):
+    """With 10 GB left for what the arithmetic does not know."""
+    config = recipe(name)
+    arch = memory.shape(config)
+    assert max(training_memory(arch, config, stage).total for stage in range(config.parallel.pipeline)) < 70e9
+
+
+def test_dapo_is_fipos_recipe_but_the_loss():
+    """The two 32B recipes differ in the loss, and in two sizes that are DAPO's own."""
+    fipo, dapo = (dataclasses.asdict(recipe(name)) for name in ("fipo_32b", "dapo_32b"))
+    different = {f"{s}.{key}" for s, section in fipo.items() for key in section if section[key] != dapo[s][key]}
+    assert different == {
+        *("run.name", "algorithm.loss", "algorithm.max_dual_clipped_tokens"),
+        *("trainer.mini_batch_prompts", "rollout.prompts_per_round"),
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batch_script_asks_for_the_recipes_gpus(name):
+    """Nodes x tasks a node are parallel.world_size, and the script's default is the recipe."""
+    script = (ROOT / "slurm" / f"{name}.sh").read_text()
+    nodes, tasks = (int(re.search(rf"#SBATCH --{key}=(\d+)", script)[1]) for key in ("nodes", "ntasks-per-node"))
+    assert nodes * tasks == recipe(name).parallel.world_size
+    assert f"examples/{name}.yaml" in script
+
+
+def test_readme_shows_what_memory_prints(monkeypatch, capsys):
+    """Each table in README is the output of the command above it."""
+    readme = (ROOT / "examples" / "README.md").read_text()
+    blocks = readme.split("<!-- python examples/memory.py ")[1:]
+    assert len(blocks) == 2
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        command, text = block.split(" -->\n", 1)
+        monkeypatch.setattr(sys, "argv", ["memory.py", *shlex.split(command)])
+        memory.main()
+        assert text.startswith(capsys.readouterr().out)
