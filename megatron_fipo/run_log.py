@@ -9,6 +9,7 @@ summary.json           evaluation before and after, steps, seconds
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -30,6 +31,8 @@ from megatron_fipo.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
 
 def clear(directory: Path) -> None:
@@ -54,6 +57,33 @@ def _rewind(directory: Path, step: int) -> int:
     return len(kept)
 
 
+def _keep_old_config(path: Path, text: str, step: int) -> None:
+    """Write the configuration; one that was in force up to `step` and differs stays under another name."""
+    if step and path.exists() and path.read_text() != text:
+        os.replace(path, path.with_name(f"config_until_step_{step}.yaml"))
+    write_whole(path, text)
+
+
+def _locked(path: Path) -> int | None:
+    """The descriptor of a locked file; None where the file system has no locks. The lock ends with this process, and
+    of a process on a lost node a moment later."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"another process is training in {path.parent}: wait for its end, or choose another run.name"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            os.close(lock)
+            return None
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -74,19 +104,29 @@ class RunLog:
         self._started = time.monotonic()
         self._metrics: Any = None
         self._tensorboard: SummaryWriter | None = None
+        self._claim: int | None = None
+
+    def claim_directory(self) -> None:
+        """Make the run's directory this process's own until it ends, however it ends. Before anything is changed there.
+
+        Raises:
+            ValueError: another process is training in it.
+        """
+        if self.writes:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._claim = _locked(self.directory / ".lock")
 
     def open(self, step: int, seconds: float) -> None:
         """Start writing after `step` finished steps, which took `seconds`; what an attempt wrote of later ones goes."""
         self._started = time.monotonic() - seconds
         if not self.writes:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         rows = _rewind(self.directory, step)
         if rows != step:
             self.warn(
                 f"{self.directory / 'metrics.jsonl'} has {rows} rows of {step} finished steps; the others are lost"
             )
-        write_whole(self.directory / "config.yaml", to_yaml(self.config))
+        _keep_old_config(self.directory / "config.yaml", to_yaml(self.config), step)
         self._metrics = (self.directory / "metrics.jsonl").open("a")
         if self.config.trainer.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -176,6 +216,9 @@ class RunLog:
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
         if self._metrics is not None:
             self._metrics.close()
         if self._tensorboard is not None:

@@ -169,6 +169,7 @@ class Trainer:
     def _restore(self) -> bool:
         """Take up the run where its newest whole checkpoint stands; True if there is nothing left to do."""
         directory = self.config.run_directory
+        self.log.claim_directory()
         if starts_over(self.config):
             if self.topology.rank == 0:
                 clear(directory)

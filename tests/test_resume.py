@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_fipo import run_log
 from megatron_fipo.config import Config, load_config, to_yaml
 from megatron_fipo.evaluate import Evaluation
 from megatron_fipo.resume import Progress, changes, check_directory, starts_over
+from megatron_fipo.run_log import RunLog
 
 EVALUATION = Evaluation(samples=2, problems=4, avg=0.5, cons=0.25, pass_=0.75, length=7.5, truncated=0.0)
 
@@ -137,3 +143,42 @@ def test_progress_of_evaluations() -> None:
     progress = Progress().evaluated(EVALUATION).evaluated(better).evaluated(worse)
     assert (progress.before, progress.after, progress.best) == (EVALUATION, worse, 0.6)
     assert progress.evaluated(None) is progress
+
+
+def _claim(config: Config, claimed: Any, done: Any) -> None:
+    log = RunLog(config, rank=0)
+    log.claim_directory()
+    claimed.set()
+    done.wait(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainers in one directory would mix their files; a killed one does not stand in the way."""
+    monkeypatch.setattr(run_log, "_CLAIM_SECONDS", 0.3)
+    config, context = _config(tmp_path / "run"), multiprocessing.get_context("spawn")
+    claimed, done = context.Event(), context.Event()
+    other = context.Process(target=_claim, args=(config, claimed, done))
+    other.start()
+    try:
+        assert claimed.wait(60)
+        with pytest.raises(ValueError, match="another process is training in"):
+            RunLog(config, rank=0).claim_directory()
+        done.set()
+        other.join(60)
+        log = RunLog(config, rank=0)
+        log.claim_directory()
+        log.close()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_settings_that_were_in_force_are_kept(run: Path) -> None:
+    """Where changes are allowed, the old configuration stays beside the new one."""
+    old, new = _config(run), _config(run, "optimizer.lr=1e-5")
+    log = RunLog(new, rank=0)
+    log.open(step=2, seconds=0.0)
+    log.close()
+    assert (run / "config.yaml").read_text() == to_yaml(new)
+    assert (run / "config_until_step_2.yaml").read_text() == to_yaml(old)
