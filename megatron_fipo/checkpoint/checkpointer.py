@@ -243,8 +243,7 @@ class Checkpointer:
             self._deletion = None
 
     def _fail(self, step: int, reason: str, wait: bool) -> None:
-        if self.topology.rank == 0:
-            retention.delete([files.unfinished(self.directory, step)])
+        self._on_first_rank(lambda: retention.delete([files.unfinished(self.directory, step)]))
         kept = (
             f"the one of step {self._whole} stays" if self._whole is not None else "there is no earlier one of this run"
         )

@@ -222,12 +222,15 @@ class _File:
         self._stream = open(path, "wb")  # noqa: SIM115  closed by the context
         self.size = 0
         self._crc = 0
+        self._error: OSError | None = None
 
     def __enter__(self) -> _File:
         return self
 
     def __exit__(self, *error: object) -> None:
         with self._stream:
+            if self._error is not None:
+                raise self._error from None  # `torch.save` covers it with an error of its own
             if error[0] is None:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
@@ -235,7 +238,11 @@ class _File:
     def write(self, data: Any) -> int:
         self._crc = zlib.crc32(data, self._crc)
         self.size += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self._error = error
+            raise
 
     def flush(self) -> None:
         """`torch.save` asks for it after each tensor; it is done once, at the end."""

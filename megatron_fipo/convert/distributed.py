@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -346,8 +346,9 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, at names that Megatron-Core 0.16 uses
             return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-    except dist_checkpointing.mapping.CheckpointingException as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from None
+    except CheckpointException as error:  # what any rank raised while it planned or read
+        reason, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{path} does not fit the model: {reason}") from None
 
 
 def _agree(problem: str | None) -> None:
