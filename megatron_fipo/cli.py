@@ -25,7 +25,6 @@ app.add_typer(data, name="data")
 convert = typer.Typer(help="Hugging Face checkpoints to Megatron and back.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see examples/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", metavar="[KEY=VALUE]...")
 ]
@@ -33,8 +32,9 @@ Overrides = Annotated[
 
 @app.command(epilog=EXIT_CODES)
 def train(
-    config: ConfigFile,
+    config: Annotated[str | None, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="CONFIG where none is given, before the key=value.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, layout, data and tokenizer, and run one made-up update.")
     ] = False,
@@ -42,7 +42,7 @@ def train(
     """Train a policy. Starts its own ranks unless torchrun or srun already did."""
     from megatron_fipo import launch
 
-    settings = load_config(config, overrides or ())
+    settings = load_config(*_config_and_overrides(config, overrides or [], recipe))
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
         _check(settings, dry_run)
     if dry_run:
@@ -57,6 +57,15 @@ def train(
     )
     if launch.is_first_process():
         _report(settings.run_directory)
+
+
+def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path | None) -> tuple[Path, list[str]]:
+    """The first argument is an override where there is a recipe that it can be one of."""
+    if recipe is not None and (config is None or "=" in config):
+        return recipe, [config, *overrides] if config is not None else overrides
+    if config is None:
+        raise ValueError("train needs a config file; see examples/")
+    return Path(config), overrides
 
 
 def _check(config: Config, dry_run: bool) -> None:

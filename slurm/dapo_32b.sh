@@ -22,4 +22,4 @@
 set -euo pipefail
 source "${FIPO_SITE:-slurm/site.env}"
 srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
-  megatron-fipo train "${@:-examples/dapo_32b.yaml}"
+  megatron-fipo train --recipe examples/dapo_32b.yaml "$@"

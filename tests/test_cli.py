@@ -143,6 +143,33 @@ def test_bad_input_is_refused(case: str, dry_run: bool, task: Path, command: Com
     assert _tree(task) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "config", "lr"),
+    [
+        ([], "recipe.yaml", 1e-6),
+        (["optimizer.lr=3e-6"], "recipe.yaml", 3e-6),
+        (["config.yaml"], "config.yaml", 1e-6),
+        (["config.yaml", "optimizer.lr=3e-6"], "config.yaml", 3e-6),
+    ],
+)
+def test_recipe_stands_in_for_a_config(
+    arguments: list[str], config: str, lr: float, task: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train --recipe FILE` as batch scripts say it: the recipe, unless the first argument is another config."""
+    text = (task / "config.yaml").read_text()
+    (task / "recipe.yaml").write_text(text + "resume: {max_requeues: 7}\n")
+    started: list[Config] = []
+    monkeypatch.setattr(launch, "run", lambda entry, parallel, args, **kwargs: started.append(args[0]))
+    assert command("train", "--recipe", "recipe.yaml", "--dry-run", *arguments).code == 0
+    assert (started[0].resume.max_requeues == 7, started[0].optimizer.lr) == (config == "recipe.yaml", lr)
+
+
+def test_config_is_asked_for(task: Path, command: Command) -> None:
+    """Without a recipe a config file must be named."""
+    outcome = command("train")
+    assert (outcome.code, "train needs a config file" in outcome.stderr) == (2, True)
+
+
 def _earlier_run(task: Path) -> None:
     (task / "run" / "rollouts").mkdir(parents=True)
     (task / "run" / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.config import load_config
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
-COMMANDS = {"convert.sh": "convert", "eval.sh": "eval"}
 RECIPES = [name for name in SCRIPTS if "examples/" in (ROOT / "slurm" / name).read_text()]
 
 PRINTS_ITS_PLACE = r"""#!/bin/bash
@@ -30,6 +30,13 @@ def _asked(script: str, option: str) -> str:
     found = re.search(rf"^#SBATCH --{option}=(\S+)$", (ROOT / "slurm" / script).read_text(), re.MULTILINE)
     assert found, f"{script} says nothing of --{option}"
     return found[1]
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_tasks_are_the_recipe_s_ranks(script: str) -> None:
+    """Nodes x tasks a node = parallel.world_size of the recipe that the script starts."""
+    recipe = load_config(ROOT / "examples" / script.replace(".sh", ".yaml"))
+    assert int(_asked(script, "nodes")) * int(_asked(script, "ntasks-per-node")) == recipe.parallel.world_size
 
 
 @pytest.mark.parametrize("script", RECIPES)
@@ -94,6 +101,12 @@ def test_slurm_refuses_more_than_there_is(cluster: Cluster) -> None:
         cluster.run("sbatch", "--test-only", "--nodes=17", "slurm/fipo_32b.sh")
 
 
+def _command(script: str) -> str:
+    if script in RECIPES:
+        return f"train|--recipe|examples/{script.removesuffix('.sh')}.yaml"
+    return script.removesuffix(".sh")
+
+
 @pytest.fixture
 def ranks(cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
     """ranks(script, *arguments, options=()): what each started rank was given, in order, in place of running it."""
@@ -128,7 +141,7 @@ def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[st
     for rank in started:
         assert rank["gpus"] == ("" if script == "convert.sh" else "0,1,2,3,4,5,6,7")
         assert rank["cores"] == _asked(script, "cpus-per-task")
-        assert rank["arguments"] == f"{COMMANDS.get(script, 'train')}|a b.yaml|run.name=c|"
+        assert rank["arguments"] == f"{_command(script)}|a b.yaml|run.name=c|"
 
 
 @pytest.mark.slurm
