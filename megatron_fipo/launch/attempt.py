@@ -7,10 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_fipo.launch import attempts
+from megatron_fipo.launch import attempts, slurm
 from megatron_fipo.launch.attempts import Event, Record
 from megatron_fipo.launch.failure import Failure
-from megatron_fipo.launch.slurm import Job, job
 from megatron_fipo.outcome import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
 
 _POLL_SECONDS = 1.0  # of a file that all nodes see
@@ -24,10 +23,10 @@ class Attempt:
     def __init__(self, run_directory: Path | None, max_requeues: int, first: bool, alone: bool) -> None:
         """`first`: rank 0 is watched here; `alone`: all ranks are."""
         self.first, self.alone = first, alone
-        self.job: Job | None = job(os.environ)
+        self.job = slurm.job(os.environ)
         self._directory = run_directory
         self._max_requeues = max_requeues
-        self._seen: tuple[int, list[Record]] = (0, [])
+        self._seen: list[Record] = []
         self._next_look = 0.0
 
     def begin(self) -> None:
@@ -39,7 +38,7 @@ class Attempt:
         if self._directory is None or not self.first:
             return
         now = attempts.new_record("start", self._directory, self.job)
-        lost = attempts.abandoned(self._records(), now)
+        lost = attempts.abandoned(self._records(), now, slurm.lost_nodes)
         if lost is not None:
             attempts.append(self._path, lost)
             loop = attempts.crash_loop(self._records())
@@ -120,13 +119,11 @@ class Attempt:
         return attempts.read(self._path)
 
     def _recent(self) -> list[Record]:
-        """The records as of a second ago at most; the file is read when it has grown."""
+        """The records as of a second ago at most. Opened, since network file systems cache what `stat` says."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _POLL_SECONDS
-            size = self._path.stat().st_size if self._path.exists() else 0
-            if size != self._seen[0]:
-                self._seen = (size, self._records())
-        return self._seen[1]
+            self._seen = self._records()
+        return self._seen
 
     def _record(self, event: Event, cause: str = "") -> None:
         if self._directory is not None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ class Record:
     job, restarts, launch: the attempt: Slurm's job number (None without Slurm), how often the job was requeued
         before, and srun's number within the job.
     step: the training step in progress.
+    nodes: of the job.
     """
 
     event: Event
@@ -34,6 +35,7 @@ class Record:
     restarts: int = 0
     launch: str = ""
     cause: str = ""
+    nodes: str = ""
     host: str = ""
     time: str = ""
 
@@ -75,6 +77,7 @@ def new_record(event: Event, run_directory: Path, job: Job | None, cause: str = 
         restarts=job.restarts if job else 0,
         launch=job.step if job else "",
         cause=cause,
+        nodes=job.nodes if job else "",
         host=host(),
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
@@ -94,17 +97,22 @@ def step_in_progress(run_directory: Path) -> int:
     return 1
 
 
-def abandoned(records: Sequence[Record], now: Record) -> Record | None:
-    """The failure of the job's previous attempt, if that ended without a word: as with its node."""
+def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str], str]) -> Record | None:
+    """The failure of the job's previous attempt, if that ended without a word, as with its node.
+
+    An attempt that was asked to stop and did not find the time is none, unless Slurm asked because of a lost node.
+    `lost_nodes`: those of a node list that do not answer.
+    """
     mine = [r for r in records if r.job == now.job]
     starts = [i for i, r in enumerate(mine) if r.event == "start"]
     if now.job is None or not starts or mine[starts[-1]].restarts == now.restarts:
         return None
     start, *after = mine[starts[-1] :]
-    if after:
+    lost = lost_nodes(start.nodes)
+    if any(r.event != "signalled" for r in after) or (after and not lost):
         return None
-    cause = f"the attempt that started at {start.time} on {start.host} ended without a word, as with its node"
-    return Record("failed", now.step, start.job, start.restarts, start.launch, cause, start.host, now.time)
+    cause = f"the attempt that started on {start.nodes} at {start.time} ended without a word"
+    return replace(start, event="failed", step=now.step, cause=f"{cause}; {lost}" if lost else cause, time=now.time)
 
 
 def crash_loop(records: Sequence[Record]) -> str | None:

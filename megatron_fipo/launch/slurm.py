@@ -88,11 +88,13 @@ class Job:
     Attributes:
         restarts: times that it was put back into the queue before.
         step: srun's number for this launch; "" without srun.
+        nodes: Slurm's short form of their list.
     """
 
     number: str
     restarts: int
     step: str = ""
+    nodes: str = ""
 
     def requeue(self) -> str | None:
         """Put the job back into the queue, which ends it here; returns why not, or None when it was done."""
@@ -104,7 +106,18 @@ class Job:
 
 def job(environment: Mapping[str, str]) -> Job | None:
     number = environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID")
-    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", "")) if number else None
+    if not number:
+        return None
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", ""), nodes)
+
+
+def lost_nodes(nodes: str) -> str:
+    """Says which of these nodes are down, as far as Slurm knows; nothing where it cannot be asked."""
+    if not nodes or shutil.which("scontrol") is None:
+        return ""
+    states = re.findall(r"NodeName=(\S+).*? State=(\S+)", _run("scontrol", "show", "node", nodes, "--oneliner")[0])
+    return ", ".join(f"{name} is {state}" for name, state in states if re.search("DOWN|NOT_RESPONDING|FAIL", state))
 
 
 def _reason_against(number: str) -> str | None:

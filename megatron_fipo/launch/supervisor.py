@@ -91,9 +91,7 @@ class Supervisor:
             signal.signal(number, handler)
 
     def start(self, tasks: Sequence[RankTask]) -> None:
-        context: Any = multiprocessing.get_context("spawn" if _has_gpu() else "forkserver")
-        # Without a GPU, ranks are forked from a server that has imported the heavy packages once. CUDA does not
-        # survive a fork, so there every rank starts afresh.
+        context: Any = multiprocessing.get_context(_start_method())
         multiprocessing.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
         with _signals_held():
             for task in tasks:
@@ -245,5 +243,8 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+def _start_method() -> str:
+    """Without a GPU, ranks are forked from a server that has imported the heavy packages once. CUDA does not survive a
+    fork, so there every rank starts afresh."""
+    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+    return "spawn" if has_gpu else "forkserver"

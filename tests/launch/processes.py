@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 
+from megatron_fipo import cli, launch
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
 
 TWO_RANKS = ParallelConfig(world_size=2, threads_per_rank=1)
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def command(
-    entry: Callable[..., None],
-    directory: Path,
-    parallel: ParallelConfig = TWO_RANKS,
-    environment: Mapping[str, str] | None = None,
-) -> Iterator[subprocess.Popen[str]]:
-    """A process that does `launch.run(entry, parallel, (directory,))` with the exit codes of `megatron-fipo`.
+def command(entry: Callable[..., None], directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that does what `megatron-fipo` does with `entry(directory)`; the run directory is `directory/run`.
 
-    The run directory is `directory/run`. When the block is left, neither the process is alive nor a rank that noted
-    its number.
+    When the block is left, neither the process is alive nor a rank that noted its number.
     """
     code = (
-        "import sys; from pathlib import Path; from megatron_fipo import cli, launch;"
-        "from megatron_fipo.config import ParallelConfig;"
+        "from pathlib import Path; from tests.launch import processes;"
         f"from {entry.__module__} import {entry.__name__} as entry;"
-        f"directory = Path({str(directory)!r});"
-        f"cli.app = lambda: launch.run(entry, {parallel!r}, (directory,), run_directory=directory / 'run',"
-        " max_requeues=3); cli.main()"
+        f"processes.launch_and_exit(entry, Path({str(directory)!r}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -48,15 +47,79 @@ def command(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, **(environment or {})},
     )
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
-        for pid in filter(alive, pids(directory)):
-            os.kill(pid, signal.SIGKILL)
+        _end_ranks(directory)
+
+
+def launch_and_exit(entry: Callable[..., None], directory: Path) -> None:
+    """With the messages and exit codes of the command."""
+    run = directory / "run"
+    cli.app = lambda: launch.run(entry, TWO_RANKS, (directory,), run_directory=run, max_requeues=3)  # type: ignore
+    cli.main()
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """One of srun's tasks. Attributes: `output`: what it printed, the errors included."""
+
+    process: Any
+    output: Path
+
+    def end(self, seconds: float = 60) -> tuple[int | None, str]:
+        """Its exit code (None: still at work) and what it printed."""
+        self.process.join(timeout=seconds)
+        return self.process.exitcode, self.output.read_text()
+
+
+@contextmanager
+def srun(entry: Callable[..., None], directory: Path, tasks: int = 2, **environment: str) -> Iterator[list[Supervisor]]:
+    """Supervisors as srun starts them, one task on each of two nodes, which are this machine.
+
+    They are forked, with what the tests' fork server has imported; when the block is left, none is alive.
+    """
+    shared = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_LOCALID": "0"}
+    shared |= {"SLURM_STEP_NODELIST": "node[0-1]", "SLURM_STEP_TASKS_PER_NODE": f"1(x{tasks})"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"PATH": os.environ["PATH"], **environment}
+    supervisors = []
+    for task in range(tasks):
+        own = {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURMD_NODENAME": f"node{task}"}
+        output = directory / f"task_{task}.out"
+        process = _context.Process(target=_srun_task, args=({**shared, **own}, entry, directory, output))
+        process.start()
+        supervisors.append(Supervisor(process, output))
+    try:
+        yield supervisors
+    finally:
+        for supervisor in supervisors:
+            supervisor.process.kill()
+            supervisor.process.join()
+        _end_ranks(directory)
+
+
+def _srun_task(environment: dict[str, str], entry: Callable[..., None], directory: Path, output: Path) -> None:
+    os.environ.update(environment)
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    launch.supervisor._start_method = lambda: "fork"  # everything is imported here already
+    launch_and_exit(entry, directory)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _end_ranks(directory: Path) -> None:
+    for pid in filter(alive, pids(directory)):
+        os.kill(pid, signal.SIGKILL)
 
 
 def note_pid(directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo import launch
-from tests.launch.processes import TWO_RANKS, alive, command, pids, poll, sleep
+from tests.launch.processes import TWO_RANKS, alive, command, free_port, pids, poll, sleep
 
 
 @pytest.fixture(autouse=True)
@@ -106,16 +105,10 @@ def test_no_rank_outlives_a_killed_command(tmp_path: Path) -> None:
         assert poll(lambda: not any(map(alive, ranks)), 20)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def test_under_torchrun_this_process_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With RANK and WORLD_SIZE set nothing is started, whatever `world_size` says, and the group is closed again."""
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in {**variables, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}.items():
+    for name, value in {**variables, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     try:

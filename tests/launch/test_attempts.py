@@ -1,0 +1,158 @@
+"""What follows from the record of a job's attempts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.launch import attempts
+from megatron_fipo.launch.attempts import Record
+from megatron_fipo.launch.failure import Kind
+from megatron_fipo.launch.slurm import Job
+
+
+def _record(event: attempts.Event, step: int, restarts: int = 0, job: str | None = "7", **more: Any) -> Record:
+    return Record(event, step, job, restarts, launch="0", **more)
+
+
+def _nothing_lost(nodes: str) -> str:
+    return ""
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    """In order, as they were written; a file that is not there holds none."""
+    path = tmp_path / "run" / "attempts.jsonl"
+    assert attempts.read(path) == []
+    records = [_record("start", 1), _record("failed", 3, cause="rank 1: boom\nits second line"), _record("start", 3, 1)]
+    for record in records:
+        attempts.append(path, record)
+    assert attempts.read(path) == records
+
+
+def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
+    """A line cut short, one overwritten in part from another node, and one of another program."""
+    path = tmp_path / "attempts.jsonl"
+    for step in (1, 2):
+        attempts.append(path, _record("start", step))
+    whole = path.read_text()
+    path.write_text(whole + '9"}\n' + '{"event": "start"}\n' + whole[:40])
+    assert [r.step for r in attempts.read(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lines", "step"),
+    [([], 1), (['{"step": 1}', '{"step": 12}'], 13), (['{"step": 12}', '{"st'], 13), (["\0\0"], 1), (["[3]"], 1)],
+)
+def test_step_in_progress(lines: list[str], step: int, tmp_path: Path) -> None:
+    """The one after the last whole line of metrics.jsonl."""
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert attempts.step_in_progress(tmp_path) == step
+
+
+def test_step_before_the_first(tmp_path: Path) -> None:
+    """Without metrics.jsonl the first step is in progress."""
+    assert attempts.step_in_progress(tmp_path) == 1
+
+
+JOB = Job("7", restarts=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "earlier", "reason"),
+    [
+        ("machine", [], None),
+        ("connection", [], None),
+        ("machine", [_record("failed", 4, 0)], None),  # another step
+        ("machine", [_record("failed", 5, 0), _record("failed", 4, 1)], None),  # not the previous failure
+        ("machine", [_record("failed", 5, 0, job="6")], None),  # another job's
+        ("machine", [_record("failed", 5, 1)], "it failed twice in step 5"),
+        ("machine", [_record("failed", 5, 0), _record("interrupted", 5, 1)], "it failed twice in step 5"),
+        ("program", [], "the same would happen again"),
+        ("input", [], "the same would happen again"),
+    ],
+)
+def test_a_failed_job_is_requeued(kind: Kind, earlier: list[Record], reason: str | None) -> None:
+    """Where the machine is to blame, once for each step."""
+    found = attempts.why_not_requeued([*earlier, _record("failed", 5, 2)], JOB, kind, max_requeues=10)
+    assert found == reason or (reason is not None and found is not None and found.startswith(reason))
+
+
+def test_a_crash_loop_tells_both_causes() -> None:
+    """Each with its time."""
+    records = [_record("failed", 5, r, cause=f"cause {r}", time=f"time {r}") for r in range(3)]
+    assert attempts.crash_loop(records) == ("it failed twice in step 5:\n  - time 1: cause 1\n  - time 2: cause 2")
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (None, "it is no Slurm job"),
+        (Job("7", restarts=3), "it was requeued 3 times and resume.max_requeues is 3"),
+        (Job("7", restarts=2), None),
+    ],
+)
+def test_an_interrupted_job_is_requeued(job: Job | None, reason: str | None) -> None:
+    """However often in the same step, up to `resume.max_requeues` times."""
+    records = [_record("interrupted", 5, r) for r in range(3)]
+    assert attempts.why_not_requeued(records, job, "machine", max_requeues=3) == reason
+
+
+NOW = _record("start", 9, restarts=1, time="now")
+
+
+@pytest.mark.parametrize(
+    ("job", "earlier"),
+    [
+        ("7", []),
+        (None, [_record("start", 3, job=None)]),  # local runs never count
+        ("7", [_record("start", 3, job="6")]),
+        ("7", [_record("start", 3), _record("failed", 9)]),
+        ("7", [_record("start", 3), _record("signalled", 9), _record("interrupted", 9)]),
+        ("7", [_record("start", 3), _record("signalled", 9)]),  # Slurm took the nodes before the checkpoint was written
+        ("7", [_record("start", 3), _record("finished", 9)]),
+        ("7", [_record("start", 3, restarts=1)]),  # another srun of this attempt, perhaps still at work
+    ],
+)
+def test_attempts_that_did_not_fail(job: str | None, earlier: list[Record]) -> None:
+    """Other jobs', local ones, those that said how they ended, and those that were asked to stop."""
+    now = Record("start", 9, job, restarts=1)
+    assert attempts.abandoned(earlier, now, _nothing_lost) is None
+
+
+def test_an_attempt_that_ended_without_a_word() -> None:
+    """Counts as a failure in the step that it had come to."""
+    start = _record("start", 3, nodes="n[1-2]", host="n1", time="then")
+    lost = attempts.abandoned([_record("start", 1, job="6"), start], NOW, _nothing_lost)
+    assert lost == _record(
+        "failed",
+        9,
+        nodes="n[1-2]",
+        host="n1",
+        time="now",
+        cause="the attempt that started on n[1-2] at then ended without a word",
+    )
+
+
+def test_an_attempt_that_lost_a_node() -> None:
+    """Slurm asks the others to stop; that the node is down tells it from preemption."""
+    records = [_record("start", 3, nodes="n[1-2]"), _record("signalled", 9)]
+    lost = attempts.abandoned(records, NOW, lambda nodes: f"of {nodes} n2 is DOWN")
+    assert lost is not None
+    assert (lost.event, lost.step, lost.restarts) == ("failed", 9, 0)
+    assert lost.cause.endswith("without a word; of n[1-2] n2 is DOWN")
+
+
+def test_the_record_is_readable(tmp_path: Path) -> None:
+    """One JSON object a line, with the names that the documentation uses."""
+    path = tmp_path / "attempts.jsonl"
+    attempts.append(path, attempts.new_record("start", tmp_path, JOB))
+    line = json.loads(path.read_text())
+    assert {k: line[k] for k in ("event", "step", "job", "restarts")} == {
+        "event": "start",
+        "step": 1,
+        "job": "7",
+        "restarts": 2,
+    }
