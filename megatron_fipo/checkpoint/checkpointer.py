@@ -26,7 +26,7 @@ from megatron_fipo.checkpoint import files, retention, writing
 from megatron_fipo.checkpoint.files import DamagedError, Marker
 from megatron_fipo.checkpoint.writing import Payload, Report, WriterQueue, Written
 from megatron_fipo.config import CheckpointConfig
-from megatron_fipo.convert.distributed import load_sharded
+from megatron_fipo.convert.distributed import code_refused, load_sharded
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -304,7 +304,8 @@ class Checkpointer:
         actor_state.restore(self.actor, load_sharded(wanted, path, optional=actor_state.OPTIONAL))
         self._whole = step
         replicas = range(marker.layout["data"])
-        parts = [torch.load(path / _part_name(d), map_location="cpu", weights_only=True) for d in replicas]
+        with code_refused(path):
+            parts = [torch.load(path / _part_name(d), map_location="cpu", weights_only=True) for d in replicas]
         return json.loads((path / files.STATE).read_text()), parts
 
     def _damage(self, step: int) -> str | None:

@@ -6,6 +6,7 @@ checkpoint cuts the chunks to its layout. The vocabulary is stored without paddi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -317,7 +318,8 @@ def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
     Raises:
         ValueError: a parameter is missing or of another shape.
     """
-    content = dist_checkpointing.load_content_metadata(str(path)) or {}
+    with code_refused(path):
+        content = dist_checkpointing.load_content_metadata(str(path)) or {}
     metadata = {name: content[name] for name in _STACKED_LAYERS if name in content}
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
     loaded = load_sharded(state, path)
@@ -334,21 +336,30 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
     Raises:
         ValueError: a tensor is missing or of another shape, or the metadata is damaged or could run code.
     """
-    try:
+    with code_refused(path):
         stored = check_metadata(path).state_dict_metadata
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
     tensors, _ = extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))
     wanted, absent = extract_matching_values(tensors, lambda value: value.key in stored)
     lacking = sorted({value.key for value in nested_values(absent) if not value.key.startswith(optional)})
     _agree(f"{path} lacks {', '.join(lacking[:5])}" if lacking else None)
     try:
-        with warnings.catch_warnings():
+        with code_refused(path), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, at names that Megatron-Core 0.16 uses
             return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
     except CheckpointException as error:  # what any rank raised while it planned or read
         reason, _ = next(iter(error.failures.values()))
         raise ValueError(f"{path} does not fit the model: {reason}") from None
+
+
+@contextlib.contextmanager
+def code_refused(path: str | Path) -> Iterator[None]:
+    """Inside, a pickle of the checkpoint that would run code, or is none, raises ValueError."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        # Torch has paragraphs on how to load it nevertheless.
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), repr(error))
+        raise ValueError(f"{path} is damaged, or made to run code: {reason}") from None
 
 
 def _agree(problem: str | None) -> None:
