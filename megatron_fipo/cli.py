@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,6 +253,8 @@ def _report(run: Path) -> None:
 
 def main() -> None:
     """Entry point. A ValueError is the user's to mend; a failed rank shows its own traceback."""
+    # Slurm's warning ahead of a job's end is for the ranks of a run; what comes before and after may end as it would.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         app()
     except ValueError as error:

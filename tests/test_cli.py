@@ -258,3 +258,12 @@ def test_the_installed_command(task: Path) -> None:
     done = subprocess.run([program, "train", "nowhere.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: config file nowhere.yaml does not exist"
+
+
+def test_signal_after_the_run_does_not_end_its_report(task: Path) -> None:
+    """Slurm signals a job ahead of its time limit, also one that has trained already: it ends with exit code 0."""
+    program = (
+        "import os, signal, sys; from megatron_fipo import cli; sys.argv = ['megatron-fipo', 'report', '.'];"
+        "cli._report = lambda run: os.kill(os.getpid(), signal.SIGUSR1); cli.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
