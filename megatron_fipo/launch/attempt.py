@@ -28,6 +28,7 @@ class Attempt:
         self._max_requeues = max_requeues
         self._seen: list[Record] = []
         self._next_look = 0.0
+        self._signalled = False
 
     def begin(self) -> None:
         """Note the start.
@@ -48,8 +49,10 @@ class Attempt:
         attempts.append(self._path, now)
 
     def signalled(self) -> None:
-        if self.first:
+        """Slurm asks more than once."""
+        if self.first and not self._signalled:
             self._record("signalled")
+        self._signalled = True
 
     def finished(self) -> None:
         if self.first:
@@ -78,7 +81,8 @@ class Attempt:
         self._record("failed", failure.headline[:1000])
         noted = time.monotonic()
         if self.job is not None:
-            print(message, file=sys.stderr, flush=True)  # now: a requeue ends this process
+            error = "error: " if failure.kind == "input" else ""
+            print(error + message, file=sys.stderr, flush=True)  # now: a requeue ends this process
             reason = attempts.why_not_requeued(self._records(), self.job, failure.kind, self._max_requeues)
             print(self._requeue(reason), file=sys.stderr, flush=True)
             exit_code = RUN_AGAIN if reason is None else exit_code
@@ -90,15 +94,12 @@ class Attempt:
         """The failure that another supervisor has recorded of this attempt."""
         if self.alone or self._directory is None:
             return None
-        me = attempts.new_record("start", self._directory, self.job)
-        return next((r for r in self._recent() if r.event == "failed" and r.same_attempt(me)), None)
+        return next((r for r in self._recent() if r.event == "failed" and r.is_of(self.job)), None)
 
     def _await_first(self) -> None:
-        assert self._directory is not None
-        me = attempts.new_record("start", self._directory, self.job)
         deadline = time.monotonic() + _FIRST_RANK_SECONDS
         while time.monotonic() < deadline:
-            if any(r.event in ("interrupted", "failed") and r.same_attempt(me) for r in self._recent()):
+            if any(r.event in ("interrupted", "failed") and r.is_of(self.job) for r in self._recent()):
                 return
             time.sleep(_POLL_SECONDS / 5)
 
@@ -109,6 +110,10 @@ class Attempt:
         name = f"job {self.job.number}"
         reason = reason or self.job.requeue()
         return f"{name} is requeued" if reason is None else f"{name} is not requeued: {reason}"
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._directory is not None
 
     @property
     def _path(self) -> Path:

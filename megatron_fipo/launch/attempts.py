@@ -39,8 +39,9 @@ class Record:
     host: str = ""
     time: str = ""
 
-    def same_attempt(self, other: Record) -> bool:
-        return (self.job, self.restarts, self.launch) == (other.job, other.restarts, other.launch)
+    def is_of(self, job: Job | None) -> bool:
+        """Whether it is of this attempt of the job."""
+        return job is not None and (self.job, self.restarts, self.launch) == (job.number, job.restarts, job.step)
 
 
 def read(path: Path) -> list[Record]:

@@ -247,7 +247,7 @@ def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
     blind = [f for f in facts if f.sees_directory is False]
     if blind:
         problems.append(
-            f"{run_directory} on {facts[0].host} is not what {_places(blind)} see under that name: choose a "
+            f"{run_directory} is not the same directory on {facts[0].host} and for {_places(blind)}: choose a "
             "run.directory on a file system that all nodes share"
         )
     if problems:

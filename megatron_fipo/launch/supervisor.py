@@ -182,6 +182,8 @@ class Supervisor:
             number = self._asked.pop(0)
             if number == signal.SIGINT:
                 self._interrupted_by_key()
+            if number == signal.SIGTERM and not self.attempt.is_recorded:
+                raise SystemExit(128 + number)  # there is nothing to finish, and perhaps a rank elsewhere has failed
             self.attempt.signalled()
             for process in self._ranks.values():
                 if process.exitcode is None:
@@ -202,24 +204,33 @@ class Supervisor:
     def _kill(self, rank: int) -> None:
         """The rank and the processes that it started, which are in its group."""
         process = self._ranks[rank]
-        if process.exitcode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+        if process.exitcode not in (0, RUN_AGAIN):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()  # before it had a group
         process.join()
 
     def _copy(self, source: connection.Connection, stream: int, log: Path) -> None:
-        def copy() -> None:
-            with source, log.open("ab") as file, os.fdopen(os.dup(stream), "wb") as shown:
-                while data := os.read(source.fileno(), 1 << 16):
-                    file.write(data)
-                    file.flush()
-                    with contextlib.suppress(OSError):  # nobody reads what this command prints any more
-                        shown.write(data)
-                        shown.flush()
+        thread = threading.Thread(target=_copy_output, args=(source, stream, log), name="copy-output", daemon=True)
+        thread.start()
+        self._copying.append(thread)
 
-        self._copying.append(threading.Thread(target=copy, name="copy-output", daemon=True))
-        self._copying[-1].start()
+
+def _copy_output(source: connection.Connection, stream: int, log: Path) -> None:
+    """Show what comes as it comes, and log it in whole lines, since output and errors are two streams."""
+    line = b""
+    with source, log.open("ab", buffering=0) as file:
+        while data := os.read(source.fileno(), 1 << 16):
+            _write(stream, data)
+            lines, newline, line = (line + data).rpartition(b"\n")
+            _write(file.fileno(), lines + newline)
+        _write(file.fileno(), line)
+
+
+def _write(file: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # a full disk, or nobody who reads what this command shows
+        while data:
+            data = data[os.write(file, data) :]
 
 
 @contextlib.contextmanager

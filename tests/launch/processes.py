@@ -22,8 +22,8 @@ from megatron_fipo import cli, launch
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
 
 TWO_RANKS = ParallelConfig(world_size=2, threads_per_rank=1)
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def srun(entry: Callable[..., None], directory: Path, tasks: int = 2, **environm
     for task in range(tasks):
         own = {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURMD_NODENAME": f"node{task}"}
         output = directory / f"task_{task}.out"
-        process = _context.Process(target=_srun_task, args=({**shared, **own}, entry, directory, output))
+        process = context.Process(target=_srun_task, args=({**shared, **own}, entry, directory, output))
         process.start()
         supervisors.append(Supervisor(process, output))
     try:

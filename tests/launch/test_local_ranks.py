@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo import launch
+from megatron_fipo.launch import supervisor
 from tests.launch.processes import TWO_RANKS, alive, command, free_port, pids, poll, sleep
 
 
@@ -92,6 +97,87 @@ def test_the_failure_shown_is_the_first(attempt: int) -> None:
     """Not that of a rank which waited for the failed one and lost its connection."""
     with pytest.raises(ValueError, match=r"^mend this$"):
         launch.run(_fail_while_the_other_waits, TWO_RANKS)
+
+
+def _die_while_the_other_waits(directory: Path) -> None:
+    if dist.get_rank() == 1:
+        child = subprocess.Popen(["sleep", "100"])
+        (directory / "1.pid").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_is_the_cause(tmp_path: Path) -> None:
+    """Not the connection that another one lost by it; and what the killed rank had started ends with it."""
+    with pytest.raises(launch.RankFailure, match=r"^rank 1 on .* failed first: it was ended by SIGKILL"):
+        launch.run(_die_while_the_other_waits, TWO_RANKS, (tmp_path,))
+    (child,) = pids(tmp_path)
+    assert poll(lambda: not alive(child), 5)
+
+
+def _hang_on_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(100)
+    dist.barrier()
+
+
+@pytest.mark.distributed
+def test_a_collective_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut by its time limit, the rank that did not come is named, and its log ends with where it was."""
+    monkeypatch.setattr(supervisor, "_PRIMARY_SECONDS", 1.0)
+    started = time.monotonic()
+    with pytest.raises(launch.RankFailure, match=r"(?s)^rank 0 on .*Timed out waiting 6000ms") as failure:
+        launch.run(_hang_on_one, replace(TWO_RANKS, timeout_minutes=0.1), run_directory=tmp_path)
+    assert 6 < time.monotonic() - started < 40
+    assert str(failure.value).endswith(
+        "No rank failed of itself. Still running: rank 1.\n"
+        f"What the others were doing is at the end of their logs: {tmp_path}/logs/rank_1.log"
+    )
+    stacks = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "most recent call first" in stacks
+    assert "in _hang_on_one" in stacks
+
+
+def _talk() -> None:
+    print(f"this is rank {dist.get_rank()}")
+    print(f"a warning of rank {dist.get_rank()}", file=sys.stderr)
+
+
+@pytest.mark.distributed
+def test_what_ranks_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0's output and errors are shown as such; everything is in the logs, one attempt after the other."""
+    for _ in range(2):
+        launch.run(_talk, TWO_RANKS, run_directory=tmp_path)
+        shown = capfd.readouterr()
+        assert shown.out.splitlines()[-1] == "this is rank 0"
+        assert shown.err.splitlines()[-1] == "a warning of rank 0"
+        assert "rank 1" not in shown.out + shown.err
+    for rank in range(2):
+        lines = (tmp_path / "logs" / f"rank_{rank}.log").read_text().splitlines()
+        assert len([line for line in lines if line.startswith("--- ") and f" rank {rank} of 2, " in line]) == 2
+        assert lines.count(f"this is rank {rank}") == lines.count(f"a warning of rank {rank}") == 2
+
+
+@pytest.mark.distributed
+def test_logs_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in a temporary directory, which stays only if a rank fails of something else than its input."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launch.run(_talk, TWO_RANKS)
+    with pytest.raises(ValueError, match="the first line"):
+        launch.run(_fail_on_one, TWO_RANKS, ("ValueError",))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(launch.RankFailure):
+        launch.run(_fail_on_one, TWO_RANKS, ("RuntimeError",))
+    (logs,) = tmp_path.iterdir()
+    assert "RuntimeError: the first line" in (logs / "rank_1.log").read_text()
+
+
+def test_a_supervisor_is_light() -> None:
+    """The command and its supervisor start without torch and Megatron, of which every task would load a copy."""
+    code = "import sys; from megatron_fipo import cli, launch; print({'torch', 'megatron', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.distributed
