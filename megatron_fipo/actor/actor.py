@@ -38,6 +38,8 @@ class Engine(Protocol):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
+    def release(self) -> None: ...
+
 
 class FIPOActor(AlignableGenerativeInterface):
     """Holds the policy's model chunks and optimizer on this rank. All methods are collective over all ranks."""
@@ -133,6 +135,9 @@ class FIPOActor(AlignableGenerativeInterface):
             self.engine.load_weights(self.export_weights())
 
     def finish_inference(self) -> None:
+        """After generation: the engine's device memory back, if it shares the device; training mode."""
+        if self.engine is not None:
+            self.engine.release()
         for chunk in self.wrapped:
             chunk.train()
 

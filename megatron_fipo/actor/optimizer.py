@@ -144,8 +144,8 @@ class PolicyOptimizer:
         for optimizer in self._parts():
             for parameter, start, main in _updated(optimizer):
                 state = optimizer.optimizer.state[main]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(name, torch.zeros_like(main.data))
+                if "exp_avg" not in state:
+                    state |= {"exp_avg": torch.zeros_like(main.data), "exp_avg_sq": torch.zeros_like(main.data)}
                 if _counts_by_parameter(optimizer):
                     state.setdefault("step", torch.tensor(0.0))
                 yield ParameterState(parameter, start, main, {n: state[n] for n in ("exp_avg", "exp_avg_sq")})

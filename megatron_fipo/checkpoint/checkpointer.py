@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import io
 import json
 import threading
@@ -88,10 +87,13 @@ class Checkpointer:
         self._validated = False
         self._whole: int | None = None  # the newest that is known to be whole
         self._deletion: threading.Thread | None = None
-        # Python's own exit would wait for writers, and with them whoever waits for a failed rank.
-        atexit.register(self.close)
 
     # Saving
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None
 
     def save(
         self, step: int, state: dict[str, Any], part: Any = None, score: float | None = None, wait: bool = False
@@ -158,7 +160,6 @@ class Checkpointer:
         self._queue.kill()
         self._pending = None
         self._join_deletion()
-        atexit.unregister(self.close)
 
     def _settle(self) -> None:
         """Bring an earlier write to its end; its failure is a warning."""
@@ -167,12 +168,12 @@ class Checkpointer:
             self._conclude(wait=False)
 
     def _prepare(self, step: int) -> None:
-        self._clean_up()
+        retention.delete(files.leftovers(self.directory, "unfinished"))
         files.unfinished(self.directory, step).mkdir(parents=True)
 
     def _clean_up(self) -> None:
         retention.finish_interrupted(self.directory)
-        retention.delete(files.leftovers(self.directory))
+        retention.delete(files.leftovers(self.directory, "unfinished", "removed"))
 
     def _small_files(self, state: dict[str, Any], part: Any) -> dict[str, bytes]:
         """This rank's, but for Megatron's."""
@@ -213,6 +214,7 @@ class Checkpointer:
         records = {name: record for written, _ in box for name, record in written.files.items()}
         assert save.metadata is not None
         FileSystemWriter(path).finish(save.metadata, [results for _, results in box])
+        files.flush(path / files.METADATA)  # torch asks for it with the end still in its own buffer
         records[files.METADATA] = files.record(path / files.METADATA)
         retention.publish(self.directory, Marker(save.step, self._layout(), save.score, records))
         save.bytes = sum(record.bytes for record in records.values())

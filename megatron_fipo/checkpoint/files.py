@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MARKER = "complete.json"
 STATE = "state.json"
@@ -28,6 +28,7 @@ METADATA = ".metadata"
 _BLOCK = 1 << 22  # bytes read at once
 _NAME = re.compile(r"step_(\d+)")
 _HIDDEN = re.compile(r"\.step_(\d+)\.(unfinished|removed)")
+Kind = Literal["unfinished", "removed"]
 
 
 class DamagedError(ValueError):
@@ -107,10 +108,10 @@ def steps(directory: Path) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def leftovers(directory: Path) -> dict[Path, int]:
+def leftovers(directory: Path, *kinds: Kind) -> dict[Path, int]:
     """What a run that ended in the middle of writing or removing left, and the step it belongs to."""
     found = {path: _HIDDEN.fullmatch(path.name) for path in _entries(directory)}
-    return {path: int(match[1]) for path, match in found.items() if match}
+    return {path: int(match[1]) for path, match in found.items() if match and match[2] in kinds}
 
 
 def _entries(directory: Path) -> list[Path]:

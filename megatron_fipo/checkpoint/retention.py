@@ -68,7 +68,7 @@ def retire(directory: Path, config: CheckpointConfig, written: int) -> list[Path
             continue
     for step in scores.keys() - kept(scores, written, config):
         take_away(directory, step)
-    return [path for path in leftovers(directory) if path.name.endswith(".removed")]
+    return list(leftovers(directory, "removed"))
 
 
 def take_away(directory: Path, step: int) -> None:
@@ -84,9 +84,9 @@ def delete(paths: Iterable[Path]) -> None:
 
 def finish_interrupted(directory: Path) -> None:
     """Give their name to checkpoints that were whole when their run died, but for the name."""
-    for path, step in leftovers(directory).items():
+    for path, step in leftovers(directory, "unfinished").items():
         final = directory_of(directory, step)
-        if path.name.endswith(".unfinished") and not final.exists():
+        if not final.exists():
             try:
                 Marker.read(path, step)
             except DamagedError:

@@ -14,11 +14,14 @@ import gc
 import io
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -43,6 +46,7 @@ from megatron_fipo.convert.distributed import exact_storage
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # requests to the run: it is the run that answers them
 _BACKGROUND_NICENESS = 10
+_LARGE = 1 << 20  # bytes; a checksum over more is worth a thread beside the write
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def plan(state: Mapping[str, Any], directory: Path) -> tuple[_Planned, Metadata 
         _Planned(str(directory)),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )
+    if metadata is not None:
+        del metadata.all_local_plans  # most of the metadata's bytes, for a cache that is not used
     return planned, metadata
 
 
@@ -130,14 +136,25 @@ def request(directory: Path, payload: Payload, report: Report, background: bool,
 class WriterQueue(AsyncCallsQueue):
     """Megatron's queue, in a process that was itself started as a daemon too."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Before it exits, Python waits for child processes, and a failed rank keeps all others waiting.
+        multiprocessing.util.Finalize(self, _kill, args=(self.async_calls,), exitpriority=1)
+
     def _get_async_caller(self) -> TemporalAsyncCaller:
         return _ForkCaller()
 
     def kill(self) -> None:
         """End what is being written, on this rank alone."""
-        for call in self.async_calls:
-            call.async_caller.close(abort=True)
-        self.async_calls.clear()
+        _kill(self.async_calls)
+
+
+def _kill(calls: deque[Any]) -> None:
+    while calls:
+        writer = calls.popleft().async_caller.process
+        if writer is not None:
+            writer.kill()
+            writer.join()
 
 
 class _ForkCaller(TemporalAsyncCaller):
@@ -200,10 +217,21 @@ def _write_files(directory: Path, payload: Payload) -> tuple[dict[str, FileRecor
         files[name] = file.record
     places = []
     if payload.items:
-        with _File(directory / payload.name) as file:
+        with _without_torchs_checksums(), _File(directory / payload.name) as file:
             places = [_write_item(file, data) for _, data in payload.items]
         files[payload.name] = file.record
     return files, places
+
+
+@contextlib.contextmanager
+def _without_torchs_checksums() -> Iterator[None]:
+    """`torch.save` would compute a CRC-32 of each tensor, which nothing checks, beside ours of the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _write_item(file: _File, data: torch.Tensor | io.BytesIO) -> tuple[int, int]:
@@ -223,11 +251,13 @@ class _File:
         self.size = 0
         self._crc = 0
         self._error: OSError | None = None
+        self._checker = ThreadPoolExecutor(1)
 
     def __enter__(self) -> _File:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._checker.shutdown()
         with self._stream:
             if self._error is not None:
                 raise self._error from None  # `torch.save` covers it with an error of its own
@@ -236,13 +266,17 @@ class _File:
                 os.fsync(self._stream.fileno())
 
     def write(self, data: Any) -> int:
-        self._crc = zlib.crc32(data, self._crc)
-        self.size += memoryview(data).nbytes
+        size = memoryview(data).nbytes
+        self.size += size
+        checksum = self._checker.submit(zlib.crc32, data, self._crc) if size >= _LARGE else None
         try:
-            return self._stream.write(data)
+            self._stream.write(data)
         except OSError as error:
             self._error = error
             raise
+        finally:
+            self._crc = checksum.result() if checksum else zlib.crc32(data, self._crc)
+        return size
 
     def flush(self) -> None:
         """`torch.save` asks for it after each tensor; it is done once, at the end."""

@@ -54,7 +54,7 @@ class _Run:
         """As training does once a step; how often it took."""
         for count in range(1, 1000):
             self.checkpointer.poll()
-            if self.checkpointer._pending is None:
+            if not self.checkpointer.in_progress:
                 return count
             time.sleep(0.02)
         raise AssertionError("the write does not end")

@@ -291,6 +291,21 @@ def test_writers_die_with_their_ranks(path: Path, tmp_path: Path) -> None:
                 os.kill(writer, signal.SIGKILL)
 
 
+def _fail_while_writing(path: Path, directory: Path) -> None:
+    _slow_items(60.0)
+    with actor_of(path, **TWO) as actor:
+        Checkpointer(directory, ASYNCHRONOUS, actor, actor.topology).save(1, {})
+        raise ValueError("as training may")
+
+
+def test_a_failed_rank_does_not_wait_for_its_writer(path: Path, tmp_path: Path) -> None:
+    """An error ends the rank at once, though the checkpointer was not closed and its writer had a minute to go."""
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="as training may"):
+        run_ranks(_fail_while_writing, 2, path, tmp_path)
+    assert time.monotonic() - started < 30
+
+
 def _save_until_killed(path: Path, directory: Path, delays: list[float]) -> None:
     """Save one checkpoint after the other, slowly written, and tell which are whole."""
     _slow_items(0.01)
@@ -301,7 +316,7 @@ def _save_until_killed(path: Path, directory: Path, delays: list[float]) -> None
         threading.Timer(delays[rank], os.kill, (os.getpid(), signal.SIGKILL)).start()
         for step in range(first, first + 1000):
             checkpointer.save(step, {"n": step})
-            while checkpointer._pending is not None:
+            while checkpointer.in_progress:
                 time.sleep(0.01)
                 checkpointer.poll()
             (directory / f"whole_{rank}").write_text(str(step))

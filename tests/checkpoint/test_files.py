@@ -163,7 +163,7 @@ def test_an_interrupted_rename_is_finished(tmp_path: Path) -> None:
     retention.finish_interrupted(tmp_path)
     assert files.steps(tmp_path) == [4]
     assert Marker.read(tmp_path / "step_4", 4).step == 4
-    assert list(files.leftovers(tmp_path)) == [tmp_path / ".step_5.unfinished"]
+    assert list(files.leftovers(tmp_path, "unfinished", "removed")) == [tmp_path / ".step_5.unfinished"]
 
 
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
