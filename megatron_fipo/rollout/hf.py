@@ -32,6 +32,8 @@ _PAD = 0  # any id: padded positions are masked, and what follows a stop token i
 class HFEngine:
     """Generates with a Hugging Face model whose weights come from `load_weights`; unusable before that."""
 
+    through_first_rank = False
+
     def __init__(self, hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
         self.batch_size = batch_size
         self.device = device
@@ -68,6 +70,9 @@ class HFEngine:
         for start in range(0, len(requests), self.batch_size):
             responses += self._generate_batch(requests[start : start + self.batch_size], sampling)
         return responses
+
+    def release(self) -> None:
+        """The model is small beside the trainer's, and stays."""
 
     def close(self) -> None:
         del self.model, self._parameters

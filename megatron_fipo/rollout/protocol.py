@@ -36,16 +36,29 @@ class Response:
         token_ids: the stop token that ended it included.
         log_probs: of each token in the distribution it was drawn from: after temperature, top-k and top-p.
         truncated: it reached `max_tokens` without a stop token.
+        weight_versions: numbers of the `load_weights` that drew it, in order; empty where an engine does not tell.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     truncated: bool
+    weight_versions: tuple[int, ...] = ()
 
 
 class RolloutEngine(Protocol):
+    """
+    Attributes:
+        through_first_rank: requests of a data-parallel replica go through its first rank; otherwise each of its ranks
+            generates a share.
+    """
+
+    through_first_rank: bool
+
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take new weights by their Hugging Face names; every tensor is consumed before this returns."""
+        """Take new weights by their Hugging Face names; every tensor is consumed before this returns.
+
+        Collective over all ranks, since exporting weights is.
+        """
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         """One response a request, in order.
@@ -53,6 +66,9 @@ class RolloutEngine(Protocol):
         Raises:
             Interrupted: this rank was asked to stop (`parallel.interrupt`) before all were drawn.
         """
+
+    def release(self) -> None:
+        """Generation is over until the next `load_weights`: give back device memory that training needs."""
 
     def close(self) -> None:
         """Free what the engine holds."""

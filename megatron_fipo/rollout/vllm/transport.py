@@ -1,0 +1,185 @@
+"""Ways for a bucket of weights to reach a server's workers.
+
+file: rank 0 writes safetensors files, in memory unless told otherwise, which every server reads. The newest version
+stays, so that a restarted server can be given it at any time.
+gloo, nccl: a process group for each server, of one rank of the trainer and the server's workers. Servers are shared out
+over ranks, so that several ranks send at the same time, and one server's failure breaks one group.
+ipc: a rank on each of a server's GPUs shows its worker a buffer there.
+
+nccl and ipc have not been run yet.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_fipo.rollout.vllm.buckets import Bucket
+from megatron_fipo.rollout.vllm.control import Control
+from megatron_fipo.rollout.vllm.worker import fipo_wire
+
+TRANSFER_SECONDS = 600.0  # of one bucket
+
+
+class Transport(Protocol):
+    """Sends this rank's buckets; `feeds` are the servers for which it does."""
+
+    @property
+    def feeds(self) -> Sequence[int]: ...
+
+    def connect(self, server: int, control: Control, life: int) -> None:
+        """Make ready to send to a server; called for every update."""
+
+    def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
+        """Put a bucket where it can be sent from; what its receivers are told. Called on every rank.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
+        """Send the staged bucket. Called for several servers at the same time."""
+
+    def finish(self, version: str, complete: bool) -> None:
+        """After the last bucket, on every rank."""
+
+    def close(self) -> None: ...
+
+
+class FileTransport:
+    """Files `DIRECTORY/VERSION/N.safetensors`; of the newest version what receivers are told is kept as well."""
+
+    def __init__(self, directory: Path, rank: int, num_servers: int) -> None:
+        self.feeds = range(num_servers) if rank == 0 else range(0)
+        self.directory = directory
+        self._writes = rank == 0
+        self._told: list[dict[str, Any]] = []
+        self.newest: tuple[str, list[dict[str, Any]]] | None = None
+
+    def connect(self, server: int, control: Control, life: int) -> None:
+        control.post("/init_weight_transfer_engine", {"init_info": {"transport": "file"}}, timeout=TRANSFER_SECONDS)
+
+    def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
+        if not self._writes:
+            return {}
+        folder = self.directory / version
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number}.safetensors"
+        # Copies: parts of a fused parameter share memory, which safetensors refuses.
+        tensors = {n: t.to("cpu", copy=True).contiguous() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
+        unfinished = path.with_suffix(".unfinished")
+        save_file(tensors, unfinished)
+        unfinished.rename(path)
+        told = {**bucket.description(checked), "path": str(path.absolute())}
+        self._told.append(told)
+        return told
+
+    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
+        control.post("/update_weights", {"update_info": told}, timeout=TRANSFER_SECONDS)
+
+    def finish(self, version: str, complete: bool) -> None:
+        if self._writes:
+            old = version if not complete else None if self.newest is None else self.newest[0]
+            if complete:
+                self.newest = version, self._told
+            self._told = []
+            if old is not None:
+                shutil.rmtree(self.directory / old, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._writes:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class BroadcastTransport:
+    """Every server's group has the rank that feeds it first, then the server's workers."""
+
+    def __init__(self, backend: str, device: torch.device, address: str, rank: int, ranks: int, servers: int) -> None:
+        self.feeds = range(rank, servers, ranks)
+        self._backend, self._device, self._address = backend, device, address
+        self._groups: dict[int, tuple[int, fipo_wire.Group]] = {}  # server -> its life, the group
+        self._buffer = torch.empty(0)
+
+    def connect(self, server: int, control: Control, life: int) -> None:
+        if server in self._groups and self._groups[server][0] == life:
+            return
+        timeout = timedelta(seconds=TRANSFER_SECONDS)
+        world = 1 + control.world_size(timeout=60)
+        store = fipo_wire.store(self._address, 0, is_master=True, timeout=timeout)
+        how = {"transport": self._backend, "address": self._address, "port": store.port, "world_size": world}
+        told = _in_background(control, "/init_weight_transfer_engine", {"init_info": how})
+        self._groups[server] = life, fipo_wire.Group(self._backend, store, 0, world, timeout)
+        told.result()
+
+    def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
+        if not self.feeds:
+            return {}
+        self._buffer = fipo_wire.pack(bucket.tensors, self._device)
+        return bucket.description(checked)
+
+    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
+        answer = _in_background(control, "/update_weights", {"update_info": told})
+        self._groups[server][1].broadcast(self._buffer)
+        answer.result()
+
+    def finish(self, version: str, complete: bool) -> None:
+        self._buffer = torch.empty(0)
+
+    def close(self) -> None:
+        self._groups.clear()
+
+
+class IPCTransport:
+    """Server s takes its handles from the ranks of `groups[s]`, of which the first one speaks to it."""
+
+    def __init__(self, device: torch.device, rank: int, members: Sequence[Sequence[int]]) -> None:
+        groups = [dist.new_group(list(ranks)) for ranks in members]  # collective over all ranks
+        self._mine = next(s for s, ranks in enumerate(members) if rank in ranks)
+        self._group, self._first = groups[self._mine], members[self._mine][0]
+        self.feeds = [self._mine] if rank == self._first else []
+        self._device = device
+        self._buffer = torch.empty(0)
+
+    def connect(self, server: int, control: Control, life: int) -> None:
+        control.post("/init_weight_transfer_engine", {"init_info": {"transport": "ipc"}}, timeout=TRANSFER_SECONDS)
+
+    def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
+        dist.barrier(self._group)  # the first rank has delivered the bucket before
+        self._buffer = fipo_wire.pack(bucket.tensors, self._device)
+        torch.cuda.synchronize(self._device)
+        handles: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(handles, fipo_wire.ipc_handle(self._buffer), group=self._group)
+        return {**bucket.description(checked), "handles": handles}
+
+    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
+        control.post("/update_weights", {"update_info": told}, timeout=TRANSFER_SECONDS)
+
+    def finish(self, version: str, complete: bool) -> None:
+        dist.barrier(self._group)
+        self._buffer = torch.empty(0)
+        torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        self._buffer = torch.empty(0)
+
+
+def memory_directory(run: str) -> Path:
+    """In this machine's shared memory; the guard of a server removes it should this process be killed."""
+    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
+    return base / f"megatron-fipo-weights-{os.getpid()}-{run}"
+
+
+def _in_background(control: Control, route: str, body: dict[str, Any]) -> Future[dict[str, Any]]:
+    pool = ThreadPoolExecutor(1)
+    answer = pool.submit(control.post, route, body, timeout=TRANSFER_SECONDS)
+    pool.shutdown(wait=False)
+    return answer

@@ -1,0 +1,124 @@
+"""How weights travel from the trainer to a vLLM worker: what both sides must agree on. Pure torch.
+
+A bucket is a list of named tensors. In a broadcast or through CUDA IPC it travels as one buffer of bytes in which each
+tensor starts at a multiple of ALIGNMENT; in a file it is a safetensors file.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ALIGNMENT = 16  # bytes
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """64 bits that depend on every byte and its place, computed where the tensor is, the same on every device."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    padded = torch.nn.functional.pad(data, (0, -data.numel() % 8))
+    words = padded.view(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
+    mixed = (words ^ (places * _ODD)) * (2 * places + 1)  # int64 arithmetic wraps
+    mixed = (mixed ^ (mixed >> 29)) * _ODD
+    return int(mixed.sum().item())
+
+
+def buffer_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> int:
+    return sum(_aligned(_num_bytes(s, d)) for s, d in zip(shapes, dtypes, strict=True))
+
+
+def pack(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The tensors' bytes as one uint8 buffer on `device`."""
+    shapes, dtypes = [list(t.shape) for t in tensors], [dtype_name(t.dtype) for t in tensors]
+    buffer = torch.zeros(buffer_bytes(shapes, dtypes), dtype=torch.uint8, device=device)
+    for view, tensor in zip(unpack(buffer, shapes, dtypes), tensors, strict=True):
+        view.copy_(tensor)
+    return buffer
+
+
+def unpack(buffer: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> list[torch.Tensor]:
+    """Views of the tensors in a buffer."""
+    views, start = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        size = _num_bytes(shape, dtype)
+        views.append(buffer[start : start + size].view(getattr(torch, dtype)).view(list(shape)))
+        start += _aligned(size)
+    return views
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Group:
+    """One sender, rank 0, and a server's workers: a process group beside whatever default group there is."""
+
+    def __init__(self, backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+        store = dist.PrefixStore("fipo-weights", store)
+        self._group: Any
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        """From rank 0 into everybody's buffer; done when this returns."""
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        self._group.broadcast([buffer], options).wait()
+        if buffer.is_cuda:
+            torch.cuda.current_stream(buffer.device).synchronize()
+
+
+def store(address: str, port: int, is_master: bool, timeout: timedelta) -> dist.TCPStore:
+    """Where a group's members meet; port 0 takes a free one."""
+    return dist.TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+
+
+# CUDA IPC: another process on the same GPU sees a buffer through these numbers, sent as JSON; no pickle.
+
+_BYTES = (0, 4, 6)  # of what torch's `rebuild_cuda_tensor` takes after the device: the handles
+
+
+def ipc_handle(buffer: torch.Tensor) -> dict[str, Any]:
+    """Of a flat uint8 buffer, which must live, unchanged, until the other process is done with it."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    shared = list(reduce_tensor(buffer)[1][7:])
+    for place in _BYTES:
+        shared[place] = base64.b64encode(shared[place]).decode()
+    return {"gpu": gpu_name(buffer.device), "num_bytes": buffer.numel(), "shared": shared}
+
+
+def from_ipc_handle(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """The sender's buffer."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    shared = list(handle["shared"])
+    for place in _BYTES:
+        shared[place] = base64.b64decode(shared[place])
+    shape = torch.Size([handle["num_bytes"]])
+    return rebuild_cuda_tensor(
+        torch.Tensor, shape, (1,), 0, torch.storage.TypedStorage, torch.uint8, device.index, *shared
+    )
+
+
+def gpu_name(device: torch.device) -> str:
+    """The same in all processes, whatever devices are visible to them."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
+
+
+def _num_bytes(shape: Sequence[int], dtype: str) -> int:
+    return torch.Size(shape).numel() * getattr(torch, dtype).itemsize

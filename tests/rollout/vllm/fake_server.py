@@ -1,0 +1,146 @@
+"""A server that speaks vLLM's routes, without vLLM: answers follow from the seed, and faults are switched on."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "right"
+
+
+class FakeServer:
+    """Serves in threads of this process until `close`.
+
+    Attributes:
+        version: of its weights; None: it does not tell.
+        delay: seconds that a response takes.
+        status: what it answers to generation requests.
+        hung: it answers nothing at all, until this is False again.
+        drops: so many more generation requests have their connection cut without an answer.
+        asked: how often each seed was requested; `answered` how often a response was sent.
+        most: the most responses it drew at the same time.
+    """
+
+    def __init__(self, version: str | None = "run-1", delay: float = 0.0) -> None:
+        self.version = version
+        self.delay = delay
+        self.status = 200
+        self.hung = False
+        self.drops = 0
+        self.asked: Counter[int] = Counter()
+        self.answered: Counter[int] = Counter()
+        self.most = self.busy = 0
+        self.controls: list[tuple[str, Any]] = []
+        self.refuses: str | None = None  # a control route that answers 500
+        self.lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.hung = False
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+
+def tokens_for(seed: int, prompt: list[int]) -> list[int]:
+    """What every fake server answers to a request."""
+    draw = random.Random(f"{seed} {prompt}")
+    return [draw.randrange(100) for _ in range(draw.randrange(1, 9))]
+
+
+def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            self.connection.settimeout(10)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._wait_while_hung()
+            if self.path == "/health":
+                self._send(200, {})
+            elif self._allowed():
+                self._send(200, {"weight_version": fake.version})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"null")
+            self._wait_while_hung()
+            if not self._allowed():
+                return
+            if self.path == "/inference/v1/generate":
+                self._generate(body)
+                return
+            with fake.lock:
+                fake.controls.append((self.path.split("?")[0], body))
+            if self.path.startswith("/update_weight_version"):
+                fake.version = body["new_version"]
+            failed = fake.refuses is not None and self.path.startswith(fake.refuses)
+            self._send(500 if failed else 200, {"error": "refused"} if failed else {})
+
+        def _generate(self, body: dict[str, Any]) -> None:
+            seed = body["sampling_params"]["seed"]
+            with fake.lock:
+                fake.asked[seed] += 1
+                fake.busy += 1
+                fake.most = max(fake.most, fake.busy)
+                dropped = fake.drops > 0
+                fake.drops -= dropped
+            time.sleep(fake.delay)
+            self._wait_while_hung()
+            with fake.lock:
+                fake.busy -= 1
+            if dropped:
+                self.close_connection = True
+                self.connection.close()
+            elif fake.status != 200:
+                self._send(fake.status, {"error": "broken"})
+            else:
+                self._send(200, _answer(tokens_for(seed, body["token_ids"])))
+                with fake.lock:
+                    fake.answered[seed] += 1
+
+        def _allowed(self) -> bool:
+            if self.headers.get("Authorization") == f"Bearer {KEY}":
+                return True
+            self._send(401, {"error": "who are you?"})
+            return False
+
+        def _wait_while_hung(self) -> None:
+            while fake.hung:
+                time.sleep(0.01)
+
+        def _send(self, status: int, content: dict[str, Any]) -> None:
+            data = json.dumps(content).encode()
+            try:
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:  # the client has given up
+                self.close_connection = True
+
+    def _answer(token_ids: list[int]) -> dict[str, Any]:
+        spans = [{"version": fake.version, "start": 0, "end": len(token_ids)}] if fake.version else None
+        choice = {
+            "token_ids": token_ids,
+            "logprobs": {"content": [{"token_id": t, "logprob": -t / 100} for t in token_ids]},
+            "finish_reason": "length",
+            "weight_versions": spans,
+        }
+        return {"choices": [choice]}
+
+    return Handler

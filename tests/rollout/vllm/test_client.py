@@ -1,0 +1,215 @@
+"""Requests to several servers that fail in every way: every response arrives, once, and is the right one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, wait
+
+import pytest
+
+from megatron_fipo.rollout import Request, Sampling
+from megatron_fipo.rollout.vllm.client import Client, Patience
+from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
+
+SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
+QUICK = Patience(deadline=20.0, wait=5.0, probe=0.2, strikes=2, first=0.02, longest=0.2)
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    fakes = [FakeServer(), FakeServer()]
+    yield fakes
+    for fake in fakes:
+        fake.close()
+
+
+@pytest.fixture
+def connect(servers: list[FakeServer]) -> Iterator[MakeClient]:
+    """Makes a client of the servers that uses all of them."""
+    clients: list[Client] = []
+
+    def make(patience: Patience = QUICK, concurrency: int = 64, key: str = KEY, **more: object) -> Client:
+        client = Client([s.url for s in servers], key, patience, concurrency, **more)  # type: ignore[arg-type]
+        clients.append(client)
+        client.expect("run-1", [True] * len(servers))
+        return client
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def requests(count: int) -> list[Request]:
+    return [Request([seed % 5, 1], seed) for seed in range(count)]
+
+
+def draw_all(client: Client, count: int) -> None:
+    """Each response is the one of its own seed."""
+    futures = [client.submit(request, SAMPLING) for request in requests(count)]
+    for request, future in zip(requests(count), futures, strict=True):
+        response = future.result(timeout=30)
+        assert response.token_ids == tokens_for(request.seed, list(request.prompt_ids))
+        assert response.log_probs == [-t / 100 for t in response.token_ids]
+        assert response.truncated == (response.token_ids[-1] != 99)
+        assert response.weight_versions == (1,)
+
+
+def sent(servers: list[FakeServer]) -> list[int]:
+    """How many responses each server sent."""
+    return [sum(server.answered.values()) for server in servers]
+
+
+def test_spread_by_outstanding_tokens(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Equal servers get equal shares, each request once; a slow one gets fewer."""
+    for server in servers:
+        server.delay = 0.02
+    draw_all(connect(concurrency=4), 100)
+    assert sum(sent(servers)) == 100
+    assert min(sent(servers)) >= 35
+    assert max(server.most for server in servers) <= 4
+    servers[0].delay = 0.2
+    before = sent(servers)
+    draw_all(connect(concurrency=4), 100)
+    slow, fast = (after - b for after, b in zip(sent(servers), before, strict=True))
+    assert slow < fast / 2
+
+
+def test_cut_connections(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Requests whose connection is cut are sent again; no response is lost."""
+    servers[0].drops, servers[1].drops = 5, 3
+    draw_all(connect(), 60)
+    assert servers[0].drops == servers[1].drops == 0
+    assert sum(sent(servers)) == 60
+    assert sum(server.asked.total() for server in servers) == 68
+
+
+def test_server_that_answers_500(servers: list[FakeServer], connect: MakeClient) -> None:
+    """All responses come from the other server; the broken one is tried again, but not with everything."""
+    servers[0].status = 500
+    for server in servers:
+        server.delay = 0.01
+    draw_all(connect(concurrency=2), 80)
+    assert sent(servers) == [0, 80]
+    assert 1 <= servers[0].asked.total() <= 30
+    assert max(servers[0].asked.values()) == 1
+
+
+def test_broken_server_is_used_again(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Once it works, a server that failed gets its share."""
+    servers[0].status = 503
+    client = connect(concurrency=4)
+    draw_all(client, 10)
+    assert sent(servers) == [0, 10]
+    servers[0].status = 200
+    for server in servers:
+        server.delay = 0.02
+    draw_all(client, 100)
+    assert sent(servers)[0] >= 25
+
+
+def test_only_broken_servers(servers: list[FakeServer], connect: MakeClient) -> None:
+    """After a number of attempts the run ends, with the servers' own words."""
+    for server in servers:
+        server.status = 500
+    with pytest.raises(RuntimeError, match=r"8 attempts.*500: .*broken"):
+        draw_all(connect(), 1)
+    assert sum(server.asked.total() for server in servers) == 8
+
+
+def test_hung_server(servers: list[FakeServer], connect: MakeClient) -> None:
+    """A server that stops answering is given up, and told of; its requests are drawn by the other one, once."""
+    hung: list[int] = []
+    for server in servers:
+        server.delay = 0.05
+    client = connect(on_hung=hung.append)
+    futures = [client.submit(request, SAMPLING) for request in requests(40)]
+    servers[0].hung = True
+    wait(futures, timeout=20)
+    assert [f.result(timeout=0).token_ids for f in futures] == [
+        tokens_for(r.seed, list(r.prompt_ids)) for r in requests(40)
+    ]
+    assert set(hung) == {0}
+    assert sum(servers[1].answered.values()) >= 20
+    assert max(servers[1].answered.values()) == 1
+
+
+def test_deadline(servers: list[FakeServer], connect: MakeClient) -> None:
+    """A response that takes too long is drawn anew; in the end the setting is named."""
+    servers[0].delay = 1.0
+    patience = Patience(deadline=0.3, wait=5.0, probe=5.0, strikes=2, first=0.02, longest=0.2)
+    draw_all(connect(patience), 2)
+    assert sent(servers)[1] == 2
+    servers[1].delay = 1.0
+    with pytest.raises(RuntimeError, match=r"rollout\.deadline_seconds=0\.3"):
+        draw_all(connect(patience), 1)
+
+
+def test_other_weights_do_not_count(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Responses drawn with another version are drawn anew, and their server waits until it has the current one."""
+    servers[0].version = "default"
+    client = connect()
+    draw_all(client, 30)
+    assert sum(servers[1].answered.values()) == 30
+    seen = servers[0].asked.total()
+    draw_all(client, 30)
+    assert servers[0].asked.total() == seen
+    servers[0].version = "run-1"
+    time.sleep(0.6)
+    draw_all(client, 30)
+    assert servers[0].asked.total() > seen
+
+
+def test_no_server(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Requests wait for a server, but not for ever."""
+    client = connect()
+    client.expect("run-1", [False, False])
+    for server in servers:
+        server.version = "other"
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no rollout server with the current weights for 5 s"):
+        draw_all(client, 3)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (400, "400: .*broken"),
+        (404, "404: is this a vLLM"),
+        (403, "403: the server was not started with --enable-scale-out"),
+    ],
+)
+def test_refused(servers: list[FakeServer], connect: MakeClient, status: int, says: str) -> None:
+    """What would be refused again is an error at once."""
+    for server in servers:
+        server.status = status
+    with pytest.raises(ValueError, match=says):
+        draw_all(connect(), 1)
+    assert sum(server.asked.total() for server in servers) == 1
+
+
+def test_wrong_key(connect: MakeClient, servers: list[FakeServer]) -> None:
+    """The message names the variable to set, and not the key."""
+    with pytest.raises(ValueError, match=r"401: .*MEGATRON_FIPO_VLLM_KEY") as error:
+        draw_all(connect(key="wrong-key"), 1)
+    assert "wrong-key" not in str(error.value)
+
+
+def test_cancel(servers: list[FakeServer], connect: MakeClient) -> None:
+    """A cancelled request frees its place; waiting and running ones alike."""
+    for server in servers:
+        server.delay = 5.0
+    client = connect(concurrency=1)
+    futures = [client.submit(request, SAMPLING) for request in requests(10)]
+    time.sleep(0.3)
+    for future in futures:
+        future.cancel()
+    with pytest.raises(CancelledError):
+        futures[0].result(timeout=5)
+    for server in servers:
+        server.delay = 0.0
+    started = time.monotonic()
+    draw_all(client, 10)
+    assert time.monotonic() - started < 3
