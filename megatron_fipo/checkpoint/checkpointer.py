@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -35,7 +36,7 @@ class Statistics:
 
     Attributes:
         bytes: of all files.
-        pause: seconds that training stood still in `save`.
+        pause: seconds that training stood still in `save`, for an earlier one to end as well.
         writing: seconds that the slowest rank's writer took, in the background or within the pause.
     """
 
@@ -111,32 +112,20 @@ class Checkpointer:
             OSError: with `wait`, it could not be written. Without, that is a warning and training goes on.
             TypeError: `state` or `part` holds something else.
         """
-        self._settle()
         started = time.perf_counter()
+        self._settle()
         small = self._small_files(state, part)
         if failure := self._on_first_rank(lambda: self._prepare(step)):
             self._fail(step, failure, wait)
             return
-        background = self.config.asynchronous and not wait
-        pending = self._pending = self._stage(step, score, small)
-        request = writing.request(
-            files.unfinished(self.directory, step), pending.payload, pending.report, background, self._finalize
-        )
-        if not background:
-            request.execute_sync()
-            pending.pause = time.perf_counter() - started
+        self._pending = self._stage(step, score, small)
+        if self.config.asynchronous and not wait:
+            self._write_behind(self._pending)
+            self._pause(started)
+        else:
+            self._request(self._pending, background=False).execute_sync()
+            self._pause(started)
             self._conclude(wait)
-            return
-        failure = None
-        try:
-            self._queue.schedule_async_request(request)
-        except OSError as error:  # no memory for another process
-            failure = f"its writer cannot be started: {error.strerror}"
-        if failure := _first(failure):
-            self._queue.kill()
-            self._pending = None
-            self._fail(step, failure, wait)
-        pending.pause = time.perf_counter() - started
 
     def poll(self) -> None:
         """Finalize a write that is done on all ranks; costs one small reduction while there is one, else nothing."""
@@ -159,7 +148,6 @@ class Checkpointer:
         well. Not collective."""
         self._queue.kill()
         self._pending = None
-        self._join_deletion()
 
     def _settle(self) -> None:
         """Bring an earlier write to its end; its failure is a warning."""
@@ -197,6 +185,24 @@ class Checkpointer:
             small[files.COMMON] = _saved(common)
         payload = Payload(f"__{self.topology.rank}_0.distcp", planned.items, small)
         return _Save(step, score, payload, Report(), metadata)
+
+    def _request(self, save: _Save, background: bool) -> AsyncRequest:
+        path = files.unfinished(self.directory, save.step)
+        return writing.request(path, save.payload, save.report, background, self._finalize)
+
+    def _write_behind(self, save: _Save) -> None:
+        failure = None
+        try:
+            self._queue.schedule_async_request(self._request(save, background=True))
+        except OSError as error:  # no memory for another process
+            failure = f"its writer cannot be started: {error.strerror}"
+        if failure := _first(failure):
+            self.close()
+            self._fail(save.step, failure, wait=False)
+
+    def _pause(self, started: float) -> None:
+        if self._pending is not None:
+            self._pending.pause = time.perf_counter() - started
 
     def _finalize(self) -> None:
         """Gather what the writers say, and if all are well make a checkpoint of it."""

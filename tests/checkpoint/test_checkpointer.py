@@ -253,6 +253,27 @@ def test_a_disk_that_is_full_for_the_last_file(path: Path, tmp_path: Path) -> No
     assert run_ranks(_fail_at_the_end, 2, path, tmp_path) == [([], None)] * 2
 
 
+def _cannot_fork(path: Path, directory: Path) -> Any:
+    with _run(path, directory) as run:
+        if run.actor.topology.rank == 1:
+
+            def no_memory(*args: Any) -> None:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+            run.checkpointer._queue.schedule_async_request = no_memory
+        run.checkpointer.save(1, {})
+        in_progress, left = run.checkpointer.in_progress, os.listdir(directory)
+        run.checkpointer.save(2, {}, wait=True)
+        return in_progress, left, run.warnings, run.checkpointer.newest()
+
+
+def test_no_memory_for_a_writer(path: Path, tmp_path: Path) -> None:
+    """One rank's fork fails: the others give up theirs, it is a warning, and a save without a fork still works."""
+    results = run_ranks(_cannot_fork, 2, path, tmp_path)
+    assert [(in_progress, left, newest) for in_progress, left, _, newest in results] == [(False, [], 2)] * 2
+    assert "step 1 could not be written: its writer cannot be started: Cannot allocate memory" in results[0][2][0]
+
+
 def _kill_the_writer(path: Path, directory: Path) -> Any:
     with _run(path, directory) as run:
         if run.actor.topology.rank == 1:
