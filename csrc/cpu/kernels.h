@@ -9,6 +9,7 @@ namespace fipo {
 namespace cpu {
 
 constexpr int kMaxLanes = 16;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a float32 of at most 2^22 added to it has no fraction bits left
 
 // Powers of gamma, rounded once from float64. From window to window the carry is in float64: near 1, what rounding
 // gamma^16 to float32 loses would add up over a long sequence.
@@ -57,9 +58,22 @@ struct Run {
   int64_t sequence_tokens;
 };
 
+// Where one thread counts tokens for the histograms. Nearly all log-ratios are near 0, often in the same bin, and an
+// increment waits for the one before it to the same place: neighbouring tokens count in different copies.
+constexpr int32_t kCentreBin = kHistogramRange * kHistogramBinsPerNat;
+constexpr int32_t kNearBins = 192;  // each way of the centre, even: 0.75 nats
+constexpr int32_t kNearSlots = 2 * kNearBins + 2;  // the last is for tokens that are not counted
+constexpr int32_t kNearCopies = 4;
+
+struct Counts {
+  uint32_t near[2][kNearCopies][kNearSlots];  // of A < 0, of A > 0
+  bool uses_all;                              // `all` has been cleared, and holds what is not in `near`
+  uint32_t all[2 * kHistogramBins + 1];       // the last is for tokens that are not counted
+};
+
 struct RunResult {
   double metrics[kNumMetrics];  // the sequence counts of a tile's segment are left to the caller
-  uint32_t* histograms;         // [2][kHistogramBins] and one more for what is not counted; added to
+  Counts* counts;               // of the thread; added to
 };
 
 struct Kernels {

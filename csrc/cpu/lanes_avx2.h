@@ -27,11 +27,10 @@ struct Lanes {
   static F negate(F a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static F at_least(F x, F bound) { return _mm256_max_ps(bound, x); }
   static F at_most(F x, F bound) { return _mm256_min_ps(bound, x); }
-  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
-  static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static M not_less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static M is_number(F a) { return _mm256_cmp_ps(a, a, _CMP_ORD_Q); }
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M either(M a, M b) { return _mm256_or_ps(a, b); }
@@ -39,10 +38,17 @@ struct Lanes {
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
   static int count(M m) { return __builtin_popcount(_mm256_movemask_ps(m)); }
   static bool any(M m) { return _mm256_movemask_ps(m) != 0; }
+  static F add_where(F sum, M m, F x) { return _mm256_add_ps(sum, _mm256_and_ps(m, x)); }
+  static F least_where(F least, M m, F x) { return _mm256_min_ps(select(m, x, least), least); }
+  static F largest_where(F largest, M m, F x) { return _mm256_max_ps(select(m, x, largest), largest); }
 
   static F scale(F x, F n) {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return _mm256_mul_ps(_mm256_mul_ps(x, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+  }
+  static F add_exponent(F x, F magic_sum) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(magic_sum), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
   }
   static void store_indices(int32_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(x));

@@ -27,11 +27,10 @@ struct Lanes {
   static F negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static F at_least(F x, F bound) { return _mm512_max_ps(bound, x); }
   static F at_most(F x, F bound) { return _mm512_min_ps(bound, x); }
-  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-  static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static M not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static M is_number(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
   static M both(M a, M b) { return a & b; }
   static M either(M a, M b) { return a | b; }
@@ -39,8 +38,15 @@ struct Lanes {
   static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
   static int count(M m) { return __builtin_popcount(m); }
   static bool any(M m) { return m != 0; }
+  static F add_where(F sum, M m, F x) { return _mm512_mask_add_ps(sum, m, sum, x); }
+  static F least_where(F least, M m, F x) { return _mm512_mask_min_ps(least, m, x, least); }
+  static F largest_where(F largest, M m, F x) { return _mm512_mask_max_ps(largest, m, x, largest); }
 
   static F scale(F x, F n) { return _mm512_scalef_ps(x, n); }
+  static F add_exponent(F x, F magic_sum) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(magic_sum), 23)));
+  }
   static void store_indices(int32_t* p, F x) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(x)); }
   static float first(F x) { return _mm512_cvtss_f32(x); }
   template <class Powers>

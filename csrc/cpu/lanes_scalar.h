@@ -4,12 +4,17 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels.h"
+
 namespace {
+
+using fipo::cpu::kMagic;
 
 struct Lanes {
   static constexpr int kWidth = 4;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t M __attribute__((vector_size(16)));  // -1 where true
+  typedef uint32_t U __attribute__((vector_size(16)));
 
   static F set(float x) { return F{x, x, x, x}; }
   static F load(const float* p) {
@@ -29,14 +34,10 @@ struct Lanes {
   // A NaN x stays NaN, a NaN bound is ignored.
   static F at_least(F x, F bound) { return bound > x ? bound : x; }
   static F at_most(F x, F bound) { return bound < x ? bound : x; }
-  static F round(F x) {
-    const F magic = set(12582912.0f);  // 1.5 * 2^23: the sum has no fraction bits
-    return (x + magic) - magic;
-  }
 
   static M greater(F a, F b) { return a > b; }
   static M less(F a, F b) { return a < b; }
-  static M equal(F a, F b) { return a == b; }
+  static M not_less(F a, F b) { return a >= b; }
   static M is_number(F a) { return a == a; }
   static M both(M a, M b) { return a & b; }
   static M either(M a, M b) { return a | b; }
@@ -44,6 +45,10 @@ struct Lanes {
   static F select(M m, F a, F b) { return m ? a : b; }
   static int count(M m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static bool any(M m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+  // Of the lanes where m: a sum, and extrema that a NaN x does not touch.
+  static F add_where(F sum, M m, F x) { return sum + select(m, x, set(0.0f)); }
+  static F least_where(F least, M m, F x) { return m & (x < least) ? x : least; }
+  static F largest_where(F largest, M m, F x) { return m & (x > largest) ? x : largest; }
 
   // x 2^n for whole n in [-152, 130], in two steps as 2^n itself may be no normal number.
   static F scale(F x, F n) {
@@ -52,8 +57,12 @@ struct Lanes {
     const M one = {127, 127, 127, 127};
     return x * (F)((half + one) << 23) * (F)((whole - half + one) << 23);
   }
+  // x 2^n for whole n, given n + kMagic, where both x and the result are normal.
+  static F add_exponent(F x, F magic_sum) { return (F)((U)x + ((U)magic_sum << 23)); }
+  // The nearest whole numbers, halves to the even one; |x| <= 2^22.
   static void store_indices(int32_t* p, F x) {
-    for (int i = 0; i < kWidth; ++i) p[i] = (int32_t)x[i];
+    const F magic = set(kMagic), whole = (x + magic) - magic;
+    for (int i = 0; i < kWidth; ++i) p[i] = (int32_t)whole[i];
   }
   static float first(F x) { return x[0]; }
   // Lane i: sum over j >= i of gamma^(j - i) x_j.

@@ -2,14 +2,13 @@
 #include <string.h>
 
 #include <algorithm>
+#include <memory>
 
 #include "plan.h"
 
 namespace fipo {
 namespace cpu {
 namespace {
-
-constexpr int64_t kHistogramSlots = 2 * kHistogramBins + 1;  // the last is for tokens that are not counted
 
 // What the whole of a long segment decides for its tiles, and its own entries of the outputs.
 void settle_long_segment(const LossJob& job, LongSegment* segment, std::vector<Run>* runs, double* metrics) {
@@ -43,6 +42,16 @@ void merge(double* into, const double* from) {
   }
 }
 
+// Integers: their sum has one value in any order of the threads.
+void add_counts(const Counts& counts, int64_t* histograms) {
+  for (int sign = 0; sign < 2; ++sign) {
+    int64_t* near = histograms + sign * kHistogramBins + kCentreBin - kNearBins;
+    for (int copy = 0; copy < kNearCopies; ++copy)
+      for (int bin = 0; bin <= 2 * kNearBins; ++bin) near[bin] += counts.near[sign][copy][bin];
+  }
+  for (int bin = 0; counts.uses_all && bin < 2 * kHistogramBins; ++bin) histograms[bin] += counts.all[bin];
+}
+
 void finish(double* metrics, const Constants& constants) {
   if (!constants.influence) return;
   // The raw extrema hold those of S, of which exp is monotone; -inf and +inf still mean that there is no data.
@@ -71,14 +80,16 @@ void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& sha
   memset(out.histograms, 0, 2 * kHistogramBins * sizeof(int64_t));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint32_t> histograms(kHistogramSlots);  // integers: their sum has one value in any order
+    const std::unique_ptr<Counts> counts(new Counts);
+    memset(counts->near, 0, sizeof counts->near);
+    counts->uses_all = false;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_runs; ++i) {
-      results[i].histograms = histograms.data();
+      results[i].counts = counts.get();
       kernels().loss(job, runs[i], &results[i]);
     }
 #pragma omp critical
-    for (int64_t bin = 0; bin < 2 * kHistogramBins; ++bin) out.histograms[bin] += histograms[bin];
+    add_counts(*counts, out.histograms);
   }
   for (const RunResult& result : results) merge(out.metrics, result.metrics);
   finish(out.metrics, constants);
