@@ -65,6 +65,7 @@ class Checkpointer:
     """Checkpoints of one actor in one directory, which no other run writes to. All methods but `close` are collective.
 
     Attributes:
+        whole: step of the newest checkpoint that is known to be whole, saved, found or loaded by this process.
         last: figures of the checkpoint that was written last; whole only on rank 0.
     """
 
@@ -86,7 +87,7 @@ class Checkpointer:
         self._queue = WriterQueue()
         self._pending: _Save | None = None
         self._validated = False
-        self._whole: int | None = None  # the newest that is known to be whole
+        self.whole: int | None = None
         self._deletion: threading.Thread | None = None
 
     # Saving
@@ -233,7 +234,7 @@ class Checkpointer:
         if save.failure:
             self._fail(save.step, save.failure, wait)
             return
-        self._whole = save.step
+        self.whole = save.step
         self.last = Statistics(save.step, save.bytes, save.pause, save.writing)
         if failure := self._on_first_rank(lambda: self._remove_old(save.step)):
             self._warn(f"old checkpoints in {self.directory} could not be removed: {failure}")
@@ -253,7 +254,7 @@ class Checkpointer:
     def _fail(self, step: int, reason: str, wait: bool) -> None:
         self._on_first_rank(lambda: retention.delete([files.unfinished(self.directory, step)]))
         kept = (
-            f"the one of step {self._whole} stays" if self._whole is not None else "there is no earlier one of this run"
+            f"the one of step {self.whole} stays" if self.whole is not None else "there is no earlier one of this run"
         )
         text = f"the checkpoint of step {step} could not be written: {reason}; {kept}"
         if wait:
@@ -283,7 +284,7 @@ class Checkpointer:
         for step in _broadcast(files.steps(self.directory) if self.topology.rank == 0 else None):
             reason = self._damage(step)
             if reason is None:
-                self._whole = step
+                self.whole = step
                 return step
             reasons.append(f"{files.directory_of(self.directory, step)}: {reason}")
             self._warn(f"damaged checkpoint passed over: {reasons[-1]}")
@@ -303,14 +304,14 @@ class Checkpointer:
             ValueError: there is no such checkpoint, it is damaged, or it is of another model.
         """
         path = files.directory_of(self.directory, step)
-        if self._whole != step and (reason := self._damage(step)):
+        if self.whole != step and (reason := self._damage(step)):
             raise ValueError(f"{path} cannot be loaded: {reason}")
         marker = Marker.read(path, step)
         wanted = actor_state.sharded_state(self.actor, loading=True)
         if marker.layout != self._layout():
             del wanted["random"]  # has no meaning for other ranks
         actor_state.restore(self.actor, load_sharded(wanted, path, optional=actor_state.OPTIONAL))
-        self._whole = step
+        self.whole = step
         replicas = range(marker.layout["data"])
         with code_refused(path):
             parts = [torch.load(path / _part_name(d), map_location="cpu", weights_only=True) for d in replicas]

@@ -203,6 +203,7 @@ def _save_on_a_full_disk(path: Path, directory: Path) -> Any:
             _limit_file_size(LIMIT)
         run.checkpointer.save(2, {})
         run.poll_to_the_end()
+        assert run.checkpointer.whole == 1
         seen.append(sorted(os.listdir(directory)))
         update(run.actor, 0, VOCAB)
         with pytest.raises(OSError, match="could not be written") as error:
@@ -213,6 +214,7 @@ def _save_on_a_full_disk(path: Path, directory: Path) -> Any:
             _limit_file_size(resource.RLIM_INFINITY)
         run.checkpointer.save(4, {})
         run.checkpointer.finish()
+        assert run.checkpointer.whole == 4
         seen.append(sorted(os.listdir(directory)))
         return seen, run.warnings, str(error.value), newest
 
