@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
@@ -21,19 +20,21 @@ __all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "unless_i
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-_requested = threading.Event()
+# No threading.Event: a second signal in the midst of its `set` would wait for the lock that the first one holds.
+_requested = False
 
 
 def install() -> None:
     """From now on the signals are requests, which the code that checks for them obeys; earlier ones are forgotten."""
-    _requested.clear()
+    global _requested
+    _requested = False
     for number in SIGNALS:
         signal.signal(number, _request)
 
 
 def requested() -> bool:
     """Whether this rank was asked to stop. Others may not know yet: see `agreed`."""
-    return _requested.is_set()
+    return _requested
 
 
 def agreed(group: dist.ProcessGroup | None = None) -> bool:
@@ -63,4 +64,5 @@ def unless_interrupted(work: Callable[[], T], group: dist.ProcessGroup | None = 
 
 
 def _request(number: int, frame: FrameType | None) -> None:
-    _requested.set()
+    global _requested
+    _requested = True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from types import FrameType
 
 import pytest
 import torch.distributed as dist
@@ -55,3 +57,21 @@ def _never_asked() -> tuple[bool, bool, str]:
 def test_nobody_asked() -> None:
     """Without a signal the work's result comes back."""
     assert run_ranks(_never_asked, 2) == [(False, False, "done")] * 2
+
+
+def _signalled_while_noting() -> bool:
+    interrupt.install()
+
+    def signal_again(frame: FrameType, event: str, argument: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return signal_again
+
+    sys.settrace(signal_again)  # called for every line that the handler runs
+    os.kill(os.getpid(), signal.SIGUSR1)
+    sys.settrace(None)
+    return interrupt.requested()
+
+
+def test_a_signal_while_another_is_noted() -> None:
+    """Comes to no harm: Slurm's and the supervisor's may be microseconds apart."""
+    assert run_ranks(_signalled_while_noting, 1, timeout=60) == [True]
