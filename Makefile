@@ -76,7 +76,7 @@ sanitize: install  ## the compiled ops' tests on a build with AddressSanitizer a
 	cd build/sanitize && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" && \
 	  $(abspath $(BIN))/python -c "from megatron_fipo.ops import compiled_summary as s; assert 'sanitizers' in s(), s()" && \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu and not slow" tests/ops/test_extension.py tests/golden
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu and not slow" tests/ops tests/golden
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
