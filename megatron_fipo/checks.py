@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from megatron_fipo import vllm_environment
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config
 from megatron_fipo.convert.distributed import DistributedCheckpoint
@@ -13,7 +14,6 @@ from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.reward import make_reward
-from megatron_fipo.rollout.vllm import environment
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -28,7 +28,7 @@ def check_run(config: Config) -> list[str]:
     if config.model.megatron_path:
         DistributedCheckpoint(config.model.megatron_path).check(architecture)
     loss_config(config.algorithm, config.rollout)
-    environment.check(config, architecture.head_dim)
+    vllm_environment.check(config, architecture.head_dim)
     for path in filter(None, (config.data.train, config.data.validation)):
         open_problems(path).close()
     _check_tokenizer(config.model.hf_path, architecture.vocab_size)

@@ -137,6 +137,16 @@ def _cuda_kernels() -> str:
     return "built"
 
 
+def _vllm() -> str:
+    from megatron_fipo import vllm_environment
+
+    try:
+        found = vllm_environment.installed(vllm_environment.interpreter(None))
+    except ValueError as error:
+        raise Missing(str(error).removeprefix("rollout.engine=vllm: ")) from None
+    return f"{found.distribution} {found.version} in {found.python.parent.parent}"
+
+
 def _program(name: str, keyword: str) -> Callable[[], str]:
     """The line of `name --version` that holds `keyword`."""
 
@@ -185,7 +195,7 @@ COMPONENTS = (
         "torch attention, one sequence at a time; unfused layers; no fused rotary embedding",
     ),
     Component("NVIDIA apex", _apex, "without Transformer Engine too: torch's Adam instead of a fused one"),
-    Component("vLLM", _package("vllm"), "rollouts by the embedded hf engine, for small models"),
+    Component("vLLM", _vllm, "no rollout.engine=vllm: rollouts by the embedded hf engine, for small models"),
     Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),
     Component("math-verify", _package("math-verify"), "no reward.function=math"),
     Component("compiled ops", _compiled_ops, "the losses run in plain torch, more than ten times slower"),

@@ -8,9 +8,13 @@ import torch
 from megatron_fipo import doctor
 from megatron_fipo.ops import extension
 
-PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "vLLM", "nemo-aligner", "math-verify"}
+PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "nemo-aligner", "math-verify"}
 OPS = {"compiled ops", "CUDA kernels"}
-OTHERS = {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"} | OPS
+OTHERS = (
+    {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"}
+    | OPS
+    | {"vLLM"}
+)
 
 
 def found(name):

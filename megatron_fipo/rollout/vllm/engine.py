@@ -29,7 +29,6 @@ from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.client import Client, Patience
 from megatron_fipo.rollout.vllm.control import Control, ControlError
-from megatron_fipo.rollout.vllm.environment import external_key, installed, interpreter
 from megatron_fipo.rollout.vllm.keeper import Keeper
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess, arguments, environment, places
 from megatron_fipo.rollout.vllm.transport import (
@@ -40,6 +39,7 @@ from megatron_fipo.rollout.vllm.transport import (
     memory_directory,
 )
 from megatron_fipo.rollout.vllm.versions import new_run, version_name
+from megatron_fipo.vllm_environment import external_key, installed, interpreter
 
 _LOOK_SECONDS = 0.1  # for a request to stop, while responses are drawn
 _SLEEP_SECONDS = 120.0  # for a server to move its weights out of the GPU, or make room there

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.rollout.vllm.environment import WORKER, Installed
+from megatron_fipo.vllm_environment import Installed
 
+WORKER = Path(__file__).parent / "worker"  # what servers import of this package
 _PORT_SECONDS = 60.0  # for the guard to start and take a port
 _LOG_LINES = 15  # of a server that failed
 _CPU_CACHE_GB = 1.0

@@ -85,9 +85,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
                 return
             with fake.lock:
                 fake.controls.append((self.path.split("?")[0], body))
-            if self.path.startswith("/update_weight_version"):
+            failed = fake.refuses is not None and self.path.split("?")[0] == fake.refuses
+            if self.path.startswith("/update_weight_version") and not failed:
                 fake.version = body["new_version"]
-            failed = fake.refuses is not None and self.path.startswith(fake.refuses)
             self._send(500 if failed else 200, {"error": "refused"} if failed else {})
 
         def _generate(self, body: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 ALIGNMENT = 16  # bytes
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
+# Constants of splitmix64's finalizer, as int64: a one-to-one map in which each bit of a word changes half of the rest.
+_STEP, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -24,9 +25,15 @@ def checksum(tensor: torch.Tensor) -> int:
     padded = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = padded.view(torch.int64)
     places = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    mixed = (words ^ (places * _ODD)) * (2 * places + 1)  # int64 arithmetic wraps
-    mixed = (mixed ^ (mixed >> 29)) * _ODD
-    return int(mixed.sum().item())
+    mixed = words + places * _STEP  # int64 arithmetic wraps
+    mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
+    mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
+    return int((mixed ^ _shifted(mixed, 31)).sum().item())
+
+
+def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, with zeros from the left; torch's own shift repeats the sign."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def buffer_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> int:

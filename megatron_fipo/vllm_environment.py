@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from megatron_fipo.config import Config
 
-WORKER = Path(__file__).parent / "worker"
-_CHECKOUT = Path(__file__).parents[3]
+_CHECKOUT = Path(__file__).parents[1]
 _OLDEST, _NEWEST = (0, 32), (0, 33)  # whose control routes and worker classes this package knows
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention kernels for the CPU
 _ASK = (
