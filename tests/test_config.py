@@ -280,3 +280,32 @@ def test_validate_is_what_load_config_calls() -> None:
     """A Config made in Python is checked the same way."""
     with pytest.raises(ValueError, match=r"model\.hf_path must be set"):
         validate(Config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["servers=['http://a:1']", "engine=hf"], "rollout.servers needs rollout.engine=vllm"),
+        (["servers=['a:1']"], "rollout.servers: 'a:1' is not of the form http://host:port"),
+        (
+            ["servers=['http://a:1']", "num_servers=2"],
+            "leave rollout.placement and rollout.num_servers at their defaults",
+        ),
+        (["placement=disaggregated"], "rollout.placement=disaggregated and rollout.nodes need each other"),
+        (["nodes=[n1]"], "rollout.placement=disaggregated and rollout.nodes need each other"),
+        (
+            ["placement=disaggregated", "nodes=[n1]", "tensor_parallel=3"],
+            "rollout.tensor_parallel 3 does not divide rollout.gpus_per_node 8",
+        ),
+        (["weight_transport=ipc"], "rollout.weight_transport=ipc works between processes on one GPU"),
+        (["placement=colocated", "weight_transport=nccl"], "nccl cannot join a rank and a server on one GPU"),
+        (["placement=colocated"], "rollout.placement=colocated needs optimizer.offload_state=true"),
+        (["gpu_memory_utilization=1.5"], "rollout.gpu_memory_utilization = 1.5 must be in (0, 1]"),
+        (["weight_bucket_mb=0"], "rollout.weight_bucket_mb = 0 must be positive"),
+        (["verify_weights=-1"], "rollout.verify_weights = -1 must not be negative"),
+    ],
+)
+def test_rollout_servers(file: Path, overrides: list[str], message: str) -> None:
+    """What does not fit together about servers is refused, and says what to change."""
+    problems = _refused(file, "rollout.engine=vllm", *(f"rollout.{o}" for o in overrides))
+    assert any(message in problem for problem in problems)

@@ -19,7 +19,9 @@ class Control:
     def __init__(self, url: str, key: str) -> None:
         self.url = url
         # Proxies are for the outside world; servers are on this machine or the job's own network.
-        self._client = httpx.Client(base_url=url, headers=authorization(key), trust_env=False)
+        # A connection that is kept may be closed by the server just when it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=url, headers=authorization(key), limits=limits, trust_env=False)
 
     def close(self) -> None:
         self._client.close()

@@ -278,11 +278,12 @@ class VLLMEngine:
             self.keeper.report_hung(self._owned.index(number))
 
     def _everywhere(self, mine: dict[int, int | None]) -> list[int | None]:
-        """The life of every server, from its owner; of servers that ran already, 1."""
-        if self.config.rollout.servers:
-            return [1] * len(self._controls)
+        """The life of every server, from its owner; of servers that ran already, 1.
+
+        When this returns, no rank generates any more.
+        """
         lives = {server: life for part in _gather(mine) for server, life in part.items()}
-        return [lives[server] for server in range(len(self._controls))]
+        return [lives.get(server, 1) for server in range(len(self._controls))]
 
 
 def _gather(value: Any) -> list[Any]:

@@ -1,0 +1,157 @@
+"""The engine on two ranks, with servers that run already: who sends what, and what happens when they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.parallel import interrupt
+from megatron_fipo.rollout import Request, Sampling, VLLMEngine
+from megatron_fipo.rollout.vllm.client import Patience
+from tests.policies import make_config
+from tests.ranks import run_ranks
+from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
+
+pytestmark = pytest.mark.distributed
+
+SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
+PATIENCE = Patience(deadline=20.0, wait=5.0, probe=0.5, strikes=2, first=0.02, longest=0.2)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    fakes = [FakeServer("default"), FakeServer("default")]
+    yield fakes
+    for fake in fakes:
+        fake.close()
+
+
+def make_engine(urls: list[str], directory: Path, key: str = KEY) -> VLLMEngine:
+    os.environ["MEGATRON_FIPO_VLLM_KEY"] = key
+    rollout = {"engine": "vllm", "servers": tuple(urls), "weight_directory": str(directory / "weights")}
+    config = make_config("unused", run={"directory": str(directory)}, rollout=rollout)
+    topology: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
+    return VLLMEngine(config, topology, PATIENCE)
+
+
+def weights(taken: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """As the actor exports them: taking the next tensor is a collective."""
+    for name in "abc":
+        dist.barrier()
+        taken.append(name)
+        yield name, torch.zeros(5)
+
+
+def requests(rank: int) -> list[Request]:
+    return [Request([1, 2, 3], 100 * rank + i) for i in range(20)]
+
+
+def _draw_twice(urls: list[str], directory: Path) -> list[list[tuple[list[int], tuple[int, ...]]]]:
+    """Tokens and weight versions of each response, after a first and a second update."""
+    engine = make_engine(urls, directory)
+    try:
+        drawn = []
+        for _ in range(2):
+            engine.load_weights(weights([]))
+            responses = engine.generate(requests(dist.get_rank()), SAMPLING)
+            drawn.append([(r.token_ids, r.weight_versions) for r in responses])
+        return drawn
+    finally:
+        engine.close()
+
+
+def _expected(rank: int, version: int) -> list[tuple[list[int], tuple[int, ...]]]:
+    return [(tokens_for(r.seed, [1, 2, 3]), (version,)) for r in requests(rank)]
+
+
+def test_two_ranks(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Each rank draws its own requests from both servers, each once, with the newest weights; rank 0 sends those."""
+    drawn = run_ranks(_draw_twice, 2, [s.url for s in servers], tmp_path)
+    for rank in range(2):
+        assert drawn[rank] == [_expected(rank, 1), _expected(rank, 2)]
+    asked = servers[0].asked + servers[1].asked
+    assert sorted(asked) == [r.seed for rank in range(2) for r in requests(rank)]
+    assert set(asked.values()) == {2}
+    assert min(s.asked.total() for s in servers) >= 20
+    for server in servers:
+        assert [route for route, _ in server.controls].count("/finish_weight_update") == 2
+    assert not (tmp_path / "weights").exists()
+
+
+def test_server_that_takes_no_weights(servers: list[FakeServer], tmp_path: Path) -> None:
+    """It is left out by all ranks; the others do its work."""
+    servers[1].refuses = "/finish_weight_update"
+    drawn = run_ranks(_draw_twice, 2, [s.url for s in servers], tmp_path)
+    assert drawn[1] == [_expected(1, 1), _expected(1, 2)]
+    assert servers[0].asked.total() == 80
+    assert servers[1].asked.total() == 0
+
+
+def _first_update(urls: list[str], directory: Path, key: str) -> tuple[str, list[str]]:
+    """What the first update raises, and the tensors that were taken."""
+    engine = make_engine(urls, directory, key)
+    taken: list[str] = []
+    try:
+        engine.load_weights(weights(taken))
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}", taken
+    finally:
+        engine.close()
+    return "", taken
+
+
+def test_no_server_takes_weights(servers: list[FakeServer], tmp_path: Path) -> None:
+    """All ranks raise, after all tensors were taken, so that none waits for another one."""
+    for server in servers:
+        server.refuses = "/update_weights"
+    for error, taken in run_ranks(_first_update, 2, [s.url for s in servers], tmp_path, KEY):
+        assert error.startswith("RuntimeError: no rollout server took the new weights")
+        assert "/update_weights answered 500" in error
+        assert taken == ["a", "b", "c"]
+
+
+def test_wrong_key(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Found at the first word to a server; the key is not shown."""
+    for error, _ in run_ranks(_first_update, 2, [s.url for s in servers], tmp_path, "wrong-key"):
+        assert "401: wrong or missing key: set MEGATRON_FIPO_VLLM_KEY" in error
+        assert "wrong-key" not in error
+
+
+def test_full_disk(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Rank 0 cannot write: all ranks raise what it says."""
+    (tmp_path / "weights").write_text("in the way")
+    for error, taken in run_ranks(_first_update, 2, [s.url for s in servers], tmp_path, KEY):
+        assert error.startswith("ValueError: weights could not be written: ")
+        assert taken == ["a", "b", "c"]
+
+
+def _interrupted(urls: list[str], directory: Path) -> float:
+    """Seconds from the request to stop to the end of `generate`."""
+    engine = make_engine(urls, directory)
+    interrupt.install()
+    try:
+        engine.load_weights(weights([]))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        started = time.monotonic()
+        with pytest.raises(interrupt.Interrupted):
+            engine.generate(requests(dist.get_rank()), SAMPLING)
+        return time.monotonic() - started - 0.5
+    finally:
+        engine.close()
+
+
+def test_asked_to_stop(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Generation ends at once and gives nothing; what was under way is cancelled."""
+    for server in servers:
+        server.delay = 10.0
+    assert max(run_ranks(_interrupted, 2, [s.url for s in servers], tmp_path)) < 3
