@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train Qwen2.5-7B with FIPO on 32 GPUs.
+# Train Qwen2.5-Math-7B with FIPO on 32 GPUs.
 #
 #   sbatch slurm/fipo_7b.sh [CONFIG.yaml] [key=value ...]     without CONFIG: examples/fipo_7b.yaml
 #

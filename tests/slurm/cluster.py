@@ -28,7 +28,8 @@ COMMAND_SECONDS = 30  # for one call of a Slurm command
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 # cred_expire: a requeued job waits that long, 120 s by default. MinJobAge: ended jobs can be asked for their state.
-# SlurmdTimeout: a node that does not answer is down after that.
+# SlurmdTimeout: a node that does not answer for that long is down, which is found out after a few MessageTimeouts.
+# Jobs in `preemptible` give way to those in `batch`.
 SLURM_CONF = """
 ClusterName=emulated
 SlurmctldHost={host}(127.0.0.1)
@@ -50,6 +51,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min
 ReturnToService=2
 RebootProgram=/bin/true
 SlurmdTimeout=6
+MessageTimeout=5
 KillWait=5
 Waittime=0
 MinJobAge=3600
@@ -66,7 +68,10 @@ PlugStackConfig={directory}/etc/plugstack.conf
 MailProg=/bin/true
 GresTypes=gpu
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=batch Nodes=ALL Default=YES OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
+PartitionName=preemptible Nodes=ALL OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=60
 """
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={port} State=UNKNOWN "
@@ -111,7 +116,7 @@ class Cluster:
             start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
         )
         try:
-            self._wait_until_idle(30.0)
+            self._wait_for(self.nodes, ("idle",), 30.0)
         except BaseException:
             self.stop()
             raise
@@ -158,24 +163,25 @@ class Cluster:
         self._tell(f"crash {node}")
 
     def boot(self, node: str) -> None:
-        """Start a node that crashed, and wait until it is idle."""
+        """Start a node that crashed, and wait until it can take jobs."""
         self._tell(f"start {node}")
-        self._wait_until_idle(30.0)
+        self._wait_for([node], ("idle", "allocated"), 60.0)
 
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
         self._keeper.stdin.write(line + "\n")
         self._keeper.stdin.flush()
 
-    def _wait_until_idle(self, seconds: float) -> None:
-        deadline, seen = time.monotonic() + seconds, set[str]()
+    def _wait_for(self, nodes: Sequence[str], states: Sequence[str], seconds: float) -> None:
+        deadline, seen = time.monotonic() + seconds, ""
+        command = ("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%T")
         while True:
             with contextlib.suppress(RuntimeError):  # slurmctld does not listen yet
-                seen = set(self.run("sinfo", "--noheader", "--Node", "--format=%N=%T").stdout.split())
-            if seen == {f"{node}=idle" for node in self.nodes}:  # `idle*` has not answered yet
+                seen = self.run(*command).stdout
+            if seen and set(seen.split()) <= set(states):  # `idle*` has not answered yet
                 return
             if time.monotonic() > deadline or self._keeper.poll() is not None:
-                raise RuntimeError(f"nodes are {sorted(seen) or 'unknown'}\n{self._last_words()}")
+                raise RuntimeError(f"nodes are {seen.split() or 'unknown'}\n{self._last_words()}")
             time.sleep(0.1)
 
     def _last_words(self) -> str:
@@ -215,6 +221,10 @@ class Job:
     def output(self) -> str:
         """What it has printed, in all its attempts."""
         return self.log.read_text() if self.log.exists() else ""
+
+    def nodes(self) -> list[str]:
+        """Where it runs, or ran last."""
+        return self.cluster.run("scontrol", "show", "hostnames", self.read()["NodeList"]).stdout.split()
 
     def cancel(self) -> None:
         """End it, if it has not ended, and wait for that."""

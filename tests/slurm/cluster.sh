@@ -21,6 +21,7 @@ up)
   rm -rf "$dir"
   ;;
 keep)
+  exec 2>>"$dir/log/keep.out" # where bash says what was killed
   declare -A nodes
   munged --foreground --num-threads=2 --key-file="$dir/munge/key" --socket="$dir/munge/socket/s" \
     --pid-file="$dir/munge/pid" --seed-file="$dir/munge/seed" --log-file="$dir/log/munged.log" \

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_fipo.config import to_yaml
+from megatron_fipo.config import Config, to_yaml
 from tests.policies import make_config, make_task
 from tests.slurm.cluster import ROOT, Cluster, Job, obstacle
 
 Train = Callable[..., Job]
-TASKS = ["--nodes=2", "--ntasks-per-node=2"]  # 4 ranks
+SECONDS = 280.0  # for a job to end: a rank starts in 10 seconds of one core, and other tests may want the cores
 
 
 @pytest.fixture(scope="session")
@@ -32,22 +32,21 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("task") / "base")
 
 
-@pytest.fixture(scope="module")
-def train(cluster: Cluster, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """train(run, reward, *overrides, options=()): slurm/fipo_32b.sh on 2 nodes x 2 ranks; run is the run's directory.
+@pytest.fixture(scope="session")
+def train(cluster: Cluster, task: Path) -> Iterator[Train]:
+    """train(run, reward, *overrides, ranks=2, options=()): slurm/fipo_32b.sh on two nodes; run is the run's directory.
 
-    Jobs that have not ended by then are cancelled.
+    Jobs that have not ended when the tests have are cancelled.
     """
     jobs: list[Job] = []
 
-    def submit(run: Path, reward: str, *overrides: str, options: tuple[str, ...] = ()) -> Job:
-        run.parent.mkdir(parents=True, exist_ok=True)
+    def submit(run: Path, reward: str, *overrides: str, ranks: int = 2, options: Sequence[str] = ()) -> Job:
         config = run.parent / f"{run.name}.yaml"
-        config.write_text(_yaml(task, run, reward))
+        config.write_text(to_yaml(make_run(task, run, reward, ranks)))
         job = cluster.submit(
             *("slurm/fipo_32b.sh", config, *overrides),
             log=run.parent / f"{run.name}.log",
-            options=[*TASKS, *options],
+            options=["--nodes=2", f"--ntasks-per-node={ranks // 2}", *options],
             PYTHONPATH=str(ROOT),
             FIPO_TEST_RUN=str(run),
         )
@@ -59,16 +58,24 @@ def train(cluster: Cluster, task: Path, tmp_path_factory: pytest.TempPathFactory
         job.cancel()
 
 
-def _yaml(task: Path, run: Path, reward: str) -> str:
-    sections: dict[str, dict[str, Any]] = {
-        "run": {"name": run.name, "directory": str(run)},
-        "parallel": {"world_size": 4, "pipeline": 2, "timeout_minutes": 2.0},
-        "data": {"train": f"{task}/train.parquet", "max_prompt_tokens": 16},
-        "rollout": {"max_response_tokens": 12, "dynamic_sampling": False},
-        "reward": {"function": f"tests.slurm.faults:{reward}"},
-        "optimizer": {"distributed": True},
-        "trainer": {"max_steps": 3, "tokens_per_micro_batch": 64, "tensorboard": False, "export_policy": False},
-        "eval": {"every": 0},
-        "checkpoint": {"every": 1},
-    }
-    return to_yaml(make_config(task, **sections))
+def make_run(task: Path, run: Path, reward: str, ranks: int) -> Config:
+    """Three steps on two replicas, a checkpoint after each; reward is a function of tests.slurm.faults."""
+    return make_config(
+        task,
+        run={"name": run.name, "directory": str(run)},
+        parallel={"world_size": ranks, "pipeline": ranks // 2, "timeout_minutes": 5.0, "threads_per_rank": 1},
+        data={"train": f"{task}/train.parquet", "max_prompt_tokens": 16},
+        rollout={"max_response_tokens": 12, "dynamic_sampling": False},
+        reward={"function": f"tests.slurm.faults:{reward}", "overlong_buffer_tokens": 0},
+        optimizer={"distributed": True},
+        trainer={"max_steps": 3, "tokens_per_micro_batch": 64, "tensorboard": False, "export_policy": False},
+        eval={"every": 0},
+        checkpoint={"every": 1},
+    )
+
+
+def learned(run: Path) -> list[dict[str, float]]:
+    """What a run has recorded of its steps, without what the clock said."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/", "wall_seconds")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

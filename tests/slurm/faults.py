@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_fipo.parallel import interrupt
 
 Scores = list[float]
-BROKEN_STEP = 2
+BROKEN_STEP = 3  # the checkpoint of the first one is whole by then
 _calls = itertools.count(1)
 
 
@@ -27,15 +27,16 @@ def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources:
 
 
 def raises(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
-    """Rank 3's program has an error."""
-    if _in_broken_step() and os.environ["RANK"] == "3":
+    """Rank 1's program has an error."""
+    if _in_broken_step() and os.environ["RANK"] == "1":
+        (_run() / "raised").touch()
         raise RuntimeError("the reward model has gone")
     return parity(responses, ground_truths, data_sources)
 
 
 def kills_rank(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
-    """Rank 3 is killed, in every attempt, as a kernel does that is out of memory."""
-    if _in_broken_step() and os.environ["RANK"] == "3":
+    """Rank 1 is killed, in every attempt, as a kernel does that is out of memory."""
+    if _in_broken_step() and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return parity(responses, ground_truths, data_sources)
 
@@ -48,9 +49,8 @@ def waits_for_signal(responses: Sequence[str], ground_truths: Sequence[str], dat
 
 
 def waits_for_crash(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
-    """In the first attempt, all ranks wait for the worst, and say so in a file."""
+    """In the first attempt, all ranks wait for the end."""
     if _in_broken_step() and _is_first_attempt():
-        (_run() / f"waiting_{os.environ['RANK']}").touch()
         _wait(lambda: False)
     return parity(responses, ground_truths, data_sources)
 
@@ -74,6 +74,8 @@ def _is_first_attempt() -> bool:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100.0
+    """Says so in a file of this rank's."""
+    (_run() / f"waiting_{os.environ['RANK']}").touch()
+    deadline = time.monotonic() + 240.0
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,0 +1,106 @@
+"""Jobs that Slurm stops, nodes that fail, ranks that die: a run goes on by itself, where it should."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config import Config
+from megatron_fipo.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.slurm.cluster import Cluster, Job
+from tests.slurm.conftest import SECONDS, Train, learned, make_run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    """A job of 3 minutes, and its run's directory. Submitted first, since its signal is long in coming."""
+    run = tmp_path_factory.mktemp("limited") / "run"
+    return train(run, "waits_for_signal", options=("--time=3", "--signal=USR1@60")), run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """What the same run learns on two local ranks, without Slurm."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(_train, 2, make_run(task, run, "parity", 2))
+    return learned(run)
+
+
+def _train(config: Config) -> None:
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+
+
+def _await_fault(run: Path, job: Job) -> None:
+    """Until both ranks are in the middle of the step that the fault is in."""
+    deadline = time.monotonic() + SECONDS
+    while not all((run / f"waiting_{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+def test_node_failure(
+    which: int, undisturbed: list[dict[str, float]], train: Train, cluster: Cluster, tmp_path: Path
+) -> None:
+    """A node is gone in the middle of a step, the one with rank 0 and the batch script or the other: the job is
+    started again on nodes that are there, and ends with the metrics of a run that nothing disturbed."""
+    job = train(tmp_path / "run", "waits_for_crash")
+    _await_fault(tmp_path / "run", job)
+    node = job.nodes()[which]
+    cluster.crash(node)
+    try:
+        ended = job.wait(seconds=SECONDS, restarts=1)
+    finally:
+        cluster.boot(node)
+    assert ended["JobState"] == "COMPLETED", job.output()
+    assert "going on after step" in job.output()
+    assert learned(tmp_path / "run") == undisturbed
+
+
+def test_preemption(undisturbed: list[dict[str, float]], train: Train, cluster: Cluster, tmp_path: Path) -> None:
+    """A job that has to give way makes a checkpoint and goes at once, not at the end of its grace time of 60 seconds;
+    it goes on when the nodes are free again."""
+    job = train(tmp_path / "run", "waits_for_signal", options=("--partition=preemptible",))
+    _await_fault(tmp_path / "run", job)
+    urgent = cluster.submit(
+        *("slurm/convert.sh", "--help"), log=tmp_path / "urgent.log", options=[f"--nodelist={job.nodes()[1]}"]
+    )
+    assert urgent.wait(seconds=50.0)["JobState"] == "COMPLETED", job.output()
+    ended = job.wait(seconds=SECONDS, restarts=1)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert learned(tmp_path / "run") == undisturbed
+
+
+def test_crash_loop(train: Train, tmp_path: Path) -> None:
+    """A rank that is killed is worth another attempt; killed in the same step again, the job fails and says why."""
+    job = train(tmp_path / "run", "kills_rank")
+    ended = job.wait(("FAILED", "COMPLETED"), seconds=2 * SECONDS, restarts=1)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), job.output()
+    assert "failed twice in step 3" in job.output()
+
+
+def test_cancelled_job_stays_cancelled(train: Train, tmp_path: Path) -> None:
+    """scancel's signal makes a checkpoint, as any does, but the job does not come back."""
+    job = train(tmp_path / "run", "waits_for_signal")
+    _await_fault(tmp_path / "run", job)
+    job.cancel()
+    time.sleep(10.0)  # twice what a job needs to come back
+    ended = job.read()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.output()
+
+
+def test_time_limit(limited: tuple[Job, Path], undisturbed: list[dict[str, float]]) -> None:
+    """Signalled ahead of its time limit, in the middle of a step, a job makes a checkpoint, goes back into the queue
+    by itself, and ends with the metrics of a run that nothing disturbed, bit for bit."""
+    job, run = limited
+    ended = job.wait(seconds=2 * SECONDS, restarts=1)
+    assert ended["JobState"] == "COMPLETED", job.output()
+    assert f"job {job.number} is requeued" in job.output()
+    assert learned(run) == undisturbed
