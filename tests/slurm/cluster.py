@@ -229,7 +229,7 @@ class Job:
     def cancel(self) -> None:
         """End it, if it has not ended, and wait for that."""
         self.cluster.run("scancel", self.number)
-        self.wait(seconds=30.0)
+        self.wait(seconds=60.0)
 
 
 def _write_files(directory: Path, nodes: Sequence[str]) -> None:
