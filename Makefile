@@ -58,7 +58,7 @@ test: install  ## the tests that need no GPU and no server
 	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: test vllm-env  ## those, the slow ones, the ones on vLLM and on a real Slurm, and the sanitizers
+test-all: $(if $(TESTED),,test) vllm-env  ## those, the slow ones, the ones on vLLM and on a real Slurm, and the sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 	$(BIN)/python -m pytest -q -m "vllm"
