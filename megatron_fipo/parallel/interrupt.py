@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_fipo.outcome import Interrupted
 
-__all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "unless_interrupted"]
+__all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "shielded", "unless_interrupted"]
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -30,6 +30,19 @@ def install() -> None:
     _requested = False
     for number in SIGNALS:
         signal.signal(number, _request)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes that are started inside never see the signals, which Slurm sends to every process of a job.
+
+    They would die of them just when their work is to be finished or given up in good order. Only SIGKILL ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def requested() -> bool:

@@ -55,12 +55,12 @@ def _rank(environment: dict[str, str], act: Callable[[int, Path], None], directo
 
 
 def _connect(rank: int, directory: Path) -> None:
-    preflight.connect(timedelta(minutes=1), directory)
+    preflight.connect(timedelta(minutes=5), directory)
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
     assert total.item() == 3
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-    assert backend.options._timeout == timedelta(minutes=1)
+    assert backend.options._timeout == timedelta(minutes=5)
     dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import FrameType
@@ -75,3 +76,23 @@ def _signalled_while_noting() -> bool:
 def test_a_signal_while_another_is_noted() -> None:
     """Comes to no harm: Slurm's and the supervisor's may be microseconds apart."""
     assert run_ranks(_signalled_while_noting, 1, timeout=60) == [True]
+
+
+def _start_a_child_and_be_signalled() -> tuple[bool, int | None]:
+    interrupt.install()
+    with interrupt.shielded():
+        child = subprocess.Popen(["sleep", "60"])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        waiting = interrupt.requested()
+    for number in interrupt.SIGNALS:
+        os.kill(child.pid, number)
+    time.sleep(0.3)
+    ended = child.poll()
+    child.kill()
+    child.wait()
+    return not waiting and interrupt.requested(), ended
+
+
+def test_shielded_children() -> None:
+    """A signal to everybody does not end a process that a rank has started, and reaches the rank all the same."""
+    assert run_ranks(_start_a_child_and_be_signalled, 1) == [(True, None)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.parallel import interrupt
 from megatron_fipo.vllm_environment import Installed
 
 WORKER = Path(__file__).parent / "worker"  # what servers import of this package
@@ -133,7 +134,7 @@ class ServerProcess:
         """
         self.kill()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, interrupt.shielded():
             self._guard = subprocess.Popen(
                 self._guarded(),
                 stdin=subprocess.PIPE,  # its end tells the guard that this process is gone
