@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", "rewards", "accuracy", "advantages")
-PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs")
+PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Rollouts:
         tokens: [N] int64.
         loss_mask: [N] bool, the tokens that the policy is trained on: sampled ones, stop token included.
         rollout_log_probs: [N] float32, the engine's log-probability of each sampled token; 0 elsewhere.
+        weight_versions: [N] int32, of the policy that sampled each token: finished training steps; -1 elsewhere.
     """
 
     ids: torch.Tensor
@@ -43,6 +44,7 @@ class Rollouts:
     tokens: torch.Tensor
     loss_mask: torch.Tensor
     rollout_log_probs: torch.Tensor
+    weight_versions: torch.Tensor
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -84,15 +86,23 @@ class Rollouts:
         responses: Sequence[Sequence[int]],
         log_probs: Sequence[Sequence[float]],
         truncated: Sequence[bool],
+        weight_versions: Sequence[Sequence[int]] | int = 0,
     ) -> Rollouts:
-        """Pack sampled responses; every response token is trained on, no prompt token is."""
+        """Pack sampled responses; every response token is trained on, no prompt token is.
+
+        Args:
+            weight_versions: of each response token, or one for all of them.
+        """
         prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
         lengths = prompt_lengths + torch.tensor([len(r) for r in responses], dtype=torch.int64)
-        tokens, mask, log_prob = [], [], []
-        for prompt, response, log_p in zip(prompts, responses, log_probs, strict=True):
+        if isinstance(weight_versions, int):
+            weight_versions = [[weight_versions] * len(r) for r in responses]
+        tokens, mask, log_prob, version = [], [], [], []
+        for prompt, response, log_p, drawn_by in zip(prompts, responses, log_probs, weight_versions, strict=True):
             tokens += [*prompt, *response]
             mask += [False] * len(prompt) + [True] * len(response)
             log_prob += [0.0] * len(prompt) + list(log_p)
+            version += [-1] * len(prompt) + list(drawn_by)
         return Rollouts(
             ids=torch.tensor(ids, dtype=torch.int64),
             prompt_lengths=prompt_lengths,
@@ -104,6 +114,7 @@ class Rollouts:
             tokens=torch.tensor(tokens, dtype=torch.int64),
             loss_mask=torch.tensor(mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(log_prob, dtype=torch.float32),
+            weight_versions=torch.tensor(version, dtype=torch.int32),
         )
 
 

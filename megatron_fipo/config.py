@@ -114,10 +114,32 @@ class RolloutConfig:
     kv_cache_gb: float | None = None  # None: gpu_memory_utilization decides; 1 on the CPU
     gpu_memory_utilization: float = 0.9  # share of the GPU for weights and cache while generating
     prefix_cache: bool = True  # the responses of a group share their prompt's cache
-    importance_sampling: Literal["none", "token", "sequence"] = "none"  # truncated, trainer over rollout probabilities
+    # Truncated weights, trainer over rollout probabilities. auto: token where max_staleness allows older weights.
+    importance_sampling: Literal["auto", "none", "token", "sequence"] = "auto"
     importance_sampling_cap: float = 2.0
     mismatch_warning: float = 0.05  # warn when mean |log p_trainer - log p_rollout| exceeds this
     save: bool = True  # keep rollouts/step_N.parquet
+    # What follows needs an engine with servers (vllm). Steps by which the weights that drew a token may be behind those
+    # that it trains. 0: every batch is drawn by the newest weights. 1: the next batch is drawn while one is trained
+    # (not if colocated, where they take turns).
+    max_staleness: int = 0
+    # An interrupted run waits this long for the batch that is drawn ahead, which its checkpoint then holds. One that is
+    # not full by then is drawn anew, with newer weights than it would have had.
+    settle_seconds: float = 20.0
+    # Responses that are unfinished when a batch is full go on with the next weights instead of being drawn anew. What
+    # is in a batch then depends on speed. Needs max_staleness >= 1, or >= 2 if a batch is drawn during training.
+    partial: bool = False
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a batch is drawn while the one before it is trained."""
+        return self.max_staleness > 0 and self.placement != "colocated"
+
+    @property
+    def importance_sampling_level(self) -> Literal["none", "token", "sequence"]:
+        if self.importance_sampling == "auto":
+            return "token" if self.max_staleness else "none"
+        return self.importance_sampling
 
 
 @dataclass(frozen=True)
@@ -303,6 +325,7 @@ def validate(config: Config) -> None:
         *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
         *_ranges(config),
         *_servers(config),
+        *_staleness(config.rollout),
     ]
     if problems:
         raise ValueError("illegal configuration:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -409,6 +432,38 @@ def _servers(c: Config) -> list[str]:
     return problems
 
 
+def _staleness(r: RolloutConfig) -> list[str]:
+    """What does not fit together about batches that are drawn ahead."""
+    problems = []
+    if r.max_staleness < 0:
+        problems.append(f"rollout.max_staleness = {r.max_staleness} must not be negative")
+    if r.engine == "hf" and (r.max_staleness > 0 or r.partial):
+        problems.append(
+            "rollout.max_staleness and rollout.partial need rollout.engine=vllm: the hf engine draws in the ranks "
+            "themselves, which cannot train meanwhile"
+        )
+    if r.engine == "vllm" and r.surplus_groups == "keep":
+        problems.append(
+            "rollout.surplus_groups=keep is for the hf engine; with vllm rollout.partial keeps what is begun"
+        )
+    if r.max_staleness > 1 and not r.partial:
+        problems.append(
+            f"rollout.max_staleness = {r.max_staleness}: one batch is drawn ahead, so tokens are at most 1 step old; "
+            "set it to 1, or set rollout.partial=true, which continues responses under newer weights"
+        )
+    if r.max_staleness > 0 and r.placement == "colocated" and not r.partial:
+        problems.append(
+            "rollout.placement=colocated cannot draw while it trains: rollout.max_staleness=0, or rollout.partial=true"
+        )
+    least = 2 if r.placement != "colocated" else 1
+    if r.partial and r.max_staleness < least:
+        problems.append(
+            f"rollout.partial needs rollout.max_staleness >= {least} with rollout.placement={r.placement}, "
+            f"not {r.max_staleness}: continued responses have tokens of older weights"
+        )
+    return problems
+
+
 def _ranges(c: Config) -> list[str]:
     """Bounds of single values; the loss's own are checked by `algorithm.FIPOLossConfig`."""
     positive: dict[str, float | None] = {
@@ -446,6 +501,7 @@ def _ranges(c: Config) -> list[str]:
     not_negative = {
         "rollout.top_k": c.rollout.top_k,
         "rollout.verify_weights": c.rollout.verify_weights,
+        "rollout.settle_seconds": c.rollout.settle_seconds,
         "rollout.max_rounds": c.rollout.max_rounds,
         "reward.overlong_buffer_tokens": c.reward.overlong_buffer_tokens,
         "optimizer.lr": c.optimizer.lr,

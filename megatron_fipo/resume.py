@@ -15,7 +15,7 @@ from megatron_fipo.evaluate import Evaluation
 _FREE = (
     *("parallel.", "checkpoint.", "resume.", "eval.", "run.name", "run.directory", "run.overwrite"),
     *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens", "data.validation"),
-    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning"),
+    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning", "rollout.settle_seconds"),
     *("rollout.placement", "rollout.num_servers", "rollout.tensor_parallel", "rollout.nodes", "rollout.gpus_per_node"),
     *("rollout.servers", "rollout.vllm_python", "rollout.weight_transport", "rollout.weight_bucket_mb"),
     *("rollout.weight_directory", "rollout.verify_weights", "rollout.deadline_seconds", "rollout.start_seconds"),

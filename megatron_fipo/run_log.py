@@ -236,6 +236,7 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
     sequences = [t.tolist() for t in r.tokens.split(r.lengths.tolist())]
     prompts = r.prompt_lengths.tolist()
     log_probs = [t.tolist() for t in r.rollout_log_probs.split(r.lengths.tolist())]
+    versions = [t.tolist() for t in r.weight_versions.split(r.lengths.tolist())]
     return pa.table(
         {
             "id": r.ids.tolist(),
@@ -243,6 +244,7 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
             "response": [tokenizer.decode(s[p:]) for s, p in zip(sequences, prompts, strict=True)],
             "response_tokens": [s[p:] for s, p in zip(sequences, prompts, strict=True)],
             "rollout_log_probs": [x[p:] for x, p in zip(log_probs, prompts, strict=True)],
+            "weight_versions": [v[p:] for v, p in zip(versions, prompts, strict=True)],
             "reward": r.rewards.tolist(),
             "accuracy": r.accuracy.tolist(),
             "advantage": r.advantages.tolist(),

@@ -4,6 +4,9 @@
     -> old log-probabilities -> for each mini-batch: FIPO loss, gradient, update   (actor)
     -> new weights to the rollout engine
 
+With rollout.max_staleness the engine gets new weights before the old log-probabilities are computed, and draws the next
+batch while this one is trained.
+
 A step is finished or it never was: the same command goes on from the newest checkpoint, exactly (resume, checkpoint).
 FIPO differs from DAPO in the loss alone: `algorithm.loss`.
 """
@@ -22,9 +25,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megatron_fipo.actor import FIPOActor, GradientError
-from megatron_fipo.algorithm import mismatch_metrics, truncated_importance_weights
-from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
+from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
@@ -37,9 +38,11 @@ from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.resume import Progress, starts_over
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import make_engine
-from megatron_fipo.rollout.collect import RolloutCollector
+from megatron_fipo.rollout.assembly import Collected
 from megatron_fipo.rollout.distribute import distribute
+from megatron_fipo.rollout.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
 from megatron_fipo.rollout.stop_tokens import stop_token_ids
+from megatron_fipo.rollout.stream import make_collector
 from megatron_fipo.run_log import RunLog, clear
 
 logger = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class Trainer:
         self.engine = make_engine(config, hf_config, self.topology)
         self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
         self.stream = PromptStream(self.prompts, config.run.seed, config.data.shuffle)
-        self.collector = RolloutCollector(
+        self.collector = make_collector(
             config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
         )
         self.log = RunLog(config, self.topology.rank, enabled=write)
@@ -137,6 +140,7 @@ class Trainer:
         if progress.before is None or (
             progress.unlogged is not None and (last or _due(progress.step, config.eval.every))
         ):
+            self._settle()
             started = time.monotonic()
             result = self.validate(progress.step)
             progress = progress.evaluated(result)
@@ -149,7 +153,14 @@ class Trainer:
         self.progress = replace(progress, unlogged=None)
         self.checkpointer.poll()
         if last or best or _due(progress.step, config.checkpoint.every):
+            self._settle()
             self._save(score=scores.get("eval/avg@k"))
+
+    def _settle(self) -> None:
+        """Finish the batch that is being drawn ahead, if any: the engine may then get other weights, and a checkpoint
+        holds the batch."""
+        self.collector.settle()
+        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
 
     def _save(self, score: float | None = None, wait: bool = False) -> None:
         """Write a checkpoint of the last finished step, unless there is one."""
@@ -202,8 +213,8 @@ class Trainer:
         Raises:
             Interrupted: a rank was asked to stop before the first update.
         """
-        with self._timed("rollout"), self.actor.inference():
-            collected = self.collector.collect()
+        with self._timed("rollout"):
+            collected = self._collect(last=step == self.config.trainer.max_steps)
         rollouts, batches = distribute(
             collected.rollouts, collected.groups, self.config, self.topology, self.actor.pack
         )
@@ -216,7 +227,22 @@ class Trainer:
                 updates = self._update_policy(step, batches)
         if self.config.rollout.save:
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology)
-        return {**collected.metrics, **self._rollout_mismatch(batches), **updates}
+        return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates}
+
+    def _collect(self, last: bool) -> Collected:
+        """This step's batch. With rollout.max_staleness it was drawn while the step before was trained, and the next
+        one is begun now, unless this step is the last."""
+        ahead = None
+        if self.collector.is_ahead:
+            self._settle()
+            if interrupt.agreed():
+                raise Interrupted
+            ahead = self.collector.collect()
+        with self.actor.inference():
+            collected = ahead or self.collector.collect()
+            if self.config.rollout.overlaps and not last:
+                self.collector.start_next()
+        return collected
 
     def validate(self, step: int) -> Evaluation | None:
         """Avg@k and its siblings on the validation problems; None without any."""
@@ -256,6 +282,7 @@ class Trainer:
 
     def close(self) -> None:
         """End what the run started."""
+        self.collector.close()
         self.reward.close()
         self.engine.close()
         self.log.close()
@@ -268,38 +295,15 @@ class Trainer:
         if self.config.algorithm.kl_coefficient:
             reference = self.actor.get_init_policy_logprobs(batches)
             batches = [b.with_token_values(reference_log_probs=r) for b, r in zip(batches, reference, strict=True)]
-        if self.config.rollout.importance_sampling != "none":
-            batches = [
-                b.with_token_values(token_weights=[self._importance_weights(m) for m in b.micro_batches])
-                for b in batches
-            ]
-        return batches
+        return with_importance_weights(batches, self.config.rollout)
 
-    def _rollout_mismatch(self, batches: Sequence[TrainBatch]) -> dict[str, float]:
-        """How far the rollout engine's log-probabilities are from the trainer's, over all replicas."""
-        metrics: Metrics = {}
-        for micro_batch in (m for b in batches for m in b.micro_batches):
-            metrics = merge(metrics, _mismatch(micro_batch))
-        mismatch = {f"mismatch/{k}": v for k, v in finalize(all_reduce(metrics, self.topology.dp)).items()}
-        if mismatch["mismatch/rollout_mismatch_abs"] > self.config.rollout.mismatch_warning:
-            self.log.warn(
-                f"trainer and rollout engine disagree by {mismatch['mismatch/rollout_mismatch_abs']:.3g} nats a token; "
-                "likely causes: different precision, temperature or weights"
-            )
+    def _mismatch(self, rollouts: Rollouts, batches: Sequence[TrainBatch], policy_version: int) -> dict[str, float]:
+        """How far the engine's log-probabilities are from those of the weights of `policy_version` steps."""
+        mismatch = rollout_mismatch(batches, self.topology)
+        warning = mismatch_warning(mismatch, rollouts, policy_version, self.config.rollout, self.topology)
+        if warning:
+            self.log.warn(warning)
         return mismatch
-
-    def _importance_weights(self, m: MicroBatch) -> torch.Tensor:
-        assert m.old_log_probs is not None
-        rollout = self.config.rollout
-        assert rollout.importance_sampling != "none"
-        return truncated_importance_weights(
-            m.old_log_probs,
-            m.rollout_log_probs,
-            m.loss_mask,
-            m.response_offsets,
-            rollout.importance_sampling,
-            rollout.importance_sampling_cap,
-        )
 
     def _update_policy(self, step: int, batches: Sequence[TrainBatch]) -> dict[str, float]:
         """All updates of a step. The first one must see log-ratios of 0: the old log-probabilities are its own."""
@@ -362,11 +366,6 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _mismatch(m: MicroBatch) -> Metrics:
-    assert m.old_log_probs is not None
-    return mismatch_metrics(m.old_log_probs, m.rollout_log_probs, m.loss_mask)
 
 
 def _summarize_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -33,6 +33,7 @@ def _rollouts(rows: list[dict[str, Any]]) -> Rollouts:
         responses=[r["response"] for r in rows],
         log_probs=[[-t / 7 for t in r["response"]] for r in rows],
         truncated=[r["truncated"] for r in rows],
+        weight_versions=[[t % 3 for t in r["response"]] for r in rows],
     )
     values = torch.tensor([float(sum(r["response"])) for r in rows])
     holes = rollouts.tokens % 5 == 0
@@ -66,6 +67,7 @@ def test_from_responses_keeps_every_token(rows: list[dict[str, Any]]) -> None:
     ]
     assert torch.equal(rollouts.rollout_log_probs != 0, rollouts.loss_mask)
     assert rollouts.truncated.tolist() == [r["truncated"] for r in rows]
+    assert torch.equal(rollouts.weight_versions, torch.where(rollouts.loss_mask, 0, -1).to(torch.int32))
 
 
 @given(RESPONSES, st.data())

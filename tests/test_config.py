@@ -209,6 +209,60 @@ def test_illegal_value_shows_its_arithmetic(file: Path, overrides: list[str], sa
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.max_staleness=1"], "need rollout.engine=vllm: the hf engine draws in the ranks themselves"),
+        (["rollout.engine=vllm", "rollout.max_staleness=2"], "max_staleness = 2: one batch is drawn ahead"),
+        (["rollout.engine=vllm", "rollout.max_staleness=-1"], "max_staleness = -1 must not be negative"),
+        (
+            ["rollout.engine=vllm", "rollout.partial=true"],
+            "rollout.max_staleness >= 2 with rollout.placement=local, not 0",
+        ),
+        (
+            ["rollout.engine=vllm", "rollout.partial=true", "rollout.max_staleness=1"],
+            "rollout.max_staleness >= 2 with rollout.placement=local, not 1",
+        ),
+        (["rollout.engine=vllm", "rollout.surplus_groups=keep"], "rollout.surplus_groups=keep is for the hf engine"),
+        (
+            [
+                *("rollout.engine=vllm", "rollout.placement=colocated", "optimizer.offload_state=true"),
+                "rollout.max_staleness=1",
+            ],
+            "rollout.placement=colocated cannot draw while it trains",
+        ),
+    ],
+)
+def test_staleness_that_cannot_be(file: Path, overrides: list[str], says: str) -> None:
+    """What an engine, a placement or the scheme of one batch ahead does not allow is refused with a way out."""
+    (problem,) = _refused(file, *overrides)
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "overlaps", "level"),
+    [
+        ([], False, "none"),
+        (["rollout.max_staleness=1"], True, "token"),
+        (["rollout.max_staleness=1", "rollout.importance_sampling=sequence"], True, "sequence"),
+        (["rollout.max_staleness=2", "rollout.partial=true"], True, "token"),
+        (
+            [
+                *("rollout.max_staleness=1", "rollout.partial=true", "rollout.placement=colocated"),
+                "optimizer.offload_state=true",
+            ],
+            False,
+            "token",
+        ),
+    ],
+)
+def test_staleness(file: Path, overrides: list[str], overlaps: bool, level: str) -> None:
+    """Batches are drawn during training unless ranks and servers take turns; older weights are corrected for by
+    default."""
+    rollout = load_config(file, ["rollout.engine=vllm", *overrides]).rollout
+    assert (rollout.overlaps, rollout.importance_sampling_level) == (overlaps, level)
+
+
+@pytest.mark.parametrize(
     "override",
     [
         *("rollout.prompts_per_round=0", "parallel.threads_per_rank=0", "parallel.timeout_minutes=0"),

@@ -32,7 +32,7 @@ LAYOUTS = {
 UNTRAINED = ("time/", "throughput/", "eval/")
 Layouts = Callable[[str], list[dict[str, torch.Tensor]]]
 COLUMNS = [
-    *("id", "prompt", "response", "response_tokens", "rollout_log_probs"),
+    *("id", "prompt", "response", "response_tokens", "rollout_log_probs", "weight_versions"),
     *("reward", "accuracy", "advantage", "truncated"),
 ]
 
@@ -216,6 +216,7 @@ def test_rollouts_file(task: Path, runs: Path, one_rank: dict[str, Any]) -> None
             assert row["prompt"].startswith("<bos>")
             assert row["prompt"].endswith("?")
             assert len(row["rollout_log_probs"]) == len(tokens) <= 12
+            assert row["weight_versions"] == [step - 1] * len(tokens)
             assert row["truncated"] == (tokens[-1] != tokenizer.eos_token_id)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             penalty = min(-(len(tokens) - 8) / 4, 0.0)

@@ -103,9 +103,17 @@ class GroupCollector(Generic[Group]):
         Raises:
             ValueError: not one outcome a group.
         """
+        self.add(groups, outcomes)
+        self.end_round()
+
+    def end_round(self) -> None:
+        """What was added since the last one counts as one more generation round."""
+        self.rounds += 1
+
+    def add(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
+        """The same for a part of a round."""
         if len(groups) != outcomes.group.numel():
             raise ValueError(f"{len(groups)} groups were added with the outcomes of {outcomes.group.numel()}")
-        self.rounds += 1
         self.generated_prompts += len(groups)
         if self.filter_groups:
             self.dropped_all_right += int(outcomes.all_right.sum())

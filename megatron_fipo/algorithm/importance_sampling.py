@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo import ops
-from megatron_fipo.algorithm.metrics import Metrics, fraction, max_where, mean_where
+from megatron_fipo.algorithm.metrics import Metrics, fraction, log_ratio_histogram, max_where, mean_where
 
 MAX_LOG_RATIO = 600.0  # nats; exp of it, added up over any batch, is finite in float64
 RATIO_RANGE = (0.5, 2.0)
@@ -59,7 +59,8 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask
     """Size of the gap over loss tokens, mergeable (shapes and errors: `truncated_importance_weights`).
 
     `rollout_mismatch_abs` and `_abs_max`: mean and largest |d|; `_k1`, `_k3`: estimates of KL(rollout || trainer) from
-    the rollout's samples, -d and exp(d) - 1 - d; `_outside_fraction`: tokens whose exp(d) is outside [0.5, 2].
+    the rollout's samples, -d and exp(d) - 1 - d; `_outside_fraction`: tokens whose exp(d) is outside [0.5, 2];
+    `_ratio_histogram`: of |d|, so that the quantiles are those of the larger of exp(d) and exp(-d).
     """
     log_ratio, mask = _log_ratio(old_log_probs, rollout_log_probs, loss_mask)
     low, high = (math.log(r) for r in RATIO_RANGE)
@@ -69,6 +70,7 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask
         "rollout_mismatch_k1": mean_where(-log_ratio, mask),
         "rollout_mismatch_k3": mean_where(log_ratio.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio, mask),
         "rollout_mismatch_outside_fraction": fraction((log_ratio < low) | (log_ratio > high), mask),
+        "rollout_mismatch_ratio_histogram": log_ratio_histogram(log_ratio.abs(), mask),
     }
 
 

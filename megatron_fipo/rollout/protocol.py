@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +37,7 @@ class Response:
         token_ids: the stop token that ended it included.
         log_probs: of each token in the distribution it was drawn from: after temperature, top-k and top-p.
         truncated: it reached `max_tokens` without a stop token.
+        unfinished: it was paused (`PausingEngine`) before either; it may have no token yet.
         weight_versions: numbers of the `load_weights` that drew it, in order; empty where an engine does not tell.
     """
 
@@ -43,6 +45,7 @@ class Response:
     log_probs: list[float]
     truncated: bool
     weight_versions: tuple[int, ...] = ()
+    unfinished: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -72,3 +75,25 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that draws in the background, so that responses can be taken up one by one as they are finished.
+
+    All requests of a replica go through its first rank.
+    """
+
+    def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
+        """One response, drawn sooner or later by the weights of the newest `load_weights`; returns at once.
+
+        `Future.cancel` ends it at any time. There is none under way when `load_weights` is called.
+        """
+
+
+@runtime_checkable
+class PausingEngine(StreamingEngine, Protocol):
+    """One that can say how far a response has come."""
+
+    def pause(self, futures: Sequence[Future[Response]]) -> None:
+        """End these requests and return when they are ended; their results are what was drawn so far."""

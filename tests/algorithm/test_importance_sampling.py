@@ -27,16 +27,20 @@ def test_sequence_level():
 
 
 def test_same_log_probs():
-    """Where trainer and engine agree every weight is exactly 1 and every mismatch figure 0."""
+    """Where trainer and engine agree every weight is exactly 1 and every mismatch figure 0, every ratio 1."""
     for level in ("token", "sequence"):
         weights = truncated_importance_weights(OLD, OLD, MASK, CU_SEQLENS, level, 2.0)
         assert (weights == 1).all()
-    assert set(finalize(mismatch_metrics(OLD, OLD, MASK)).values()) == {0.0}
+    figures = finalize(mismatch_metrics(OLD, OLD, MASK))
+    assert all(value == float("_ratio_" in name) for name, value in figures.items())
 
 
 def test_mismatch_metrics():
-    """Mean and largest |d|, the k1 and k3 estimates and the share of ratios outside [0.5, 2]."""
+    """Mean and largest |d|, the k1 and k3 estimates, the share of ratios outside [0.5, 2], quantiles of exp(|d|)."""
     figures = finalize(mismatch_metrics(OLD[:4].double(), ROLLOUT[:4].double(), MASK[:4]))
+    ratios = {name: figures.pop(name) for name in list(figures) if "_ratio_" in name}
+    assert ratios["rollout_mismatch_ratio_median"] == pytest.approx(math.exp(0.5), rel=1 / 256)
+    assert ratios["rollout_mismatch_ratio_p999"] == pytest.approx(math.exp(1.0), rel=1 / 256)
     d = [0.5, -1.0, 0.1]
     expected = {
         "rollout_mismatch_abs": sum(map(abs, d)) / 3,

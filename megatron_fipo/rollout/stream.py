@@ -1,0 +1,390 @@
+"""From prompts to training batches without rounds: responses stream in, groups are accepted in the order of prompts.
+
+A batch is the first `rollout.prompts_per_step` groups, in prompt order, that have something to learn from; it is full
+when every group before its last one is finished. What was begun behind it is cancelled, and its prompts come again. So
+a batch depends neither on which responses came first (short ones do, and would be over-represented) nor on the number
+of servers and replicas.
+
+With `rollout.max_staleness` a batch is drawn while the one before it is trained. With `rollout.partial` what is behind
+a full batch is not cancelled but goes on with the next weights: its place in the order stays, but how far it got, and
+so by which weights its tokens are drawn, depends on speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.algorithm import GroupCollector, informative_groups
+from megatron_fipo.batch import Rollouts
+from megatron_fipo.config import Config
+from megatron_fipo.data import Prompt, PromptStream
+from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.exchange import all_gather
+from megatron_fipo.parallel.interrupt import Interrupted
+from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.reward import RewardFunction
+from megatron_fipo.rollout.assembly import Collected, no_rollouts, response_rows, train_batch, verdicts, with_rewards
+from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
+from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
+from megatron_fipo.rollout.kept import packed, unpacked
+from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, Sampling, StreamingEngine
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at all replicas
+
+
+def make_collector(
+    config: Config,
+    topology: Topology,
+    engine: RolloutEngine,
+    reward: RewardFunction,
+    tokenizer: Any,
+    stream: PromptStream,
+    stop_token_ids: tuple[int, ...],
+) -> RolloutCollector | StreamingCollector:
+    """The collector that suits the engine.
+
+    Raises:
+        ValueError: the engine cannot do what `rollout.max_staleness` or `rollout.partial` needs.
+    """
+    rollout = config.rollout
+    if rollout.partial and not isinstance(engine, PausingEngine):
+        raise ValueError(
+            f"rollout.partial=true: {type(engine).__name__} cannot pause a response; set rollout.partial=false"
+        )
+    if isinstance(engine, StreamingEngine):
+        return StreamingCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+    if rollout.max_staleness:
+        raise ValueError(
+            f"rollout.max_staleness = {rollout.max_staleness}: {type(engine).__name__} cannot draw while the policy is "
+            "trained; set rollout.max_staleness=0 or rollout.engine=vllm"
+        )
+    return RolloutCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells all others at a look; first ranks of replicas tell of groups."""
+
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)  # of newly finished groups
+    unfinished: int = 0
+    upcoming: int = 0  # first group that is not begun
+    interrupted: bool = False
+    problem: str | None = None
+
+
+class StreamingCollector:
+    """Fills one training batch after another. All methods but `close` are collective over all ranks.
+
+    Groups are dealt to replicas by their number. Only the first rank of a replica draws; every rank takes part in the
+    looks that decide, from the same reports, which groups are the batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        engine: StreamingEngine,
+        reward: RewardFunction,
+        tokenizer: Any,
+        stream: PromptStream,
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        rollout = config.rollout
+        self.config = config
+        self.topology = topology
+        self.reward = reward
+        self.tokenizer = tokenizer
+        self.stream = stream  # stands behind the last batch, whatever was begun
+        self.next_group = 0  # the first one behind the last batch
+        self.batches = 0  # handed out so far; one a step, so the next one trains the weights of this many steps
+        self.collector: GroupCollector[int] = GroupCollector(
+            rollout.prompts_per_step, rollout.max_rounds, rollout.when_exhausted, filter_groups=rollout.dynamic_sampling
+        )
+        sampling = Sampling(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stop_token_ids
+        )
+        self._source = (
+            GroupSource(engine, sampling, rollout.group_size, self._seed, self._score, self._informative)
+            if topology.replica.rank() == 0
+            else None
+        )
+        self._under_way = False
+        self._settled: Collected | None = None  # a full batch that is not yet handed out
+        self._kept: dict[str, Any] = packed([])  # what stays for the batch that comes next, at its beginning
+
+    # Batches
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next batch was begun."""
+        return self._under_way or self._settled is not None
+
+    def start_next(self) -> None:
+        """Begin the batch after the one that was handed out last, whose training is still to come. Returns at once;
+        the engine has the weights that this training begins with."""
+        self._start(version=self.batches - 1, patience=self.config.rollout.settle_seconds)
+
+    def settle(self) -> None:
+        """Wait until the batch that was begun, if any, is full. Nothing is under way afterwards.
+
+        Raises:
+            DynamicSamplingExhausted: `rollout.max_rounds` times the prompts of a round did not fill it.
+            Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `start_next`,
+                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be drawn again.
+        """
+        if self._under_way:
+            try:
+                self._settled = self._fill()
+            finally:
+                self._under_way = False
+
+    def collect(self) -> Collected:
+        """The next batch: the one that was begun, or one drawn now, with the engine's newest weights.
+
+        Raises:
+            DynamicSamplingExhausted, Interrupted: as `settle`.
+        """
+        if not self.is_ahead:
+            self._start(version=self.batches, patience=0.0)
+        self.settle()
+        collected, self._settled = self._settled, None
+        assert collected is not None
+        self.batches += 1
+        return collected
+
+    def close(self) -> None:
+        """End what is under way."""
+        if self._source is not None:
+            self._source.close()
+
+    def _start(self, version: int, patience: float) -> None:
+        """
+        Args:
+            version: of the policy that the engine serves.
+            patience: seconds from a request to stop to giving this batch up.
+        """
+        assert not self.is_ahead
+        rollout, replicas = self.config.rollout, self.topology.dp.size()
+        self._patience = patience
+        self._asked_to_stop: float | None = None  # when this rank noticed
+        self._seen: list[torch.Tensor] = []  # rows of the groups before `_upto`, in order
+        self._rows: dict[int, torch.Tensor] = {}  # of finished groups from `_upto` on
+        self._mine: dict[int, Rollouts] = {}  # this replica's finished groups, on its first rank
+        self._good = [0] * replicas  # informative groups of each replica
+        self._upto = self.next_group
+        self._too_old = 0
+        self._under_way = True
+        if self._source is not None:
+            # Until the first look a replica knows of itself only, and goes for its share.
+            goal = Goal(
+                window=-(-self._round // replicas),
+                enough=-(-self._enough // replicas),
+                count_unfinished=rollout.partial,
+                limit=self.next_group + rollout.max_rounds * self._round if rollout.max_rounds else None,
+            )
+            oldest = self.batches - rollout.max_staleness
+            self._goal = goal
+            self._too_old = self._source.start(self._own_prompts(), version, oldest, goal)
+
+    def _fill(self) -> Collected:
+        pause = _SHORTEST_PAUSE
+        try:
+            while not self._accept():
+                time.sleep(pause)
+                pause = _SHORTEST_PAUSE if self._look() else min(2 * pause, _LONGEST_PAUSE)
+        except BaseException:
+            if self._source is not None:
+                self._source.stop(self.next_group, keep=False)
+            raise
+        return self._conclude()
+
+    def _accept(self) -> bool:
+        """Go through finished groups in prompt order, as far as they go; True when the batch is full."""
+        while self.collector.needs_round():
+            rows = self._rows.pop(self._upto, None)
+            if rows is None:
+                return False
+            self._seen.append(rows)
+            self.collector.add([self._upto], informative_groups(rows[:, 2], torch.full((len(rows),), self._upto)))
+            self._upto += 1
+            if self.collector.generated_prompts % self._round == 0:
+                self.collector.end_round()
+        return True
+
+    def _look(self) -> bool:
+        """Learn what was finished everywhere since the last look; whether there was anything.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+            Exception: what went wrong in the background of this rank, or RuntimeError for another one's.
+        """
+        report, error = _Report(interrupted=self._gives_up()), None
+        if self._source is not None:
+            try:
+                scored, unfinished, upcoming = self._source.take()
+                self._mine.update(scored)
+                rows = {group: response_rows(rollouts) for group, rollouts in scored.items()}
+                report = replace(report, rows=rows, unfinished=unfinished, upcoming=upcoming)
+            except Exception as failed:
+                error = failed
+                report = replace(report, problem=f"{type(failed).__name__}: {failed}")
+        reports = self._gather(report)
+        if error is not None:
+            raise error
+        for rank, theirs in enumerate(reports):
+            if theirs.problem:
+                raise RuntimeError(f"rank {rank} cannot go on drawing responses: {theirs.problem}")
+        if any(theirs.interrupted for theirs in reports):
+            raise Interrupted
+        return self._learn(reports)
+
+    def _gives_up(self) -> bool:
+        """Whether this rank was asked to stop and has waited long enough."""
+        if not interrupt.requested():
+            return False
+        if self._asked_to_stop is None:
+            self._asked_to_stop = time.monotonic()
+        return time.monotonic() - self._asked_to_stop >= self._patience
+
+    def _learn(self, reports: Sequence[_Report]) -> bool:
+        news = {group: rows for report in reports for group, rows in report.rows.items()}
+        self._rows.update(news)
+        replicas = self.topology.dp.size()
+        for group, rows in news.items():
+            self._good[group % replicas] += self._may_train_on(rows[:, 2])
+        if self._source is not None:
+            others = sum(self._good) - self._good[self.topology.dp.rank()]
+            if self.config.rollout.partial:
+                others += sum(r.unfinished for r in reports) - reports[self.topology.rank].unfinished
+            horizon = max(report.upcoming for report in reports)
+            self._goal = replace(self._goal, enough=self._enough - others, horizon=horizon)
+            self._source.aim(self._goal)
+        return bool(news)
+
+    def _conclude(self) -> Collected:
+        """Make a batch of what was accepted; everything behind it ends, or is kept."""
+        batch = self.collector.take()
+        discarded = Discarded()
+        if self._source is not None:
+            discarded = self._source.stop(self._upto, self.config.rollout.partial)
+            self._kept = packed(self._source.groups())
+        self.stream.next(self._upto - self.next_group)
+        self.next_group = self._upto
+        mine = [self._mine[group] for group in batch.groups if group in self._mine]
+        rollouts = all_gather(Rollouts.concatenate([no_rollouts(), *mine]), self.topology.replica, self.topology.device)
+        batch = replace(batch, rounds=-(-batch.generated_prompts // self._round))
+        rows = torch.cat(self._seen)
+        collected = train_batch(batch, rollouts, rows, self.batches, self.config, self.topology)
+        return replace(collected, metrics={**collected.metrics, **self._leftovers(discarded)})
+
+    def _leftovers(self, discarded: Discarded) -> dict[str, float]:
+        """These depend on speed, unlike all other figures."""
+        kept = len(self._kept["finished"]) // self.config.rollout.group_size
+        totals = [sum(column) for column in zip(*self._gather((*discarded, kept, self._too_old)), strict=True)]
+        names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
+        return {f"sampling/{name}": float(total) for name, total in zip(names, totals, strict=True)}
+
+    @property
+    def _round(self) -> int:
+        return self.config.rollout.prompts_per_round or self.config.rollout.prompts_per_step
+
+    @property
+    def _enough(self) -> int:
+        """Groups, over all replicas, beyond which no new one is begun.
+
+        A group begun when a whole batch of informative ones is finished cannot come into the batch. One that would go
+        on with later weights can wait for as many batches as its tokens may become old.
+        """
+        rollout = self.config.rollout
+        batches = 1 + rollout.max_staleness - rollout.overlaps if rollout.partial else 1
+        return rollout.prompts_per_step * batches
+
+    # Groups of this replica
+
+    def _own_prompts(self) -> Iterator[tuple[int, Prompt]]:
+        """Those behind the last batch, with their numbers, without end."""
+        return _dealt(copy.copy(self.stream), self.next_group, self.topology.dp.rank(), self.topology.dp.size())
+
+    def _seed(self, response: int, tokens: int) -> int:
+        return derive_seed(self.config.run.seed, "rollout", response, *([tokens] if tokens else []))
+
+    def _score(self, group: Group) -> Rollouts:
+        responses = [draft.tokens for draft in group.drafts]
+        scores = verdicts(self.reward, self.tokenizer, [group.prompt] * len(responses), responses)
+        return with_rewards(group.rollouts(), scores, self.config)
+
+    def _informative(self, rollouts: Rollouts) -> bool:
+        return self._may_train_on(rollouts.accuracy)
+
+    def _may_train_on(self, accuracy: torch.Tensor) -> bool:
+        """[G] accuracies of one group."""
+        if not self.config.rollout.dynamic_sampling:
+            return True
+        return bool(informative_groups(accuracy, torch.zeros(len(accuracy), dtype=torch.int64)).informative)
+
+    def _gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream of prompts is, and a full batch that was not handed out; one that is not full is forgotten,
+        and begins again where it began."""
+        settled = self._settled
+        return {
+            "stream": self.stream.state_dict(),
+            "next_group": self.next_group,
+            "batches": self.batches,
+            "kept": [],
+            "settled": settled and {"groups": settled.groups, "metrics": settled.metrics},
+        }
+
+    def kept_rollouts(self) -> dict[str, Any]:
+        """This replica's responses that belong to the state."""
+        settled = self._settled.rollouts if self._settled else no_rollouts()
+        return {"settled": vars(settled), **self._kept}
+
+    def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, Any]]) -> None:
+        """Go on where `state` was taken; a batch that was begun there and not full is begun when it is collected.
+
+        Args:
+            kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
+
+        Raises:
+            ValueError: the prompts, their seed or their shuffling are others.
+        """
+        self.batches = state["batches"]  # also where the prompts are refused, and start anew
+        self.stream.load_state_dict(state["stream"])
+        self.next_group = state["next_group"]
+        if "settled" not in state:  # another engine's
+            return
+        if state["settled"]:
+            rollouts = Rollouts.concatenate([Rollouts(**part["settled"]) for part in kept_rollouts])
+            self._settled = Collected(self._own(rollouts), **state["settled"])
+        if self._source is not None:
+            size = self.config.rollout.group_size
+            self._source.restore(unpacked(kept_rollouts, size, self._own_prompts()))
+            self._kept = packed(self._source.groups())
+
+    def _own(self, rollouts: Rollouts) -> Rollouts:
+        """Those of this replica's groups, in their order."""
+        groups = rollouts.ids // self.config.rollout.group_size
+        mine = rollouts.select((groups % self.topology.dp.size() == self.topology.dp.rank()).nonzero().squeeze(1))
+        return mine.select(mine.ids.argsort())
+
+
+def _dealt(stream: PromptStream, first: int, replica: int, replicas: int) -> Iterator[tuple[int, Prompt]]:
+    for number in itertools.count(first):
+        (prompt,) = stream.next(1)
+        if number % replicas == replica:
+            yield number, prompt

@@ -1,0 +1,186 @@
+"""One replica's groups in the background: how many are begun, what becomes of them when they are stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fipo.batch import Rollouts
+from megatron_fipo.data import Prompt
+from megatron_fipo.rollout import Request, Response, Sampling
+from megatron_fipo.rollout.drafts import Goal, Group, GroupSource
+from tests.rollout.streaming import wait_until
+
+SAMPLING = Sampling(1.0, 1.0, 0, 5, (0,))
+
+
+class Manual:
+    """Requests wait until the test answers them."""
+
+    through_first_rank = True
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Request, Sampling, Future[Response]]] = []
+
+    def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
+        future: Future[Response] = Future()
+        self.requests.append((request, sampling, future))
+        return future
+
+    def load_weights(self, weights: Any) -> None:
+        raise AssertionError("the source loads no weights")
+
+    def generate(self, requests: Any, sampling: Sampling) -> list[Response]:
+        raise AssertionError("the source waits for nothing")
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def pause(self, futures: Any) -> None:
+        """Each response has as many tokens as its request's place, five at most."""
+        for place, (_, _, future) in enumerate(self.requests):
+            if future in futures:
+                self.answer(place, list(range(1, 6))[:place], unfinished=True)
+
+    def answer(self, place: int, tokens: list[int], version: int = 7, unfinished: bool = False) -> None:
+        future = self.requests[place][2]
+        future.set_result(Response(tokens, [-1.0] * len(tokens), False, (version,) * bool(tokens), unfinished))
+
+
+@pytest.fixture
+def engine() -> Manual:
+    return Manual()
+
+
+@pytest.fixture
+def source(engine: Manual) -> Iterator[GroupSource]:
+    """Groups of two; informative if their number is even."""
+
+    def score(group: Group) -> Rollouts:
+        return group.rollouts().replace(accuracy=torch.full((2,), float(group.number % 2 == 0)))
+
+    source = GroupSource(
+        engine,
+        SAMPLING,
+        group_size=2,
+        seed=lambda response, have: 100 * response + have,
+        score=score,
+        informative=lambda rollouts: bool(rollouts.accuracy[0]),
+    )
+    yield source
+    source.close()
+
+
+def _prompts(first: int = 0) -> Iterator[tuple[int, Prompt]]:
+    return ((n, Prompt(n, [], [50 + n], "", "")) for n in itertools.count(first))
+
+
+def _finish(source: GroupSource, engine: Manual, places: range) -> None:
+    for place in places:
+        engine.answer(place, [9, 0])
+    seen: dict[int, Rollouts] = {}
+    wait_until(lambda: bool(seen.update(source.take()[0])) or 2 * len(seen) == len(places))
+
+
+GOAL = Goal(window=3, enough=2, count_unfinished=False)
+
+
+def test_window_and_goal(source: GroupSource, engine: Manual) -> None:
+    """Three groups are kept under way until two informative ones are scored; then none is begun any more, but those
+    that others are ahead of."""
+    source.start(_prompts(), version=0, oldest=0, goal=GOAL)
+    assert [r.prompt_ids for r, _, _ in engine.requests] == [[50], [50], [51], [51], [52], [52]]
+    assert [r.seed for r, _, _ in engine.requests] == [0, 100, 200, 300, 400, 500]
+    _finish(source, engine, range(2, 4))  # group 1, not informative
+    assert len(engine.requests) == 8
+    _finish(source, engine, range(2))
+    assert len(engine.requests) == 10
+    _finish(source, engine, range(4, 6))
+    assert source.take()[1:] == (2, 5)
+    assert len(engine.requests) == 10
+    source.aim(dataclasses.replace(GOAL, horizon=6))
+    assert source.take()[1:] == (3, 6)
+    assert len(engine.requests) == 12
+
+
+def test_limit(source: GroupSource, engine: Manual) -> None:
+    """No group from the limit on is begun."""
+    source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, limit=2))
+    assert source.take()[1:] == (2, 2)
+
+
+def test_unfinished_groups_may_count(source: GroupSource, engine: Manual) -> None:
+    """What is under way counts towards the goal where it will be kept."""
+    source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, count_unfinished=True))
+    assert source.take()[1:] == (2, 2)
+
+
+def test_cancelled(source: GroupSource, engine: Manual) -> None:
+    """Stopping cancels what is under way and counts it, with the tokens of finished responses; groups before the end of
+    the batch are no loss."""
+    source.start(_prompts(), 0, 0, GOAL)
+    _finish(source, engine, range(2))
+    engine.answer(2, [4, 4, 0])
+    assert source.take()[1] == 3
+    assert source.stop(behind=1, keep=False) == (3, 3)
+    assert [future.cancelled() for _, _, future in engine.requests] == [False] * 3 + [True] * 5
+    assert source.groups() == []
+
+
+def test_paused_and_continued(source: GroupSource, engine: Manual) -> None:
+    """A paused response goes on with its tokens as prompt, the rest of its length and a seed of its own; its tokens
+    have the versions of their time. One that is full is finished, and truncated."""
+    source.start(_prompts(), 0, 0, GOAL)
+    _finish(source, engine, range(2))  # group 3 begins: requests 6 and 7, whose pauses are at five tokens
+    source.stop(behind=1, keep=True)
+    kept = source.groups()
+    assert [g.number for g in kept] == [1, 2, 3]
+    assert [[len(d.tokens) for d in g.drafts] for g in kept] == [[2, 3], [4, 5], [5, 5]]
+    assert [[d.finished for d in g.drafts] for g in kept] == [[False, False], [False, True], [True, True]]
+    assert all(d.truncated for d in kept[2].drafts)
+    before = len(engine.requests)
+    assert source.start(_prompts(1), version=1, oldest=0, goal=GOAL) == 0
+    request, sampling, _ = engine.requests[before]
+    assert (list(request.prompt_ids), request.seed, sampling.max_tokens) == ([51, 1, 2], 202, 3)
+    engine.answer(before, [8, 0], version=8)
+    engine.answer(before + 1, [0], version=8)
+    scored: dict[int, Rollouts] = {}
+    wait_until(lambda: bool(scored.update(source.take()[0])) or {1, 3} <= set(scored))
+    assert scored[1].tokens.tolist() == [51, 1, 2, 8, 0, 51, 1, 2, 3, 0]
+    assert scored[1].weight_versions.tolist() == [-1, 0, 0, 1, 1, -1, 0, 0, 0, 1]
+
+
+def test_too_old_starts_over(source: GroupSource, engine: Manual) -> None:
+    """A kept group with a token of an older version than allowed is drawn anew as a whole, with its first seeds."""
+    source.start(_prompts(), 0, 0, GOAL)
+    source.stop(behind=1, keep=True)
+    before = len(engine.requests)
+    assert source.start(_prompts(1), version=2, oldest=1, goal=GOAL) == 2
+    assert [r.seed for r, _, _ in engine.requests[before : before + 4]] == [200, 300, 400, 500]
+    assert all(sampling.max_tokens == 5 for _, sampling, _ in engine.requests[before:])
+
+
+def test_weights_that_change_in_between(source: GroupSource, engine: Manual) -> None:
+    """Two responses of one batch by two versions of the engine are an error."""
+    source.start(_prompts(), 0, 0, GOAL)
+    engine.answer(0, [0], version=7)
+    engine.answer(1, [0], version=8)
+    with pytest.raises(RuntimeError, match="weights number 8 and others with number 7"):
+        wait_until(lambda: source.take()[1] == 0)
+
+
+def test_engine_that_fails(source: GroupSource, engine: Manual) -> None:
+    """Its error comes out of `take`, also when the engine itself has ended a request."""
+    source.start(_prompts(), 0, 0, GOAL)
+    engine.requests[0][2].set_exception(RuntimeError("no rollout server"))
+    with pytest.raises(RuntimeError, match="no rollout server"):
+        wait_until(lambda: source.take()[1] == 0)
