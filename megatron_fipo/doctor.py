@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections import Counter
@@ -21,6 +22,9 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+_SHARED_MEMORY_GIB = 1  # docker gives 1/16 unless told otherwise
+_OPEN_FILES = 4096  # a rank has a connection to each other one, of each of its process groups
 
 
 class Missing(Exception):
@@ -167,6 +171,38 @@ def _slurm() -> str:
     return _program("sbatch", "slurm")()
 
 
+def _scontrol() -> str:
+    path = shutil.which("scontrol")
+    if path is None:
+        raise Missing("not on PATH")
+    return path
+
+
+def _shared_memory() -> str:
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    if free < _SHARED_MEMORY_GIB:
+        raise Missing(f"{free:.2f} GiB free in /dev/shm")
+    return f"{free:.0f} GiB free in /dev/shm"
+
+
+def _open_files() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < _OPEN_FILES:
+        raise Missing(f"{limit} at most")
+    return "no limit" if limit == resource.RLIM_INFINITY else f"{limit} at most"
+
+
+def _locked_memory() -> str:
+    """InfiniBand cards read and write memory that the kernel must not move."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = "no limit" if limit == resource.RLIM_INFINITY else f"{limit / 2**20:.0f} MiB at most"
+    if not Path("/sys/class/infiniband").is_dir():
+        return f"{text}; no InfiniBand here"
+    if limit != resource.RLIM_INFINITY:
+        raise Missing(text)
+    return text
+
+
 def _cores() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{usable} usable of {os.cpu_count()}"
@@ -203,6 +239,10 @@ COMPONENTS = (
     Component("nvcc", _program("nvcc", "release"), "no Transformer Engine, apex or CUDA kernels from source here"),
     Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
     Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),
+    Component("scontrol", _scontrol, "a job that was interrupted or lost a node does not requeue itself"),
+    Component("shared memory", _shared_memory, "NCCL and gloo fail between ranks of a node; docker: --shm-size"),
+    Component("open files", _open_files, "connections of hundreds of ranks fail; raise `ulimit -n`"),
+    Component("locked memory", _locked_memory, "NCCL fails on InfiniBand; raise `ulimit -l`"),
     Component("cores", _cores, ""),
     Component("memory", _memory, ""),
     Component("disk", _disk, ""),

@@ -1,5 +1,8 @@
+import resource
+import shutil
 from importlib import metadata, util
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ OPS = {"compiled ops", "CUDA kernels"}
 OTHERS = (
     {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"}
     | OPS
-    | {"vLLM"}
+    | {"vLLM", "scontrol", "shared memory", "open files", "locked memory"}
 )
 
 
@@ -119,3 +122,23 @@ def test_tells_how_the_ops_were_built(monkeypatch):
     monkeypatch.setattr(extension, "_extension", None)
     assert found("compiled ops")[1:] == ("not built", False)
     assert found("CUDA kernels")[1:] == ("not built", False)
+
+
+def test_limits_that_many_ranks_meet(monkeypatch):
+    """Little shared memory, few open files, and locked memory where there is InfiniBand; not where there is room."""
+    room = SimpleNamespace(free=2**34)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (65536, 65536))
+    monkeypatch.setattr(Path, "is_dir", lambda self: str(self) != "/sys/class/infiniband")
+    assert found("shared memory")[1:] == ("16 GiB free in /dev/shm", True)
+    assert found("open files")[1:] == ("65536 at most", True)
+    assert found("locked memory")[1:] == ("0 MiB at most; no InfiniBand here", True)
+    room.free = 2**26
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 65536))
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    assert found("shared memory")[1:] == ("0.06 GiB free in /dev/shm", False)
+    assert found("open files")[1:] == ("1024 at most", False)
+    assert found("locked memory")[1:] == ("0 MiB at most", False)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert found("open files")[1:] == ("no limit", True)
+    assert found("locked memory")[1:] == ("no limit", True)

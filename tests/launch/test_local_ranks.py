@@ -56,6 +56,15 @@ def test_local_ranks_know_their_place(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where there is a GPU, instead of being forked from a server."""
+    monkeypatch.setattr(supervisor, "_start_method", lambda: "spawn")
+    launch.run(_record, TWO_RANKS, (tmp_path,))
+    assert [found["rank"] for found in _recorded(tmp_path)] == [0, 1]
+
+
 def _fail_on_one(kind: str) -> None:
     if dist.get_rank() == 0:
         time.sleep(60)
