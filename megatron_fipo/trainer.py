@@ -163,16 +163,17 @@ class Trainer:
         self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
 
     def _save(self, score: float | None = None, wait: bool = False) -> None:
-        """Write a checkpoint of the last finished step, unless there is one."""
+        """Write a checkpoint of the last finished step, unless there is one or it is being written."""
         started = time.monotonic()
-        if self._saved != self.progress:
+        writer = self.checkpointer
+        if self._saved != self.progress or not (writer.in_progress or writer.whole == self.progress.step):
             progress = replace(self.progress, seconds=self.log.seconds)
             collector, kept = self._boundary
             state = {"progress": progress.state_dict(), "collector": collector}
-            self.checkpointer.save(progress.step, state, kept, score, wait)
+            writer.save(progress.step, state, kept, score, wait)
             self._saved = self.progress
         elif wait:
-            self.checkpointer.finish()
+            writer.finish()
         self._pause = time.monotonic() - started
 
     def _restore(self) -> bool:
@@ -215,6 +216,7 @@ class Trainer:
         """
         with self._timed("rollout"):
             collected = self._collect(last=step == self.config.trainer.max_steps)
+        self.checkpointer.poll()  # what was written meanwhile counts from here on, not only after this step
         rollouts, batches = distribute(
             collected.rollouts, collected.groups, self.config, self.topology, self.actor.pack
         )

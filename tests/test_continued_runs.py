@@ -68,9 +68,13 @@ def _config(task: Path, out: Path, layout: str = "one", steps: int = STEPS, **se
 
 
 def _signal_at(trainer: Trainer, moment: str) -> None:
-    """SIGUSR1 to this rank in `reward N`, the N-th time that rewards are computed, or in `update N`."""
+    """SIGUSR1 to this rank in `reward N`, the N-th time that rewards are computed, in `collect N` or `update N`."""
     place, _, number = moment.partition(" ")
-    owner, name = (trainer.reward, "__call__") if place == "reward" else (trainer, "_update_policy")
+    owner, name = {
+        "reward": (trainer.reward, "__call__"),
+        "collect": (trainer, "_collect"),
+        "update": (trainer, "_update_policy"),
+    }[place]
     function: Callable[..., Any] = getattr(owner, name)
     calls = [0]
 
@@ -224,6 +228,41 @@ def test_killed_after_a_step_that_no_checkpoint_has(task: Path, undisturbed: Und
     how, weights = _run(_config(task, run))
     assert how == "finished"
     _assert_same_run(run, weights, (directory, expected))
+
+
+def _train_on_a_bad_disk(config: Config) -> str:
+    """The checkpoint of step 2 fails; then, before there is another one, the run is interrupted."""
+    interrupt.install()
+    trainer = Trainer(config)
+    _signal_at(trainer, "collect 3")
+    save = trainer._save
+
+    def failing(score: float | None = None, wait: bool = False) -> None:
+        save(score, wait)
+        if trainer.progress.step == 2 and not wait:
+            trainer.checkpointer.finish()
+            shutil.rmtree(config.run_directory / "checkpoints" / "step_2")
+            trainer.checkpointer.whole = None
+
+    trainer._save = failing  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except Interrupted:
+        return f"interrupted after step {trainer.progress.step}"
+    finally:
+        trainer.close()
+        topologies.destroy()
+    return "finished"
+
+
+def test_interrupted_after_a_checkpoint_that_failed(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """What could not be written in the background is written when the run stops."""
+    config = _config(task, tmp_path / "run", "one")
+    assert run_ranks(_train_on_a_bad_disk, 1, config) == ["interrupted after step 2"]
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / "complete.json").exists()
+    how, weights = _run(config)
+    assert how == "finished"
+    _assert_same_run(tmp_path / "run", weights, undisturbed("one"))
 
 
 def test_damaged_newest_checkpoint(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
