@@ -36,7 +36,7 @@ class Patience:
         deadline: for one attempt at a response.
         wait: for any server to be usable, before requests fail.
         probe: between two looks at a server that is in use, and for its answer.
-        strikes: looks without an answer after which a server counts as hung.
+        strikes: looks without an answer, or with an error, after which a server counts as hung.
         first, longest: pauses between looks at a server that is not in use; they double.
     """
 
@@ -275,15 +275,15 @@ class Client:
         """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
         try:
             answer = await self._http.get(f"{server.url}/weight_info", timeout=self._patience.probe)
-            found = answer.json()["weight_version"] if answer.status_code == 200 else None
-        except (httpx.TransportError, ValueError, LookupError):
+            found = answer.raise_for_status().json()["weight_version"]
+        except (httpx.HTTPError, ValueError, LookupError):  # its engine may be gone, and only its front be there
             server.strikes += 1
             self._look_later(server)
             if server.strikes >= self._patience.strikes:
                 self._give_up(server)
             return
         server.strikes = 0
-        server.usable = found is not None and found == self._version
+        server.usable = found == self._version
         if server.usable:
             self._hand_out()
         else:

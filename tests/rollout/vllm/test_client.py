@@ -135,6 +135,17 @@ def test_hung_server(servers: list[FakeServer], connect: MakeClient) -> None:
     assert max(servers[1].answered.values()) == 1
 
 
+def test_server_without_engine(servers: list[FakeServer], connect: MakeClient) -> None:
+    """One that answers everything with an error is told of, to be restarted."""
+    hung: list[int] = []
+    servers[0].status, servers[0].dead = 500, True
+    client = connect(on_hung=hung.append)
+    draw_all(client, 20)
+    time.sleep(0.5)
+    assert set(hung) == {0}
+    assert sent(servers) == [0, 20]
+
+
 def test_deadline(servers: list[FakeServer], connect: MakeClient) -> None:
     """A response that takes too long is drawn anew; in the end the setting is named."""
     servers[0].delay = 1.0

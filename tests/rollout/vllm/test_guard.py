@@ -31,12 +31,14 @@ if depth == 2:
 time.sleep(600)
 """
 OWNER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tests.rollout.vllm.test_guard import FakeVLLM
 server = FakeVLLM(Path(sys.argv[1]))
 server.start()
-print(server.pid, flush=True)
+child = os.fork() if sys.argv[2] == "forked" else os.getpid()
+if child:
+    print(server.pid, child, flush=True)
 time.sleep(600)
 """
 
@@ -93,21 +95,26 @@ def server(tmp_path: Path) -> Iterator[FakeVLLM]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_owner_is_killed(tmp_path: Path) -> None:
-    """kill -9 of the owner ends front, engine and worker, and removes the weights that it kept in memory."""
+@pytest.mark.parametrize("how", ["alone", "forked"])
+def test_owner_is_killed(tmp_path: Path, how: str) -> None:
+    """kill -9 of the owner ends front, engine and worker, and removes the weights that it kept in memory; a child that
+    it forked, which holds its end of the guard's pipe, changes nothing."""
     (tmp_path / "weights" / "run-1").mkdir(parents=True)
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), how], stdout=subprocess.PIPE, text=True)
+    child = owner.pid
     try:
         assert owner.stdout is not None
-        guard = int(owner.stdout.readline())
+        guard, child = map(int, owner.stdout.readline().split())
         found = processes(tmp_path / "pids")
-        assert all(map(alive, [guard, *found]))
+        assert all(map(alive, [guard, child, *found]))
         owner.kill()
         assert all_end([guard, *found])
         assert not (tmp_path / "weights").exists()
     finally:
         owner.kill()
         owner.wait()
+        if child != owner.pid:
+            os.kill(child, signal.SIGKILL)
         owner.stdout.close()
 
 

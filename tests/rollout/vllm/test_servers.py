@@ -139,6 +139,17 @@ def _top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return kept / kept.sum()
 
 
+def test_more_prompts_than_a_step_takes(two: Case) -> None:
+    """Long prompts with seeds, none of which is in the cache, end no server."""
+    two.engine.load_weights(weights_of(two.models[0]))
+    lives = [server.life for server in two.engine.keeper.servers]
+    generator = torch.Generator().manual_seed(3)
+    wanted = [Request(torch.randint(0, VOCABULARY, (430,), generator=generator).tolist(), i) for i in range(48)]
+    assert len(two.engine.generate(wanted, SAMPLED)) == 48
+    assert [server.life for server in two.engine.keeper.servers] == lives
+    assert all(server.state == "ready" and server.current for server in two.engine.keeper.servers)
+
+
 def client_of(engine: VLLMEngine) -> Client:
     assert engine._client is not None
     return engine._client
