@@ -149,7 +149,9 @@ class RolloutCollector:
         self.collector.pending = list(state["kept"])
         replica, replicas = self.topology.dp.rank(), self.topology.dp.size()
         # On as many replicas as before each gets its own back, so that sums over replicas round as they would have.
-        mine = kept_rollouts[replica::replicas]
+        mine = (
+            kept_rollouts[replica::replicas] if state["kept"] else []
+        )  # another engine's collector keeps other things
         rollouts = Rollouts.concatenate([no_rollouts(), *(Rollouts(**part) for part in mine)])
         groups = self._groups(rollouts.ids)
         self._held = {int(g): rollouts.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request
-from megatron_fipo.rollout.collect import Collected, derive_seed
+from megatron_fipo.rollout.collect import Collected, RolloutCollector, derive_seed
 from megatron_fipo.rollout.stream import StreamingCollector, make_collector
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
@@ -208,6 +209,24 @@ def _interrupted(path: Path, world: int) -> list[str]:
     return [str(state["next_group"]), str(state["stream"]["position"]), str(collector.is_ahead)]
 
 
+def _with_another_engine(path: Path, world: int) -> list[int]:
+    """A run goes on with the other kind of collector, and back: next group, batches and prompts after each change."""
+    collector = _collector(path, world)
+    collector.collect()
+    rounds = RolloutCollector(
+        *(collector.config, collector.topology, collector.engine),  # type: ignore[attr-defined]
+        *(collector.reward, collector.tokenizer, copy.copy(collector.stream), (0,)),
+    )
+    rounds.load_state_dict(json.loads(json.dumps(collector.state_dict())), [collector.kept_rollouts()] * world)
+    state, part = rounds.state_dict(), rounds.kept_rollouts()
+    _close(collector)
+    again = _collector(path, world)
+    again.load_state_dict(json.loads(json.dumps(state)), [part] * world)
+    _close(again)
+    seen = [c.state_dict() for c in (rounds, again)]
+    return [value for s in seen for value in (s["next_group"], s["batches"], s["stream"]["position"])]
+
+
 def _failing(path: Path, world: int) -> list[str]:
     """The reward raises on replica 0, in its scoring thread."""
     collector = _collector(path, world)
@@ -228,7 +247,7 @@ def _all(path: Path, world: int) -> dict[str, Any]:
     results |= {"ahead": _ahead(path, world), "partial": _partial(path, world)}
     results |= {"interrupted": _interrupted(path, world)}
     interrupt.install()
-    return results | {"failing": _failing(path, world)}
+    return results | {"failing": _failing(path, world), "changed": _with_another_engine(path, world)}
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +420,13 @@ def test_interrupted(world: int, results: dict[int, list[dict[str, Any]]]) -> No
     """A request to stop on one rank ends the wait on all, cancels what is under way, and moves nothing."""
     for rank in results[world]:
         assert rank["interrupted"] == ["0", "0", "False"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_goes_on_with_another_engine(world: int, results: dict[int, list[dict[str, Any]]]) -> None:
+    """Rounds take up what a stream left, and the other way round: the groups behind the first batch."""
+    for rank in results[world]:
+        assert rank["changed"] == [7, 1, 7] * 2
 
 
 def test_failure_in_the_background(results: dict[int, list[dict[str, Any]]]) -> None:
