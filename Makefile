@@ -14,7 +14,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install vllm-env quickstart test test-all sanitize lint clean
+.PHONY: help install vllm-env quickstart test test-all test-vllm sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,13 +58,15 @@ test: install  ## the tests that need no GPU and no server
 	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: $(if $(TESTED),,test) vllm-env  ## those, the slow ones, the ones on vLLM and on a real Slurm, and the sanitizers
+test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slurm, and the sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
-	$(BIN)/python -m pytest -q -m "vllm"
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -q -m "slurm"
 	$(MAKE) sanitize
+
+test-vllm: install vllm-env  ## the ones on real vLLM servers (2.5 GB to install)
+	$(BIN)/python -m pytest -q -m "vllm"
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
 # AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +60,38 @@ def train(
     )
     if launch.is_first_process():
         _report(settings.run_directory)
+
+
+@app.command("eval", epilog=EXIT_CODES)
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="checkpoint=DIR: a checkpoint of a run or a Hugging Face one, instead of the config's model.",
+            metavar="[checkpoint=DIR] [KEY=VALUE]...",
+        ),
+    ] = None,
+) -> None:
+    """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object."""
+    from megatron_fipo import launch
+
+    settings = load_config(config, [_checkpoint_setting(text) for text in overrides or ()])
+    if not settings.data.validation:
+        raise ValueError("data.validation must name the problem file to evaluate on")
+    if launch.is_first_process():
+        _check(settings, dry_run=True)
+    launch.run(_eval_rank, settings.parallel, (settings,))
+
+
+def _checkpoint_setting(text: str) -> str:
+    """`checkpoint=DIR` as the setting that it stands for; anything else as it is."""
+    name, _, path = text.partition("=")
+    if name != "checkpoint":
+        return text
+    if not Path(path).is_dir():
+        raise ValueError(f"checkpoint={path} is no directory")
+    return f"model.hf_path={path}" if any(Path(path).glob("*.safetensors")) else f"model.megatron_path={path}"
 
 
 def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path | None) -> tuple[Path, list[str]]:
@@ -224,6 +258,17 @@ def _train_rank(config: Config) -> None:
         trainer.train()
     finally:
         trainer.close()
+
+
+def _eval_rank(config: Config) -> None:
+    trainer = _trainer(config, write=False)
+    try:
+        result = trainer.validate(step=0)
+    finally:
+        trainer.close()
+    if trainer.topology.rank == 0:
+        weights = config.model.megatron_path or config.model.hf_path
+        typer.echo(json.dumps({"weights": weights, **asdict(result), **result.scores()}))
 
 
 def _dry_run_rank(config: Config) -> None:

@@ -267,3 +267,18 @@ def test_signal_after_the_run_does_not_end_its_report(task: Path) -> None:
         "cli._report = lambda run: os.kill(os.getpid(), signal.SIGUSR1); cli.main()"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere is no directory"),
+        (["data.validation=null"], "data.validation must name the problem file to evaluate on"),
+        (["checkpoint=base", "model.hf_pth=x"], "did you mean 'model.hf_path'?"),
+    ],
+)
+def test_eval_refuses(task: Path, command: Command, arguments: list[str], says: str) -> None:
+    """Exit code 2 before any rank starts."""
+    outcome = command("eval", "config.yaml", *arguments)
+    assert outcome.code == 2
+    assert says in outcome.stderr

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
@@ -305,6 +307,28 @@ def test_overwrite_starts_over(task: Path, undisturbed: Undisturbed, tmp_path: P
     assert how == "finished"
     _assert_same_run(run, weights, (directory, expected))
     assert not (run / "checkpoints" / "step_99").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [f"checkpoints/step_{STEPS}", "policy"])
+def test_evaluated_by_the_command(weights: str, task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """`eval` of the last checkpoint, or of the exported policy, gives the scores that the run ended with."""
+    directory, _ = undisturbed("one")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(_config(task, tmp_path / "unused", "tp2")))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_fipo.cli", "eval", str(file), f"checkpoint={directory / weights}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout.splitlines()[-1])
+    expected = json.loads((directory / "summary.json").read_text())["after"]
+    assert {name: scores[name] for name in expected} == expected
+    assert not (tmp_path / "unused").exists()
 
 
 def test_other_data_is_refused(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
