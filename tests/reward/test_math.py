@@ -12,7 +12,7 @@ from megatron_fipo.config import RewardConfig
 from megatron_fipo.reward import Score, make_reward
 from megatron_fipo.reward.math import extract_answer
 
-TIMEOUT = 2.0
+TIMEOUT = 4.0  # a busy machine takes a second for an easy answer
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_runaway_answers_cost_only_themselves(reward, answer):
     accuracy(reward, r"\boxed{0.5}", "1/2")  # the worker is up
     started = time.monotonic()
     assert accuracy(reward, rf"\boxed{{{answer}}}", "7") == 0.0
-    assert time.monotonic() - started < TIMEOUT + 1.5
+    assert time.monotonic() - started < 2 * TIMEOUT
     assert accuracy(reward, r"\boxed{0.5}", "1/2") == 1.0
 
 
@@ -146,7 +146,7 @@ def test_stopped_worker_is_ended_by_the_parent(reward):
     worker.send_signal(signal.SIGSTOP)
     started = time.monotonic()
     assert accuracy(reward, r"\boxed{1.5}", "3/2") == 0.0
-    assert time.monotonic() - started < TIMEOUT + 1.0
+    assert time.monotonic() - started < 2 * TIMEOUT
     assert accuracy(reward, r"\boxed{1.5}", "3/2") == 1.0
 
 
