@@ -78,12 +78,14 @@ class Attempt:
             return RankFailure(message, exit_code)
         if self.failed_elsewhere() is not None:
             return RankFailure(message, exit_code, shown=True)
-        self._record("failed", failure.headline[:1000])
+        now = attempts.new_record("failed", self._directory, self.job, failure.headline[:1000])
+        records = [*self._records(), now]
+        attempts.append(self._path, now)
         noted = time.monotonic()
         if self.job is not None:
             error = "error: " if failure.kind == "input" else ""
             print(error + message, file=sys.stderr, flush=True)  # now: a requeue ends this process
-            reason = attempts.why_not_requeued(self._records(), self.job, failure.kind, self._max_requeues)
+            reason = attempts.why_not_requeued(records, self.job, failure.kind, self._max_requeues)
             print(self._requeue(reason), file=sys.stderr, flush=True)
             exit_code = RUN_AGAIN if reason is None else exit_code
         if not self.alone:

@@ -117,12 +117,16 @@ def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str]
 
 
 def crash_loop(records: Sequence[Record]) -> str | None:
-    """What to say when the last two failures of the last record's job were in the same step."""
-    failures = [r for r in records if r.event == "failed" and r.job == records[-1].job]
-    if len(failures) < 2 or failures[-1].step != failures[-2].step:
+    """What to say when the last two attempts that failed, of the last record's job, did so in the same step."""
+    failures: dict[tuple[int, str], Record] = {}  # the first of each attempt: two ranks may have failed at once
+    for r in records:
+        if r.event == "failed" and r.job == records[-1].job:
+            failures.setdefault((r.restarts, r.launch), r)
+    last = list(failures.values())[-2:]
+    if len(last) < 2 or last[0].step != last[1].step:
         return None
-    causes = "\n".join(f"  - {r.time}: {r.cause}" for r in failures[-2:])
-    return f"it failed twice in step {failures[-1].step}:\n{causes}"
+    causes = "\n".join(f"  - {r.time}: {r.cause}" for r in last)
+    return f"it failed twice in step {last[1].step}:\n{causes}"
 
 
 def why_not_requeued(records: Sequence[Record], job: Job | None, kind: Kind, max_requeues: int) -> str | None:

@@ -208,8 +208,15 @@ def _initialize(ranks: _Ranks, timeout: timedelta) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: metadata.version(name) for name in ("megatron-fipo", "torch", "megatron-core", "transformers")}
-    return {"Python": platform.python_version(), **packages}
+    packages = ("megatron-fipo", "torch", "megatron-core", "transformers")
+    return {"Python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def _free_device_memory() -> float | None:

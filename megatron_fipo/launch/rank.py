@@ -34,11 +34,11 @@ def main(task: RankTask) -> None:
     """Run a task to its end, in a process that a supervisor has started."""
     os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the supervisor alone; and a rank can be ended with what it started
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _die_with_supervisor()
     os.environ.update(task.environment)
     log = _open_log(task)
     interrupt.install()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*interrupt.SIGNALS, signal.SIGINT))
     try:
         run(task.entry, task.parallel, task.args, task.run_directory, task.listener)
     except Interrupted:

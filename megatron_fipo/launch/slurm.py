@@ -20,7 +20,7 @@ def is_task(environment: Mapping[str, str]) -> bool:
 def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, ... of this task, from srun's variables alone. A MASTER_ADDR or MASTER_PORT that is set wins.
 
-    In a heterogeneous job the ranks are those of this task's own component.
+    In a heterogeneous job the ranks are those of the components that srun was told to start.
     """
     return {
         "RANK": environment["SLURM_PROCID"],

@@ -25,11 +25,15 @@ _requested = False
 
 
 def install() -> None:
-    """From now on the signals are requests, which the code that checks for them obeys; earlier ones are forgotten."""
+    """From now on the signals are requests, which the code that checks for them obeys; earlier ones are forgotten.
+
+    Those that were held back while this process was started come now.
+    """
     global _requested
     _requested = False
     for number in SIGNALS:
         signal.signal(number, _request)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,7 @@ def srun(entry: Callable[..., None], directory: Path, tasks: int = 2, **environm
 
 def _srun_task(environment: dict[str, str], entry: Callable[..., None], directory: Path, output: Path) -> None:
     os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the fork server has signals blocked if `launch.run` started it
     with output.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -80,6 +80,16 @@ def test_a_failed_job_is_requeued(kind: Kind, earlier: list[Record], reason: str
     assert found == reason or (reason is not None and found is not None and found.startswith(reason))
 
 
+def test_ranks_that_fail_at_once() -> None:
+    """Of two nodes whose supervisors both recorded a failure, that is one failed attempt."""
+    once = [_record("failed", 5, 2, cause="rank 1"), _record("failed", 5, 2, cause="rank 9")]
+    assert attempts.crash_loop(once) is None
+    assert attempts.crash_loop([*once, _record("failed", 6, 3)]) is None
+    loop = attempts.crash_loop([_record("failed", 5, 1, cause="lost node"), *once])
+    assert loop is not None
+    assert [line.split(": ")[-1] for line in loop.splitlines()[1:]] == ["lost node", "rank 1"]
+
+
 def test_a_crash_loop_tells_both_causes() -> None:
     """Each with its time."""
     records = [_record("failed", 5, r, cause=f"cause {r}", time=f"time {r}") for r in range(3)]

@@ -69,6 +69,13 @@ def test_ctrl_c_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().err.count("stopping in good order; press Ctrl-C again to end at once\n") == 1
 
 
+def test_nothing_to_save(tmp_path: Path) -> None:
+    """Without a run directory, as in a dry run, SIGTERM ends the ranks at once."""
+    with _once_they_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit, match="143"):
+        launch.run(sleep, TWO_RANKS, (tmp_path,))
+    assert not any(map(alive, pids(tmp_path)))
+
+
 def test_a_signal_to_every_process(tmp_path: Path) -> None:
     """As Slurm sends it: the fork server and its like live on, the ranks, which get it twice, stop once, and the
     command's exit code is 75."""

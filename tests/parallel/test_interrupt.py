@@ -96,3 +96,16 @@ def _start_a_child_and_be_signalled() -> tuple[bool, int | None]:
 def test_shielded_children() -> None:
     """A signal to everybody does not end a process that a rank has started, and reaches the rank all the same."""
     assert run_ranks(_start_a_child_and_be_signalled, 1) == [(True, None)]
+
+
+def _signalled_before_it_is_ready() -> tuple[bool, bool]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    before = interrupt.requested()
+    interrupt.install()
+    return before, interrupt.requested()
+
+
+def test_a_signal_that_was_held_back() -> None:
+    """While a rank is started the signals are blocked; one that came then is a request."""
+    assert run_ranks(_signalled_before_it_is_ready, 1) == [(False, True)]
