@@ -31,8 +31,14 @@ def accuracy(reward, response, truth):
 
 def workers():
     """The worker processes of this one that run."""
-    children = psutil.Process().children()
-    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and "math_worker.py" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if _is_worker(p)]
+
+
+def _is_worker(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "math_worker.py" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it ended between the two looks; a zombie counts as such
+        return False
 
 
 @pytest.mark.parametrize(
