@@ -280,7 +280,7 @@ def test_everything_needs_the_key(two: Case, route: str) -> None:
 
 
 def test_close_leaves_nothing(tmp_path: Path) -> None:
-    """No process, no weights in memory, no shared memory."""
+    """No process, no weights in memory, no shared memory, not even that of a server that crashed."""
     before = set(os.listdir("/dev/shm"))
     case = start(tmp_path)
     try:
@@ -288,6 +288,9 @@ def test_close_leaves_nothing(tmp_path: Path) -> None:
         found = processes(case, 0)
         assert len(found) >= 3
         assert case.engine._directory.exists()
+        kill_engine(case)
+        wait_for(lambda: case.engine.keeper.servers[0].life == 2)
+        found += processes(case, 0)
     finally:
         case.engine.close()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in found), seconds=20)
