@@ -1,6 +1,6 @@
 """What a recipe needs of each GPU, as the tables of examples/README.md have it.
 
-    python examples/memory.py examples/fipo_32b.yaml [--engine-tensor 4] [section.key=value ...]
+    python examples/memory.py examples/fipo_32b.yaml [section.key=value ...]
 
 The model's shape is read from model.hf_path, or known here for the models of the recipes.
 """
@@ -17,7 +17,7 @@ from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.architecture import Architecture, architecture, check_model
 from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
 
-GPU_GB, ENGINE_SHARE = 80, 0.9  # what an H100 has, and how full a rollout engine may make it
+GPU_GB = 80  # what an H100 has
 PUBLISHED = {
     "Qwen2.5-32B": {
         "hidden_size": 5120,
@@ -60,16 +60,15 @@ def training_table(stages: list[TrainingMemory]) -> list[str]:
     return _table(["update, GB a GPU", *_stage_names(len(stages))], rows)
 
 
-def rollout_table(stages: list[RolloutMemory], engine_tensor: int) -> list[str]:
-    cache = [ENGINE_SHARE * GPU_GB * 1e9 - m.kept - m.weights for m in stages]
+def rollout_table(stages: list[RolloutMemory], config: Config) -> list[str]:
+    share, size = config.rollout.gpu_memory_utilization, config.rollout.tensor_parallel
+    engine = share * GPU_GB * 1e9
     rows = [
-        ["kept by the trainer: parameters, gradients", *(f"{m.kept / 1e9:.1f}" for m in stages)],
-        [f"engine's weights, TP {engine_tensor}", *(f"{m.weights / 1e9:.1f}" for m in stages)],
-        [f"left for keys and values, of {ENGINE_SHARE:.0%} of {GPU_GB} GB", *(f"{free / 1e9:.1f}" for free in cache)],
-        [
-            "tokens that fit there",
-            *(f"{round(free / m.cache_per_token, -3):,.0f}" for free, m in zip(cache, stages, strict=True)),
-        ],
+        ["kept by the trainer", *(f"{m.kept / 1e9:.1f}" for m in stages)],
+        [f"engine's weights, TP {size}", *(f"{m.weights / 1e9:.1f}" for m in stages)],
+        [f"engine's cache: the rest of {share:.0%}", *(f"{(engine - m.weights) / 1e9:.1f}" for m in stages)],
+        ["left for everything else", *(f"{(GPU_GB * 1e9 - engine - m.kept) / 1e9:.1f}" for m in stages)],
+        ["tokens in the cache", *(f"{round((engine - m.weights) / m.cache_per_token, -3):,.0f}" for m in stages)],
     ]
     return _table(["rollout, GB a GPU", *_stage_names(len(stages))], rows)
 
@@ -85,14 +84,12 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("--engine-tensor", type=int, default=4, help="GPUs that a rollout engine splits the model over")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     arch, stages = shape(config), range(config.parallel.pipeline)
     print("\n".join(training_table([training_memory(arch, config, i) for i in stages])) + "\n")
-    rollout = [rollout_memory(arch, config, i, arguments.engine_tensor) for i in stages]
-    print("\n".join(rollout_table(rollout, arguments.engine_tensor)))
+    print("\n".join(rollout_table([rollout_memory(arch, config, i) for i in stages], config)))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     distributed: bool = True  # shard optimizer state over data-parallel ranks
-    offload_state: bool = False  # keep optimizer state in host memory outside the update phase
+    offload_state: bool = False  # outside the update phase: optimizer state in host memory, gradient buffers freed
     spike_threshold: float | None = None  # skip an update whose gradient norm is above this; None: only non-finite ones
     max_consecutive_skips: int = 3  # skipped updates in a row that end the run
 

@@ -185,10 +185,16 @@ class PolicyOptimizer:
         return [o for o in self.optimizer.chained_optimizers if o.optimizer is not None]
 
     def offload_state(self) -> None:
+        """Adam's state to host memory; gradient buffers, empty between two phases of updates, are freed."""
         self.optimizer.offload_to_cpu()
+        on_gpu = torch.cuda.is_available()
+        for chunk in self.wrapped:
+            chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=on_gpu)
 
     def restore_state(self) -> None:
         self.optimizer.restore_from_cpu()
+        for chunk in self.wrapped:
+            chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())
 
 
 def _constant_after_warmup(optimizer: Any, config: settings.OptimizerConfig) -> OptimizerParamScheduler:

@@ -42,11 +42,17 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class RolloutMemory:
-    """One rank while a rollout engine on the same GPU generates."""
+    """One rank while a rollout engine on the same GPU generates.
 
-    kept: int  # what stays of the trainer
-    weights: int  # of the engine
-    cache_per_token: int  # keys and values, on each of the engine's GPUs
+    Attributes:
+        kept: what stays of the trainer.
+        weights: of the engine.
+        cache_per_token: keys and values, on each of the engine's GPUs.
+    """
+
+    kept: int
+    weights: int
+    cache_per_token: int
 
 
 def training_memory(arch: Architecture, config: Config, stage: int) -> TrainingMemory:
@@ -69,13 +75,14 @@ def training_memory(arch: Architecture, config: Config, stage: int) -> TrainingM
     )
 
 
-def rollout_memory(arch: Architecture, config: Config, stage: int, engine_tensor: int) -> RolloutMemory:
-    """Beside an engine that splits the model, in the trainer's precision, over `engine_tensor` GPUs."""
+def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMemory:
+    """Beside an engine that splits the model, in the trainer's precision, over rollout.tensor_parallel GPUs."""
     trainer, item = training_memory(arch, config, stage), _ITEM[config.model.dtype]
-    engine = ParallelConfig(world_size=engine_tensor, tensor=engine_tensor)
-    kv_heads = max(1, arch.num_kv_heads // engine_tensor)
+    size = config.rollout.tensor_parallel
+    engine = ParallelConfig(world_size=size, tensor=size)
+    kv_heads = max(1, arch.num_kv_heads // size)
     return RolloutMemory(
-        kept=trainer.parameters + trainer.gradients + (0 if config.optimizer.offload_state else trainer.optimizer),
+        kept=trainer.parameters + (0 if config.optimizer.offload_state else trainer.gradients + trainer.optimizer),
         weights=num_parameters(arch, engine, stage=0) * item,
         cache_per_token=2 * arch.num_layers * kv_heads * arch.head_dim * item,
     )

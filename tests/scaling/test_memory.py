@@ -216,13 +216,13 @@ def test_total_is_the_sum() -> None:
 
 
 def test_rollout_phase() -> None:
-    """Weights and gradients of the trainer stay; the engine's share of the weights; 2 x 64 layers x 1,024 wide keys and
-    values in bfloat16 over 4 GPUs."""
+    """Weights of the trainer stay; the engine's share of the weights; 2 x 64 layers x 1,024 wide keys and values in
+    bfloat16 over 4 GPUs."""
     config = _recipe()
-    rollout, training = rollout_memory(QWEN_32B, config, 0, engine_tensor=4), training_memory(QWEN_32B, config, 0)
-    assert rollout.kept == training.parameters + training.gradients
+    rollout, training = rollout_memory(QWEN_32B, config, 0), training_memory(QWEN_32B, config, 0)
+    assert rollout.kept == training.parameters
     assert rollout.cache_per_token == 2 * 64 * 1024 * 2 // 4
     norms = (64 * 2 + 1) * 5120  # on every GPU
     assert rollout.weights == 2 * ((32_763_876_352 - norms) // 4 + norms)
     stays = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, offload_state=False))
-    assert rollout_memory(QWEN_32B, stays, 0, 4).kept == rollout.kept + training.optimizer
+    assert rollout_memory(QWEN_32B, stays, 0).kept == rollout.kept + training.gradients + training.optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -23,8 +24,9 @@ class Stale(Exception):
     """Drawn, at least in part, with other weights than the current ones."""
 
 
-def payload(request: Request, sampling: Sampling) -> dict[str, Any]:
+def payload(request: Request, sampling: Sampling, name: str) -> dict[str, Any]:
     return {
+        "request_id": name,
         "token_ids": list(request.prompt_ids),
         "sampling_params": {
             "n": 1,
@@ -41,8 +43,18 @@ def payload(request: Request, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def read(answer: httpx.Response, sampling: Sampling, version: str | None) -> Response:
-    """The response in a successful answer.
+def engine_names(names: Sequence[str]) -> list[str]:
+    """What vLLM's engine calls requests of these names, without and with the prefix that its HTTP front puts there."""
+    return [prefix + name for name in names for prefix in ("", "generate-tokens-")]
+
+
+def nothing_yet() -> Response:
+    """Of a request that was paused before its first token."""
+    return Response([], [], truncated=False, unfinished=True)
+
+
+def read(answer: httpx.Response, sampling: Sampling, version: str | None, paused: bool) -> Response:
+    """The response in a successful answer, or as much of it as was drawn when it was `paused`.
 
     Raises:
         Fault: it is no whole response.
@@ -56,11 +68,15 @@ def read(answer: httpx.Response, sampling: Sampling, version: str | None) -> Res
         versions = [span["version"] for span in choice["weight_versions"]]
     except (ValueError, LookupError, TypeError) as error:
         raise Fault(f"an answer without {error}: {answer.text[:300]}") from None
-    if choice["finish_reason"] not in ("stop", "length") or not token_ids or len(log_probs) != len(token_ids):
+    unfinished = paused and choice["finish_reason"] == "abort"
+    if unfinished and not token_ids:
+        return nothing_yet()
+    whole = choice["finish_reason"] in ("stop", "length")
+    if not (whole or unfinished) or not token_ids or len(log_probs) != len(token_ids):
         raise Fault(f"no whole response, finish reason {choice['finish_reason']}")
     if any(v != version for v in versions) or not versions:
         raise Stale(f"weights {', '.join(versions)} instead of {version}")
     if not all(math.isfinite(p) for p in log_probs):
         raise FloatingPointError("the rollout model's log-probabilities are not finite: its weights have diverged")
-    truncated = token_ids[-1] not in sampling.stop_token_ids
-    return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions))
+    truncated = whole and token_ids[-1] not in sampling.stop_token_ids
+    return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions), unfinished)

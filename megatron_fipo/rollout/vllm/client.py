@@ -5,27 +5,30 @@ with the least to do, and again, to another one if there is any, when its server
 weights other than the current ones. Requests carry their seed, so one that is sent again is drawn as it would have
 been; an earlier attempt is ended before the next one starts, so none is answered twice.
 
-`submit` is the core: a future for each request, which can be cancelled at any time.
+`submit` is the core: a future for each request, which can be cancelled, or paused for what was drawn, at any time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import httpx
 
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
-from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, payload, read
+from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
 from megatron_fipo.rollout.vllm.control import authorization, explain
 
 _MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
+_ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told of requests it has not read yet
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,20 @@ class _Server:
 
 @dataclass(eq=False)
 class _Turn:
-    """A request that waits for a server, or has one."""
+    """A request that waits for a server, has one, or is paused and gets none any more."""
 
     tokens: int
+    name: str = field(default_factory=lambda: secrets.token_hex(8))  # by which servers know the request
+    paused: bool = False
     avoid: set[int] = field(default_factory=set)
-    server: asyncio.Future[_Server] = field(init=False)
+    waiting: asyncio.Future[_Server | None] | None = None
 
     @property
-    def has_server(self) -> bool:
-        return self.server.done() and not self.server.cancelled() and self.server.exception() is None
+    def server(self) -> _Server | None:
+        future = self.waiting
+        if future is None or not future.done() or future.cancelled() or future.exception() is not None:
+            return None
+        return future.result()
 
 
 class _Lost(Exception):
@@ -100,6 +108,7 @@ class Client:
         self._on_hung = on_hung
         self._servers = [_Server(number, url) for number, url in enumerate(urls)]
         self._waiting: deque[_Turn] = deque()
+        self._turns: WeakKeyDictionary[Future[Response], _Turn] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
         self._http = httpx.AsyncClient(
@@ -122,7 +131,15 @@ class Client:
         The future's exception is ValueError for a request that servers refuse (a wrong key is such), RuntimeError if
         no server can be used for `patience.wait` seconds or all attempts failed.
         """
-        return asyncio.run_coroutine_threadsafe(self._draw(request, sampling), self._loop)
+        turn = _Turn(len(request.prompt_ids) + sampling.max_tokens)
+        future = asyncio.run_coroutine_threadsafe(self._draw(turn, request, sampling), self._loop)
+        self._turns[future] = turn
+        return future
+
+    def pause(self, futures: Sequence[Future[Response]]) -> None:
+        """End these requests and return when they are ended; their results are what was drawn so far, maybe nothing."""
+        asyncio.run_coroutine_threadsafe(self._pause(futures), self._loop).result()
+        wait(futures)
 
     def close(self) -> None:
         """Cancels what is under way."""
@@ -156,40 +173,43 @@ class Client:
 
     # A request
 
-    async def _draw(self, request: Request, sampling: Sampling) -> Response:
-        turn = _Turn(len(request.prompt_ids) + sampling.max_tokens)
-        body = payload(request, sampling)
+    async def _draw(self, turn: _Turn, request: Request, sampling: Sampling) -> Response:
+        body = payload(request, sampling, turn.name)
         problem = ""
         for _ in range(_MOST_ATTEMPTS):
             async with self._some_server(turn) as server:
+                if server is None:
+                    return nothing_yet()
                 try:
-                    response = read(await self._attempt(server, body), sampling, self._version)
+                    response = read(await self._attempt(server, body), sampling, self._version, turn.paused)
                     server.pause = 0.0
                     return response
                 except Refused as error:
                     raise ValueError(f"{server.url} refuses a request: {error}") from None
                 except TimeoutError:
-                    problem = f"no response within rollout.deadline_seconds={self._patience.deadline:g}"
+                    seconds = f"{self._patience.deadline:g}"
+                    problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
                     turn.avoid.add(server.number)
                 except (_Lost, Fault, Stale) as error:
-                    problem = f"{type(error).__name__.lower().removeprefix('_')}: {error}"
+                    problem = f"by {server.url}: {type(error).__name__.lower().removeprefix('_')}: {error}"
                     turn.avoid.add(server.number)
                     self._set_aside(server)
-        raise RuntimeError(
-            f"a response could not be drawn in {_MOST_ATTEMPTS} attempts; the last one, by {server.url}: {problem}"
-        )
+        raise RuntimeError(f"a response could not be drawn in {_MOST_ATTEMPTS} attempts; the last one, {problem}")
 
     @contextlib.asynccontextmanager
-    async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server]:
-        """The usable server with the fewest outstanding tokens, once there is one with a free place."""
-        turn.server = self._loop.create_future()
+    async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server | None]:
+        """The usable server with the fewest outstanding tokens, once one has a free place; None when paused."""
+        if turn.paused:
+            yield None
+            return
+        turn.waiting = self._loop.create_future()
         self._waiting.append(turn)
         self._hand_out()
         try:
-            yield await turn.server
+            yield await turn.waiting
         finally:
-            if turn.has_server:
-                server = turn.server.result()
+            server, turn.waiting = turn.server, None
+            if server is not None:
                 server.busy -= 1
                 server.outstanding -= turn.tokens
                 self._hand_out()
@@ -223,6 +243,26 @@ class Client:
             raise Refused(explain(answer))
         return answer
 
+    async def _pause(self, futures: Sequence[Future[Response]]) -> None:
+        turns = {future: self._turns[future] for future in futures}
+        for turn in turns.values():
+            turn.paused = True
+            if turn.waiting is not None and not turn.waiting.done():
+                turn.waiting.set_result(None)
+        while pending := [turn for future, turn in turns.items() if not future.done()]:
+            names: dict[_Server, list[str]] = defaultdict(list)
+            for turn in pending:
+                if turn.server is not None:
+                    names[turn.server].append(turn.name)
+            await asyncio.gather(*(self._abort(server, theirs) for server, theirs in names.items()))
+            await asyncio.sleep(_ABORT_SECONDS if names else 0)
+
+    async def _abort(self, server: _Server, names: Sequence[str]) -> None:
+        """Have the server answer these requests with what it has; in vain if it is lost, which `_watch` finds out."""
+        body = {"request_ids": engine_names(names)}
+        with contextlib.suppress(httpx.HTTPError):
+            await self._http.post(f"{server.url}/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
+
     # Servers
 
     def _hand_out(self) -> None:
@@ -231,7 +271,7 @@ class Client:
         place = 0
         while place < len(self._waiting) and (free := [s for s in usable if s.busy < self._places(s)]):
             turn = self._waiting[place]
-            if turn.server.done():  # its request was cancelled
+            if turn.waiting is None or turn.waiting.done():  # its request was cancelled or paused
                 del self._waiting[place]
                 continue
             # A server that failed a request gets it again only if there is no other.
@@ -244,7 +284,7 @@ class Client:
             server = min(fitting, key=lambda s: s.outstanding)
             server.busy += 1
             server.outstanding += turn.tokens
-            turn.server.set_result(server)
+            turn.waiting.set_result(server)
 
     def _places(self, server: _Server) -> int:
         """Requests at a time; one that has just failed has to prove itself first."""
@@ -302,8 +342,8 @@ class Client:
         elif now - self._usable_since > self._patience.wait:
             urls = ", ".join(s.url for s in self._servers)
             for turn in self._waiting:
-                if not turn.server.done():
-                    turn.server.set_exception(
+                if turn.waiting is not None and not turn.waiting.done():
+                    turn.waiting.set_exception(
                         RuntimeError(
                             f"no rollout server with the current weights for {self._patience.wait:g} s "
                             f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"

@@ -125,6 +125,11 @@ class VLLMEngine:
         assert self._client is not None, "submit before the first load_weights"
         return self._client.submit(request, sampling)
 
+    def pause(self, futures: Sequence[Future[Response]]) -> None:
+        """End these requests; their results are what was drawn so far. Not collective."""
+        assert self._client is not None, "pause before the first load_weights"
+        self._client.pause(futures)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         """One response a request, in order.
 

@@ -18,7 +18,7 @@ class FakeServer:
 
     Attributes:
         version: of its weights; None: it does not tell.
-        delay: seconds that a response takes.
+        delay: seconds that a response takes. Paused earlier, it has the tokens of the time until then.
         status: what it answers to generation requests.
         hung: it answers nothing at all, until this is False again.
         dead: its front is there, but no engine behind it.
@@ -39,8 +39,8 @@ class FakeServer:
         self.controls: list[tuple[str, Any]] = []
         self.refuses: str | None = None  # a control route that answers 500
         self.lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
+        self.aborted: dict[str, threading.Event] = {}  # of requests under way
+        self._http = _Server(self)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
@@ -58,90 +58,118 @@ def tokens_for(seed: int, prompt: list[int]) -> list[int]:
     return [draw.randrange(100) for _ in range(draw.randrange(1, 9))]
 
 
-def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-        def setup(self) -> None:
-            super().setup()
-            self.connection.settimeout(10)
+    def __init__(self, fake: FakeServer) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fake = fake
 
-        def log_message(self, *args: object) -> None:
-            pass
 
-        def do_GET(self) -> None:
-            self._wait_while_hung()
-            if self.path == "/health":
-                self._send(200, {})
-            elif self._allowed():
-                self._send(500 if fake.dead else 200, {"weight_version": fake.version})
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"null")
-            self._wait_while_hung()
-            if not self._allowed():
-                return
-            if self.path == "/inference/v1/generate":
-                self._generate(body)
-                return
+    def setup(self) -> None:
+        super().setup()
+        self.fake = self.server.fake
+        self.connection.settimeout(10)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._wait_while_hung()
+        if self.path == "/health":
+            self._send(200, {})
+        elif self._allowed():
+            self._send(500 if self.fake.dead else 200, {"weight_version": self.fake.version})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"null")
+        self._wait_while_hung()
+        if not self._allowed():
+            return
+        route = self.path.split("?")[0]
+        if route == "/inference/v1/generate":
+            self._generate(body)
+        elif route == "/inference/v1/abort_requests":
+            self._abort(body["request_ids"])
+        else:
+            self._control(route, body)
+
+    def _control(self, route: str, body: Any) -> None:
+        with self.fake.lock:
+            self.fake.controls.append((route, body))
+        if route == self.fake.refuses:
+            self._send(500, {"error": "refused"})
+            return
+        if route == "/update_weight_version":
+            self.fake.version = body["new_version"]
+        self._send(200, {})
+
+    def _abort(self, names: list[str]) -> None:
+        with self.fake.lock:
+            for name in names:
+                if name in self.fake.aborted:
+                    self.fake.aborted[name].set()
+        self._send(200, {})
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        fake, seed, name = self.fake, body["sampling_params"]["seed"], f"generate-tokens-{body['request_id']}"
+        with fake.lock:
+            fake.asked[seed] += 1
+            fake.busy += 1
+            fake.most = max(fake.most, fake.busy)
+            dropped = fake.drops > 0
+            fake.drops -= dropped
+            aborted = fake.aborted[name] = threading.Event()
+        started = time.monotonic()
+        paused = aborted.wait(fake.delay)
+        self._wait_while_hung()
+        with fake.lock:
+            fake.busy -= 1
+            del fake.aborted[name]
+        if dropped:
+            self.close_connection = True
+            self.connection.close()
+        elif fake.status != 200:
+            self._send(fake.status, {"error": "broken"})
+        else:
+            tokens = tokens_for(seed, body["token_ids"])
+            if paused:
+                tokens = tokens[: int(len(tokens) * (time.monotonic() - started) / fake.delay)]
+            self._send(200, self._answer(tokens, "abort" if paused else "length"))
             with fake.lock:
-                fake.controls.append((self.path.split("?")[0], body))
-            failed = fake.refuses is not None and self.path.split("?")[0] == fake.refuses
-            if self.path.startswith("/update_weight_version") and not failed:
-                fake.version = body["new_version"]
-            self._send(500 if failed else 200, {"error": "refused"} if failed else {})
+                fake.answered[seed] += 1
 
-        def _generate(self, body: dict[str, Any]) -> None:
-            seed = body["sampling_params"]["seed"]
-            with fake.lock:
-                fake.asked[seed] += 1
-                fake.busy += 1
-                fake.most = max(fake.most, fake.busy)
-                dropped = fake.drops > 0
-                fake.drops -= dropped
-            time.sleep(fake.delay)
-            self._wait_while_hung()
-            with fake.lock:
-                fake.busy -= 1
-            if dropped:
-                self.close_connection = True
-                self.connection.close()
-            elif fake.status != 200:
-                self._send(fake.status, {"error": "broken"})
-            else:
-                self._send(200, _answer(tokens_for(seed, body["token_ids"])))
-                with fake.lock:
-                    fake.answered[seed] += 1
-
-        def _allowed(self) -> bool:
-            if self.headers.get("Authorization") == f"Bearer {KEY}":
-                return True
-            self._send(401, {"error": "who are you?"})
-            return False
-
-        def _wait_while_hung(self) -> None:
-            while fake.hung:
-                time.sleep(0.01)
-
-        def _send(self, status: int, content: dict[str, Any]) -> None:
-            data = json.dumps(content).encode()
-            try:
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:  # the client has given up
-                self.close_connection = True
-
-    def _answer(token_ids: list[int]) -> dict[str, Any]:
-        spans = [{"version": fake.version, "start": 0, "end": len(token_ids)}] if fake.version else None
+    def _answer(self, token_ids: list[int], finish_reason: str) -> dict[str, Any]:
+        version = self.fake.version
         choice = {
             "token_ids": token_ids,
             "logprobs": {"content": [{"token_id": t, "logprob": -t / 100} for t in token_ids]},
-            "finish_reason": "length",
-            "weight_versions": spans,
+            "finish_reason": finish_reason,
+            "weight_versions": [{"version": version, "start": 0, "end": len(token_ids)}] if version else None,
         }
         return {"choices": [choice]}
 
-    return Handler
+    def _allowed(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {KEY}":
+            return True
+        self._send(401, {"error": "who are you?"})
+        return False
+
+    def _wait_while_hung(self) -> None:
+        while self.fake.hung:
+            time.sleep(0.01)
+
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:  # the client has given up
+            self.close_connection = True

@@ -224,3 +224,49 @@ def test_cancel(servers: list[FakeServer], connect: MakeClient) -> None:
     started = time.monotonic()
     draw_all(client, 10)
     assert time.monotonic() - started < 3
+
+
+def test_pause(servers: list[FakeServer], connect: MakeClient) -> None:
+    """What was drawn so far comes back at once: a whole response, the beginning of one, or nothing."""
+    client, other = connect(concurrency=2), connect()
+    finished = client.submit(requests(1)[0], SAMPLING)
+    finished.result(timeout=5)
+    for server in servers:
+        server.delay = 2.0
+    wanted = requests(20)[1:]
+    futures = [client.submit(request, SAMPLING) for request in wanted]
+    of_another_rank = other.submit(requests(30)[-1], SAMPLING)
+    time.sleep(1.0)
+    started = time.monotonic()
+    client.pause([finished, *futures])
+    assert time.monotonic() - started < 0.9
+    assert not finished.result().unfinished
+    begun = 0
+    for request, future in zip(wanted, futures, strict=True):
+        response, whole = future.result(timeout=0), tokens_for(request.seed, list(request.prompt_ids))
+        assert response.unfinished
+        assert not response.truncated
+        assert response.token_ids == whole[: len(response.token_ids)]
+        assert len(response.log_probs) == len(response.token_ids)
+        assert response.weight_versions == (1,) * bool(response.token_ids)
+        begun += len(response.token_ids) > 0
+    assert 1 <= begun <= 4
+    assert sum(server.asked.total() for server in servers) == 6  # those that waited were never sent
+    assert not of_another_rank.result(timeout=5).unfinished
+    for server in servers:
+        server.delay = 0.0
+    draw_all(client, 10)
+
+
+def test_pause_with_a_server_that_fails(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Its responses are not begun anew: they come back with nothing."""
+    for server in servers:
+        server.delay = 0.5
+    client = connect(on_hung=lambda number: None)
+    futures = [client.submit(request, SAMPLING) for request in requests(10)]
+    time.sleep(0.1)
+    servers[0].hung = True
+    servers[1].status = 500
+    client.pause(futures)
+    assert all(f.result().unfinished and not f.result().token_ids for f in futures)
+    assert sum(server.asked.total() for server in servers) == 10

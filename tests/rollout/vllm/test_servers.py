@@ -139,6 +139,29 @@ def _top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return kept / kept.sum()
 
 
+def test_paused_responses_go_on_with_other_weights(two: Case) -> None:
+    """What is paused is the beginning of what would have come, and goes on as the next weights have it."""
+    two.engine.load_weights(weights_of(two.models[0]))
+    greedy = replace(GREEDY, max_tokens=400)
+    wanted = [Request([*prompt[:40], place], place) for place, prompt in enumerate(prompts())]
+    whole = tokens(two.engine.generate(wanted, greedy))
+    futures = [two.engine.submit(request, greedy) for request in wanted]
+    time.sleep(0.7)
+    two.engine.pause(futures)
+    paused = [future.result(timeout=0) for future in futures]
+    assert all(r.unfinished for r in paused)
+    assert any(r.token_ids for r in paused)
+    for response, expected in zip(paused, whole, strict=True):
+        assert response.token_ids == expected[: len(response.token_ids)]
+        assert len(response.log_probs) == len(response.token_ids)
+    two.engine.load_weights(weights_of(two.models[1]))
+    rest = [Request([*r.prompt_ids, *p.token_ids], r.seed) for r, p in zip(wanted, paused, strict=True)]
+    for request, response in zip(rest, two.engine.generate(rest, GREEDY), strict=True):
+        expected_probs = log_probs(two.models[1], request.prompt_ids, response.token_ids)
+        assert expected_probs.argmax(-1).tolist() == response.token_ids
+        assert response.weight_versions == (two.engine.updates,)
+
+
 def test_more_prompts_than_a_step_takes(two: Case) -> None:
     """Long prompts with seeds, none of which is in the cache, end no server."""
     two.engine.load_weights(weights_of(two.models[0]))

@@ -1,0 +1,204 @@
+"""vLLM servers as the rollout engine: speed against the embedded engine, cost of new weights, time spent waiting.
+
+    python benchmarks/rollout.py [--pairs 3] [--steps 8] [--parts speed refit waiting]
+
+speed: both engines draw the same number of tokens from the same model and prompts, in turns, on all cores of this
+machine; the figure is the median of the ratios, vLLM's tokens a second over those of `transformers` in the ranks.
+refit: seconds from exported weights to a server that draws with them, by transport and by model size, against a plain
+copy of the same bytes in memory. Includes the pause, the version, the prefix cache and the resumption.
+waiting: the share of a training step in which the trainer only waits for responses, with `rollout.max_staleness` 0 and
+1, on examples/quickstart.yaml with one server. Where ranks and servers share cores, as here, overlap gains little.
+Needs what `make vllm-env` installs. Prints a table, and as its last line one JSON object with the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_fipo.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.rollout import HFEngine, Request, Sampling, VLLMEngine
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("speed", "refit", "waiting")
+SIZES = {"small": (256, 4), "medium": (1024, 8)}  # hidden size and layers
+TRANSPORTS = ("file", "gloo")
+VOCABULARY, PROMPTS, GROUP, RESPONSE = 4096, 8, 8, 128  # responses have all the same length: there is no stop token
+REFITS = 5
+CONSOLE = Console(stderr=True)
+
+
+def make_model(directory: Path, size: str) -> PreTrainedModel:
+    """Random weights, float32, and heads of 64 dimensions."""
+    hidden, layers = SIZES[size]
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
+@contextmanager
+def server(directory: Path, topology: Topology, transport: str = "file") -> Iterator[VLLMEngine]:
+    """An engine with one server, which starts with the first weights."""
+    engine = VLLMEngine(
+        Config(
+            run=RunConfig(directory=str(directory / "run")),
+            model=ModelConfig(hf_path=str(directory), dtype="float32"),
+            data=DataConfig(max_prompt_tokens=64),
+            rollout=RolloutConfig(
+                engine="vllm", max_response_tokens=RESPONSE, kv_cache_gb=0.25, weight_transport=transport
+            ),
+        ),
+        topology,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def speed(directory: Path, topology: Topology, pairs: int) -> dict[str, float]:
+    """Tokens a second of both engines, and the median of their ratios."""
+    model = make_model(directory, "small")
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, VOCABULARY, (PROMPTS, 32), generator=generator).tolist()
+    requests = [Request(prompt, 100 * p + k) for p, prompt in enumerate(prompts) for k in range(GROUP)]
+    sampling = Sampling(1.0, 1.0, 0, RESPONSE, ())
+    embedded = HFEngine(model.config, torch.float32, torch.device("cpu"), batch_size=len(requests))
+    with server(directory, topology) as servers:
+        engines = {"hf": embedded, "vllm": servers}
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        for pair in track(range(pairs + 1), "speed", console=CONSOLE):
+            for name, engine in engines.items():
+                engine.load_weights(weights_of(model))
+                started = time.perf_counter()
+                responses = engine.generate(requests, sampling)
+                seconds = time.perf_counter() - started
+                if pair:  # the first one warms up
+                    rates[name].append(sum(len(r.token_ids) for r in responses) / seconds)
+    ratios = [v / h for v, h in zip(rates["vllm"], rates["hf"], strict=True)]
+    return {
+        "hf_tokens_per_second": round(statistics.median(rates["hf"]), 1),
+        "vllm_tokens_per_second": round(statistics.median(rates["vllm"]), 1),
+        "vllm_over_hf": round(statistics.median(ratios), 3),
+    }
+
+
+def refit(directory: Path, topology: Topology) -> dict[str, float]:
+    """Seconds of an update by transport and size, and how many copies of the same bytes that is."""
+    figures: dict[str, float] = {}
+    cases = [(size, transport) for size in SIZES for transport in TRANSPORTS]
+    for size, transport in track(cases, "refit", console=CONSOLE):
+        model = make_model(directory / size, size)
+        megabytes = sum(p.nbytes for p in model.parameters()) / 1e6
+        with server(directory / size, topology, transport) as engine:
+            engine.load_weights(weights_of(model))
+            updates, copies = [], []
+            for _ in range(REFITS):
+                started = time.perf_counter()
+                copied = [parameter.detach().clone() for parameter in model.parameters()]
+                copies.append(time.perf_counter() - started)
+                del copied
+                started = time.perf_counter()
+                engine.load_weights(weights_of(model))
+                updates.append(time.perf_counter() - started)
+        ratio = statistics.median(u / c for u, c in zip(updates, copies, strict=True))
+        figures[f"refit_{transport}_{megabytes:.0f}MB_seconds"] = round(statistics.median(updates), 3)
+        figures[f"refit_{transport}_{megabytes:.0f}MB_over_copy"] = round(ratio, 1)
+    return figures
+
+
+def waiting(directory: Path, steps: int) -> dict[str, float]:
+    """Share of all but the first two steps in which the trainer waits for responses, and seconds of a step."""
+    task = [sys.executable, str(ROOT / "examples/quickstart/make_task.py"), "--out", str(directory / "base")]
+    subprocess.run([*task, "--steps", "60"], check=True, capture_output=True)
+    figures: dict[str, float] = {}
+    for staleness in track((0, 1), "waiting", console=CONSOLE):
+        run = directory / f"staleness-{staleness}"
+        overrides = [
+            *(f"run.directory={run}", f"model.hf_path={directory}/base", f"data.train={directory}/base/train.parquet"),
+            *(
+                "data.validation=null",
+                "rollout.engine=vllm",
+                "rollout.kv_cache_gb=0.125",
+                "rollout.surplus_groups=drop",
+            ),
+            *(f"rollout.max_staleness={staleness}", f"trainer.max_steps={steps}", "parallel.world_size=1"),
+            *("parallel.tensor=1", "parallel.pipeline=1", "checkpoint.every=0", "trainer.export_policy=false"),
+        ]
+        command = [sys.executable, "-m", "megatron_fipo.cli", "train", str(ROOT / "examples/quickstart.yaml")]
+        ended = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False, cwd=ROOT)
+        if ended.returncode:
+            raise RuntimeError(f"training with max_staleness={staleness} failed:\n{ended.stderr[-3000:]}")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+        step = [row["time/step"] for row in rows]
+        share = sum(row["time/rollout"] for row in rows) / sum(step)
+        figures[f"waiting_share_staleness_{staleness}"] = round(share, 3)
+        figures[f"step_seconds_staleness_{staleness}"] = round(statistics.mean(step), 2)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of the two engines, after one to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="training steps with each staleness")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    if options.pairs < 1 or options.steps < 3:
+        parser.error("at least 1 pair and 3 steps are needed")
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of the servers; without it they take one
+    torch.set_num_threads(cores)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    topology = topologies.initialize(ParallelConfig(), seed=0)
+    figures: dict[str, float] = {"cores": cores}
+    with tempfile.TemporaryDirectory(prefix="rollout-benchmark-") as name:
+        directory = Path(name)
+        if "speed" in options.parts:
+            figures |= speed(directory / "speed", topology, options.pairs)
+        if "refit" in options.parts:
+            figures |= refit(directory, topology)
+        if "waiting" in options.parts:
+            figures |= waiting(directory, options.steps)
+    dist.destroy_process_group()
+    table = Table("figure", "value", title="vLLM as the rollout engine")
+    for figure, value in figures.items():
+        table.add_row(figure, str(value))
+    Console(width=100).print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
