@@ -82,7 +82,7 @@ class Trainer:
         self.log = RunLog(config, self.topology.rank, enabled=write)
         self.progress = Progress()
         self._saved: Progress | None = None  # what the newest checkpoint is of
-        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()  # after the last finished step
+        self._boundary = self._data_position()  # after the last finished step
         self._pause = 0.0  # seconds that the last checkpoint took from training
         self._clock: dict[str, float] = {}
         self.log.note(f"train data: {self.prompts}")
@@ -130,7 +130,7 @@ class Trainer:
         with self._timed("step"):
             metrics = self.step(step)
         self.progress = replace(self.progress, step=step, unlogged={**metrics, **self._throughput(metrics)})
-        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
+        self._boundary = self._data_position()
 
     def _conclude_step(self) -> None:
         """Evaluation, record and checkpoint, each where due, of the step that was finished last."""
@@ -160,7 +160,7 @@ class Trainer:
         """Finish the batch that is being drawn ahead, if any: the engine may then get other weights, and a checkpoint
         holds the batch."""
         self.collector.settle()
-        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
+        self._boundary = self._data_position()
 
     def _save(self, score: float | None = None, wait: bool = False) -> None:
         """Write a checkpoint of the last finished step, unless there is one or it is being written."""
@@ -196,9 +196,13 @@ class Trainer:
             self.log.note(f"going on after step {newest}, from {directory / 'checkpoints'}")
         elif (directory / "metrics.jsonl").exists():
             self.log.note("an earlier attempt ended before its first checkpoint: starting at the beginning")
-        self._boundary = self.collector.state_dict(), self.collector.kept_rollouts()
+        self._boundary = self._data_position()
         self.log.open(self.progress.step, self.progress.seconds)
         return False
+
+    def _data_position(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Where the prompts are, and the responses that this replica keeps."""
+        return self.collector.state_dict(), self.collector.kept_rollouts()
 
     def _restore_data_position(self, state: dict[str, Any], kept: list[Any]) -> None:
         try:

@@ -59,7 +59,10 @@ class Attempt:
             self._record("finished")
 
     def interrupted(self) -> str:
-        """All ranks have stopped as they were asked: requeue the job, or say why not."""
+        """All ranks have stopped as they were asked: requeue the job, or say why not.
+
+        Returns what is still to be told. Of a job it is told here: Slurm ends this process for having requeued it.
+        """
         if self._directory is None:
             return "interrupted"
         if not self.first:  # a supervisor that ends with an exit code other than 0 may have Slurm end the first one
@@ -68,8 +71,10 @@ class Attempt:
         now = attempts.new_record("interrupted", self._directory, self.job)
         reason = attempts.why_not_requeued([*self._records(), now], self.job, "machine", self._max_requeues)
         told = f"interrupted in step {now.step}: {self._requeue(reason)}"
+        if self.job is not None:
+            print(told, file=sys.stderr, flush=True)
         attempts.append(self._path, now)
-        return told
+        return told if self.job is None else ""
 
     def failed(self, failure: Failure, message: str) -> RankFailure:
         """The error to end with. The first of all supervisors to come here shows it, and may requeue the job."""

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.algorithm import GroupCollector, informative_groups
+from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.config import Config
-from megatron_fipo.data import Prompt, PromptStream
+from megatron_fipo.data import Prompt
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import unless_interrupted
-from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction, Score
 from megatron_fipo.rollout.assembly import (
     Collected,
@@ -30,6 +28,7 @@ from megatron_fipo.rollout.assembly import (
     verdicts,
     with_rewards,
 )
+from megatron_fipo.rollout.collector import Collector
 from megatron_fipo.rollout.protocol import Request, Response, RolloutEngine, Sampling
 
 
@@ -54,38 +53,11 @@ def generate_and_score(
     return responses, verdicts(reward, tokenizer, prompts, [r.token_ids for r in responses])
 
 
-class RolloutCollector:
-    """Fills one training batch after another from a stream of prompts."""
+class RolloutCollector(Collector):
+    """Draws a round of prompts after the other until a batch is full."""
 
-    def __init__(
-        self,
-        config: Config,
-        topology: Topology,
-        engine: RolloutEngine,
-        reward: RewardFunction,
-        tokenizer: Any,
-        stream: PromptStream,
-        stop_token_ids: tuple[int, ...],
-    ) -> None:
-        rollout = config.rollout
-        self.config = config
-        self.topology = topology
-        self.engine = engine
-        self.reward = reward
-        self.tokenizer = tokenizer
-        self.stream = stream
-        self.sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stop_token_ids
-        )
-        self.collector: GroupCollector[int] = GroupCollector(
-            rollout.prompts_per_step,
-            rollout.max_rounds,
-            rollout.when_exhausted,
-            rollout.surplus_groups,
-            filter_groups=rollout.dynamic_sampling,
-        )
-        self.next_group = 0
-        self.batches = 0  # handed out so far; one a step, so the weights to be trained now are of this many steps
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._held: dict[int, Rollouts] = {}  # this replica's responses, by group, that may still be trained on
 
     def collect(self) -> Collected:
@@ -122,12 +94,7 @@ class RolloutCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """Between two batches: where the stream of prompts is, and the groups kept for the next batch."""
-        return {
-            "stream": self.stream.state_dict(),
-            "next_group": self.next_group,
-            "batches": self.batches,
-            "kept": self.collector.pending.copy(),
-        }
+        return {**self.position(), "kept": self.collector.pending.copy()}
 
     def kept_rollouts(self) -> dict[str, torch.Tensor]:
         """This replica's responses to the kept groups, as the fields of a `Rollouts`."""
@@ -143,22 +110,19 @@ class RolloutCollector:
         Raises:
             ValueError: the prompts, their seed or their shuffling are others.
         """
-        self.batches = state["batches"]  # also where the prompts are refused, and start anew
-        self.stream.load_state_dict(state["stream"])
-        self.next_group = state["next_group"]
+        self.go_to(state)
         self.collector.pending = list(state["kept"])
         replica, replicas = self.topology.dp.rank(), self.topology.dp.size()
         # On as many replicas as before each gets its own back, so that sums over replicas round as they would have.
-        mine = (
-            kept_rollouts[replica::replicas] if state["kept"] else []
-        )  # another engine's collector keeps other things
+        # What another engine's collector keeps is of no use here.
+        mine = kept_rollouts[replica::replicas] if state["kept"] else []
         rollouts = Rollouts.concatenate([no_rollouts(), *(Rollouts(**part) for part in mine)])
         groups = self._groups(rollouts.ids)
         self._held = {int(g): rollouts.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
 
     def _round(self) -> torch.Tensor:
         """Generate one round of prompts; returns a row of numbers for each response of all replicas."""
-        size, count = self.config.rollout.group_size, self._prompts_per_round
+        size, count = self.config.rollout.group_size, self.round_size
         prompts = self.stream.next(count)
         groups = range(self.next_group, self.next_group + count)
         self.next_group += count
@@ -174,10 +138,6 @@ class RolloutCollector:
         kept = set(self.collector.pending)
         self._held = {g: r for g, r in self._held.items() if g in kept}
         return rows
-
-    @property
-    def _prompts_per_round(self) -> int:
-        return self.config.rollout.prompts_per_round or self.config.rollout.prompts_per_step
 
     def _groups(self, ids: torch.Tensor) -> torch.Tensor:
         return ids // self.config.rollout.group_size

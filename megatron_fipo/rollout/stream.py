@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.algorithm import GroupCollector, informative_groups
+from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt, PromptStream
@@ -33,9 +33,10 @@ from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.rollout.assembly import Collected, no_rollouts, response_rows, train_batch, verdicts, with_rewards
 from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
+from megatron_fipo.rollout.collector import Collector
 from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
 from megatron_fipo.rollout.kept import packed, unpacked
-from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, Sampling, StreamingEngine
+from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, StreamingEngine
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at all replicas
 
@@ -80,40 +81,21 @@ class _Report:
     problem: str | None = None
 
 
-class StreamingCollector:
-    """Fills one training batch after another. All methods but `close` are collective over all ranks.
+class StreamingCollector(Collector):
+    """Draws in the background. All methods but `close` are collective over all ranks.
 
     Groups are dealt to replicas by their number. Only the first rank of a replica draws; every rank takes part in the
     looks that decide, from the same reports, which groups are the batch.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        topology: Topology,
-        engine: StreamingEngine,
-        reward: RewardFunction,
-        tokenizer: Any,
-        stream: PromptStream,
-        stop_token_ids: tuple[int, ...],
-    ) -> None:
-        rollout = config.rollout
-        self.config = config
-        self.topology = topology
-        self.reward = reward
-        self.tokenizer = tokenizer
-        self.stream = stream  # stands behind the last batch, whatever was begun
-        self.next_group = 0  # the first one behind the last batch
-        self.batches = 0  # handed out so far; one a step, so the next one trains the weights of this many steps
-        self.collector: GroupCollector[int] = GroupCollector(
-            rollout.prompts_per_step, rollout.max_rounds, rollout.when_exhausted, filter_groups=rollout.dynamic_sampling
-        )
-        sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stop_token_ids
-        )
+    engine: StreamingEngine
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)  # `stream` stands behind the last batch, whatever was begun
+        size, score = self.config.rollout.group_size, self._score
         self._source = (
-            GroupSource(engine, sampling, rollout.group_size, self._seed, self._score, self._informative)
-            if topology.replica.rank() == 0
+            GroupSource(self.engine, self.sampling, size, self._seed, score, self._informative)
+            if self.topology.replica.rank() == 0
             else None
         )
         self._under_way = False
@@ -185,10 +167,10 @@ class StreamingCollector:
         if self._source is not None:
             # Until the first look a replica knows of itself only, and goes for its share.
             goal = Goal(
-                window=-(-self._round // replicas),
+                window=-(-self.round_size // replicas),
                 enough=-(-self._enough // replicas),
                 count_unfinished=rollout.partial,
-                limit=self.next_group + rollout.max_rounds * self._round if rollout.max_rounds else None,
+                limit=self.next_group + rollout.max_rounds * self.round_size if rollout.max_rounds else None,
             )
             oldest = self.batches - rollout.max_staleness
             self._goal = goal
@@ -215,7 +197,7 @@ class StreamingCollector:
             self._seen.append(rows)
             self.collector.add([self._upto], informative_groups(rows[:, 2], torch.full((len(rows),), self._upto)))
             self._upto += 1
-            if self.collector.generated_prompts % self._round == 0:
+            if self.collector.generated_prompts % self.round_size == 0:
                 self.collector.end_round()
         return True
 
@@ -280,7 +262,7 @@ class StreamingCollector:
         self.next_group = self._upto
         mine = [self._mine[group] for group in batch.groups if group in self._mine]
         rollouts = all_gather(Rollouts.concatenate([no_rollouts(), *mine]), self.topology.replica, self.topology.device)
-        batch = replace(batch, rounds=-(-batch.generated_prompts // self._round))
+        batch = replace(batch, rounds=-(-batch.generated_prompts // self.round_size))
         rows = torch.cat(self._seen)
         collected = train_batch(batch, rollouts, rows, self.batches, self.config, self.topology)
         return replace(collected, metrics={**collected.metrics, **self._leftovers(discarded)})
@@ -291,10 +273,6 @@ class StreamingCollector:
         totals = [sum(column) for column in zip(*self._gather((*discarded, kept, self._too_old)), strict=True)]
         names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
         return {f"sampling/{name}": float(total) for name, total in zip(names, totals, strict=True)}
-
-    @property
-    def _round(self) -> int:
-        return self.config.rollout.prompts_per_round or self.config.rollout.prompts_per_step
 
     @property
     def _enough(self) -> int:
@@ -342,9 +320,7 @@ class StreamingCollector:
         and begins again where it began."""
         settled = self._settled
         return {
-            "stream": self.stream.state_dict(),
-            "next_group": self.next_group,
-            "batches": self.batches,
+            **self.position(),
             "kept": [],
             "settled": settled and {"groups": settled.groups, "metrics": settled.metrics},
         }
@@ -363,9 +339,7 @@ class StreamingCollector:
         Raises:
             ValueError: the prompts, their seed or their shuffling are others.
         """
-        self.batches = state["batches"]  # also where the prompts are refused, and start anew
-        self.stream.load_state_dict(state["stream"])
-        self.next_group = state["next_group"]
+        self.go_to(state)
         if "settled" not in state:  # another engine's
             return
         if state["settled"]:

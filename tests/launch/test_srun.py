@@ -34,6 +34,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scontrol.write_text(
         f'#!/bin/sh\necho "$@" >> {directory}/calls\n/bin/sleep 0.5\n'
         f'if [ "$1 $2" = "show job" ]; then /bin/cat {directory}/job; fi\n'
+        'if [ "$1" = requeue ]; then kill -TERM $PPID; fi\n'  # Slurm's signal comes before its answer
     )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(directory))
