@@ -16,52 +16,25 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo import launch
 from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import Rollouts, TrainBatch, plan_micro_batches
 from megatron_fipo.checkpoint import Checkpointer
-from megatron_fipo.config import CheckpointConfig, Config, load_config
+from megatron_fipo.config import CheckpointConfig, Config
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.parallel import topology as topologies
+from small_policy import make_batch, make_config, make_model, show
 
 LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {"world_size": 2}}
 SIZES = {"tiny": (128, 4), "small": (512, 8), "large": (1024, 12)}  # hidden size, layers
-VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens
 _BLOCK = 1 << 22  # bytes
-
-
-def make_batch(actor: FIPOActor) -> TrainBatch:
-    """This replica's share of random responses of unequal lengths."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(*RESPONSE, (SEQUENCES,), generator=generator).tolist()
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
-
-    rollouts = Rollouts.from_responses(
-        ids=range(SEQUENCES),
-        prompts=[tokens(PROMPT) for _ in lengths],
-        responses=[tokens(n) for n in lengths],
-        log_probs=[[0.0] * n for n in lengths],
-        truncated=[False] * SEQUENCES,
-    ).replace(advantages=torch.randn(SEQUENCES, generator=generator))
-    topology = actor.topology
-    bins = plan_micro_batches(rollouts.lengths.tolist(), replicas=topology.dp.size(), token_budget=2048)
-    batch = TrainBatch(tuple(actor.pack(rollouts, b) for b in bins[topology.dp.rank()]))
-    return batch.with_token_values(old_log_probs=actor.log_probs(batch))
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -119,22 +92,6 @@ def measure(config: Config, rounds: int, directory: str, out: str) -> None:
         Path(out).write_text(json.dumps(figures[1:]))  # the first round warms up
 
 
-def make_checkpoint(directory: str, size: str) -> None:
-    torch.manual_seed(0)
-    hidden, layers = SIZES[size]
-    Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=hidden * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    ).save_pretrained(directory)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
@@ -143,19 +100,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="on the disk that is to be measured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory, prefix=".checkpoint-benchmark-") as directory:
-        make_checkpoint(directory, args.size)
-        layout = LAYOUTS[args.layout]
-        ranks = max([1, *layout.values()])
-        yaml = Path(directory, "config.yaml")
-        yaml.write_text(
-            f"model: {{hf_path: {directory}, dtype: bfloat16}}\n"
-            f"parallel: {json.dumps({**layout, 'world_size': ranks})}\n"
-            "data: {train: none, max_prompt_tokens: 16}\n"
-            "rollout: {max_response_tokens: 480}\n"
-            "reward: {overlong_buffer_tokens: 0}\n"
-            "trainer: {tokens_per_micro_batch: 2048}\n"
-        )
-        config = load_config(yaml)
+        make_model(Path(directory), *SIZES[args.size])
+        config = make_config(Path(directory), LAYOUTS[args.layout], "bfloat16")
         launch.run(measure, config.parallel, (config, args.rounds, directory, f"{directory}/result.json"))
         report(args, json.loads(Path(directory, "result.json").read_text()))
 
@@ -181,11 +127,7 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
         "raw_megabytes_per_second": median(lambda r: r["bytes"] / r["raw"] / 1e6, 1),
         "save_over_raw_speed": median(lambda r: r["raw"] / r["waited_writing"]),
     }
-    table = Table("figure", "value", title="What a checkpoint costs training")
-    for name, value in figures.items():
-        table.add_row(name, str(value))
-    Console(file=sys.stdout, width=80).print(table)
-    print(json.dumps(figures))
+    show("What a checkpoint costs training", figures)
 
 
 if __name__ == "__main__":

@@ -29,40 +29,21 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from megatron_fipo.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.rollout import HFEngine, Request, Sampling, VLLMEngine
+from small_policy import VOCABULARY, make_model, show
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("speed", "refit", "waiting")
 SIZES = {"small": (256, 4), "medium": (1024, 8)}  # hidden size and layers
 TRANSPORTS = ("file", "gloo")
-VOCABULARY, PROMPTS, GROUP, RESPONSE = 4096, 8, 8, 128  # responses have all the same length: there is no stop token
+PROMPTS, GROUP, RESPONSE = 8, 8, 128  # responses have all the same length: there is no stop token
 REFITS = 5
 CONSOLE = Console(stderr=True)
-
-
-def make_model(directory: Path, size: str) -> PreTrainedModel:
-    """Random weights, float32, and heads of 64 dimensions."""
-    hidden, layers = SIZES[size]
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=hidden * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    )
-    model.save_pretrained(directory)
-    return model.eval()
 
 
 def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,7 +72,7 @@ def server(directory: Path, topology: Topology, transport: str = "file") -> Iter
 
 def speed(directory: Path, topology: Topology, pairs: int) -> dict[str, float]:
     """Tokens a second of both engines, and the median of their ratios."""
-    model = make_model(directory, "small")
+    model = make_model(directory, *SIZES["small"])
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, VOCABULARY, (PROMPTS, 32), generator=generator).tolist()
     requests = [Request(prompt, 100 * p + k) for p, prompt in enumerate(prompts) for k in range(GROUP)]
@@ -121,7 +102,7 @@ def refit(directory: Path, topology: Topology) -> dict[str, float]:
     figures: dict[str, float] = {}
     cases = [(size, transport) for size in SIZES for transport in TRANSPORTS]
     for size, transport in track(cases, "refit", console=CONSOLE):
-        model = make_model(directory / size, size)
+        model = make_model(directory / size, *SIZES[size])
         megabytes = sum(p.nbytes for p in model.parameters()) / 1e6
         with server(directory / size, topology, transport) as engine:
             engine.load_weights(weights_of(model))
@@ -193,11 +174,7 @@ def main() -> None:
         if "waiting" in options.parts:
             figures |= waiting(directory, options.steps)
     dist.destroy_process_group()
-    table = Table("figure", "value", title="vLLM as the rollout engine")
-    for figure, value in figures.items():
-        table.add_row(figure, str(value))
-    Console(width=100).print(table)
-    print(json.dumps(figures))
+    show("vLLM as the rollout engine", figures)
 
 
 if __name__ == "__main__":

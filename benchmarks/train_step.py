@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,23 +26,20 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from rich.console import Console
-from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo import launch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.actor.optimizer import wrap_for_training
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
-from megatron_fipo.config import Config, load_config
+from megatron_fipo.batch import MicroBatch, TrainBatch
+from megatron_fipo.config import Config
 from megatron_fipo.model.architecture import Architecture, check_model
 from megatron_fipo.model.build import transformer_config, use_transformer_engine
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
+from small_policy import make_batch, make_config, make_model, show
 
 LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
-VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens; lengths spread as rollouts' are
 
 
 class CrossEntropyModel(GPTModel):
@@ -113,27 +109,6 @@ def baseline_step(arch: Architecture, config: Config, topology: Topology, batch:
     return step
 
 
-def make_batch(actor: FIPOActor) -> TrainBatch:
-    """Random responses of unequal lengths, with old log-probabilities a little off the policy's."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(*RESPONSE, (SEQUENCES,), generator=generator).tolist()
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
-
-    rollouts = Rollouts.from_responses(
-        ids=range(SEQUENCES),
-        prompts=[tokens(PROMPT) for _ in lengths],
-        responses=[tokens(n) for n in lengths],
-        log_probs=[[0.0] * n for n in lengths],
-        truncated=[False] * SEQUENCES,
-    ).replace(advantages=torch.randn(SEQUENCES, generator=generator))
-    (bins,) = plan_micro_batches(rollouts.lengths.tolist(), replicas=1, token_budget=2048)
-    batch = TrainBatch(tuple(actor.pack(rollouts, b) for b in bins))
-    old = [x + 0.05 * torch.randn(x.shape, generator=generator) for x in actor.log_probs(batch)]
-    return batch.with_token_values(old_log_probs=old)
-
-
 def measure(config: Config, pairs: int, out: str) -> None:
     """One rank's part; rank 0 leaves the seconds of each pair in `out`."""
     arch = check_model(config)
@@ -161,21 +136,6 @@ def measure(config: Config, pairs: int, out: str) -> None:
         Path(out).write_text(json.dumps({"tokens": tokens, "seconds": seconds[1:]}))  # the first pair warms up
 
 
-def make_checkpoint(directory: str) -> None:
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    ).save_pretrained(directory)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="one")
@@ -183,19 +143,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after one to warm up")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        make_checkpoint(directory)
-        layout = LAYOUTS[args.layout]
-        ranks = max([1, *layout.values()])
-        yaml = Path(directory, "config.yaml")
-        yaml.write_text(
-            f"model: {{hf_path: {directory}, dtype: float32, recompute: {args.recompute}}}\n"
-            f"parallel: {json.dumps({**layout, 'world_size': ranks})}\n"
-            "data: {train: none, max_prompt_tokens: 16}\n"
-            "rollout: {max_response_tokens: 480}\n"
-            "reward: {overlong_buffer_tokens: 0}\n"
-            "trainer: {tokens_per_micro_batch: 2048}\n"
-        )
-        config = load_config(yaml)
+        make_model(Path(directory), hidden=512, layers=8)
+        config = make_config(Path(directory), LAYOUTS[args.layout], "float32", args.recompute)
         launch.run(measure, config.parallel, (config, args.pairs, f"{directory}/result.json"))
         result = json.loads(Path(directory, "result.json").read_text())
     report(args, result)
@@ -215,11 +164,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         "ratio_min": round(ratios[0], 4),
         "ratio_max": round(ratios[-1], 4),
     }
-    table = Table("figure", "value", title="FIPO update against Megatron cross-entropy (forward + backward)")
-    for name, value in figures.items():
-        table.add_row(name, str(value))
-    Console(file=sys.stdout, width=100).print(table)
-    print(json.dumps(figures))
+    show("FIPO update against Megatron cross-entropy (forward + backward)", figures)
 
 
 if __name__ == "__main__":

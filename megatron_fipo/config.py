@@ -111,6 +111,7 @@ class RolloutConfig:
     deadline_seconds: float = 3600.0  # for one response; then it is drawn anew, by another server if there is one
     start_seconds: float = 900.0  # for a server to be ready, and for the run to wait when none is
     max_concurrency: int = 256  # responses that a server draws at the same time
+    seeded: bool | None = None  # each request has a seed, for a run that can be repeated. None: not on GPUs, for speed
     kv_cache_gb: float | None = None  # None: gpu_memory_utilization decides; 1 on the CPU
     gpu_memory_utilization: float = 0.9  # share of the GPU for weights and cache while generating
     prefix_cache: bool = True  # the responses of a group share their prompt's cache

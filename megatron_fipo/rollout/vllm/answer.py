@@ -24,7 +24,7 @@ class Stale(Exception):
     """Drawn, at least in part, with other weights than the current ones."""
 
 
-def payload(request: Request, sampling: Sampling, name: str) -> dict[str, Any]:
+def payload(request: Request, sampling: Sampling, name: str, seeded: bool) -> dict[str, Any]:
     return {
         "request_id": name,
         "token_ids": list(request.prompt_ids),
@@ -34,7 +34,7 @@ def payload(request: Request, sampling: Sampling, name: str) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "seed": request.seed,
+            "seed": request.seed if seeded else None,
             "stop_token_ids": list(sampling.stop_token_ids),
             "ignore_eos": True,  # the stop tokens are those given, and no others
             "logprobs": 0,  # of the sampled token alone

@@ -2,8 +2,8 @@
 
 One thread runs an event loop with a task for each request and one for each server. A request goes to the free server
 with the least to do, and again, to another one if there is any, when its server is lost, fails, hangs, or answers with
-weights other than the current ones. Requests carry their seed, so one that is sent again is drawn as it would have
-been; an earlier attempt is ended before the next one starts, so none is answered twice.
+weights other than the current ones. An earlier attempt is ended before the next one starts, so none is answered twice;
+and where requests carry their seeds, one that is sent again is drawn as it would have been.
 
 `submit` is the core: a future for each request, which can be cancelled, or paused for what was drawn, at any time.
 """
@@ -92,6 +92,7 @@ class Client:
     Args:
         urls: of all servers.
         concurrency: attempts at one server at the same time.
+        seeded: servers are told the requests' seeds.
         on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
     """
 
@@ -102,7 +103,9 @@ class Client:
         patience: Patience,
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
+        seeded: bool = True,
     ) -> None:
+        self._seeded = seeded
         self._patience = patience
         self._concurrency = concurrency
         self._on_hung = on_hung
@@ -174,7 +177,7 @@ class Client:
     # A request
 
     async def _draw(self, turn: _Turn, request: Request, sampling: Sampling) -> Response:
-        body = payload(request, sampling, turn.name)
+        body = payload(request, sampling, turn.name, self._seeded)
         problem = ""
         for _ in range(_MOST_ATTEMPTS):
             async with self._some_server(turn) as server:

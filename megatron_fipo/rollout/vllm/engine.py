@@ -216,7 +216,8 @@ class VLLMEngine:
             urls = [url for _, theirs in reports for url in theirs]
         self._controls = [Control(url, key) for url in urls]
         self._transport = self._make_transport(len(urls))
-        self._client = Client(urls, key, self._patience, rollout.max_concurrency, self._report_hung)
+        seeded = not torch.cuda.is_available() if rollout.seeded is None else rollout.seeded
+        self._client = Client(urls, key, self._patience, rollout.max_concurrency, self._report_hung, seeded)
         return self._client
 
     def _start_servers(self, key: str) -> None:

@@ -23,7 +23,7 @@ class FakeServer:
         hung: it answers nothing at all, until this is False again.
         dead: its front is there, but no engine behind it.
         drops: so many more generation requests have their connection cut without an answer.
-        asked: how often each seed was requested; `answered` how often a response was sent.
+        asked: how often each seed was requested (None: no seed); `answered` how often a response was sent.
         most: the most responses it drew at the same time.
     """
 
@@ -33,8 +33,8 @@ class FakeServer:
         self.status = 200
         self.hung = self.dead = False
         self.drops = 0
-        self.asked: Counter[int] = Counter()
-        self.answered: Counter[int] = Counter()
+        self.asked: Counter[int | None] = Counter()
+        self.answered: Counter[int | None] = Counter()
         self.most = self.busy = 0
         self.controls: list[tuple[str, Any]] = []
         self.refuses: str | None = None  # a control route that answers 500
@@ -52,7 +52,7 @@ class FakeServer:
         self._thread.join()
 
 
-def tokens_for(seed: int, prompt: list[int]) -> list[int]:
+def tokens_for(seed: int | None, prompt: list[int]) -> list[int]:
     """What every fake server answers to a request."""
     draw = random.Random(f"{seed} {prompt}")
     return [draw.randrange(100) for _ in range(draw.randrange(1, 9))]

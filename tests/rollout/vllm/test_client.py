@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 
@@ -224,6 +225,13 @@ def test_cancel(servers: list[FakeServer], connect: MakeClient) -> None:
     started = time.monotonic()
     draw_all(client, 10)
     assert time.monotonic() - started < 3
+
+
+def test_without_seeds(servers: list[FakeServer], connect: MakeClient) -> None:
+    """The servers are told none."""
+    client = connect(seeded=False)
+    wait([client.submit(request, SAMPLING) for request in requests(5)])
+    assert sum((server.asked for server in servers), Counter()) == {None: 5}
 
 
 def test_pause(servers: list[FakeServer], connect: MakeClient) -> None:

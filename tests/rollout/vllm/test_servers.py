@@ -285,6 +285,22 @@ def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Ca
     client_of(two.engine).expect(current(two.engine), [True, True])
 
 
+def test_servers_that_run_already(two: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is given URLs and a key uses those servers, and leaves them running."""
+    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", two.engine.keeper.servers[0].key)
+    found = [processes(two, server) for server in range(2)]
+    case = start(tmp_path, servers=tuple(control.url for control in two.engine._controls))
+    try:
+        for number in (1, 2):
+            case.engine.load_weights(weights_of(case.models[number]))
+            check_greedy(case.models[number], case.engine)
+    finally:
+        case.engine.close()
+    assert [processes(two, server) for server in range(2)] == found
+    two.engine.load_weights(weights_of(two.models[0]))
+    check_greedy(two.models[0], two.engine)
+
+
 @pytest.mark.parametrize(
     "route", ["/weight_info", "/is_paused", "/v1/models", "/metrics", "/collective_rpc", "/docs", "//weight_info"]
 )
