@@ -2,8 +2,9 @@
 
     python benchmarks/rollout.py [--pairs 3] [--steps 8] [--parts speed refit waiting]
 
-speed: both engines draw the same number of tokens from the same model and prompts, in turns, on all cores of this
-machine; the figure is the median of the ratios, vLLM's tokens a second over those of `transformers` in the ranks.
+speed: both engines draw the same number of tokens from the same model and prompts, in turns; the figure is the median
+of the ratios, vLLM's tokens a second over those of `transformers` in the ranks. `transformers` has all cores; the
+worker of a server has one thread, since the process that schedules for it keeps another core busy.
 refit: seconds from exported weights to a server that draws with them, by transport and by model size, against a plain
 copy of the same bytes in memory. Includes the pause, the version, the prefix cache and the resumption.
 waiting: the share of a training step in which the trainer only waits for responses, with `rollout.max_staleness` 0 and
@@ -124,7 +125,7 @@ def refit(directory: Path, topology: Topology) -> dict[str, float]:
 def waiting(directory: Path, steps: int) -> dict[str, float]:
     """Share of all but the first two steps in which the trainer waits for responses, and seconds of a step."""
     task = [sys.executable, str(ROOT / "examples/quickstart/make_task.py"), "--out", str(directory / "base")]
-    subprocess.run([*task, "--steps", "60"], check=True, capture_output=True)
+    subprocess.run(task, check=True, capture_output=True)
     figures: dict[str, float] = {}
     for staleness in track((0, 1), "waiting", console=CONSOLE):
         run = directory / f"staleness-{staleness}"
@@ -160,7 +161,6 @@ def main() -> None:
     if options.pairs < 1 or options.steps < 3:
         parser.error("at least 1 pair and 3 steps are needed")
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of the servers; without it they take one
     torch.set_num_threads(cores)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     topology = topologies.initialize(ParallelConfig(), seed=0)
