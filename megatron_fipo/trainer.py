@@ -25,6 +25,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megatron_fipo.actor import FIPOActor, GradientError
+from megatron_fipo.algorithm import DynamicSamplingExhausted
 from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import Config
@@ -95,6 +96,7 @@ class Trainer:
 
         Raises:
             Interrupted: a rank was asked to stop; all finished steps are in a checkpoint.
+            DynamicSamplingExhausted: the problems gave no batch to train on; all finished steps are in a checkpoint.
             ValueError: the run's checkpoints are all damaged, or of other data.
         """
         self.checkpointer = Checkpointer(
@@ -113,10 +115,11 @@ class Trainer:
             while self.progress.step < self.config.trainer.max_steps:
                 self._advance()
                 self._conclude_step()
-        except Interrupted:
+        except (Interrupted, DynamicSamplingExhausted) as stopped:
             # Raised before the weights of an unfinished step change: they are those of the last finished one.
             self._save(wait=True)
-            self.log.note(f"asked to stop: a checkpoint of step {self.progress.step} is written")
+            why = "asked to stop" if isinstance(stopped, Interrupted) else "no batch to train on"
+            self.log.note(f"{why}: a checkpoint of step {self.progress.step} is written")
             raise
         if self.config.trainer.export_policy:
             self.export_policy()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from megatron_fipo.algorithm import DynamicSamplingExhausted
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
@@ -109,6 +110,26 @@ def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
         topologies.destroy()
 
 
+def _train_until_exhausted(config: Config) -> str:
+    """The third step's problems give no group to train on."""
+    trainer, collect = Trainer(config), Trainer._collect
+
+    def exhausted(last: bool) -> Any:
+        if trainer.progress.step == 2:
+            raise DynamicSamplingExhausted("all were wrong")
+        return collect(trainer, last)
+
+    trainer._collect = exhausted  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        trainer.close()
+        topologies.destroy()
+    return "finished"
+
+
 def _run(config: Config, moment: str | None = None) -> tuple[str, Weights]:
     ended, weights = run_ranks(_train, config.parallel.world_size, config, moment)[0]
     return ended, weights
@@ -177,6 +198,16 @@ def test_interrupted_run_goes_on_to_the_bit(
     how, weights = _run(config)
     assert how == "finished"
     _assert_same_run(tmp_path / "run", weights, undisturbed(layout))
+
+
+def test_exhausted_run_goes_on(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A run that found nothing to train on has lost nothing: mended, it goes on behind its last finished step."""
+    config = _config(task, tmp_path / "run", "dp2", checkpoint={"every": 0})
+    assert run_ranks(_train_until_exhausted, 2, config) == ["DynamicSamplingExhausted: all were wrong"] * 2
+    assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2]
+    how, weights = _run(_config(task, tmp_path / "run", "dp2"))
+    assert how == "finished"
+    _assert_same_run(tmp_path / "run", weights, undisturbed("dp2"))
 
 
 def test_interrupted_in_every_phase(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:

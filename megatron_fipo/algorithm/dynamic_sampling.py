@@ -42,8 +42,8 @@ def informative_groups(accuracy: Tensor, group_index: Tensor) -> GroupOutcomes:
     return GroupOutcomes(groups, ~(all_right | all_wrong), all_right, all_wrong)
 
 
-class DynamicSamplingExhausted(RuntimeError):
-    """`max_rounds` generation rounds did not fill a training batch."""
+class DynamicSamplingExhausted(ValueError):
+    """`max_rounds` generation rounds did not fill a training batch: the user's to mend, in the data or the settings."""
 
 
 @dataclass(frozen=True)
