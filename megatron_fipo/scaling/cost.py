@@ -296,6 +296,21 @@ class CostModel:
             peak_flops=gpu.flops[self.precision],
         )
 
+    def forward_seconds(self, layout: Layout, batch: Batch) -> float:
+        """Of one forward pass over the same micro-batches, as for the log-probabilities of the old policy."""
+        p = layout.parallel
+        forward = [sum(c.forward) for c in self.chunks(layout, batch)]
+        p2p = self.p2p(layout, batch) if p.pipeline > 1 else 0.0
+        slowest = max(sum(forward[i :: p.pipeline]) for i in range(p.pipeline))
+        return sum(forward) + p2p * (len(forward) - 1) + (sum(batch.sizes) - 1) * slowest
+
+    def attention_tokens(self, layout: Layout) -> float:
+        """Length of a sequence whose attention takes as long as the rest of its layer."""
+        unit = Batch(1.0, 1.0, 1.0, (1.0,), 1.0, 1.0)
+        layer = self._layer(layout, unit, bool(self.model.experts))
+        attention = layer.forward[1] + layer.backward[1]
+        return (layer.forward[0] + layer.backward[0] + layer.forward[2] + layer.backward[2]) / attention
+
     def _data(self, layout: Layout, stage: int, forward: float, backward: float) -> float:
         """Reduction of gradients and gathering of parameters, as far as no pass hides them."""
         if not self.weight_gradients:

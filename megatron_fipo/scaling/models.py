@@ -65,6 +65,17 @@ def shape_of(arch: Architecture) -> ModelShape:
     return ModelShape(**{f.name: getattr(arch, f.name) for f in fields(Architecture)})
 
 
+def plain_architecture(shape: ModelShape) -> Architecture:
+    """What the package's own model is built from.
+
+    Raises:
+        ValueError: the package has no such layers.
+    """
+    if shape.latent or shape.window or shape.dense_layers or shape.shared_ffn_hidden_size or not shape.gated_mlp:
+        raise ValueError(f"a {shape.model_type} model has layers that the package does not train")
+    return Architecture(**{f.name: getattr(shape, f.name) for f in fields(Architecture)})
+
+
 def make_shape(
     layers: int, hidden: int, ffn: int, heads: int, kv_heads: int | None = None, vocab: int = 51200, **more: Any
 ) -> ModelShape:

@@ -38,6 +38,26 @@ def pipeline_time(
     return longer + (longer - shorter) * (micro_batches - head) / stages
 
 
+def pipeline_estimate(
+    forward: Sequence[float],
+    backward: Sequence[float],
+    micro_batches: int | Sequence[float],
+    virtual: int = 1,
+    p2p: float = 0.0,
+) -> float:
+    """About the same without a replay: the busiest stage, and what it waits for before its first and after its last.
+
+    Equal to `pipeline_time` for equal stages and micro-batches without p2p.
+    """
+    stages = len(forward) // virtual
+    count = micro_batches if isinstance(micro_batches, int) else sum(micro_batches)
+    passes = [sum(forward[i::stages]) + sum(backward[i::stages]) for i in range(stages)]
+    # A micro-batch passes all other stages once, on its way to the busiest one and back.
+    busiest = max(range(stages), key=passes.__getitem__)
+    others = sum(passes) - passes[busiest]
+    return count * passes[busiest] + others / virtual + 2 * p2p * (stages - 1)
+
+
 def stage_order(stages: int, stage: int, micro_batches: int, virtual: int) -> list[Op]:
     """What one stage computes, in order, as Megatron's schedules have it."""
     group = stages * virtual

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.model.architecture import stage_layers
+from megatron_fipo.scaling.lengths import Sequences
 from megatron_fipo.scaling.models import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
@@ -40,14 +42,18 @@ class Layout:
         """
         if self.chunk_layers is not None:
             return list(self.chunk_layers)
-        p = self.parallel
-        return [n // p.virtual_pipeline for n in stage_layers(model.num_layers, p)] * p.virtual_pipeline
+        return list(_dealt(model.num_layers, self.parallel))
 
     def __str__(self) -> str:
         p = self.parallel
         axes = (("TP", p.tensor), ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert))
         text = " ".join(f"{name}{n}" for name, n in axes if n > 1 or name in ("TP", "PP"))
         return f"{text} DP{p.data}"
+
+
+@lru_cache(maxsize=4096)
+def _dealt(layers: int, p: ParallelConfig) -> tuple[int, ...]:
+    return tuple(n // p.virtual_pipeline for n in stage_layers(layers, p)) * p.virtual_pipeline
 
 
 @dataclass(frozen=True)
@@ -86,20 +92,20 @@ def equal_batch(length: int, sequences: int, micro_batch: int, replicas: int) ->
     return Batch(tokens, squares, tokens, (1.0,) * count, float(length * sequences), float(length**2 * sequences))
 
 
-def packed_batch(lengths: Sequence[int], layout: Layout, response_share: float, attention_tokens: float) -> Batch:
+def packed_batch(sequences: Sequences, layout: Layout, attention_tokens: float, copies: int | None = None) -> Batch:
     """Sequences of any lengths, dealt out by the trainer's own packer.
 
     Args:
-        response_share: of the tokens, that the LM head sees.
+        copies: replicas that have these lengths each; None: the lengths are of all of them.
         attention_tokens: sequence length at which attention takes as long as the rest of a layer.
 
     Raises:
         ValueError: a sequence is longer than a micro-batch may be.
     """
-    p = layout.parallel
+    p, lengths = layout.parallel, sequences.lengths
     plan = plan_micro_batches(
         lengths,
-        replicas=p.data,
+        replicas=p.data if copies is None else 1,
         token_budget=layout.tokens_per_micro_batch,
         alignment=p.sequence_alignment,
         multiple=p.pipeline if p.virtual_pipeline > 1 else 1,
@@ -114,10 +120,22 @@ def packed_batch(lengths: Sequence[int], layout: Layout, response_share: float, 
     return Batch(
         tokens=tokens,
         squares=sum(float(lengths[i]) ** 2 for i in mine) / count,
-        head_tokens=sum(lengths[i] for i in mine) * response_share / count,
+        head_tokens=sum(lengths[i] for i in mine) * sequences.response_share / count,
         sizes=tuple(w / mean for w in work[slowest]),
-        all_tokens=float(sum(lengths)),
-        all_squares=sum(float(n) ** 2 for n in lengths),
+        all_tokens=float(sequences.tokens) * (copies or 1),
+        all_squares=float(sequences.squares) * (copies or 1),
+    )
+
+
+def estimated_batch(sequences: Sequences, layout: Layout) -> Batch:
+    """About what `packed_batch` makes, without packing: full micro-batches of average sequences."""
+    p, tokens, squares = layout.parallel, float(sequences.tokens), float(sequences.squares)
+    count = math.ceil(tokens / p.data / layout.tokens_per_micro_batch)
+    multiple = p.pipeline if p.virtual_pipeline > 1 else 1
+    count = max(-(-count // multiple) * multiple, 1)
+    share = 1 / (p.data * count)
+    return Batch(
+        tokens * share, squares * share, tokens * sequences.response_share * share, (1.0,) * count, tokens, squares
     )
 
 
