@@ -88,7 +88,10 @@ def _show(made: Plan, planner: Planner, title: str, rows: int, explain: int | No
     from megatron_fipo.scaling import tables
 
     title = f"{title}: {len(made.candidates)} layouts fit, {made.rejected} do not"
-    tables.show([tables.plan_table(made, title, rows)])
+    if made.candidates:
+        tables.show([tables.plan_table(made, title, rows)])
+    else:
+        typer.echo(title)
     if not made.candidates and made.nearest is not None:
         typer.echo(f"no layout fits; the nearest, {made.nearest.layout}, misses {-made.nearest.spare / 1e9:.1f} GB")
         tables.show(tables.explain_tables(made.nearest))

@@ -260,41 +260,40 @@ class CostModel:
     # ---- one update ----
 
     def step(self, layout: Layout, batch: Batch, schedule: Schedule = pipeline_time) -> StepCost:
-        """Raises ValueError: the layers cannot be dealt out."""
-        p, gpu, soft = layout.parallel, self.hardware.gpu, self.hardware.software
+        """All of it, the pipeline's time by `schedule`.
+
+        Raises:
+            ValueError: the layers cannot be dealt out.
+        """
+        p, soft = layout.parallel, self.hardware.software
         chunks, count = self.chunks(layout, batch), len(batch.sizes)
         forward, backward = [sum(c.forward) for c in chunks], [sum(c.backward) for c in chunks]
-        equal = min(batch.sizes) == max(batch.sizes)
+        sizes = count if min(batch.sizes) == max(batch.sizes) else batch.sizes
         p2p = self.p2p(layout, batch) if p.pipeline > 1 else 0.0
-        pipeline = schedule(forward, backward, count if equal else batch.sizes, p.virtual_pipeline, p2p)
-        mine = [range(i, len(chunks), p.pipeline) for i in range(p.pipeline)]
-        data = [
-            self._data(layout, i, sum(forward[c] for c in own), sum(backward[c] for c in own))
-            for i, own in enumerate(mine)
-        ]
-        optimizer = [self._optimizer(layout, i) for i in range(p.pipeline)]
-        end = max(d + o for d, o in zip(data, optimizer, strict=True)) + soft.step_seconds
-        nodes = max(1.0, p.world_size / 8)
-        seconds = (pipeline + end) * (1 + soft.straggling * math.log2(nodes))
+        pipeline = schedule(forward, backward, sizes, p.virtual_pipeline, p2p)
+        messages = pipeline - schedule(forward, backward, sizes, p.virtual_pipeline, 0.0) if p2p else 0.0
         stages = []
-        for i, own in enumerate(mine):
-            parts = {
-                name: count * sum(chunks[c].forward[k] + chunks[c].backward[k] for c in own)
-                for k, name in enumerate(PASS_PARTS)
-            }
-            parts |= {"data": data[i], "optimizer": optimizer[i] + soft.step_seconds}
-            stages.append({**parts, "bubble": seconds - sum(parts.values())})
-        flops = model_flops(self.model, batch.all_tokens, batch.all_squares)
-        busy = sum(forward) + sum(backward)
+        for i in range(p.pipeline):
+            own = chunks[i :: p.pipeline]
+            parts = self._pass_parts(own, count) | {"p2p": messages}
+            parts["data"] = self._data(layout, i, sum(forward[i :: p.pipeline]), sum(backward[i :: p.pipeline]))
+            parts["optimizer"] = self._optimizer(layout, i) + soft.step_seconds
+            stages.append(parts)
+        end = max(parts["data"] + parts["optimizer"] for parts in stages)
+        seconds = (pipeline + end) * (1 + soft.straggling * math.log2(max(1.0, p.world_size / 8)))
         return StepCost(
             seconds=seconds,
-            stages=tuple(stages),
-            bubble_fraction=1 - count * busy / p.pipeline / pipeline,
+            stages=tuple({**parts, "bubble": seconds - sum(parts.values())} for parts in stages),
+            bubble_fraction=max(0.0, 1 - count * (sum(forward) + sum(backward)) / p.pipeline / pipeline),
             tokens=batch.all_tokens,
-            model_flops=flops,
+            model_flops=model_flops(self.model, batch.all_tokens, batch.all_squares),
             gpus=p.world_size,
-            peak_flops=gpu.flops[self.precision],
+            peak_flops=self.hardware.gpu.flops[self.precision],
         )
+
+    def _pass_parts(self, own: Sequence[Passes], count: int) -> dict[str, float]:
+        """Of a stage's chunks, over all micro-batches."""
+        return {name: count * sum(c.forward[k] + c.backward[k] for c in own) for k, name in enumerate(PASS_PARTS)}
 
     def forward_seconds(self, layout: Layout, batch: Batch) -> float:
         """Of one forward pass over the same micro-batches, as for the log-probabilities of the old policy."""

@@ -18,7 +18,7 @@ _MOST_CONTEXT = 64
 
 def layout_problems(model: ModelShape, p: ParallelConfig) -> list[str]:
     """What is illegal about a layout, each with the arithmetic and the nearest legal choices; [] if nothing."""
-    problems = list(_world_problems(p))
+    problems = list(_world_problems(model, p))
     problems += _split_problems(model, p)
     if model.experts is None and p.expert > 1:
         problems.append(f"parallel.expert {p.expert}: the model has no experts; use 1")
@@ -27,28 +27,28 @@ def layout_problems(model: ModelShape, p: ParallelConfig) -> list[str]:
     return problems + list(_stage_problems(model.num_layers, p))
 
 
-def _world_problems(p: ParallelConfig) -> Iterator[str]:
+def _world_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
     parallel = p.tensor * p.pipeline * p.context
     if p.world_size % parallel:
         below = p.world_size // parallel * parallel
         counts = [str(n) for n in (below, below + parallel) if n]
         yield (
             f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} = {parallel} does not divide the {p.world_size} GPUs; "
-            f"use {' or '.join(counts)} GPUs, or {_nearest_factors(p)}"
+            f"use {' or '.join(counts)} GPUs, or {_nearest_factors(model, p)}"
         )
 
 
-def _nearest_factors(p: ParallelConfig) -> str:
-    """The layout closest in each axis that divides the world."""
-    best = None
+def _nearest_factors(model: ModelShape, p: ParallelConfig) -> str:
+    """The layout closest in each axis that divides the world, and the model."""
+    legal = []
     for t in _divisors(p.world_size):
         for pp in _divisors(p.world_size // t):
             for c in _divisors(p.world_size // t // pp):
-                far = sum(max(a, b) / min(a, b) - 1 for a, b in ((t, p.tensor), (pp, p.pipeline), (c, p.context)))
-                if best is None or far < best[0]:
-                    best = (far, f"tp {t} x pp {pp} x cp {c}")
-    assert best is not None
-    return best[1]
+                other = ParallelConfig(world_size=p.world_size, tensor=t, pipeline=pp, context=c)
+                if not [*_split_problems(model, other), *_stage_problems(model.num_layers, other)]:
+                    far = sum(max(a, b) / min(a, b) for a, b in ((t, p.tensor), (pp, p.pipeline), (c, p.context)))
+                    legal.append((far, f"tp {t} x pp {pp} x cp {c}"))
+    return min(legal)[1]
 
 
 def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:

@@ -26,6 +26,7 @@ _EXPLAINED = {
     "context": "context-parallel communication",
     "expert": "expert-parallel communication",
     "overhead": "kernel launches",
+    "p2p": "messages between stages",
     "data": "gradients and parameters over replicas",
     "optimizer": "optimizer",
     "bubble": "bubble and waiting for other stages",
@@ -77,8 +78,8 @@ def explain_tables(c: Candidate) -> list[Table]:
             time.add_row(name, *(f"{v:.3f}" for v in values))
     time.add_row("together", *(f"{sum(c.cost.stages[i].values()):.3f}" for i in shown))
     time.add_row("old log-probabilities of the same sequences", *([""] * (len(shown) - 1)), f"{c.log_prob_seconds:.3f}")
-    memory = Table(title=f"GB on a GPU of stage {c.stage}, of {c.gpu_memory / 1e9:.1f}")
-    memory.add_column("part")
+    memory = Table(title=f"a GPU of stage {c.stage}, {c.gpu_memory / 1e9:.1f} GB")
+    memory.add_column("memory at the peak")
     memory.add_column("GB", justify="right")
     for part in c.memory.__dataclass_fields__:
         memory.add_row(part, f"{getattr(c.memory, part) / 1e9:.2f}")
