@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 _ROWS_A_SWEEP = 10
 _LINEAR_ABOVE = 0.03  # the loss is quadratic below this error
 _PRIOR = 0.15
-_GENERATION = ("gemm_width", "attention_forward", "attention_backward", "memory", "link", "network", "layer_seconds")
+_GENERATION = ("gemm_width", "attention", "memory", "link", "network", "layer_seconds")
 _EXPERTS = ("expert_width", "expert_seconds")
 _SOFTWARE = {
     "nemo": ("tensor_exposed", "context_exposed", "expert_exposed", "data_overlap", "step_seconds", "straggling"),
@@ -29,8 +29,7 @@ _SOFTWARE = {
 }
 _LIMITS = {  # what is physically possible
     "gemm": (0.2, 0.95),
-    "attention_forward": (0.1, 0.9),
-    "attention_backward": (0.1, 0.9),
+    "attention": (0.1, 0.9),
     "memory": (0.5, 0.95),
     "link": (0.3, 0.95),
     "network": (0.2, 1.0),
@@ -93,7 +92,8 @@ class _Bubbles:
     """Errors of rows, with each pipeline's time over that of its busiest stage remembered."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self.known = rows, {}  # type: Sequence[Row], dict[int, float]
+        self.rows = rows
+        self.known: dict[int, float] = {}
 
     def errors(self, places: Sequence[int] | np.ndarray, known: dict[str, Any]) -> np.ndarray:
         return np.array([self._error(int(i), known) for i in places])

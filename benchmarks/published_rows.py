@@ -14,20 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from published_names import OTHER_MODELS, Fields, Unusable, gpu_of, model_of, name_of, precision_of
+
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.scaling.cost import CostModel, Schedule, StepCost
 from megatron_fipo.scaling.flops import active_weights
 from megatron_fipo.scaling.hardware import Hardware, build_hardware, find_hardware
-from megatron_fipo.scaling.models import PUBLISHED, ModelShape, make_shape
+from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.pipeline import pipeline_time
 from megatron_fipo.scaling.workload import Batch, Layout, equal_batch
 
 THROUGHPUT = Path(__file__).parent / "data" / "published_throughput.csv"
-Fields = dict[str, str]
-
-
-class Unusable(Exception):
-    """Why a row says too little, or something else."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +58,6 @@ class Row:
         return self.model.experts is not None
 
 
-NAMES = (  # pattern in the lower-case model name -> published shape
-    (r"llama.?3.*405b", "llama3-405b"),
-    (r"llama.?3.*70b", "llama3-70b"),
-    (r"llama.?3.*8b", "llama3-8b"),
-    (r"llama2-70b", "llama2-70b"),
-    (r"llama2-7b", "llama2-7b"),
-    (r"llama-like-3b", "llama-like-3b"),
-    (r"deepseek ?v3(?!.*proxy)", "deepseek-v3"),
-    (r"kimi_k2", "kimi-k2"),
-    (r"qwen3_?-?30b", "qwen3-30b-a3b"),
-    (r"qwen3_?-?235b", "qwen3-235b-a22b"),
-    (r"qwen3_?-?32b", "qwen3-32b"),
-    (r"gpt oss 120b", "gpt-oss-120b"),
-    (r"grok", "grok-1"),
-    (r"mixtral_8x7b", "mixtral-8x7b"),
-    (r"mixtral_8x22b", "mixtral-8x22b"),
-    (r"gpt3-5b", "gpt3-5b"),
-    (r"gpt3-20b", "gpt3-20b"),
-    (r"gpt3-175b|nemo megatron", "gpt3-175b"),
-    (r"nemotron-8b", "nemotron-8b"),
-    (r"nemotron4? 15b", "nemotron-15b"),
-    (r"nemotron-22b", "nemotron-22b"),
-    (r"nemotron4?[- ]340b", "nemotron-340b"),
-)
-SHAPES = {**PUBLISHED, "llama-like-3b": make_shape(28, 3072, 8192, 32, 32, 49152)}
-OTHER_MODELS = r"nemotron.?3.?(super|nano)|deepseekv4|maverick|paxml|proxy|size not in"
-PRECISIONS = {"": "bfloat16", "bf16": "bfloat16", "mixed fp16": "bfloat16", "fp16": "bfloat16", "nvfp4": "float4"}
 # Sources that count the query-key pairs that a causal mask leaves; the others count all
 CAUSAL_CONVENTION = r"Megatron-Bridge"
 
@@ -101,11 +71,7 @@ def _printed_chunks() -> dict[tuple[str, ...], str]:
 
 def _recipe(f: Fields) -> tuple[str, ...]:
     repository = f["source"].split("@")[0].split(":")[0]
-    return repository, _name(f) or f["model"], f["layers"], f["gpu"], f["tp"], f["pp"], f["cp"] or "1"
-
-
-def _name(f: Fields) -> str | None:
-    return next((shape for pattern, shape in NAMES if re.search(pattern, f["model"].lower())), None)
+    return repository, name_of(f) or f["model"], f["layers"], f["gpu"], f["tp"], f["pp"], f["cp"] or "1"
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[tuple[Fields, str]]]:
@@ -116,7 +82,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[tuple[Fields, str]]]:
             fields = {k: (v or "").strip() for k, v in fields.items() if k is not None}
             try:
                 rows.append(parse(fields))
-            except Unusable as reason:
+            except (Unusable, KeyError, ValueError) as reason:
                 left_out.append((fields, str(reason)))
     return rows, left_out
 
@@ -134,7 +100,7 @@ def parse(f: Fields) -> Row:
         raise Unusable("no layout")
     # Releases of a recipe leave out what an earlier one printed.
     f = {**f, "vpp": f["vpp"] or _printed_chunks().get(_recipe(f), "")}
-    model, parallel = _model(f), _parallel(f)
+    model, parallel = model_of(f), _parallel(f)
     length = int(
         float(f["seq_len"] or 4096)
     )  # fine-tuning rows of dgxc-benchmarking: packed to 4,096 (tokens/s x step)
@@ -150,8 +116,10 @@ def parse(f: Fields) -> Row:
     except ValueError as error:
         raise Unusable(f"layout: {error}") from None
     software, attention, fused_norms = _software(f)
-    precision = PRECISIONS.get(f["precision"].lower(), "float8")
-    gpu = {"A100 (Ampere)": "A100-80", "H100": "H100-80", "A100": "A100-80"}.get(f["gpu"], f["gpu"])
+    precision = precision_of(f["precision"].lower())
+    gpu = gpu_of(f["gpu"])
+    if precision not in find_hardware(gpu).gpu.flops:
+        raise Unusable(f"{precision} on {gpu}")
     source = re.sub(r"@[^:]*", "", f["source"])
     return Row(
         fields=f,
@@ -174,25 +142,6 @@ def parse(f: Fields) -> Row:
 def _note(notes: str, key: str) -> str:
     found = re.search(rf"\b{key}=([^;]*)", notes)
     return found[1].strip() if found else ""
-
-
-def _model(f: Fields) -> ModelShape:
-    """The published shape that the name says, with the row's own numbers where it prints them."""
-    number = {k: int(float(f[k])) for k in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab") if f[k]}
-    name = _name(f)
-    if name is not None:
-        known = SHAPES[name]
-        layers = number.get("layers", known.num_layers)
-        # A table that mixes proxies of few layers with the model's own prints the layers of each.
-        return replace(known, num_layers=layers, vocab_size=number.get("vocab", known.vocab_size))
-    if not {"layers", "hidden", "heads"} <= number.keys():
-        raise Unusable("model without a shape")
-    gated = "llama" in f["model"].lower() or "qwen" in f["model"].lower()
-    h = number["hidden"]
-    ffn = number.get("ffn", 4 * h)
-    vocab = number.get("vocab", 51200)
-    kind: dict[str, Any] = {} if gated else {"model_type": "gpt", "gated_mlp": False}
-    return make_shape(number["layers"], h, ffn, number["heads"], number.get("kv_heads"), vocab, **kind)
 
 
 def _parallel(f: Fields) -> ParallelConfig:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from efficiency_fit import fit
 from omegaconf import OmegaConf
-from published_rows import THROUGHPUT, Row, Unusable, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
+from published_names import Unusable
+from published_rows import THROUGHPUT, Row, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
 from rich.console import Console
 from rich.table import Table
 

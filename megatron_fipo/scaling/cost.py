@@ -32,6 +32,7 @@ _NORM_BYTES = {True: 4, False: 36}  # for each element, one kernel or torch's se
 _OPTIMIZER_BYTES = 34  # for each element: gradient twice, two moments, float32 and narrow parameters
 _LOGIT_BYTES = 16  # for each logit and pass: written, read in float32, normalised
 _MERGE_BYTES = 10  # for each output of a context-parallel round: read, and added to a float32 sum
+ATTENTION_BACKWARD = 0.8  # of the forward pass's rate (FlashAttention-2 and -3, their figures)
 _FLASH1_SLOWER = 1.7  # FlashAttention-2 (arXiv 2307.08691): 1.7 to 3 times its first version at these lengths
 
 
@@ -190,7 +191,8 @@ class CostModel:
             return seconds + _SCORE_BYTES[kind][0] * scores, 2 * seconds + _SCORE_BYTES[kind][1] * scores
         slower = _FLASH1_SLOWER if kind == "flash1" else 1.0
         multiply_adds = score_size(m) * attended_pairs(m, batch.squares, batch.tokens) * share * slower
-        return 2 * multiply_adds / (peak * eff.attention_forward), 5 * multiply_adds / (peak * eff.attention_backward)
+        rate = peak * eff.attention
+        return 2 * multiply_adds / rate, 5 * multiply_adds / (rate * ATTENTION_BACKWARD)
 
     def _elementwise(self, layout: Layout, n: float, sparse: bool, weights: float) -> tuple[float, float]:
         """Norms, residuals, rope, the gate, and casts of the inputs and weights of narrow products."""

@@ -43,7 +43,8 @@ class Efficiency:
     Attributes:
         gemm: share of the peak that large matrix products reach, by precision.
         gemm_width: output columns at which a product reaches half of that, narrower ones being slower.
-        attention_forward, attention_backward: share of the bfloat16 peak, of flash attention.
+        attention: share of the bfloat16 peak that flash attention's forward pass reaches; its backward pass reaches
+            `cost.ATTENTION_BACKWARD` of that.
         memory: share of the memory bandwidth, of elementwise kernels.
         casts: bytes a weighted input costs more where products are narrower than bfloat16, in units of its own size.
         link, network: share of the bandwidth, of large collectives.
@@ -56,8 +57,7 @@ class Efficiency:
 
     gemm: dict[str, float]
     gemm_width: float
-    attention_forward: float
-    attention_backward: float
+    attention: float
     memory: float
     casts: float
     link: float

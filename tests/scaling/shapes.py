@@ -18,8 +18,7 @@ def round_hardware(**software: Any) -> Hardware:
     efficiency = Efficiency(
         gemm={"bfloat16": 1.0},
         gemm_width=0.0,
-        attention_forward=1.0,
-        attention_backward=1.0,
+        attention=1.0,
         memory=1.0,
         casts=0.0,
         link=1.0,
