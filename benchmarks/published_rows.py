@@ -77,9 +77,11 @@ def _recipe(f: Fields) -> tuple[str, ...]:
 def read_rows(path: Path) -> tuple[list[Row], list[tuple[Fields, str]]]:
     """Usable rows, and the others with the reason."""
     rows, left_out = [], []
+    with THROUGHPUT.open(newline="") as file:
+        blank = dict.fromkeys(next(csv.reader(file)), "")  # another file may lack columns
     with path.open(newline="") as file:
         for fields in csv.DictReader(file):
-            fields = {k: (v or "").strip() for k, v in fields.items() if k is not None}
+            fields = {k: (v or "").strip() for k, v in {**blank, **fields}.items() if k is not None}
             try:
                 rows.append(parse(fields))
             except (Unusable, KeyError, ValueError) as reason:
@@ -131,7 +133,7 @@ def parse(f: Fields) -> Row:
         software=software,
         attention=attention,
         fused_norms=fused_norms,
-        adapters="LORA" in f["model"] or "LoRA packed" in notes,
+        adapters="LORA" in f["model"] or re.search("LoRA (packed|Performance)", notes) is not None,
         layout=layout,
         batch=batch,
         schedule=_note(notes, "schedule") or "1F1B",

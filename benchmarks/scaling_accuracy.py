@@ -1,7 +1,7 @@
 """How right the layout planner is: its cost and memory model against published runs.
 
     python benchmarks/scaling_accuracy.py [ROWS.csv] [--feasibility LAYOUTS.csv]
-    python benchmarks/scaling_accuracy.py --fit ROUNDS      # writes megatron_fipo/scaling/efficiency.yaml
+    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/efficiency.yaml as it is here
 
 Every row with a layout and something measured is predicted by the planner's own cost model with the constants of
 efficiency.yaml, which were fitted on every other source of data/published_throughput.csv (by name, among those of one
