@@ -20,7 +20,7 @@ from megatron_fipo.scaling.flops import (
 from megatron_fipo.scaling.hardware import Hardware
 from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.pipeline import pipeline_time
-from megatron_fipo.scaling.workload import Batch, Layout
+from megatron_fipo.scaling.workload import Batch, Layout, stage_weights
 
 Schedule = Callable[[Sequence[float], Sequence[float], int | Sequence[float], int, float], float]
 PASS_PARTS = ("gemm", "attention", "elementwise", "head", "tensor", "context", "expert", "overhead")
@@ -337,26 +337,3 @@ class CostModel:
         replicas = p.data * p.context
         share = dense / replicas + experts / max(1, replicas * p.tensor // (p.expert * layout.expert_tensor))
         return share * _OPTIMIZER_BYTES / self._memory_rate()
-
-
-def stage_weights(m: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
-    """Elements of the matrices on one rank: what all data-parallel ranks share, and its experts."""
-    p, counts = layout.parallel, layout.layers(m)
-    plain = m.mlp_matrices * m.hidden_size * m.ffn_hidden_size
-    dense = experts = 0.0
-    for c in range(stage, len(counts), p.pipeline):
-        first = sum(counts[:c])
-        sparse = max(0, first + counts[c] - max(first, m.dense_layers)) if m.experts else 0
-        dense += (attention_weights(m) * counts[c] + plain * (counts[c] - sparse)) / p.tensor
-        if sparse:
-            assert m.experts is not None
-            common, expert = mlp_weights(m, m.num_layers)
-            dense += common * sparse / p.tensor
-            experts += expert * m.experts.count * sparse / (p.expert * layout.expert_tensor)
-    embeddings = (stage == 0) + (stage == p.pipeline - 1)
-    if p.pipeline == 1 and m.tied_embeddings:
-        embeddings = 1
-    vocabulary = m.hidden_size * m.padded_vocab_size(p.tensor) / p.tensor
-    if layout.split_head:
-        return dense + 2 * vocabulary / p.pipeline, experts
-    return dense + embeddings * vocabulary, experts

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_fipo.scaling.cost import stage_weights
 from megatron_fipo.scaling.hardware import Hardware, Software
 from megatron_fipo.scaling.memory import chunks_in_flight
 from megatron_fipo.scaling.models import ModelShape
-from megatron_fipo.scaling.workload import Layout
+from megatron_fipo.scaling.workload import Layout, stage_weights
 
 _ITEM = 2  # bytes of a parameter and of an activation
 _STATE = 12  # Adam's moments and the float32 parameter

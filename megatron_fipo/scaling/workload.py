@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.model.architecture import stage_layers
+from megatron_fipo.scaling.flops import attention_weights, mlp_weights
 from megatron_fipo.scaling.lengths import Sequences
 from megatron_fipo.scaling.models import ModelShape
 
@@ -54,6 +55,29 @@ class Layout:
 @lru_cache(maxsize=4096)
 def _dealt(layers: int, p: ParallelConfig) -> tuple[int, ...]:
     return tuple(n // p.virtual_pipeline for n in stage_layers(layers, p)) * p.virtual_pipeline
+
+
+def stage_weights(m: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
+    """Elements of the matrices on one rank: what all data-parallel ranks share, and its experts."""
+    p, counts = layout.parallel, layout.layers(m)
+    plain = m.mlp_matrices * m.hidden_size * m.ffn_hidden_size
+    dense = experts = 0.0
+    for c in range(stage, len(counts), p.pipeline):
+        first = sum(counts[:c])
+        sparse = max(0, first + counts[c] - max(first, m.dense_layers)) if m.experts else 0
+        dense += (attention_weights(m) * counts[c] + plain * (counts[c] - sparse)) / p.tensor
+        if sparse:
+            assert m.experts is not None
+            common, expert = mlp_weights(m, m.num_layers)
+            dense += common * sparse / p.tensor
+            experts += expert * m.experts.count * sparse / (p.expert * layout.expert_tensor)
+    embeddings = (stage == 0) + (stage == p.pipeline - 1)
+    if p.pipeline == 1 and m.tied_embeddings:
+        embeddings = 1
+    vocabulary = m.hidden_size * m.padded_vocab_size(p.tensor) / p.tensor
+    if layout.split_head:
+        return dense + 2 * vocabulary / p.pipeline, experts
+    return dense + embeddings * vocabulary, experts
 
 
 @dataclass(frozen=True)
