@@ -11,32 +11,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Qwen2Config
-
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.model.architecture import Architecture, architecture, check_model
+from megatron_fipo.model.architecture import Architecture, check_model
 from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
+from megatron_fipo.scaling.models import PUBLISHED, plain_architecture
 
 GPU_GB = 80  # what an H100 has
-PUBLISHED = {
-    "Qwen2.5-32B": {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-    },
-    "Qwen2.5-Math-7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-}
-
 TRAINING: dict[str, Callable[[TrainingMemory], int]] = {
     "parameters, 2 bytes each": lambda m: m.parameters,
     "gradients, 4 bytes each": lambda m: m.gradients,
@@ -50,9 +30,9 @@ TRAINING: dict[str, Callable[[TrainingMemory], int]] = {
 def shape(config: Config) -> Architecture:
     """Of the recipe's model, whether or not it has been downloaded."""
     path = Path(config.model.hf_path)
-    if (path / "config.json").is_file() or path.name not in PUBLISHED:
+    if (path / "config.json").is_file() or path.name.lower() not in PUBLISHED:
         return check_model(config)
-    return architecture(Qwen2Config(**PUBLISHED[path.name], tie_word_embeddings=False))
+    return plain_architecture(PUBLISHED[path.name.lower()])
 
 
 def training_table(stages: list[TrainingMemory]) -> list[str]:

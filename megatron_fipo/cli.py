@@ -15,6 +15,7 @@ import typer
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
+from megatron_fipo.scaling.command import app as scaling
 
 app = typer.Typer(
     help="Train reasoning models with FIPO on Megatron-Core.",
@@ -27,6 +28,7 @@ data = typer.Typer(help="Problem files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 convert = typer.Typer(help="Hugging Face checkpoints to Megatron and back.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
+app.add_typer(scaling, name="scaling")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", metavar="[KEY=VALUE]...")

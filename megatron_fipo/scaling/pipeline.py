@@ -1,0 +1,120 @@
+"""Time of a pipeline: a replay of Megatron's 1F1B schedules with unequal stages, plain or interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Op = tuple[bool, int, int]  # backward?, model chunk, micro-batch
+
+
+def pipeline_time(
+    forward: Sequence[float],
+    backward: Sequence[float],
+    micro_batches: int | Sequence[float],
+    virtual: int = 1,
+    p2p: float = 0.0,
+) -> float:
+    """Seconds from the first forward to the last backward pass of all stages.
+
+    Args:
+        forward, backward: seconds of one micro-batch on each stage; with more than one model chunk a stage, on each
+            chunk in the order that a micro-batch visits them: chunk c of stage i at c * stages + i.
+        micro_batches: their number if they are equal, or the time of each in units of `forward` and `backward`.
+        virtual: model chunks a stage; with more than one, micro-batches come in multiples of the stages.
+        p2p: seconds from one stage to the next.
+    """
+    stages, rest = divmod(len(forward), virtual)
+    assert not rest
+    assert len(backward) == len(forward)
+    if isinstance(micro_batches, Sequence):
+        return _replay(forward, backward, list(micro_batches), stages, virtual, p2p)
+    if stages == 1:
+        return micro_batches * (sum(forward) + sum(backward))
+    # After two rounds of the pipeline, each further round takes as long as the one before it.
+    head = 3 * stages + micro_batches % stages
+    if micro_batches <= head:
+        return _replay(forward, backward, [1.0] * micro_batches, stages, virtual, p2p)
+    shorter, longer = (_replay(forward, backward, [1.0] * (head - back), stages, virtual, p2p) for back in (stages, 0))
+    return longer + (longer - shorter) * (micro_batches - head) / stages
+
+
+def pipeline_estimate(
+    forward: Sequence[float],
+    backward: Sequence[float],
+    micro_batches: int | Sequence[float],
+    virtual: int = 1,
+    p2p: float = 0.0,
+) -> float:
+    """About the same without a replay: the busiest stage, and what it waits for before its first and after its last.
+
+    Equal to `pipeline_time` for equal stages and micro-batches without p2p.
+    """
+    stages = len(forward) // virtual
+    count = micro_batches if isinstance(micro_batches, int) else sum(micro_batches)
+    passes = [sum(forward[i::stages]) + sum(backward[i::stages]) for i in range(stages)]
+    # A micro-batch passes all other stages once, on its way to the busiest one and back.
+    busiest = max(range(stages), key=passes.__getitem__)
+    others = sum(passes) - passes[busiest]
+    return count * passes[busiest] + others / virtual + 2 * p2p * (stages - 1)
+
+
+def stage_order(stages: int, stage: int, micro_batches: int, virtual: int) -> list[Op]:
+    """What one stage computes, in order, as Megatron's schedules have it."""
+    group = stages * virtual
+    total = micro_batches * virtual
+
+    def op(backward: bool, k: int) -> Op:
+        chunk = k % group // stages
+        micro_batch = k // group * stages + k % stages
+        return backward, virtual - 1 - chunk if backward else chunk, micro_batch
+
+    warm_up = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
+    warm_up = min(warm_up, total)
+    order = [op(False, k) for k in range(warm_up)]
+    for k in range(warm_up, total):
+        order += [op(False, k), op(True, k - warm_up)]
+    return order + [op(True, k) for k in range(total - warm_up, total)]
+
+
+def _replay(
+    forward: Sequence[float],
+    backward: Sequence[float],
+    sizes: Sequence[float],
+    stages: int,
+    virtual: int,
+    p2p: float,
+) -> float:
+    """Each pass starts when its stage is free and its input is there."""
+    count = len(sizes)
+    if virtual > 1 and count % stages:  # the schedule needs whole rounds
+        sizes, count = [*sizes, *[0.0] * (-count % stages)], count + -count % stages
+    last = stages * virtual - 1
+    orders = [stage_order(stages, i, count, virtual) for i in range(stages)]
+    position, free = [0] * stages, [0.0] * stages
+    forward_end = [[-1.0] * count for _ in range(last + 1)]
+    backward_end = [[-1.0] * count for _ in range(last + 1)]
+    ready = list(range(stages))
+    while ready:
+        i = ready.pop()
+        order, at, clock = orders[i], position[i], free[i]
+        while at < len(order):
+            back, chunk, m = order[at]
+            place = chunk * stages + i
+            if not back:
+                arrival = forward_end[place - 1][m] if place else 0.0
+            elif place == last:
+                arrival = forward_end[place][m]
+            else:
+                arrival = backward_end[place + 1][m]
+            if arrival < 0:
+                break
+            neighbour = (place != last) if back else place > 0
+            start = max(clock, arrival + (p2p if neighbour and stages > 1 else 0.0))
+            clock = start + sizes[m] * (backward[place] if back else forward[place])
+            (backward_end if back else forward_end)[place][m] = clock
+            at += 1
+        if at > position[i]:
+            ready += [j for j in ((i + 1) % stages, (i - 1) % stages) if j not in ready and j != i]
+        position[i], free[i] = at, clock
+    assert all(at == len(order) for at, order in zip(position, orders, strict=True))
+    return max(free)

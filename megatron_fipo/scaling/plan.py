@@ -1,0 +1,213 @@
+"""Ranks all layouts of a model on a number of GPUs by the time of one optimizer update, and tells why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from megatron_fipo.config import ParallelConfig
+from megatron_fipo.scaling.cost import CostModel, StepCost
+from megatron_fipo.scaling.footprint import Footprint
+from megatron_fipo.scaling.hardware import Hardware
+from megatron_fipo.scaling.layouts import enumerate_layouts, fullest_stage, layout_problems
+from megatron_fipo.scaling.lengths import Sequences
+from megatron_fipo.scaling.models import ModelShape
+from megatron_fipo.scaling.pipeline import pipeline_estimate, pipeline_time
+from megatron_fipo.scaling.workload import Batch, Layout, Recompute, estimated_batch, packed_batch
+
+_REPLAYED = 64  # fastest layouts by estimate, which are then packed and replayed
+_PACKED_AT_MOST = 4096  # sequences; of more, one replica's share of the distribution is packed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its cost.
+
+    Attributes:
+        memory: of the fullest stage, `stage`, at its peak.
+        log_prob_seconds: of one forward pass over the same sequences, as for old log-probabilities.
+        replayed: whether the sequences were packed and the pipeline replayed, or both estimated.
+    """
+
+    layout: Layout
+    batch: Batch
+    cost: StepCost
+    stage: int
+    memory: Footprint
+    gpu_memory: float
+    log_prob_seconds: float
+    replayed: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.gpu_memory
+
+    @property
+    def spare(self) -> float:
+        """Bytes; negative: what is missing."""
+        return self.gpu_memory - self.memory.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    candidates: that fit, fastest first; the first ones replayed, the others estimated.
+    rejected: legal layouts that do not fit.
+    nearest: of those, the one that misses least.
+    """
+
+    candidates: tuple[Candidate, ...]
+    rejected: int
+    nearest: Candidate | None
+
+
+@dataclass
+class Planner:
+    """One model on one kind of GPU.
+
+    Attributes:
+        engine_bytes: of each GPU that a sleeping rollout engine keeps.
+    """
+
+    model: ModelShape
+    hardware: Hardware
+    sequences: Sequences
+    precision: str = "bfloat16"
+    engine_bytes: float = 0.0
+    _packed: dict[tuple[int, ...], Batch] = field(default_factory=dict)
+
+    @cached_property
+    def cost_model(self) -> CostModel:
+        return CostModel(self.model, self.hardware, self.precision)
+
+    def plan(
+        self,
+        gpus: int,
+        max_tokens: int | None = None,
+        recompute: Sequence[Recompute] = ("none", "full"),
+    ) -> Plan:
+        """All legal layouts.
+
+        Args:
+            max_tokens: of a micro-batch; None: once and twice the longest sequence.
+
+        Raises:
+            ValueError: there is no legal layout, or a sequence is longer than max_tokens.
+        """
+        legal = self.layouts(gpus, max_tokens, recompute)
+        rough = [self._estimate(layout) for layout in legal]
+        fitting = sorted((c for c in rough if c.fits), key=_rank)
+        rejected = [c for c in rough if not c.fits]
+        best = [self.evaluate(c.layout) for c in fitting[:_REPLAYED]]
+        return Plan(
+            candidates=(*sorted(best, key=_rank), *fitting[_REPLAYED:]),
+            rejected=len(rejected),
+            nearest=max(rejected, key=lambda c: c.spare, default=None),
+        )
+
+    def layouts(self, gpus: int, max_tokens: int | None, recompute: Sequence[Recompute]) -> list[Layout]:
+        """Legal ones that the sequences fit into."""
+        if gpus < 1:
+            raise ValueError(f"{gpus} GPUs: at least 1 is needed")
+        longest = self.sequences.longest
+        if max_tokens is not None and max_tokens < longest:
+            raise ValueError(f"--max-tokens {max_tokens} is below the longest sequence, {longest} tokens")
+        budgets = [max_tokens] if max_tokens is not None else [_rounded_up(longest), 2 * _rounded_up(longest)]
+        link = min(self.hardware.gpu.link_gpus, 8)
+        found = [
+            layout
+            for layout in enumerate_layouts(self.model, gpus, budgets, recompute, link, len(self.sequences))
+            if -(-longest // layout.parallel.sequence_alignment) * layout.parallel.sequence_alignment
+            <= layout.tokens_per_micro_batch
+        ]
+        if not found:
+            layout = ParallelConfig(world_size=gpus, pipeline=gpus)
+            problems = layout_problems(self.model, layout) or [f"{len(self.sequences)} sequences are too few"]
+            raise ValueError(f"no legal layout on {gpus} GPUs; e.g. with pp {gpus}: {'; '.join(problems)}")
+        return found
+
+    def evaluate(self, layout: Layout) -> Candidate:
+        """One layout, its sequences packed and its pipeline replayed.
+
+        Raises:
+            ValueError: the layers cannot be dealt out, or a sequence does not fit into a micro-batch.
+        """
+        return self._candidate(layout, self.batch(layout), replayed=True)
+
+    def _estimate(self, layout: Layout) -> Candidate:
+        return self._candidate(layout, estimated_batch(self.sequences, layout), replayed=False)
+
+    def _candidate(self, layout: Layout, batch: Batch, replayed: bool) -> Candidate:
+        stage, memory = fullest_stage(self.model, self.hardware, layout, self._peak_tokens(layout))
+        return Candidate(
+            layout=layout,
+            batch=batch,
+            cost=self.cost_model.step(layout, batch, pipeline_time if replayed else pipeline_estimate),
+            stage=stage,
+            memory=memory,
+            gpu_memory=self.hardware.gpu.memory - self.engine_bytes,
+            log_prob_seconds=self.cost_model.forward_seconds(layout, batch),
+            replayed=replayed,
+        )
+
+    def _peak_tokens(self, layout: Layout) -> float:
+        """A full micro-batch, unless all sequences of a replica are fewer tokens."""
+        share = self.sequences.tokens / layout.parallel.data
+        return float(min(layout.tokens_per_micro_batch, max(share, self.sequences.longest)))
+
+    def batch(self, layout: Layout) -> Batch:
+        """Packed once for all layouts that pack alike."""
+        p = layout.parallel
+        multiple = p.pipeline if p.virtual_pipeline > 1 else 1
+        key = (p.data, layout.tokens_per_micro_batch, p.sequence_alignment, multiple)
+        if key not in self._packed:
+            self._packed[key] = self._pack(layout)
+        return self._packed[key]
+
+    def _pack(self, layout: Layout) -> Batch:
+        p, knee = layout.parallel, self.cost_model.attention_tokens(layout)
+        if len(self.sequences) <= _PACKED_AT_MOST or p.data == 1:
+            return packed_batch(self.sequences, layout, knee)
+        one = self.sequences.resampled(-(-len(self.sequences) // p.data))
+        return packed_batch(one, layout, knee, copies=p.data)
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """Attributes:
+    gpus, best: the fastest layout there.
+    efficiency: tokens/s/GPU over those of the first row.
+    """
+
+    gpus: int
+    best: Candidate
+    efficiency: float
+
+
+def scaling(planner: Planner, counts: Sequence[int], weak: bool, max_tokens: int | None = None) -> Iterator[ScalingRow]:
+    """The best layout at each number of GPUs, on paper; rows where nothing fits or is legal are left out.
+
+    Args:
+        weak: the update grows with the GPUs from the first row's; if not, it stays the same.
+    """
+    base, first = len(planner.sequences), None
+    for gpus in counts:
+        sequences = planner.sequences.resampled(base * gpus // counts[0]) if weak else planner.sequences
+        at = Planner(planner.model, planner.hardware, sequences, planner.precision, planner.engine_bytes)
+        try:
+            found = at.plan(gpus, max_tokens).candidates
+        except ValueError:
+            continue
+        if found:
+            rate = found[0].cost.tokens_per_second_per_gpu
+            first = first or rate
+            yield ScalingRow(gpus, found[0], rate / first)
+
+
+def _rank(c: Candidate) -> tuple[float, float]:
+    return c.cost.seconds, c.memory.total
+
+
+def _rounded_up(tokens: int, multiple: int = 256) -> int:
+    return -(-tokens // multiple) * multiple

@@ -1,0 +1,81 @@
+"""The planner's view of a run's config: its model, its sequences and the layout that it asks for."""
+
+from __future__ import annotations
+
+from megatron_fipo.config import Config
+from megatron_fipo.scaling.hardware import Hardware
+from megatron_fipo.scaling.layouts import layout_problems, memory_problem
+from megatron_fipo.scaling.lengths import Sequences, parse_lengths
+from megatron_fipo.scaling.memory import rollout_memory
+from megatron_fipo.scaling.models import ModelShape, find_model
+from megatron_fipo.scaling.plan import Planner
+from megatron_fipo.scaling.workload import Layout
+
+SLEEPING_ENGINE = 2.0e9  # bytes that a vLLM server keeps while it sleeps: CUDA context, graphs, NCCL
+# A share of the longest response, where nobody says how long responses are: long thoughts, some cut off.
+_TYPICAL = "p0={short},p50={middle},p90={long},p100={longest}"
+
+
+def model_of(config: Config) -> ModelShape:
+    """Raises ValueError: neither the checkpoint is there nor its name known."""
+    return find_model(config.model.hf_path)
+
+
+def sequences_of(config: Config) -> Sequences:
+    """Of one update, with lengths that are typical of reasoning: half of the longest at the 90th percentile."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    text = _TYPICAL.format(short=longest / 40, middle=longest / 5, long=longest / 2, longest=longest)
+    return parse_lengths(text, update_sequences(config))
+
+
+def update_sequences(config: Config) -> int:
+    return config.trainer.mini_batch_prompts * config.rollout.group_size
+
+
+def layout_of(config: Config) -> Layout:
+    return Layout(config.parallel, config.trainer.tokens_per_micro_batch, config.model.recompute)
+
+
+def engine_bytes(config: Config) -> float:
+    colocated = config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
+    return SLEEPING_ENGINE if colocated else 0.0
+
+
+def recipe_problems(config: Config, hardware: Hardware) -> list[str]:
+    """What does not work about the config's layout, with the nearest that does; [] if nothing.
+
+    For `train`'s checks too: memory that certainly does not suffice is known before ranks start.
+    """
+    model, layout = model_of(config), layout_of(config)
+    problems = layout_problems(model, config.parallel)
+    if problems:
+        return problems
+    missing = memory_problem(model, hardware, layout, float(layout.tokens_per_micro_batch))
+    return ([missing] if missing else []) + rollout_problems(model, config, hardware)
+
+
+def rollout_problems(model: ModelShape, config: Config, hardware: Hardware) -> list[str]:
+    """Where ranks and servers take turns: what the trainer keeps beside the engine's share of the GPU."""
+    if config.rollout.placement != "colocated" or config.rollout.engine != "vllm":
+        return []
+    problems = []
+    engine = config.rollout.gpu_memory_utilization * hardware.gpu.memory
+    for stage in range(config.parallel.pipeline):
+        kept = rollout_memory(model, config, stage).kept
+        if kept + engine + SLEEPING_ENGINE > hardware.gpu.memory:
+            share = (hardware.gpu.memory - kept - SLEEPING_ENGINE) / hardware.gpu.memory
+            problems.append(
+                f"while rolling out, stage {stage} keeps {kept / 1e9:.1f} GB beside the engine's {engine / 1e9:.1f} "
+                f"(rollout.gpu_memory_utilization {config.rollout.gpu_memory_utilization}), and {hardware.gpu.name} "
+                f"has {hardware.gpu.memory / 1e9:.1f}; set it to {max(0.0, share):.2f}"
+            )
+    return problems
+
+
+def planner_of(config: Config, hardware: Hardware, sequences: Sequences | None = None) -> Planner:
+    return Planner(
+        model=model_of(config),
+        hardware=hardware,
+        sequences=sequences or sequences_of(config),
+        engine_bytes=engine_bytes(config),
+    )
