@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from published_rows import Row, predict, schedule_of
 
 Path = tuple[str, ...]

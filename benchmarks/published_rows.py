@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from published_names import OTHER_MODELS, Fields, Unusable, gpu_of, model_of, name_of, precision_of
-
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.scaling.cost import CostModel, Schedule, StepCost
 from megatron_fipo.scaling.flops import active_weights
@@ -23,6 +21,7 @@ from megatron_fipo.scaling.hardware import Hardware, build_hardware, find_hardwa
 from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.pipeline import pipeline_time
 from megatron_fipo.scaling.workload import Batch, Layout, equal_batch
+from published_names import OTHER_MODELS, Fields, Unusable, gpu_of, model_of, name_of, precision_of
 
 THROUGHPUT = Path(__file__).parent / "data" / "published_throughput.csv"
 

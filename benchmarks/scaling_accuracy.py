@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from efficiency_fit import fit
 from omegaconf import OmegaConf
-from published_names import Unusable
-from published_rows import THROUGHPUT, Row, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
 from rich.console import Console
 from rich.table import Table
 
+from efficiency_fit import fit
 from megatron_fipo.scaling import hardware
 from megatron_fipo.scaling.footprint import footprint
 from megatron_fipo.scaling.hardware import hardware_files
+from published_names import Unusable
+from published_rows import THROUGHPUT, Row, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
 
 EFFICIENCY = Path(hardware.__file__).with_name("efficiency.yaml")
 FEASIBILITY = THROUGHPUT.with_name("feasibility_oom.csv")
