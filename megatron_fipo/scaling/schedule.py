@@ -117,10 +117,13 @@ class Schedule:
 
     @lru_cache(maxsize=1024)  # noqa: B019  a schedule is a few numbers, and is simulated again and again
     def program(self, stage: int) -> tuple[Step, ...]:
-        """This stage's passes and its communication between them."""
+        """This stage's passes and the communication calls between them; interleaved, calls that have nothing to send
+        or receive are made all the same."""
         if self.stages == 1:
             return tuple(self._alone())
-        steps = self._interleaved(stage) if self.chunks > 1 else self._one_forward_one_backward(stage)
+        if self.chunks > 1:
+            return tuple(self._interleaved(stage))
+        steps = self._one_forward_one_backward(stage)
         return tuple(s for s in steps if not isinstance(s, Exchange) or s.sends or s.receives)
 
     def _alone(self) -> Iterable[Step]:
@@ -202,13 +205,12 @@ class Schedule:
             yield self._pass("forward", k)
             last = k == self.warm_up(stage) - 1 and remaining > 0 and not self.forward_only
             gradient = self._first_gradient(stage) if last else ()
-            if self.overlap:
-                yield from (Exchange(self._out("forward", stage, k), into), Exchange((), gradient, blocking=False))
-            else:
-                yield Exchange(self._out("forward", stage, k), into + gradient)
+            yield Exchange(self._out("forward", stage, k), into if self.overlap else into + gradient)
+            if self.overlap and last:
+                yield Exchange((), gradient, blocking=False)
 
     def _drain_passes(self, stage: int, remaining: int, received: dict[Kind, list[Message]]) -> Iterable[Step]:
-        if remaining == 0:
+        if remaining == 0 and stage < self.stages - 1:
             yield Exchange((), self._first_gradient(stage))
         for k in range(remaining, len(self._turns)):
             yield from self._arrival("backward", stage, k, received)
