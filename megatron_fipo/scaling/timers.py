@@ -13,13 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_fipo.scaling.schedule import Exchange, Message, Pass, Schedule, Step, Wait
-from megatron_fipo.scaling.timeline import Bubble, Span, Timeline
+from megatron_fipo.scaling.timeline import Bubble, Span, Timeline, trace_events, write_trace
 
 _PASSES = {"forward-compute": "forward", "backward-compute": "backward"}
 _CALLS = ("-send", "-recv")
@@ -139,6 +141,26 @@ class PipelineRecorder:
         """On another machine its zero is as exact as a barrier."""
         dist.barrier(group=self._group)
         return _DeviceClock() if torch.cuda.is_available() else _HostClock()
+
+
+class PipelineProfile:
+    """The recorder of a training run: metrics for its log, and traces of the newest update."""
+
+    def __init__(self, model_config: Any, group: dist.ProcessGroup, directory: Path) -> None:
+        """On all ranks of a pipeline together. `directory` gets `rank_R.json`, a Chrome trace of the rank's stage."""
+        self.recorder = PipelineRecorder(model_config, group)
+        self._stage, self._directory = group.rank(), directory
+
+    def finish_step(self) -> dict[str, float]:
+        """Metrics of the updates since the last call, means over them. Collective over the pipeline."""
+        updates = [t for t in self.recorder.timelines() if any(span.name == "backward" for span in t.stages[0])]
+        if not updates:
+            return {}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        events = trace_events(self._stage, updates[-1].stages[self._stage])
+        write_trace(self._directory / f"rank_{dist.get_rank()}.json", {"traceEvents": events})
+        metrics = [bubble_metrics(timeline) for timeline in updates]
+        return {name: fmean(m[name] for m in metrics) for name in metrics[0]}
 
 
 def _zeros(clocks: Sequence[tuple[str, float]]) -> list[float]:
