@@ -136,7 +136,8 @@ def test_recorded_trace() -> None:
 def test_profile(tmp_path: Path) -> None:
     """A step's metrics are those of its updates, without forward-only runs; every rank writes its stage's trace."""
     seconds = [[0.02, 0.02], [0.05, 0.05]]
-    cases = [Case(seconds, seconds, forward_only=True), Case(seconds, seconds), Case(seconds, seconds)]
+    swapped = Case(seconds[::-1], seconds[::-1], forward_only=True)
+    cases = [Case(seconds, seconds), *[swapped] * 6, Case(seconds, seconds)]
     metrics = run_ranks(profile_sleeping, 2, cases, 2, tmp_path / "traces")
     assert metrics[0] == metrics[1]
     causes = ("warm_up", "waiting", "drain", "communication")
