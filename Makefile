@@ -14,7 +14,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install vllm-env quickstart test test-all test-vllm sanitize lint clean
+.PHONY: help install vllm-env quickstart test test-all test-vllm test-idle sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,7 +55,7 @@ quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, e
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
 test: install  ## the tests that need no GPU and no server
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm"
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm and not idle"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
 test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slurm, and the sanitizers
@@ -67,6 +67,9 @@ test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slu
 
 test-vllm: install vllm-env  ## the ones on real vLLM servers (2.5 GB to install)
 	$(BIN)/python -m pytest -q -m "vllm"
+
+test-idle: install  ## the ones that compare times, for a machine that does nothing else
+	$(BIN)/python -m pytest -q -m "idle"
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
 # AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.

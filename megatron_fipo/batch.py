@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+MicroBatchOrder = Literal["longest_first", "shortest_first", "longest_middle"]
 
 PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", "rewards", "accuracy", "advantages")
 PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
@@ -285,12 +287,16 @@ def plan_micro_batches(
     token_budget: int,
     alignment: int = 1,
     multiple: int = 1,
-    longest_first: bool = True,
+    order: MicroBatchOrder = "longest_first",
 ) -> list[list[list[int]]]:
     """Deal the sequences of a mini-batch over replicas and micro-batches: `plan[replica][micro_batch]` = indices.
 
     Lengths are balanced over replicas, then over each replica's micro-batches. All replicas get the same number of
     micro-batches, a multiple of `multiple`; some may be empty. A pure function, so every rank computes the same plan.
+
+    Args:
+        multiple: micro-batches of a round of the interleaved schedule; 1 without interleaving.
+        order: of each replica's micro-batches, see `micro_batch_order`.
 
     Raises:
         ValueError: a sequence is longer than the token budget.
@@ -305,10 +311,29 @@ def plan_micro_batches(
     shares = _balance(list(range(len(padded))), padded, replicas)
     count = max(1, max(len(_first_fit(share, padded, token_budget)) for share in shares))
     count = -(-count // multiple) * multiple
-    plan = [_fill(share, padded, count, token_budget) for share in shares]
-    for share in plan:
-        share.sort(key=lambda bin_: sum(padded[i] for i in bin_), reverse=longest_first)
+    plan = []
+    for share in shares:
+        bins = _fill(share, padded, count, token_budget)
+        loads = [sum(padded[i] for i in bin_) for bin_ in bins]
+        plan.append([bins[place] for place in micro_batch_order(loads, order, multiple)])
     return plan
+
+
+def micro_batch_order(loads: Sequence[float], order: MicroBatchOrder, multiple: int = 1) -> list[int]:
+    """The places of the micro-batches in the order in which the pipeline is to take them.
+
+    "longest_middle" rises to the longest and falls again: a pipeline is as slow to fill as its first micro-batches are
+    long, and as slow to drain as its last ones. With interleaving, whole rounds of `multiple` similar micro-batches
+    rise and fall.
+    """
+    falling = sorted(range(len(loads)), key=lambda place: -loads[place])
+    if order == "longest_first":
+        return falling
+    if order == "shortest_first":
+        return falling[::-1]
+    rounds = [falling[a : a + multiple] for a in range(0, len(falling), multiple)]
+    rise, fall = rounds[1::2], rounds[::2]
+    return [place for places in rise for place in places][::-1] + [place for places in fall for place in places]
 
 
 def _balance(index: list[int], sizes: Sequence[int], bins: int) -> list[list[int]]:

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack, plan_micro_batches, zigzag_positions
+from megatron_fipo.batch import (
+    MicroBatch,
+    Rollouts,
+    TrainBatch,
+    micro_batch_order,
+    pack,
+    plan_micro_batches,
+    zigzag_positions,
+)
 
 TOKEN = st.integers(1, 999)
 RESPONSE = st.fixed_dictionaries(
@@ -193,7 +201,7 @@ PLAN = st.fixed_dictionaries(
         "token_budget": st.integers(304, 1000),
         "alignment": st.sampled_from([1, 4, 16]),
         "multiple": st.sampled_from([1, 2, 3]),
-        "longest_first": st.booleans(),
+        "order": st.sampled_from(["longest_first", "shortest_first", "longest_middle"]),
     }
 )
 
@@ -240,11 +248,25 @@ def test_plan_balances_replicas(arguments: dict[str, Any]) -> None:
 
 @given(PLAN)
 def test_plan_orders_micro_batches(arguments: dict[str, Any]) -> None:
-    """By load, falling or rising as asked; empty ones come last or first with the shortest."""
-    sizes = _padded(arguments)
+    """By load, falling or rising as asked, empty ones as the shortest; or rising to the longest round, then falling."""
+    sizes, order, multiple = _padded(arguments), arguments["order"], arguments["multiple"]
     for share in plan_micro_batches(**arguments):
         loads = [sum(sizes[i] for i in b) for b in share]
-        assert loads == sorted(loads, reverse=arguments["longest_first"])
+        if order != "longest_middle":
+            assert loads == sorted(loads, reverse=order == "longest_first")
+            continue
+        peak = len(loads) // multiple // 2 * multiple  # the start of the longest round
+        assert loads[peak] == max(loads)
+        assert loads[:peak] == sorted(loads[:peak])
+        assert loads[peak:] == sorted(loads[peak:], reverse=True)
+
+
+def test_longest_middle() -> None:
+    """The two shortest stand at the ends; interleaved, the shorter rounds do."""
+    loads = [5, 1, 4, 2, 6, 3]
+    assert [loads[i] for i in micro_batch_order(loads, "longest_middle")] == [1, 3, 5, 6, 4, 2]
+    assert [loads[i] for i in micro_batch_order(loads, "longest_middle", multiple=2)] == [3, 4, 6, 5, 2, 1]
+    assert [loads[i] for i in micro_batch_order(loads, "longest_middle", multiple=6)] == [6, 5, 4, 3, 2, 1]
 
 
 def test_plan_of_nothing() -> None:

@@ -64,7 +64,7 @@ def _plan(ids: Sequence[int], lengths: dict[int, int], config: Config, topology:
         token_budget=config.trainer.tokens_per_micro_batch,
         alignment=topology.sequence_alignment,
         multiple=topology.micro_batch_multiple,
-        longest_first=config.trainer.micro_batch_order == "longest_first",
+        order=config.trainer.micro_batch_order,
     )
     return [[[ids[place] for place in bin_] for bin_ in replica] for replica in plan]
 

@@ -49,7 +49,7 @@ def test_two_ranks_with_half_of_every_sequence_have_the_loss_of_the_whole(emulat
         check_shards(random_case(lengths, seed), seed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 1500) | st.sampled_from([0, 1, 255, 256, 257, 512, 1024, 1025]), max_size=12),
     seed=st.integers(0, 10**6),

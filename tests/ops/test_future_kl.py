@@ -28,7 +28,7 @@ def relative_error(actual, expected):
     return ((actual.double() - expected.double()).abs() / expected.double().abs().clamp(min=1)).max().item()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=8).filter(sum),
     half_life=st.sampled_from(HALF_LIVES),

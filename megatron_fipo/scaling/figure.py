@@ -1,0 +1,74 @@
+"""A timeline as a figure: a row a stage, its passes by model chunk, and what it waited for in between."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from megatron_fipo.scaling.timeline import Span, Timeline
+
+_COLORS = {"forward": ("#2f6db3", "#93b8e0"), "backward": ("#2e8b62", "#9ccfb5")}  # first and last chunk
+_MOVING, _WAITING = "#dd7a1f", "#e4e7ea"
+_NUMBERED = 200  # passes of a stage up to which micro-batches are numbered
+
+
+def draw(timeline: Timeline, title: str = "") -> Figure:
+    stages = len(timeline.stages)
+    figure = Figure(figsize=(12, 0.45 * stages + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for stage, spans in enumerate(timeline.stages):
+        numbered = len(timeline.passes(stage)) <= _NUMBERED
+        for span in spans:
+            _draw_span(axes, stage, span, timeline.chunks, numbered)
+    axes.set_yticks(range(stages), [_label(timeline, stage) for stage in range(stages)])
+    axes.set_ylim(stages - 0.4, -0.6)
+    axes.set_xlim(0, timeline.step)
+    axes.set_xlabel("seconds")
+    axes.set_title(f"{title}   step {timeline.step:.3g} s, bubble {timeline.bubble_fraction:.1%}".strip())
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(handles=_legend(timeline.chunks), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def write_figure(path: Path, timeline: Timeline, title: str = "") -> None:
+    """As PNG; the file appears whole."""
+    part = path.with_name(path.name + ".part")
+    draw(timeline, title).savefig(part, format="png", dpi=120)
+    os.replace(part, path)
+
+
+def _draw_span(axes: Axes, stage: int, span: Span, chunks: int, numbered: bool) -> None:
+    if not span.is_pass:
+        axes.barh(stage, span.seconds - span.transfer, left=span.start, height=0.3, color=_WAITING)
+        axes.barh(stage, span.transfer, left=span.end - span.transfer, height=0.3, color=_MOVING)
+        return
+    axes.barh(stage, span.seconds, left=span.start, height=0.8, color=_color(span, chunks), edgecolor="white", lw=0.4)
+    if numbered:
+        middle = (span.start + span.end) / 2
+        axes.text(middle, stage, str(span.micro_batch), ha="center", va="center", fontsize=6, clip_on=True)
+
+
+def _color(span: Span, chunks: int) -> tuple[float, ...]:
+    """Between the colours of the first and of the last chunk."""
+    share = span.chunk / max(1, chunks - 1)
+    ends = ([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in _COLORS[span.name])
+    return tuple((1 - share) * a + share * b for a, b in zip(*ends, strict=True))
+
+
+def _label(timeline: Timeline, stage: int) -> str:
+    return f"stage {stage}, idle {timeline.stage_bubble_fraction(stage):.0%}"
+
+
+def _legend(chunks: int) -> list[Patch]:
+    patches = [
+        Patch(color=colors[i], label=f"{kind}" + (f", {which} chunk" if chunks > 1 else ""))
+        for kind, colors in _COLORS.items()
+        for i, which in enumerate(("first", "last")[: min(chunks, 2)])
+    ]
+    return [*patches, Patch(color=_WAITING, label="waiting in a call"), Patch(color=_MOVING, label="transfer")]
