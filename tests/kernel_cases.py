@@ -160,7 +160,7 @@ def _as_float64(case: KernelCase) -> KernelCase:
     return replace(case, **tensors)
 
 
-# ---- the sharded form: every sequence cut in two chunks, each half of the batch on a rank of its own ----
+# The sharded form: every sequence cut in two chunks, each half of the batch on a rank of its own
 
 
 def check_shards(case: KernelCase, seed: int) -> None:

@@ -99,7 +99,7 @@ def metric_slots() -> dict[str, int]:
     return dict(_extension.METRIC_SLOTS)
 
 
-# ---- checks: what reaches the kernels is what csrc/fipo.h asks for ----
+# Checks: what reaches the kernels is what csrc/fipo.h asks for
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -180,7 +180,7 @@ class _Inputs:
         return torch.empty(self.num_segments, dtype=dtype, device=self.log_probs.device)
 
 
-# ---- kernel calls ----
+# Kernel calls
 
 
 def _run_scan(inputs: _Inputs, constants: Any, carry_in: Tensor | None, out: Any) -> None:

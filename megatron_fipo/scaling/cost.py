@@ -102,7 +102,7 @@ class CostModel:
             known = ", ".join(hardware.gpu.flops)
             raise ValueError(f"{hardware.gpu.name} has no known rate for {precision}; known: {known}")
 
-    # ---- one micro-batch ----
+    # One micro-batch
 
     def chunks(self, layout: Layout, batch: Batch) -> list[Passes]:
         """Of each model chunk, LM head included where it is."""
@@ -222,7 +222,7 @@ class CostModel:
         backward = product * (2 if self.weight_gradients else 1) + logits + (forward if soft.chunked_head else 0.0)
         return Passes((0.0, 0.0, 0.0, forward, gather, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, backward, gather, 0.0, 0.0, 0.0))
 
-    # ---- communication ----
+    # Communication
 
     def _collective(self, num_bytes: float, ranks: int, span: int, stride: int = 1) -> float:
         """Seconds of gathering or scattering `num_bytes` in all over ranks `stride` apart, who reach over `span`."""
@@ -259,7 +259,7 @@ class CostModel:
         num_bytes = batch.tokens / p.context * self.model.hidden_size * _ITEM / (p.tensor if p.sequence else 1)
         return num_bytes / (gpu.link * eff.link if p.world_size <= gpu.link_gpus else gpu.network * eff.network)
 
-    # ---- one update ----
+    # One update
 
     def step(self, layout: Layout, batch: Batch, schedule: Schedule = pipeline_time) -> StepCost:
         """All of it, the pipeline's time by `schedule`.

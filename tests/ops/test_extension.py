@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not extension.is_built(), reason="the extension 
 OPS = torch.ops.megatron_fipo
 
 
-# ---- the scan and the sharded form ----
+# The scan and the sharded form
 
 
 @pytest.mark.parametrize("half_life", [0.5, 32.0, 1e6])
@@ -107,7 +107,7 @@ def test_chunks_equal_the_whole(aggregation):
     assert torch.equal(outputs[0][3][0] + outputs[1][3][0], whole.metrics["negative_ratio_histogram"])
 
 
-# ---- the ops as torch sees them ----
+# The ops as torch sees them
 
 
 def op_arguments(batch):

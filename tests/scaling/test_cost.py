@@ -69,7 +69,7 @@ def test_only_active_experts_count() -> None:
     assert active_weights(PUBLISHED["deepseek-v3"]) == pytest.approx(37e9, rel=0.02)
 
 
-# ---- pipeline ----
+# Pipeline
 
 
 @pytest.mark.parametrize(("p", "m", "v"), [(1, 5, 1), (4, 4, 1), (4, 64, 1), (8, 16, 3), (4, 12, 2), (16, 256, 1)])
@@ -111,7 +111,7 @@ def test_order_has_every_pass_once(virtual: int) -> None:
         assert all(order.index((False, c, m)) < order.index((True, c, m)) for c in range(virtual) for m in range(8))
 
 
-# ---- one update ----
+# One update
 
 
 def test_matrix_products_by_hand() -> None:
@@ -220,7 +220,7 @@ def test_experts_are_exchanged() -> None:
     assert stage["expert"] == pytest.approx(2 * 2 * 2 * 128 * 2 * 4096 * 2 * 3 / 4 / 1e9)
 
 
-# ---- batches ----
+# Batches
 
 
 def test_packed_like_the_trainer() -> None:
