@@ -265,6 +265,7 @@ def _cannot_fork(path: Path, directory: Path) -> Any:
             run.checkpointer._queue.schedule_async_request = no_memory
         run.checkpointer.save(1, {})
         in_progress, left = run.checkpointer.in_progress, os.listdir(directory)
+        dist.barrier()  # no rank begins the next one before all have looked
         run.checkpointer.save(2, {}, wait=True)
         return in_progress, left, run.warnings, run.checkpointer.newest()
 
