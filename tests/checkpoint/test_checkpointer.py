@@ -194,6 +194,13 @@ def _limit_file_size(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
+def _listed(directory: Path) -> list[str]:
+    """What is there. No rank goes on before all have looked."""
+    names = sorted(os.listdir(directory))
+    dist.barrier()
+    return names
+
+
 def _save_on_a_full_disk(path: Path, directory: Path) -> Any:
     """Writes of rank 1 fail for a while."""
     with _run(path, directory) as run:
@@ -204,18 +211,18 @@ def _save_on_a_full_disk(path: Path, directory: Path) -> Any:
         run.checkpointer.save(2, {})
         run.poll_to_the_end()
         assert run.checkpointer.whole == 1
-        seen.append(sorted(os.listdir(directory)))
+        seen.append(_listed(directory))
         update(run.actor, 0, VOCAB)
         with pytest.raises(OSError, match="could not be written") as error:
             run.checkpointer.save(3, {}, wait=True)
-        seen.append(sorted(os.listdir(directory)))
+        seen.append(_listed(directory))
         newest = run.checkpointer.newest()
         if rank == 1:
             _limit_file_size(resource.RLIM_INFINITY)
         run.checkpointer.save(4, {})
         run.checkpointer.finish()
         assert run.checkpointer.whole == 4
-        seen.append(sorted(os.listdir(directory)))
+        seen.append(_listed(directory))
         return seen, run.warnings, str(error.value), newest
 
 
@@ -245,7 +252,7 @@ def _fail_at_the_end(path: Path, directory: Path) -> Any:
         original, retention.publish = retention.publish, full
         with pytest.raises(OSError, match=r"No space left on device; there is no earlier one"):
             run.checkpointer.finish()
-        left = os.listdir(directory)
+        left = _listed(directory)
         retention.publish = original
         return left, run.checkpointer.newest()
 
@@ -264,8 +271,7 @@ def _cannot_fork(path: Path, directory: Path) -> Any:
 
             run.checkpointer._queue.schedule_async_request = no_memory
         run.checkpointer.save(1, {})
-        in_progress, left = run.checkpointer.in_progress, os.listdir(directory)
-        dist.barrier()  # no rank begins the next one before all have looked
+        in_progress, left = run.checkpointer.in_progress, _listed(directory)
         run.checkpointer.save(2, {}, wait=True)
         return in_progress, left, run.warnings, run.checkpointer.newest()
 
