@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from megatron_fipo.report.figures import SECTIONS
 from megatron_fipo.report.history import History, Run, read_run
 from megatron_fipo.report.panels import FigureSpec, draw
+from megatron_fipo.run_log import write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f4f5f6; --ink: #22272b; --soft: #636b72; --line: #dde1e4 }
@@ -66,7 +66,7 @@ def write_report(run: Path) -> str:
     read = read_run(run)
     figures = _write_figures(read)
     page = run / "report.html"
-    _write_whole(page, _page(read, figures).encode())
+    write_whole(page, _page(read, figures))
     return f"{_terminal_table(read)}\n{progress(read)}\nreport: {page}"
 
 
@@ -122,7 +122,7 @@ def _write_figures(run: Run) -> dict[str, bytes]:
         if png is None:
             (folder / f"{spec.name}.png").unlink(missing_ok=True)
         else:
-            _write_whole(folder / f"{spec.name}.png", png)
+            write_whole(folder / f"{spec.name}.png", png)
             figures[spec.name] = png
     return figures
 
@@ -165,10 +165,3 @@ def _figure(spec: FigureSpec, png: bytes) -> str:
         f'<figure><img alt="{escape(spec.title)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(spec.caption)}</figcaption></figure>"
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.timeline import Span, Timeline
 
 _COLORS = {"forward": ("#2f6db3", "#93b8e0"), "backward": ("#2e8b62", "#9ccfb5")}  # first and last chunk
@@ -38,9 +39,9 @@ def draw(timeline: Timeline, title: str = "") -> Figure:
 
 def write_figure(path: Path, timeline: Timeline, title: str = "") -> None:
     """As PNG; the file appears whole."""
-    part = path.with_name(path.name + ".part")
-    draw(timeline, title).savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    png = io.BytesIO()
+    draw(timeline, title).savefig(png, format="png", dpi=120)
+    write_whole(path, png.getvalue())
 
 
 def _draw_span(axes: Axes, stage: int, span: Span, chunks: int, numbered: bool) -> None:

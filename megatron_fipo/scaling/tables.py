@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.plan import Candidate, Plan, ScalingRow
 
 WIDTH = 100
@@ -151,11 +151,11 @@ def write_csv(path: Path, candidates: Sequence[Candidate]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
-    _write_whole(path, text.getvalue())
+    _write(path, text.getvalue())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_whole(path, json.dumps(content, indent=1) + "\n")
+    _write(path, json.dumps(content, indent=1) + "\n")
 
 
 def details(c: Candidate) -> dict[str, Any]:
@@ -168,11 +168,12 @@ def details(c: Candidate) -> dict[str, Any]:
     }
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Appears by a rename, or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+def _write(path: Path, text: str) -> None:
+    """
+    Raises:
+        ValueError: the place that the user named cannot be written to.
+    """
     try:
-        unfinished.write_text(text)
+        write_whole(path, text)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error}") from None
-    os.replace(unfinished, path)

@@ -9,12 +9,12 @@ p stages, v model chunks a stage, m micro-batches. Two quantities are both calle
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.schedule import Pass
 
 
@@ -143,9 +143,7 @@ def trace_events(stage: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
     """As JSON; the file appears whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(trace))
-    os.replace(part, path)
+    write_whole(path, json.dumps(trace))
 
 
 def _pass(span: Span) -> Pass:
