@@ -1,0 +1,42 @@
+"""The whole configuration of a run: frozen dataclasses, filled from YAML and `key=value` overrides, validated once.
+
+`load_config` raises ValueError for anything a user can get wrong without a model at hand; checks that need the model's
+own config are in `model/`.
+"""
+
+from megatron_fipo.config.load import load_config, to_yaml
+from megatron_fipo.config.problems import validate
+from megatron_fipo.config.sections import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ResumeConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ResumeConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainerConfig",
+    "load_config",
+    "to_yaml",
+    "validate",
+]

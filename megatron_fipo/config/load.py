@@ -1,0 +1,88 @@
+"""A config from YAML and `key=value` overrides, and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_fipo.config.problems import validate
+from megatron_fipo.config.sections import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and validate the result.
+
+    Raises:
+        ValueError: unreadable file, unknown key (the nearest known one is named), wrong type or illegal value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    for text in overrides:
+        if "=" not in text:
+            raise ValueError(f"override {text!r} is not of the form section.key=value")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        config = _typed(given)
+    except ConfigKeyError as error:
+        raise ValueError(_unknown_key(str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        key = error.full_key or _refused_key(given)
+        reason = str(error.msg or error).splitlines()[0].replace("'$VALUE' of type '$VALUE_TYPE' ", "")
+        raise ValueError(f"{key}: {reason}") from None
+    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+        raise ValueError(f"cannot read {path}: {error}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _typed(given: Any) -> Any:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+
+
+def _refused_key(given: Any) -> str:
+    """The key of a value that OmegaConf refuses without naming it, as it does inside tuples."""
+    sections: Any = OmegaConf.to_container(given)
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            return str(section)
+        for name, value in values.items():
+            try:
+                _typed({section: {name: value}})
+            except OmegaConfBaseException:
+                return f"{section}.{name}"
+    return "config"
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, loadable by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _unknown_key(key: str) -> str:
+    known, sections = _known_keys(Config()), [f.name for f in fields(Config)]
+    names = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    name = key.rsplit(".", 1)[-1]
+    if name in names:  # the right name in the wrong section
+        nearest = [names[name]]
+    else:
+        nearest = difflib.get_close_matches(key, known if "." in key else sections, n=1, cutoff=0.5) or [
+            names[n] for n in difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        ]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known sections: {', '.join(sections)}"
+    return f"unknown config key {key!r}{hint}"
+
+
+def _known_keys(node: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for f in fields(node):
+        value = getattr(node, f.name)
+        keys += _known_keys(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+    return keys
