@@ -1,9 +1,9 @@
-"""How long a simulated update takes in each order of its micro-batches, over the step in the default order.
+"""How long a simulated update takes in each order of its micro-batches, over the step with the longest first.
 
 For every pipeline, responses of three length distributions are dealt to replicas and micro-batches by the trainer's own
 packer; a step is that of the slowest replica. `worst` is the least favourable mini-batch of "longest_middle", `search`
-the step that random exchanges find from it on, over its own. `known_shapes` is of the default order: shapes known to
-all stages, over shapes sent ahead of every message.
+the step that random exchanges find from it on, over its own. `known_shapes` is of "longest_first": shapes known to all
+stages, over shapes sent ahead of every message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_fipo.scaling.orders import (
 from megatron_fipo.scaling.simulate import Communication
 
 PIPELINES = [(2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (8, 2), (4, 4)]  # stages, chunks
-DEFAULT = ORDERS["longest_first"]
+BASE = ORDERS["longest_first"]
 SEARCHED = 32  # micro-batches up to which an order is searched for
 
 
@@ -48,9 +48,9 @@ def measure(stages: int, chunks: int, seeds: range) -> dict[str, float]:
         for name, values in compare_orders(setting, seeds).items():
             ratios[name] += values
         replicas = micro_batch_seconds(setting, seeds[0])
-        base = step_seconds(setting, replicas, DEFAULT)
+        base = step_seconds(setting, replicas, BASE)
         known = Communication(shape_seconds=None)
-        ratios["known_shapes"].append(step_seconds(setting, replicas, DEFAULT, known) / base)
+        ratios["known_shapes"].append(step_seconds(setting, replicas, BASE, known) / base)
         if setting.replicas == 1 and len(replicas[0]) <= SEARCHED:
             middle = step_seconds(setting, replicas, ORDERS["longest_middle"])
             found = search_order(setting, replicas[0], ORDERS["longest_middle"], tries=100)

@@ -287,7 +287,7 @@ def plan_micro_batches(
     token_budget: int,
     alignment: int = 1,
     multiple: int = 1,
-    order: MicroBatchOrder = "longest_first",
+    order: MicroBatchOrder = "longest_middle",
 ) -> list[list[list[int]]]:
     """Deal the sequences of a mini-batch over replicas and micro-batches: `plan[replica][micro_batch]` = indices.
 

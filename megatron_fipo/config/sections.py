@@ -182,7 +182,8 @@ class TrainerConfig:
     mini_batch_prompts: int = 64  # groups an optimizer update; prompts_per_step / this = updates a step
     epochs_per_batch: int = 1  # passes over one training batch
     tokens_per_micro_batch: int = 20480 + 2048  # packed tokens of a micro-batch on one context-parallel group
-    micro_batch_order: Literal["longest_first", "shortest_first", "longest_middle"] = "longest_first"
+    # Of a replica: rising to the longest and falling again fills and drains the pipeline with short ones.
+    micro_batch_order: Literal["longest_first", "shortest_first", "longest_middle"] = "longest_middle"
     strict: bool = False  # refuse, instead of warn about, settings under which FIPO is a no-op
     export_policy: bool = True  # write the trained policy as a Hugging Face checkpoint to <run>/policy
     tensorboard: bool = True
