@@ -1,10 +1,14 @@
-"""Time of a pipeline: a replay of Megatron's 1F1B schedules with unequal stages, plain or interleaved."""
+"""Time of a pipeline: a replay of Megatron's 1F1B schedules with unequal stages, plain or interleaved.
+
+Only the passes and what they need, so that thousands of layouts are compared in seconds. `simulate` has all that
+messages do besides: rendezvous, calls that block, shapes sent ahead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-Op = tuple[bool, int, int]  # backward?, model chunk, micro-batch
+from megatron_fipo.scaling.schedule import Schedule
 
 
 def pipeline_time(
@@ -58,24 +62,6 @@ def pipeline_estimate(
     return count * passes[busiest] + others / virtual + 2 * p2p * (stages - 1)
 
 
-def stage_order(stages: int, stage: int, micro_batches: int, virtual: int) -> list[Op]:
-    """What one stage computes, in order, as Megatron's schedules have it."""
-    group = stages * virtual
-    total = micro_batches * virtual
-
-    def op(backward: bool, k: int) -> Op:
-        chunk = k % group // stages
-        micro_batch = k // group * stages + k % stages
-        return backward, virtual - 1 - chunk if backward else chunk, micro_batch
-
-    warm_up = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
-    warm_up = min(warm_up, total)
-    order = [op(False, k) for k in range(warm_up)]
-    for k in range(warm_up, total):
-        order += [op(False, k), op(True, k - warm_up)]
-    return order + [op(True, k) for k in range(total - warm_up, total)]
-
-
 def _replay(
     forward: Sequence[float],
     backward: Sequence[float],
@@ -89,7 +75,8 @@ def _replay(
     if virtual > 1 and count % stages:  # the schedule needs whole rounds
         sizes, count = [*sizes, *[0.0] * (-count % stages)], count + -count % stages
     last = stages * virtual - 1
-    orders = [stage_order(stages, i, count, virtual) for i in range(stages)]
+    schedule = Schedule(stages, count, virtual)
+    orders = [schedule.passes(i) for i in range(stages)]
     position, free = [0] * stages, [0.0] * stages
     forward_end = [[-1.0] * count for _ in range(last + 1)]
     backward_end = [[-1.0] * count for _ in range(last + 1)]
@@ -98,7 +85,8 @@ def _replay(
         i = ready.pop()
         order, at, clock = orders[i], position[i], free[i]
         while at < len(order):
-            back, chunk, m = order[at]
+            kind, chunk, m = order[at]
+            back = kind == "backward"
             place = chunk * stages + i
             if not back:
                 arrival = forward_end[place - 1][m] if place else 0.0

@@ -112,8 +112,13 @@ class Schedule:
         return self.stages * self.chunks
 
     def passes(self, stage: int) -> list[Pass]:
-        """The order of this stage's work."""
-        return [step for step in self.program(stage) if isinstance(step, Pass)]
+        """The order of this stage's work: those of `program`, without the communication that takes time to lay out."""
+        warm_up, total = self.warm_up(stage), len(self._turns)
+        order = [self._pass("forward", k) for k in range(warm_up)]
+        for k in range(warm_up, total):
+            order += (self._pass("forward", k), self._pass("backward", k - warm_up))
+        drain = range(0) if self.forward_only else range(total - warm_up, total)
+        return order + [self._pass("backward", k) for k in drain]
 
     @lru_cache(maxsize=1024)  # noqa: B019  a schedule is a few numbers, and is simulated again and again
     def program(self, stage: int) -> tuple[Step, ...]:

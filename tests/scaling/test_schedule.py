@@ -126,3 +126,10 @@ def test_two_stages_need_overlap_to_interleave() -> None:
     """Megatron's batched messages in both directions between the same two ranks would pair up wrongly."""
     with pytest.raises(ValueError, match="overlapped communication"):
         Schedule(2, 4, 2, overlap=False)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_passes_are_those_of_the_program(schedule: Schedule) -> None:
+    """In the same order, with and without the communication between them."""
+    for stage in range(schedule.stages):
+        assert schedule.passes(stage) == [step for step in schedule.program(stage) if isinstance(step, Pass)]
