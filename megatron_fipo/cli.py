@@ -108,8 +108,13 @@ def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path
 def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.checks import check_run
     from megatron_fipo.resume import check_directory
+    from megatron_fipo.scaling.hardware import local_hardware
+    from megatron_fipo.scaling.recipe import check_memory
 
-    for warning in check_run(config):
+    warnings = check_run(config)
+    if (hardware := local_hardware()) is not None:
+        warnings += check_memory(config, hardware)
+    for warning in warnings:
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     if not dry_run:
         check_directory(config)

@@ -7,7 +7,9 @@ what it names replaces what is known here.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+import subprocess
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,35 @@ def find_hardware(gpu: str, software: str = "megatron_fipo", calibration: str | 
         near = difflib.get_close_matches(gpu.upper(), known["gpus"], n=3, cutoff=0.3)
         raise ValueError(f"GPU {gpu!r} is not known; known: {', '.join(near or known['gpus'])}, or give a calibration")
     return build_hardware(known, name, software)
+
+
+def local_hardware() -> Hardware | None:
+    """This machine's first GPU; None without one, or if its kind is not known.
+
+    Asked of nvidia-smi: CUDA would keep memory of the device for this process.
+    """
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        device, mebibytes = found.splitlines()[0].rsplit(",", 1)
+        memory = float(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+    name = name_of(device, memory)
+    if name is None:
+        return None
+    known = find_hardware(name)
+    return replace(known, gpu=replace(known.gpu, memory=min(known.gpu.memory, memory)))
+
+
+def name_of(device: str, memory: float) -> str | None:
+    """The key in `hardware.yaml` of a device as its driver names it, e.g. "NVIDIA H100 80GB HBM3"; None if there is
+    none. Of keys that differ in memory only, the nearest.
+    """
+    words = set(re.split(r"[ \-_]", device.upper()))
+    gpus = hardware_files()["gpus"]
+    alike = [key for key in gpus if key.split("-")[0] in words]
+    return min(alike, key=lambda key: abs(gpus[key]["memory"] - memory), default=None)
 
 
 def build_hardware(known: dict[str, Any], name: str, software: str) -> Hardware:

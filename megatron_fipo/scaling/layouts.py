@@ -127,8 +127,13 @@ def memory_problem(model: ModelShape, hardware: Hardware, layout: Layout, tokens
         f"stage {stage} of {layout} needs {most.total / 1e9:.1f} GB ({parts}), {hardware.gpu.name} has "
         f"{hardware.gpu.memory / 1e9:.1f}"
     )
-    choices = _smaller(model, hardware, layout, tokens)
-    return f"{message}; it fits with {' or '.join(choices)}" if choices else f"{message}; use more GPUs"
+    return f"{message}; {fitting_changes(model, hardware, layout, tokens)}"
+
+
+def fitting_changes(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float | None = None) -> str:
+    """What to do about a layout that does not fit; `tokens` of the largest micro-batch, if it is not full."""
+    choices = _smaller(model, hardware, layout, tokens or float(layout.tokens_per_micro_batch))
+    return f"it fits with {' or '.join(choices)}" if choices else "use more GPUs"
 
 
 def fullest_stage(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> tuple[int, Footprint]:

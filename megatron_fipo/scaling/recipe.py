@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_fipo.config import Config
 from megatron_fipo.scaling.hardware import Hardware
-from megatron_fipo.scaling.layouts import layout_problems, memory_problem
+from megatron_fipo.scaling.layouts import fitting_changes, layout_problems, memory_problem
 from megatron_fipo.scaling.lengths import Sequences, parse_lengths
-from megatron_fipo.scaling.memory import rollout_memory
+from megatron_fipo.scaling.memory import rollout_memory, training_memory
 from megatron_fipo.scaling.models import ModelShape, find_model
 from megatron_fipo.scaling.plan import Planner
 from megatron_fipo.scaling.workload import Layout
@@ -41,11 +41,28 @@ def engine_bytes(config: Config) -> float:
     return SLEEPING_ENGINE if colocated else 0.0
 
 
-def recipe_problems(config: Config, hardware: Hardware) -> list[str]:
-    """What does not work about the config's layout, with the nearest that does; [] if nothing.
+def check_memory(config: Config, hardware: Hardware) -> list[str]:
+    """Before ranks start: warnings of memory that probably does not suffice.
 
-    For `train`'s checks too: memory that certainly does not suffice is known before ranks start.
+    Raises:
+        ValueError: it certainly does not: parameters, gradients and optimizer state alone, which are known exactly, are
+            more than the GPU has.
     """
+    model, gpu = model_of(config), hardware.gpu
+    for stage in range(config.parallel.pipeline):
+        m = training_memory(model, config, stage)
+        held = m.parameters + m.gradients + m.optimizer
+        if held > gpu.memory:
+            raise ValueError(
+                f"a rank of stage {stage} holds {m.parameters / 1e9:.1f} GB of parameters + {m.gradients / 1e9:.1f} of "
+                f"gradients + {m.optimizer / 1e9:.1f} of optimizer state = {held / 1e9:.1f} GB, and {gpu.name} has "
+                f"{gpu.memory / 1e9:.1f}; {fitting_changes(model, hardware, layout_of(config))}"
+            )
+    return recipe_problems(config, hardware)
+
+
+def recipe_problems(config: Config, hardware: Hardware) -> list[str]:
+    """What does not work about the config's layout, with the nearest that does; [] if nothing."""
     model, layout = model_of(config), layout_of(config)
     problems = layout_problems(model, config.parallel)
     if problems:

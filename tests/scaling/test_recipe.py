@@ -1,0 +1,83 @@
+"""Memory that does not suffice is told before any rank starts, with the arithmetic and what would do."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.scaling.hardware import find_hardware, local_hardware, name_of
+from megatron_fipo.scaling.memory import training_memory
+from megatron_fipo.scaling.recipe import check_memory, model_of, recipe_problems
+
+ROOT = Path(__file__).parents[2]
+H100 = find_hardware("H100-80")
+
+
+def _recipe(*overrides: str) -> Config:
+    return load_config(ROOT / "examples" / "fipo_32b.yaml", overrides)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    """32B on two nodes: the bytes of the three parts and their sum, and more GPUs; on the
+    recipe's 128 GPUs there is nothing to say."""
+    config = _recipe("parallel.world_size=16")
+    memory = training_memory(model_of(config), config, 0)
+    held = memory.parameters + memory.gradients + memory.optimizer
+    small = replace(H100, gpu=replace(H100.gpu, memory=held - 1.0))
+    with pytest.raises(ValueError, match=f"= {held / 1e9:.1f} GB, and H100-80 has") as refused:
+        check_memory(config, small)
+    assert f"{memory.optimizer / 1e9:.1f} of optimizer state" in str(refused.value)
+    assert check_memory(_recipe(), H100) == []
+
+
+def test_memory_that_is_estimated_only_warns() -> None:
+    """States that fit by a byte leave nothing for activations: a warning, with the change that would do."""
+    config = _recipe()
+    memory = max(
+        m.parameters + m.gradients + m.optimizer
+        for m in (training_memory(model_of(config), config, stage) for stage in range(2))
+    )
+    tight = replace(H100, gpu=replace(H100.gpu, memory=float(memory)))
+    warnings = check_memory(config, tight)
+    assert warnings == recipe_problems(config, tight)
+    assert "it fits with" in warnings[0] or "use more GPUs" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.5e9, "H100-80"),
+        ("NVIDIA A100-SXM4-40GB", 42.9e9, "A100-40"),
+        ("NVIDIA A100 80GB PCIe", 85.9e9, "A100-80"),
+        ("NVIDIA H20", 103e9, "H20"),
+        ("NVIDIA H200", 150e9, "H200"),
+        ("NVIDIA GeForce RTX 4090", 25e9, None),
+    ],
+)
+def test_names_of_devices(device: str, memory: float, name: str | None) -> None:
+    """As drivers print them; a kind that the planner does not know is none."""
+    assert name_of(device, memory) == name
+
+
+def _driver(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of an H100, as a partitioned GPU has it, is taken for what it is; without a driver, or with one that
+    fails, there is no hardware."""
+    _driver(tmp_path, monkeypatch, "echo 'NVIDIA H100 80GB HBM3, 20480'")
+    found = local_hardware()
+    assert found is not None
+    assert (found.gpu.name, found.gpu.memory) == ("H100-80", 20480 * 2**20)
+    _driver(tmp_path, monkeypatch, "exit 9")
+    assert local_hardware() is None
+    (tmp_path / "nvidia-smi").unlink()
+    assert local_hardware() is None
