@@ -1,8 +1,9 @@
 """Device memory of a rank, by pipeline stage, in bytes: plain arithmetic, nothing is built or measured.
 
 Exact: parameters, gradients and optimizer state, which a test compares with Megatron's own buffers. Estimated, from
-the tensors that backward needs with Transformer Engine's kernels: activations and the LM head. Not in it: the CUDA
-context, NCCL's buffers, kernels' workspaces, and what the allocator loses to fragmentation.
+the tensors that backward needs: activations, with Transformer Engine's kernels or with torch's (a test compares the
+latter with what autograd keeps), and the LM head. Not in it: the CUDA context, NCCL's buffers, kernels' workspaces, and
+what the allocator loses to fragmentation.
 
 Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, t tensor-parallel ranks,
 p pipeline stages, v model chunks a stage, N tokens of a micro-batch on one context-parallel rank.
@@ -13,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model.architecture import Architecture, stage_layers
 
+Kernels = Literal["transformer_engine", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
 _FLOAT32 = 4
 # Megatron's distributed optimizer aligns each tensor in its buffers, and the end of each buffer so that it can be
@@ -55,7 +58,9 @@ class RolloutMemory:
     cache_per_token: int
 
 
-def training_memory(arch: Architecture, config: Config, stage: int) -> TrainingMemory:
+def training_memory(
+    arch: Architecture, config: Config, stage: int, kernels: Kernels = "transformer_engine"
+) -> TrainingMemory:
     """Of a rank of pipeline stage `stage`, 0 first.
 
     Raises:
@@ -70,7 +75,7 @@ def training_memory(arch: Architecture, config: Config, stage: int) -> TrainingM
         parameters=elements * item,
         gradients=elements * _FLOAT32,
         optimizer=state * sum(b.largest_share() if distributed else sum(b.sizes) for b in buckets),
-        activations=_activations(arch, config, stage),
+        activations=_activations(arch, config, stage, kernels),
         lm_head=_lm_head(arch, config) if stage == config.parallel.pipeline - 1 else 0,
     )
 
@@ -157,30 +162,51 @@ def _expert_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
     return [2 * f * h, h * f] * (arch.experts.count // p.expert)
 
 
-def layer_activations(arch: Architecture, config: Config) -> int:
+def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "transformer_engine") -> int:
     """Bytes a token of one layer that backward needs, where nothing is recomputed.
 
     In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
-    both halves of the MLP's input to SwiGLU, and its output, 3f.
+    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's kernels keep more: see `_torch_parts`.
     """
     p, item = config.parallel, _ITEM[config.model.dtype]
-    norms = 4 * arch.hidden_size
-    heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim
-    if arch.experts:  # each token's copies for its experts, whole, balanced over their ranks
-        mlp = arch.experts.active * (2 * arch.hidden_size + 3 * arch.experts.ffn_hidden_size)
+    if kernels == "torch":
+        norms, heads, mlp_width = _torch_parts(arch, item)
     else:
-        mlp = 3 * arch.ffn_hidden_size
-    split = (heads + mlp) // p.tensor
-    return item * (split + (norms // p.tensor if p.sequence else norms))
+        norms, mlp_width = 4 * arch.hidden_size * item, 3
+        heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim * item
+    if arch.experts:  # each token's copies for its experts, whole, balanced over their ranks
+        mlp = arch.experts.active * (2 * arch.hidden_size + mlp_width * arch.experts.ffn_hidden_size)
+    else:
+        mlp = mlp_width * arch.ffn_hidden_size
+    split = (heads + mlp * item) // p.tensor
+    # Each rank has the angles of all positions.
+    angles = 4 * arch.head_dim * item if kernels == "torch" else 0
+    return split + angles + (norms // p.tensor if p.sequence else norms)
 
 
-def _activations(arch: Architecture, config: Config, stage: int) -> int:
+def _torch_parts(arch: Architecture, item: int) -> tuple[int, int, int]:
+    """Bytes a token of both norms and of attention, and the MLP's elements in units of f.
+
+    A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it.
+    Attention keeps the projection's output, rotated queries and keys, its own output, each head's log-sum-exp, and the
+    output once more, put together of all sequences. SwiGLU is five tensors: both halves of the input, the gate's
+    activation, a copy of the other half, and the product.
+    """
+    q, k = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    norm = arch.hidden_size * (2 * _FLOAT32 + item) + _FLOAT32
+    heads = ((q + 2 * k) + (q + k) + 2 * q) * item + arch.num_heads * _FLOAT32
+    if arch.qk_norm:
+        heads += 2 * (q + k) * _FLOAT32 + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
+    return 2 * norm, heads, 5
+
+
+def _activations(arch: Architecture, config: Config, stage: int, kernels: Kernels) -> int:
     """Those of the micro-batches between their forward and backward pass on this stage."""
     p = config.parallel
     tokens = config.trainer.tokens_per_micro_batch // p.context
     layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
-    one_layer = layer_activations(arch, config) * tokens
-    if config.model.recompute != "full":  # flash attention has nothing left for `selective` to drop
+    one_layer = layer_activations(arch, config, kernels) * tokens
+    if config.model.recompute != "full":  # flash attention has next to nothing left for `selective` to drop
         return layers * chunks_in_flight(p, stage) * one_layer
     layer_input = arch.hidden_size * _ITEM[config.model.dtype] * tokens // (p.tensor if p.sequence else 1)
     return layers * chunks_in_flight(p, stage) * layer_input + one_layer  # the one that is being recomputed
