@@ -58,14 +58,16 @@ test: install  ## the tests that need no GPU and no server
 	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm and not idle"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slurm, and the sanitizers
+test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slurm and a real vLLM, and the sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -q -m "slurm"
+	$(MAKE) vllm-env
+	$(BIN)/python -m pytest -q -m "vllm and not slow"
 	$(MAKE) sanitize
 
-test-vllm: install vllm-env  ## the ones on real vLLM servers (2.5 GB to install)
+test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole trainings too (2.5 GB to install)
 	$(BIN)/python -m pytest -q -m "vllm"
 
 test-idle: install  ## the ones that compare times, for a machine that does nothing else

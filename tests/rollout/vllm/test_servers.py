@@ -224,6 +224,7 @@ def hang(case: Case) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [kill, kill_engine, hang])
 def test_faults_while_responses_are_drawn(two: Case, fault: Callable[[Case], None]) -> None:
     """A server that dies or hangs loses no response and changes none; it comes back with the current weights."""
@@ -265,6 +266,7 @@ def _damage(seen: list[str], server: int, control: Control, told: dict[str, Any]
     return {**told, "checksums": [told["checksums"][0] ^ (server == 0), *told["checksums"][1:]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [_break_off, _damage])
 def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., dict[str, Any]]) -> None:
     """A server that got half of the tensors, or a wrong one, serves nothing, is restarted, and then has all of them."""
@@ -318,6 +320,7 @@ def test_everything_needs_the_key(two: Case, route: str) -> None:
         assert key not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_close_leaves_nothing(tmp_path: Path) -> None:
     """No process, no weights in memory, no shared memory, not even that of a server that crashed."""
     before = set(os.listdir("/dev/shm"))
