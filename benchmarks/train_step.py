@@ -1,12 +1,13 @@
 """What FIPO costs over plain language modelling: the update's forward and backward against Megatron's own.
 
-    python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--pairs 9]
+    python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--pairs 9] [--profile]
 
 Both sides run Megatron's schedule over the same packed micro-batches, layers, layout and recomputation, and end with
 reduced gradients. The baseline is GPTModel with Megatron's vocabulary-parallel cross-entropy; ours adds entropies,
 the Future-KL scan, the FIPO loss and its metrics, and never holds whole logits. They are timed in turn, and the
 figure is the median of the ratios. The model's LM head has the share of parameters that it has at 7B (about 8%).
-Prints a table, and as its last line one JSON object with the same figures.
+With --profile the baseline is the same update, and what is measured against it is profile.pipeline: its timers, and a
+trace written after each update. Prints a table, and as its last line one JSON object with the same figures.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from megatron_fipo.model.build import transformer_config, use_transformer_engine
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.scaling.timers import PipelineProfile
 from small_policy import make_batch, make_config, make_model, show
 
 LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
@@ -109,7 +111,21 @@ def baseline_step(arch: Architecture, config: Config, topology: Topology, batch:
     return step
 
 
-def measure(config: Config, pairs: int, out: str) -> None:
+def profiled_step(actor: FIPOActor, step: Callable[[], None], directory: Path) -> Callable[[], None]:
+    """The step as profile.pipeline runs it."""
+    profile = PipelineProfile(actor.chunks[0].config, actor.topology.pp, directory)
+    unrecorded = actor.recorder
+
+    def profiled() -> None:
+        actor.recorder = profile.recorder
+        step()
+        profile.finish_step()
+        actor.recorder = unrecorded
+
+    return profiled
+
+
+def measure(config: Config, pairs: int, profile: bool, out: str) -> None:
     """One rank's part; rank 0 leaves the seconds of each pair in `out`."""
     arch = check_model(config)
     topology = topologies.initialize(config.parallel, seed=1)
@@ -120,11 +136,15 @@ def measure(config: Config, pairs: int, out: str) -> None:
         actor.prepare_for_training_step()
         actor.get_loss_and_metrics(batch, forward_only=False)
 
-    baseline = baseline_step(arch, config, topology, batch)
+    measured, baseline = ours, ours
+    if profile:
+        measured = profiled_step(actor, ours, Path(out).parent / "traces")
+    else:
+        baseline = baseline_step(arch, config, topology, batch)
     seconds: list[tuple[float, float]] = []
     for _ in range(pairs + 1):
         times = []
-        for step in (ours, baseline):
+        for step in (measured, baseline):
             dist.barrier()
             started = time.perf_counter()
             step()
@@ -141,11 +161,12 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="one")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after one to warm up")
+    parser.add_argument("--profile", action="store_true", help="what profile.pipeline costs, instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), hidden=512, layers=8)
         config = make_config(Path(directory), LAYOUTS[args.layout], "float32", args.recompute)
-        launch.run(measure, config.parallel, (config, args.pairs, f"{directory}/result.json"))
+        launch.run(measure, config.parallel, (config, args.pairs, args.profile, f"{directory}/result.json"))
         result = json.loads(Path(directory, "result.json").read_text())
     report(args, result)
 
@@ -153,18 +174,20 @@ def main() -> None:
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     ours, baseline = (statistics.median(times) for times in zip(*result["seconds"], strict=True))
     ratios = sorted(a / b for a, b in result["seconds"])
+    names = ("profiled", "plain") if args.profile else ("fipo", "cross_entropy")
     figures = {
         "layout": args.layout,
         "recompute": args.recompute,
         "tokens": result["tokens"],
         "pairs": len(ratios),
-        "fipo_seconds": round(ours, 4),
-        "cross_entropy_seconds": round(baseline, 4),
+        f"{names[0]}_seconds": round(ours, 4),
+        f"{names[1]}_seconds": round(baseline, 4),
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_min": round(ratios[0], 4),
         "ratio_max": round(ratios[-1], 4),
     }
-    show("FIPO update against Megatron cross-entropy (forward + backward)", figures)
+    against = "the same with profile.pipeline" if args.profile else "Megatron cross-entropy"
+    show(f"FIPO update against {against} (forward + backward)", figures)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,8 @@ def doctor() -> None:
 
 def _train_rank(config: Config) -> None:
     trainer = _trainer(config)
+    if config.profile.pipeline:
+        _profile(trainer)
     try:
         trainer.train()
     finally:
@@ -295,6 +297,14 @@ def _trainer(config: Config, write: bool = True) -> Any:
     from megatron_fipo.trainer import Trainer
 
     return Trainer(config, write=write)
+
+
+def _profile(trainer: Any) -> None:
+    from megatron_fipo.scaling.timers import PipelineProfile
+
+    actor, traces = trainer.actor, trainer.config.run_directory / "traces"
+    trainer.profile = PipelineProfile(actor.chunks[0].config, trainer.topology.pp, traces)
+    actor.recorder = trainer.profile.recorder
 
 
 def _report(run: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_fipo.evaluate import Evaluation
 # What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
 # on. Everything else decides what is learned. A name ending in "." stands for its whole section.
 _FREE = (
-    *("parallel.", "checkpoint.", "resume.", "eval.", "run.name", "run.directory", "run.overwrite"),
+    *("parallel.", "checkpoint.", "resume.", "profile.", "eval.", "run.name", "run.directory", "run.overwrite"),
     *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens", "data.validation"),
     *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning", "rollout.settle_seconds"),
     *("rollout.placement", "rollout.num_servers", "rollout.tensor_parallel", "rollout.nodes", "rollout.gpus_per_node"),

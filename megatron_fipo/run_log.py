@@ -4,6 +4,7 @@ config.yaml            the resolved configuration
 metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
+traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
 summary.json           evaluation before and after, steps, seconds
 """
 
@@ -37,7 +38,10 @@ _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
 def clear(directory: Path) -> None:
     """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
-    for name in (*("metrics.jsonl", "summary.json", "report.html"), *("tensorboard", "rollouts", "policy", "figures")):
+    for name in (
+        *("metrics.jsonl", "summary.json", "report.html"),
+        *("tensorboard", "rollouts", "policy", "figures", "traces"),
+    ):
         _remove(directory / name)
     _remove(directory / "checkpoints")
     for failed in directory.glob("failed_step_*"):

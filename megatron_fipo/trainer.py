@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -51,8 +51,18 @@ logger = logging.getLogger(__name__)
 _FIRST_SHIFT_WARNING = 1e-3  # nats; see Trainer._update_policy
 
 
+class Profile(Protocol):
+    """What looks on while the actor works."""
+
+    def finish_step(self) -> dict[str, float]: ...
+
+
 class Trainer:
-    """A run on this rank. All methods are collective over all ranks."""
+    """A run on this rank. All methods are collective over all ranks.
+
+    Attributes:
+        profile: adds its metrics to those of each step; None: nobody looks on.
+    """
 
     def __init__(self, config: Config, write: bool = True) -> None:
         """Build everything a run needs, inside an initialized default process group. `write=False`: no files.
@@ -80,6 +90,7 @@ class Trainer:
         self.collector = make_collector(
             config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
         )
+        self.profile: Profile | None = None
         self.log = RunLog(config, self.topology.rank, enabled=write)
         self.progress = Progress()
         self._saved: Progress | None = None  # what the newest checkpoint is of
@@ -236,7 +247,8 @@ class Trainer:
                 updates = self._update_policy(step, batches)
         if self.config.rollout.save:
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology)
-        return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates}
+        profiled = self.profile.finish_step() if self.profile else {}
+        return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates, **profiled}
 
     def _collect(self, last: bool) -> Collected:
         """This step's batch. With rollout.max_staleness it was drawn while the step before was trained, and the next

@@ -7,7 +7,7 @@ cannot be split. Letters: B sequences, S tokens of a padded row, R response posi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,8 +41,19 @@ class Engine(Protocol):
     def release(self) -> None: ...
 
 
+Recorder = Callable[[int, bool], contextlib.AbstractContextManager[None]]
+
+
+def _unrecorded(micro_batches: int, forward_only: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 class FIPOActor(AlignableGenerativeInterface):
-    """Holds the policy's model chunks and optimizer on this rank. All methods are collective over all ranks."""
+    """Holds the policy's model chunks and optimizer on this rank. All methods are collective over all ranks.
+
+    Attributes:
+        recorder: `with recorder(micro_batches, forward_only):` stands around every run of the pipeline's schedule.
+    """
 
     def __init__(self, config: Config, arch: Architecture, topology: Topology, engine: Engine | None = None) -> None:
         """Build the policy and read its weights.
@@ -63,6 +74,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
+        self.recorder: Recorder = _unrecorded
         self.initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
 
     # Training
@@ -242,7 +254,7 @@ class FIPOActor(AlignableGenerativeInterface):
         collect_only = step == self._log_prob_step
         iterators = [iter(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), self.recorder(len(micro_batches), forward_only):
             return get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iterators if interleaved else iterators[0],

@@ -214,6 +214,13 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    pipeline: bool = (
+        False  # when each stage computed and waited: metrics of every step, traces/rank_R.json of the newest
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -227,6 +234,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def run_directory(self) -> Path:
