@@ -29,7 +29,7 @@ def check_run(config: Config) -> list[str]:
         DistributedCheckpoint(config.model.megatron_path).check(architecture)
     loss_config(config.algorithm, config.rollout)
     vllm_environment.check(config, architecture.head_dim)
-    for path in filter(None, (config.data.train, config.data.validation)):
+    for path in (config.data.train, *config.data.benchmarks.values()):
         open_problems(path).close()
     _check_tokenizer(config.model.hf_path, architecture.vocab_size)
     make_reward(config.reward).close()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,16 +72,33 @@ def evaluate(
             metavar="[checkpoint=DIR] [KEY=VALUE]...",
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for every sample and the figures; runs/NAME/evaluation/CHECKPOINT if not given."),
+    ] = None,
 ) -> None:
-    """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object."""
+    """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object.
+
+    Finished samples stay: the same command goes on where it was ended. More samples, problems or benchmarks are added
+    to those that are there.
+    """
     from megatron_fipo import launch
+    from megatron_fipo.evaluation import command
 
     settings = load_config(config, [_checkpoint_setting(text) for text in overrides or ()])
-    if not settings.data.validation:
+    if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
+    directory = out or command.default_directory(settings)
     if launch.is_first_process():
         _check(settings, dry_run=True)
-    launch.run(_eval_rank, settings.parallel, (settings,))
+        command.check(settings, directory)
+    launch.run(
+        command.run,
+        settings.parallel,
+        (settings, directory),
+        run_directory=directory,
+        max_requeues=settings.resume.max_requeues,
+    )
 
 
 def _checkpoint_setting(text: str) -> str:
@@ -267,17 +282,6 @@ def _train_rank(config: Config) -> None:
         trainer.train()
     finally:
         trainer.close()
-
-
-def _eval_rank(config: Config) -> None:
-    trainer = _trainer(config, write=False)
-    try:
-        result = trainer.validate(step=0)
-    finally:
-        trainer.close()
-    if trainer.topology.rank == 0:
-        weights = config.model.megatron_path or config.model.hf_path
-        typer.echo(json.dumps({"weights": weights, **asdict(result), **result.scores()}))
 
 
 def _dry_run_rank(config: Config) -> None:

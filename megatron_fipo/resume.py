@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.evaluate import Evaluation
+from megatron_fipo.evaluation import Evaluation
 
 # What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
 # on. Everything else decides what is learned. A name ending in "." stands for its whole section.
 _FREE = (
     *("parallel.", "checkpoint.", "resume.", "profile.", "eval.", "run.name", "run.directory", "run.overwrite"),
-    *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens", "data.validation"),
+    *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens"),
+    *("data.validation", "data.validation."),  # one file, or several with names
     *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning", "rollout.settle_seconds"),
     *("rollout.placement", "rollout.num_servers", "rollout.tensor_parallel", "rollout.nodes", "rollout.gpus_per_node"),
     *("rollout.servers", "rollout.vllm_python", "rollout.weight_transport", "rollout.weight_bucket_mb"),
@@ -57,7 +58,7 @@ class Progress:
 
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Progress:
-        evaluations = {name: state[name] and Evaluation(**state[name]) for name in ("before", "after")}
+        evaluations = {name: state[name] and Evaluation.from_state_dict(state[name]) for name in ("before", "after")}
         return Progress(**{**state, **evaluations})
 
 

@@ -5,6 +5,7 @@ metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
 traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
+evaluation/step_N.parquet  every response of an evaluation after N steps, with its verdict
 summary.json           evaluation before and after, steps, seconds
 """
 
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,9 @@ from rich.console import Console
 
 from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
-from megatron_fipo.evaluate import Evaluation
+from megatron_fipo.data import Prompt
+from megatron_fipo.evaluation import Evaluation, Sample
+from megatron_fipo.evaluation.sample import full_table, write_table
 from megatron_fipo.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ def clear(directory: Path) -> None:
     """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
     for name in (
         *("metrics.jsonl", "summary.json", "report.html"),
-        *("tensorboard", "rollouts", "policy", "figures", "traces"),
+        *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces"),
     ):
         _remove(directory / name)
     _remove(directory / "checkpoints")
@@ -50,7 +54,8 @@ def clear(directory: Path) -> None:
 
 def _rewind(directory: Path, step: int) -> int:
     """Remove what was written of steps after `step`; returns the number of metrics rows that stay."""
-    for path in (*directory.glob("rollouts/step_*"), *directory.glob("failed_step_*")):
+    of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
+    for path in (path for pattern in of_steps for path in directory.glob(pattern)):
         if int(path.name.removesuffix(".parquet").rpartition("_")[2]) > step:
             _remove(path)
     (directory / "summary.json").unlink(missing_ok=True)
@@ -176,10 +181,9 @@ class RunLog:
         )
 
     def evaluation(self, step: int, e: Evaluation) -> None:
-        self.console.print(
-            f"[bold]eval[/bold] at step {step}: avg@{e.samples} {e.avg:.3f}  cons@{e.samples} {e.cons:.3f}  "
-            f"pass@{e.samples} {e.pass_:.3f}  length {e.length:.0f}  ({e.problems} problems)"
-        )
+        self.console.print(f"[bold]eval[/bold] at step {step}: {_scores_line(e)}")
+        for name, of_one in e.benchmarks.items():
+            self.console.print(f"  {name}: {_scores_line(of_one)}")
         if self._tensorboard is not None:
             for name, value in e.metrics().items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -195,6 +199,11 @@ class RunLog:
         unfinished = path.with_name(f".{path.name}")
         pq.write_table(_rollout_table(rollouts, tokenizer), unfinished)
         os.replace(unfinished, path)
+
+    def samples(self, step: int, samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> None:
+        """Keep what was evaluated after a step, one row a response."""
+        if self.writes:
+            write_table(full_table(samples, benchmarks), self.directory / "evaluation" / f"step_{step}.parquet")
 
     def dump(self, step: int, batch: TrainBatch) -> str:
         """Save a mini-batch that broke training, for a look at it; says where. Every rank saves its own."""
@@ -254,6 +263,15 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
             "advantage": r.advantages.tolist(),
             "truncated": r.truncated.tolist(),
         }
+    )
+
+
+def _scores_line(e: Evaluation) -> str:
+    """Scores, of Avg@k with the ends of its 95 % interval."""
+    between = "  \\[{:.3f}, {:.3f}]".format(*e.intervals["avg@k"]) if e.intervals else ""
+    return (
+        f"avg@{e.samples} {e.avg:.3f}{between}  cons@{e.samples} {e.cons:.3f}  "
+        f"pass@{e.samples} {e.pass_:.3f}  length {e.length:.0f}  ({e.problems} problems)"
     )
 
 

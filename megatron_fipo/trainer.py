@@ -31,7 +31,7 @@ from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import PromptStream, load_prompts
-from megatron_fipo.evaluate import Evaluation, evaluate
+from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
@@ -78,11 +78,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
         self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer)
         self.prompts = load_prompts(config.data.train, self.tokenizer, config.data.max_prompt_tokens)
-        self.problems = (
-            load_prompts(config.data.validation, self.tokenizer, config.data.max_prompt_tokens)
-            if config.data.validation
-            else None
-        )
+        self.benchmarks = load_benchmarks(config, self.tokenizer)
         self.reward = make_reward(config.reward)
         self.engine = make_engine(config, hf_config, self.topology)
         self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
@@ -98,8 +94,8 @@ class Trainer:
         self._pause = 0.0  # seconds that the last checkpoint took from training
         self._clock: dict[str, float] = {}
         self.log.note(f"train data: {self.prompts}")
-        if self.problems is not None:
-            self.log.note(f"validation data: {self.problems}")
+        for name, problems in self.benchmarks.items():
+            self.log.note(f"validation data{f' {name}' if len(self.benchmarks) > 1 else ''}: {problems}")
 
     def train(self) -> None:
         """Run to `trainer.max_steps` from where the newest checkpoint stands, evaluating before the first step, every
@@ -267,20 +263,15 @@ class Trainer:
 
     def validate(self, step: int) -> Evaluation | None:
         """Avg@k and its siblings on the validation problems; None without any."""
-        if self.problems is None:
+        if not self.benchmarks:
             return None
         with self.actor.inference():
-            result = evaluate(
-                self.problems.prompts,
-                self.engine,
-                self.reward,
-                self.tokenizer,
-                self.config.eval,
-                max_tokens=self.config.rollout.max_response_tokens,
-                stop_token_ids=self.stop_token_ids,
-                seed=self.config.run.seed,
+            result, samples = evaluate(
+                self.benchmarks, self.engine, self.reward, self.tokenizer, self.config, self.stop_token_ids
             )
         self.log.evaluation(step, result)
+        if self.config.eval.save:
+            self.log.samples(step, samples, self.benchmarks)
         return result
 
     def dry_run(self) -> dict[str, float]:

@@ -347,8 +347,9 @@ def test_evaluated_by_the_command(weights: str, task: Path, undisturbed: Undistu
     directory, _ = undisturbed("one")
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(_config(task, tmp_path / "unused", "tp2")))
+    checkpoint, out = f"checkpoint={directory / weights}", tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_fipo.cli", "eval", str(file), f"checkpoint={directory / weights}"],
+        [sys.executable, "-m", "megatron_fipo.cli", "eval", str(file), checkpoint, "--out", str(out)],
         capture_output=True,
         text=True,
         timeout=240,

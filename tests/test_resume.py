@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fipo import run_log
 from megatron_fipo.config import Config, load_config, to_yaml
-from megatron_fipo.evaluate import Evaluation
+from megatron_fipo.evaluation import Evaluation
 from megatron_fipo.resume import Progress, changes, check_directory, starts_over
 from megatron_fipo.run_log import RunLog
 
@@ -48,6 +48,7 @@ def test_same_settings_go_on(run: Path) -> None:
         *("parallel.world_size=8", "parallel.pipeline=1", "checkpoint.every=3", "eval.every=1", "run.name=x"),
         *("trainer.max_steps=200", "trainer.tokens_per_micro_batch=40000", "model.recompute=full"),
         *("optimizer.offload_state=true", "rollout.batch_size=7", "data.validation=v.parquet"),
+        "data.validation={a: v.parquet, b: w.parquet}",
     ],
 )
 def test_layout_and_housekeeping_may_change(run: Path, override: str) -> None:
@@ -135,6 +136,9 @@ def test_progress_through_json() -> None:
     progress = Progress(3, EVALUATION, replace(EVALUATION, avg=0.1 + 0.2), 0.5, {"a": 1 / 3}, 12.25)
     assert Progress.from_state_dict(json.loads(json.dumps(progress.state_dict()))) == progress
     assert Progress.from_state_dict(json.loads(json.dumps(Progress().state_dict()))) == Progress()
+    several = replace(EVALUATION, intervals={"avg@k": (0.25, 0.75)}, pass_at={"pass@1": 0.5}, lengths={"max": 9.0})
+    progress = Progress(before=replace(several, benchmarks={"a": several, "b": EVALUATION}))
+    assert Progress.from_state_dict(json.loads(json.dumps(progress.state_dict()))) == progress
 
 
 def test_progress_of_evaluations() -> None:

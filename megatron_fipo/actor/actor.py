@@ -22,11 +22,10 @@ from megatron_fipo.algorithm import loss_config
 from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
 from megatron_fipo.config import Config
-from megatron_fipo.convert.distributed import load_distributed
 from megatron_fipo.convert.export import export_weights
-from megatron_fipo.convert.load import load_weights, named_parameters
+from megatron_fipo.convert.load import named_parameters
+from megatron_fipo.convert.policy import load_policy
 from megatron_fipo.model.architecture import Architecture
-from megatron_fipo.model.build import build_policy
 from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
 
@@ -66,11 +65,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.topology = topology
         self.engine = engine
         self.loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
-        self.chunks = build_policy(arch, config, topology)
-        if config.model.megatron_path:
-            load_distributed(self.chunks, config.model.megatron_path)
-        else:
-            load_weights(self.chunks, config.model.hf_path, arch, topology)
+        self.chunks = load_policy(arch, config, topology)
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None

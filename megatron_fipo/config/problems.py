@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from operator import attrgetter
+from pathlib import Path
 
-from megatron_fipo.config.sections import Config, ParallelConfig, RolloutConfig
+from megatron_fipo.config.sections import Config, DataConfig, ParallelConfig, RolloutConfig
 
 # None stands for a default
 _POSITIVE = (
@@ -63,6 +65,7 @@ def validate(config: Config) -> None:
     """Raise one ValueError that lists everything illegal in `config`, with the arithmetic."""
     problems = [
         *_required(config),
+        *_benchmarks(config.data),
         *_layout(config.parallel),
         *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
         *_ranges(config),
@@ -79,6 +82,27 @@ def _required(config: Config) -> list[str]:
         for name, value in (("model.hf_path", config.model.hf_path), ("data.train", config.data.train))
         if not value
     ]
+
+
+def _benchmarks(d: DataConfig) -> list[str]:
+    """What is wrong with the names and files of data.validation; names become keys of metrics."""
+    given = d.validation
+    if given is None:
+        return []
+    files = list(given.values()) if isinstance(given, dict) else given if isinstance(given, list) else [given]
+    if not all(isinstance(file, str) and file for file in files):
+        return [f"data.validation = {given!r} is no file, no list of files and no mapping of names to files"]
+    names = [str(name) for name in given] if isinstance(given, dict) else [Path(file).stem for file in files]
+    problems = [
+        f"data.validation: the name {name!r} has other characters than letters, digits, '.', '_' and '-'"
+        for name in names
+        if not re.fullmatch(r"[\w.-]+", name, re.ASCII)
+    ]
+    if len(set(names)) < len(names):
+        problems.append(
+            f"data.validation: two of {', '.join(files)} have the same name; give them names: {{name: file, ...}}"
+        )
+    return problems
 
 
 def _layout(p: ParallelConfig) -> list[str]:
@@ -216,6 +240,9 @@ def _ranges(c: Config) -> list[str]:
         problems.append("optimizer.offload_state needs optimizer.distributed, which owns the state that it moves")
     if not all(0 <= beta < 1 for beta in c.optimizer.betas):
         problems.append(f"optimizer.betas = {list(c.optimizer.betas)} must be in [0, 1)")
+    wrong = [j for j in c.eval.pass_k or () if not 1 <= j <= c.eval.samples]
+    if wrong:
+        problems.append(f"eval.pass_k: {wrong} must be between 1 and eval.samples = {c.eval.samples}")
     for name, p in (("rollout.top_p", c.rollout.top_p), ("eval.top_p", c.eval.top_p)):
         if not 0 < p <= 1:
             problems.append(f"{name} = {p} must be in (0, 1]")

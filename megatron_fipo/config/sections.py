@@ -58,9 +58,18 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str = ""  # parquet in the DAPO schema
-    validation: str | None = None
+    # What is evaluated on: a file, a list of files, or a mapping of names to files. A file without a name is called as
+    # it is, without its ending. Several are benchmarks of their own; the scores of all are the mean over them.
+    validation: Any = None
     max_prompt_tokens: int = 2048  # longer prompts are left out and counted
     shuffle: bool = True
+
+    @property
+    def benchmarks(self) -> dict[str, str]:
+        """The files of `validation` by their names."""
+        given = self.validation or {}
+        files = [given] if isinstance(given, str) else given
+        return dict(files) if isinstance(files, dict) else {Path(file).stem: file for file in files}
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,11 @@ class EvalConfig:
     samples: int = 32  # k: responses a problem
     temperature: float = 1.0
     top_p: float = 0.7
-    max_problems: int | None = None
+    max_problems: int | None = None  # of each benchmark, its first ones
+    pass_k: tuple[int, ...] | None = (
+        None  # the j of every pass@j, at most `samples`; None: powers of two, and `samples`
+    )
+    save: bool = True  # keep evaluation/step_N.parquet, every response with its verdict
 
 
 @dataclass(frozen=True)

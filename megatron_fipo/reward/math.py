@@ -3,6 +3,7 @@ r"""Answers compared as mathematics: `\boxed{\frac12}` is `0.5`, decided by math
 The last `\boxed{}` or `Answer:` line counts, whichever comes later; a response with neither has no answer. What a
 model writes can take for ever to evaluate or fill the memory (`10^{10^{10}}`), so each comparison has a deadline and
 each process a memory limit. One that breaks either is ended and its answer is wrong; the next answer gets a new one.
+The signals that Slurm sends to every process of a job do not reach them: their parent ends them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import queue
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_fipo.reward import dapo
+from megatron_fipo.reward.equivalence import group_equal
 from megatron_fipo.reward.score import Score, right_or_wrong
 
 MAX_ANSWER_CHARACTERS = 2000  # a longer one is right only if it is the ground truth to the letter
 MEMORY_BYTES = 2 << 30  # of one process
 START_SECONDS = 120.0  # importing sympy from a busy network file system
+_OF_THE_JOB = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"[\s,;$]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
@@ -58,14 +62,24 @@ class MathReward:
             for answer, truth in pairs
         ]
 
+    def classes(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
+        """See `equivalence.ComparesAnswers`."""
+        return list(self._threads.map(lambda some: group_equal(some, self._are_equal), answers))
+
     def close(self) -> None:
         """End the worker processes."""
         self._finalizer()
 
     def _ask(self, question: tuple[str, str]) -> bool:
+        return bool(self._verdict(*question))
+
+    def _are_equal(self, answer: str, other: str) -> bool | None:
+        return self._verdict(answer, other) if _comparable(answer, other) else False
+
+    def _verdict(self, answer: str, truth: str) -> bool | None:
         worker = self._idle.get()
         try:
-            return worker.ask(*question)
+            return worker.ask(answer, truth)
         finally:
             self._idle.put(worker)
 
@@ -77,13 +91,13 @@ class _Worker:
         self._timeout_seconds = timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, answer: str, ground_truth: str) -> bool:
-        """Whether the two are equal; False where that could not be decided within the limits."""
+    def ask(self, answer: str, ground_truth: str) -> bool | None:
+        """Whether the two are equal; None where that could not be decided within the limits."""
         used = self._process is not None and self._process.poll() is None
         reply, died = self._reply(answer, ground_truth)
         if died and used:  # perhaps before it saw this answer, which a new one then judges
             reply, _ = self._reply(answer, ground_truth)
-        return reply == b"1"
+        return reply == b"1" if reply else None
 
     def _reply(self, answer: str, ground_truth: str) -> tuple[bytes, bool]:
         """The worker's byte, empty if it gave none, and whether it died of something else than the time limit."""
@@ -113,7 +127,13 @@ class _Worker:
         self.stop()
         script = str(Path(__file__).with_name("math_worker.py"))
         command = [sys.executable, "-P", script, str(self._timeout_seconds), str(MEMORY_BYTES)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # A process inherits what is blocked, from its first instruction on. A worker that a signal ends would be
+        # replaced, but each time in the midst of an answer, and while its parent tries to finish in good order.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if _read_byte(process, START_SECONDS) != b"r":
             process.kill()
             process.communicate()

@@ -25,7 +25,6 @@ def equivalent(answer: str, ground_truth: str) -> bool:
 
 
 def main(timeout_seconds: float, memory_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable()

@@ -1,0 +1,153 @@
+"""`megatron-fipo eval`: a checkpoint's weights and an engine, without what training needs, and samples that stay."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_fipo.config import Config
+from megatron_fipo.convert.export import export_weights
+from megatron_fipo.convert.policy import load_policy
+from megatron_fipo.evaluation.drawing import wanted
+from megatron_fipo.evaluation.evaluate import Benchmarks, evaluate, load_benchmarks
+from megatron_fipo.evaluation.sample import Key, Sample
+from megatron_fipo.evaluation.store import Store, settings_of
+from megatron_fipo.evaluation.summary import Evaluation
+from megatron_fipo.evaluation.table import show
+from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.reward import make_reward
+from megatron_fipo.rollout import RolloutEngine, make_engine
+from megatron_fipo.rollout.stop_tokens import stop_token_ids
+
+_REPORT_SECONDS = 10.0
+
+
+def weights_of(config: Config) -> str:
+    return config.model.megatron_path or config.model.hf_path
+
+
+def default_directory(config: Config) -> Path:
+    """Named for the checkpoint, in the run's own directory."""
+    return config.run_directory / "evaluation" / Path(weights_of(config)).resolve().name
+
+
+def check(config: Config, out: Path) -> None:
+    """Whether the evaluation may go on in `out`; asked before any rank starts.
+
+    Raises:
+        ValueError: `out` holds samples of other weights, problems or settings, or the problems cannot be read.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give another --out")
+    Store(out).claim(settings_of(config, load_benchmarks(config, _tokenizer(config))), write=False)
+
+
+def run(config: Config, out: Path) -> None:
+    """Evaluate on this rank; collective. Rank 0 prints a table and, as its last line, one JSON object.
+
+    Raises:
+        Interrupted: a rank was asked to stop; what is finished is kept, and the same command goes on.
+    """
+    tokenizer, store = _tokenizer(config), Store(out)
+    benchmarks = load_benchmarks(config, tokenizer)
+    if dist.get_rank() == 0:
+        store.claim(settings_of(config, benchmarks))
+        finished = store.read()
+    else:
+        finished = []
+    dist.barrier()  # what is there now was read before anybody adds to it
+    result, samples = _evaluate(config, benchmarks, tokenizer, store, finished)
+    if dist.get_rank() == 0:
+        store.finish(result, samples, benchmarks, weights_of(config))
+        show(result, next(iter(benchmarks)))
+        print(json.dumps({"weights": weights_of(config), "out": str(out), **asdict(result), **result.scores()}))
+
+
+def _evaluate(
+    config: Config, benchmarks: Benchmarks, tokenizer: Any, store: Store, finished: Sequence[Sample]
+) -> tuple[Evaluation, list[Sample]]:
+    topology = topologies.initialize(config.parallel, config.run.seed)
+    progress = _Progress({draw.key for draw in wanted(benchmarks, config)}, finished, store)
+    complete = [progress.left == 0]
+    dist.broadcast_object_list(complete, src=0)
+    reward, engine = make_reward(config.reward), None if complete[0] else _engine(config, topology)
+
+    def keep(samples: Sequence[Sample]) -> None:
+        store.add(samples)
+        if topology.rank == 0:
+            progress.tell()
+
+    try:
+        stops = stop_token_ids(config.model.hf_path, tokenizer)
+        return evaluate(benchmarks, engine, reward, tokenizer, config, stops, finished=finished, keep=keep)
+    finally:
+        reward.close()
+        if engine is not None:
+            engine.close()
+
+
+def _engine(config: Config, topology: Topology) -> RolloutEngine:
+    """One that has the policy's weights; the ranks' own copy is gone when it has."""
+    hf_config = load_hf_config(config.model.hf_path, config.model.overrides)
+    engine = make_engine(config, hf_config, topology)
+    try:
+        engine.load_weights(_weights(config, topology))
+    except BaseException:
+        engine.close()
+        raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return engine
+
+
+def _weights(config: Config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+    architecture = check_model(config)
+    yield from export_weights(load_policy(architecture, config, topology), architecture, topology)
+
+
+def _tokenizer(config: Config) -> Any:
+    return AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+
+
+class _Progress:
+    """Lines on standard error: how far all ranks have come, how fast, how long it will take."""
+
+    def __init__(self, wanted: Collection[Key], finished: Sequence[Sample], store: Store) -> None:
+        self._wanted = len(wanted)
+        self._earlier = len({sample.key for sample in finished} & set(wanted))
+        self._held = len(finished)
+        self._store = store
+        self._started = self._told = time.monotonic()
+        if self._earlier:
+            print(f"{self._earlier} of {self._wanted} samples are there already", file=sys.stderr)
+
+    @property
+    def left(self) -> int:
+        """Samples to be drawn by this process and the other ranks."""
+        return self._wanted - self._earlier
+
+    def tell(self) -> None:
+        """Print a line, unless there was one a moment ago."""
+        now = time.monotonic()
+        drawn = self._store.count() - self._held
+        if now - self._told < _REPORT_SECONDS and drawn < self.left:
+            return
+        self._told, rate = now, drawn / (now - self._started)
+        left = timedelta(seconds=round((self.left - drawn) / rate))
+        print(
+            f"{self._earlier + drawn} of {self._wanted} samples, {rate:.2f} a second, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,169 @@
+"""The figures of an evaluation: Avg@k, Cons@k and Pass@k with their intervals, and how long the responses are.
+
+Of several benchmarks, scores and their intervals are means over the benchmarks, whatever their sizes; lengths are of
+all samples together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from megatron_fipo.evaluation.estimators import Floats, consensus, interval, pass_at, resampled_means
+from megatron_fipo.evaluation.sample import Sample
+
+_QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """k samples of each problem, summarized.
+
+    Attributes:
+        avg: mean accuracy of all samples.
+        cons: expected share of problems whose most frequent answer is right, ties decided by lot.
+        pass_: share of problems with at least one right sample.
+        length: mean response length, tokens.
+        truncated: share of responses that hit the length limit.
+        pass_at: `pass@j` for several j <= k.
+        intervals: of every score, by its name: the ends of the 95 % bootstrap interval over problems.
+        lengths: quantiles of the response length, and mean and median of the right and of the wrong ones, where any.
+        benchmarks: each one's own figures where there are several.
+    """
+
+    samples: int
+    problems: int
+    avg: float
+    cons: float
+    pass_: float
+    length: float
+    truncated: float
+    pass_at: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    lengths: Mapping[str, float] = field(default_factory=dict)
+    benchmarks: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    def scores(self) -> dict[str, float]:
+        return {"avg@k": self.avg, "cons@k": self.cons, "pass@k": self.pass_}
+
+    def metrics(self) -> dict[str, float]:
+        """All figures by the names that metrics.jsonl has; `eval/<benchmark>/...` where there are several."""
+        figures = {f"eval/{name}": value for name, value in self._figures()}
+        for benchmark, result in self.benchmarks.items():
+            figures |= {f"eval/{benchmark}/{name}": value for name, value in result._figures()}
+        return figures
+
+    def _figures(self) -> Iterator[tuple[str, float]]:
+        yield from {**self.scores(), **self.pass_at, "length": self.length, "truncated": self.truncated}.items()
+        yield from ((f"length/{name}", value) for name, value in self.lengths.items())
+        for name, (low, high) in self.intervals.items():
+            yield f"{name}/low", low
+            yield f"{name}/high", high
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> Evaluation:
+        """What `dataclasses.asdict` made, also by way of JSON or by a version with fewer figures."""
+        nested: dict[str, Any] = {
+            "intervals": {name: tuple(ends) for name, ends in state.get("intervals", {}).items()},
+            "benchmarks": {n: Evaluation.from_state_dict(e) for n, e in state.get("benchmarks", {}).items()},
+        }
+        return Evaluation(**{**state, **nested})
+
+
+def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, seed: int = 0) -> Evaluation:
+    """The figures of a finished evaluation, of samples in any order.
+
+    Args:
+        pass_k: the j of each `pass@j`; None: the powers of two up to k, and k.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: problems with different numbers of samples, none at all, or a j above k.
+    """
+    parts = _by_benchmark(samples)
+    counts = {len(answers) for problems in parts.values() for answers in problems}
+    if len(counts) != 1:
+        raise ValueError(f"every problem needs the same number of samples, but there are {sorted(counts)}")
+    k = counts.pop()
+    wanted = powers_of_two(k) if pass_k is None else sorted(set(pass_k))
+    names = ["avg@k", "cons@k", "pass@k", *(f"pass@{j}" for j in wanted)]
+    figures = {name: _scores_by_problem(problems, k, wanted) for name, problems in parts.items()}
+    resampled = {name: resampled_means(values, (seed, crc32(name.encode()))) for name, values in figures.items()}
+    each = {
+        name: _evaluation(
+            list(chain.from_iterable(problems)), k, len(problems), names, figures[name].mean(0), resampled[name]
+        )
+        for name, problems in parts.items()
+    }
+    if len(each) == 1:
+        return next(iter(each.values()))
+    means = np.mean([values.mean(0) for values in figures.values()], axis=0)
+    together = np.mean(list(resampled.values()), axis=0)
+    total = sum(len(problems) for problems in parts.values())
+    return _evaluation(samples, k, total, names, means, together, each)
+
+
+def powers_of_two(k: int) -> list[int]:
+    """1, 2, 4, ... up to k, and k itself."""
+    return sorted({*(1 << n for n in range(k.bit_length())), k})
+
+
+def _by_benchmark(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
+    """The samples of each problem of each benchmark, in an order that does not depend on how they come."""
+    parts: dict[str, dict[int, list[Sample]]] = {}
+    for sample in samples:
+        parts.setdefault(sample.benchmark, {}).setdefault(sample.problem, []).append(sample)
+    return {name: [problems[p] for p in sorted(problems)] for name, problems in sorted(parts.items())}
+
+
+def _scores_by_problem(problems: Sequence[Sequence[Sample]], k: int, wanted: Sequence[int]) -> Floats:
+    """[P, M]: each problem's accuracy, consensus, pass@k and every further pass@j."""
+    right = [sum(s.accuracy > 0 for s in answers) for answers in problems]
+    columns = [
+        np.array([sum(s.accuracy for s in answers) / k for answers in problems]),
+        np.array([consensus([s.answer_class for s in answers]) for answers in problems]),
+        *(pass_at(j, k, right) for j in (k, *wanted)),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _evaluation(
+    samples: Sequence[Sample],
+    k: int,
+    problems: int,
+    names: Sequence[str],
+    means: Floats,
+    resampled: Floats,
+    benchmarks: Mapping[str, Evaluation] | None = None,
+) -> Evaluation:
+    scores = dict(zip(names, means.tolist(), strict=True))
+    ends = zip(*interval(resampled).tolist(), strict=True)
+    avg, cons, pass_ = (scores.pop(name) for name in names[:3])
+    return Evaluation(
+        samples=k,
+        problems=problems,
+        avg=avg,
+        cons=cons,
+        pass_=pass_,
+        length=sum(s.length for s in samples) / len(samples),
+        truncated=sum(s.truncated for s in samples) / len(samples),
+        pass_at=scores,
+        intervals={name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
+        lengths=_lengths(samples),
+        benchmarks=benchmarks or {},
+    )
+
+
+def _lengths(samples: Sequence[Sample]) -> dict[str, float]:
+    quantiles = np.quantile([s.length for s in samples], list(_QUANTILES.values())).tolist()
+    lengths = dict(zip(_QUANTILES, quantiles, strict=True))
+    for name, right in (("right", True), ("wrong", False)):
+        some = [s.length for s in samples if (s.accuracy > 0) == right]
+        if some:
+            lengths |= {name: float(np.mean(some)), f"{name}_median": float(np.median(some))}
+    return lengths

@@ -1,0 +1,47 @@
+"""Samples for tests, and a reward function that says how often it was asked."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fipo.evaluation import Sample
+from megatron_fipo.reward import Score, dapo
+
+
+def samples(*problems: str, benchmark: str = "b", truth: str = "r") -> list[Sample]:
+    """Each problem a word whose letters are its answers in order; `.` is no answer, `r` the right one."""
+    return [
+        Sample(
+            benchmark,
+            p,
+            k,
+            seed=0,
+            response=a,
+            answer=None if a == "." else a,
+            accuracy=float(a == truth),
+            length=10 * (k + 1),
+            truncated=k == 0,
+            answer_class=None if a == "." else 0 if a == truth else ord(a),
+        )
+        for p, word in enumerate(problems)
+        for k, a in enumerate(word)
+    ]
+
+
+def counted(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
+    """The verdicts of `dapo`, with a line a call, the number of responses, in the file FIPO_TEST_COUNTS.
+
+    Every FIPO_TEST_STOP_AT-th call raises; every FIPO_TEST_HANG_AT-th never returns.
+    """
+    counts = Path(os.environ["FIPO_TEST_COUNTS"])
+    with counts.open("a") as stream:
+        stream.write(f"{len(responses)}\n")
+    calls = str(len(counts.read_text().splitlines()))
+    if calls == os.environ.get("FIPO_TEST_STOP_AT"):
+        raise RuntimeError("stopped as the test wants it")
+    if calls == os.environ.get("FIPO_TEST_HANG_AT"):
+        time.sleep(600)
+    return [dapo.score(response, truth) for response, truth in zip(responses, ground_truths, strict=True)]
