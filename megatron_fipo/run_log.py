@@ -32,6 +32,7 @@ from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table, write_table
+from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class RunLog:
         self._metrics: Any = None
         self._tensorboard: SummaryWriter | None = None
         self._claim: int | None = None
+        self._health = Watch(Limits(config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens))
 
     def claim_directory(self) -> None:
         """Make the run's directory this process's own until it ends, however it ends. Before anything is changed there.
@@ -136,7 +138,10 @@ class RunLog:
                 f"{self.directory / 'metrics.jsonl'} has {rows} rows of {step} finished steps; the others are lost"
             )
         _keep_old_config(self.directory / "config.yaml", to_yaml(self.config), step)
-        self._metrics = (self.directory / "metrics.jsonl").open("a")
+        metrics = self.directory / "metrics.jsonl"
+        for row in metrics.read_text().splitlines():
+            self._health.update(json.loads(row))  # said by the attempt that saw it
+        self._metrics = metrics.open("a")
         if self.config.trainer.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -165,6 +170,8 @@ class RunLog:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
         self.console.print(self._line(step, metrics, seconds))
+        for finding in self._health.update({"step": step, **metrics}):
+            self.warn(finding.text)
 
     def _line(self, step: int, m: dict[str, float], seconds: float) -> str:
         last = self.config.trainer.max_steps

@@ -1,0 +1,254 @@
+"""Rules that look at a run's metrics, step by step, and say when it goes wrong and why that matters.
+
+Training prints a finding once, when its rule begins to hold; the report lists all of them. A rule's `source` says where
+it comes from: "paper" (arXiv 2603.19835), "code" (the authors' implementation), or "choice", ours. Thresholds are ours
+in any case, chosen so that the quickstart's recorded runs are silent, and not fitted on large runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Literal
+
+Row = Mapping[str, float]
+
+_QUIET = 10  # steps without the rule after which it begins anew
+_BASELINE = 20  # steps that tell what is usual
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the rules have to know of a run's configuration, in tokens."""
+
+    max_response_tokens: int
+    overlong_buffer_tokens: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Attributes: holds: of all rows up to the newest, what was seen in the run if the rule holds there, else None."""
+
+    name: str
+    reason: str
+    source: Literal["paper", "code", "choice"]
+    holds: Callable[[Sequence[Row], Limits], str | None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that holds from the step `first` to the step `last`; `seen` is what it saw at first."""
+
+    rule: Rule
+    first: int
+    last: int
+    seen: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.rule.name}: {self.seen}. {self.rule.reason}"
+
+
+class Watch:
+    """Takes the rows of a run in the order of their steps."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.findings: list[Finding] = []
+        self._limits = limits
+        self._rows: list[Row] = []
+        self._latest: dict[str, int] = {}  # rule -> place of its latest finding
+
+    def update(self, row: Mapping[str, float | None]) -> list[Finding]:
+        """What begins to hold with this step. A metric may be missing or None; so may every metric."""
+        step = int(row["step"] or 0)
+        watched = {n: v for n in _WATCHED if (v := row.get(n)) is not None and v == v}
+        self._rows.append(watched)
+        begun = []
+        for rule in RULES:
+            seen = rule.holds(self._rows, self._limits)
+            if seen is None:
+                continue
+            place = self._latest.get(rule.name)
+            if place is not None and step - self.findings[place].last <= _QUIET:
+                self.findings[place] = replace(self.findings[place], last=step)
+                continue
+            self._latest[rule.name] = len(self.findings)
+            self.findings.append(Finding(rule, step, step, seen))
+            begun.append(self.findings[-1])
+        return begun
+
+
+def findings(rows: Sequence[Mapping[str, float | None]], limits: Limits) -> list[Finding]:
+    """All findings of a history, in the order in which they began."""
+    watch = Watch(limits)
+    for row in rows:
+        watch.update(row)
+    return watch.findings
+
+
+_NO_OP_STEPS = 5  # a single step may have so few informative groups that they are one mini-batch
+
+
+def _no_op(rows: Sequence[Row], limits: Limits) -> str | None:
+    recent = rows[-_NO_OP_STEPS:]
+    if len(recent) < _NO_OP_STEPS or not all(_is_no_op(row) for row in recent):
+        return None
+    return f"every influence weight of the last {_NO_OP_STEPS} steps is exactly 1 ({_updates(recent)} updates a step)"
+
+
+def _is_no_op(row: Row) -> bool:
+    """Not where the learning rate is 0, as in the first step of the warm-up: nothing can move there."""
+    weights = row.get("policy/influence_weight_min") == row.get("policy/influence_weight_max") == 1
+    shifts = row.get("policy/future_kl_min") == row.get("policy/future_kl_max") == 0
+    return (weights or shifts) and row.get("policy/lr", 1.0) > 0
+
+
+def _updates(rows: Sequence[Row]) -> str:
+    return f"{fmean(row.get('policy/updates', 1.0) for row in rows):.3g}"
+
+
+_COLLAPSE_STEPS = 5  # between the first spike and the jump
+
+
+def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
+    before, recent = rows[-_BASELINE - _COLLAPSE_STEPS : -_COLLAPSE_STEPS], rows[-_COLLAPSE_STEPS:]
+    if len(before) < _COLLAPSE_STEPS:
+        return None
+    usual_clip, usual_kl = _usual(before, "policy/dual_clip_fraction"), _usual(before, "policy/policy_kl")
+    spikes = [n for n, r in enumerate(recent) if r.get("policy/dual_clip_fraction", 0.0) > max(10 * usual_clip, 1e-4)]
+    jump = abs(rows[-1].get("policy/policy_kl", 0.0))
+    if not spikes or jump <= max(10 * usual_kl, 1e-3):
+        return None
+    clip = recent[spikes[0]]["policy/dual_clip_fraction"]
+    return f"dual-clip fraction {clip:.2g} (usually {usual_clip:.2g}), then policy KL {jump:.2g} ({usual_kl:.2g})"
+
+
+def _usual(rows: Sequence[Row], name: str) -> float:
+    values = [abs(row[name]) for row in rows if name in row]
+    return median(values) if values else 0.0
+
+
+def _entropy(rows: Sequence[Row], limits: Limits) -> str | None:
+    first, last = _mean(rows[:5], "policy/entropy"), _mean(rows[-5:], "policy/entropy")
+    accuracy = _mean(rows[-5:], "reward/accuracy")
+    if len(rows) < 10 or first is None or last is None or accuracy is None:
+        return None
+    if last >= 0.05 * first or accuracy >= 0.9:  # who solves the task may be sure of it
+        return None
+    return f"entropy {last:.2g}, {last / first:.1%} of the first steps', at accuracy {accuracy:.2f}"
+
+
+def _stagnation(rows: Sequence[Row], limits: Limits) -> str | None:
+    if len(rows) < _BASELINE:
+        return None
+    recent = rows[-_BASELINE:]
+    q75, limit = _mean(recent, "response_length/q75"), limits.max_response_tokens - limits.overlong_buffer_tokens
+    older = _mean(recent[: _BASELINE // 2], "response_length/mean")
+    newer = _mean(recent[_BASELINE // 2 :], "response_length/mean")
+    if q75 is None or older is None or newer is None or q75 < limit or newer > 1.02 * older:
+        return None
+    return f"a quarter of the responses is longer than {limit} tokens, and the mean stays at {newer:.0f}"
+
+
+def _all_equal(rows: Sequence[Row], limits: Limits) -> str | None:
+    recent = rows[-5:]
+    drawn = sum(row.get("sampling/prompts_generated", 0.0) for row in recent)
+    equal = sum(row.get("sampling/groups_all_right", 0.0) + row.get("sampling/groups_all_wrong", 0.0) for row in recent)
+    if len(recent) < 5 or not drawn or equal < 0.9 * drawn:
+        return None
+    right = sum(row.get("sampling/groups_all_right", 0.0) for row in recent)
+    return f"{equal / drawn:.0%} of the groups are all right ({right / drawn:.0%}) or all wrong"
+
+
+def _mismatch(rows: Sequence[Row], limits: Limits) -> str | None:
+    if len(rows) < _BASELINE + 5:
+        return None
+    first = _usual(rows[:_BASELINE], "mismatch/rollout_mismatch_abs")
+    last = _usual(rows[-5:], "mismatch/rollout_mismatch_abs")
+    if last <= max(3 * first, 1e-3):
+        return None
+    return f"mean |trainer - engine| is {last:.2g} nats a token, {first:.2g} in the first {_BASELINE} steps"
+
+
+def _pinned(rows: Sequence[Row], limits: Limits) -> str | None:
+    shares = [_later_share(row) for row in rows[-5:]]
+    if len(shares) < 5 or min(shares) < 0.5:
+        return None
+    return f"{fmean(shares):.0%} of the tokens have the largest influence weight, in updates after a step's first"
+
+
+def _later_share(row: Row) -> float:
+    """Share of tokens at the upper bound without a step's first update, whose weights are all 1; 0 where unknown."""
+    share, updates = row.get("policy/influence_clip_fraction_upper", 0.0), row.get("policy/updates", 1.0)
+    moves = row.get("policy/influence_weight_max", 0.0) > 1
+    return share * updates / (updates - 1) if updates > 1 and moves else 0.0
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row]
+    return fmean(values) if values else None
+
+
+RULES = (
+    Rule(
+        "FIPO does nothing",
+        "Old log-probabilities are those of the step's start, so Future-KL is 0 until the first update: "
+        "with one update a step this is DAPO. Lower trainer.mini_batch_prompts or raise trainer.epochs_per_batch.",
+        "code",
+        _no_op,
+    ),
+    Rule(
+        "Collapse begins",
+        "A spike of the low-clip fraction (the dual clip's), then a jump of the KL, is how the paper's unmasked "
+        "run broke down (Figure 2). Go back to a checkpoint before it, and lower the learning rate or "
+        "algorithm.safety_threshold. (5 steps, tenfold of the 20 steps before: our choice.)",
+        "paper",
+        _collapse,
+    ),
+    Rule(
+        "Entropy collapsed",
+        "A policy that is sure of everything draws equal responses, and groups of equal responses teach nothing. "
+        "(Below 5% of the first steps' and an accuracy below 0.9: our choice.)",
+        "choice",
+        _entropy,
+    ),
+    Rule(
+        "Length stands at the limit",
+        "These responses are penalized for their length, so that it cannot grow further, which is what FIPO is for: "
+        "raise rollout.max_response_tokens. (20 steps, 2% growth: our choice.)",
+        "paper",
+        _stagnation,
+    ),
+    Rule(
+        "Hardly any group teaches",
+        "Groups whose responses are all right or all wrong have no advantage and are dropped; the recipe draws four "
+        "times the prompts of a step, enough for 75%. The problems are too easy or too hard by now. "
+        "(90% over 5 steps: our choice.)",
+        "code",
+        _all_equal,
+    ),
+    Rule(
+        "The engine drifts from the trainer",
+        "Log-probabilities of the same weights should differ by rounding only; Future-KL adds such noise up over "
+        "some half-lives. Stale weights, or precision. (Threefold and 0.001 nats: our choice.)",
+        "choice",
+        _mismatch,
+    ),
+    Rule(
+        "Influence weights are pinned",
+        "Weights that are all at algorithm.influence_clip's upper bound tell tokens apart no more: a larger learning "
+        "rate in disguise. A shorter half-life or fewer updates a step keep Future-KL smaller. "
+        "(Half of the tokens in 5 steps: our choice.)",
+        "choice",
+        _pinned,
+    ),
+)
+
+_WATCHED = (
+    *("policy/influence_weight_min", "policy/influence_weight_max", "policy/future_kl_min", "policy/future_kl_max"),
+    *("policy/lr", "policy/updates", "policy/dual_clip_fraction", "policy/policy_kl", "policy/entropy"),
+    *("policy/influence_clip_fraction_upper", "reward/accuracy", "response_length/q75", "response_length/mean"),
+    *("sampling/prompts_generated", "sampling/groups_all_right", "sampling/groups_all_wrong"),
+    "mismatch/rollout_mismatch_abs",
+)
