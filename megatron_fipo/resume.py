@@ -16,7 +16,8 @@ _FREE = (
     *("parallel.", "checkpoint.", "resume.", "profile.", "eval.", "run.name", "run.directory", "run.overwrite"),
     *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens"),
     *("data.validation", "data.validation."),  # one file, or several with names
-    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.mismatch_warning", "rollout.settle_seconds"),
+    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.save_credit"),
+    *("rollout.mismatch_warning", "rollout.settle_seconds"),
     *("rollout.placement", "rollout.num_servers", "rollout.tensor_parallel", "rollout.nodes", "rollout.gpus_per_node"),
     *("rollout.servers", "rollout.vllm_python", "rollout.weight_transport", "rollout.weight_bucket_mb"),
     *("rollout.weight_directory", "rollout.verify_weights", "rollout.deadline_seconds", "rollout.start_seconds"),

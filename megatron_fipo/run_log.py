@@ -195,8 +195,13 @@ class RunLog:
             for name, value in e.metrics().items():
                 self._tensorboard.add_scalar(name, value, step)
 
-    def rollouts(self, step: int, rollouts: Rollouts, tokenizer: Any, topology: Topology) -> None:
-        """Keep this replica's responses of a step, one row each, written by the first rank of each replica."""
+    def rollouts(
+        self, step: int, rollouts: Rollouts, tokenizer: Any, topology: Topology, credit: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Keep this replica's responses of a step, one row each, written by the first rank of each replica.
+
+        `credit`: more columns of a list a response, their values one response after another (`actor.credit`).
+        """
         if not self.enabled or topology.replica.rank() != 0:
             return
         path = self.directory / "rollouts" / f"step_{step}.parquet"
@@ -204,7 +209,11 @@ class RunLog:
             path = path / f"part-{topology.dp.rank()}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
-        pq.write_table(_rollout_table(rollouts, tokenizer), unfinished)
+        table = _rollout_table(rollouts, tokenizer)
+        offsets = pa.array([0, *rollouts.response_lengths.cumsum(0).tolist()], pa.int32())
+        for name, values in credit.items():
+            table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values.numpy())))
+        pq.write_table(table, unfinished)
         os.replace(unfinished, path)
 
     def samples(self, step: int, samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megatron_fipo.actor import FIPOActor, GradientError
+from megatron_fipo.actor.credit import token_credit
 from megatron_fipo.algorithm import DynamicSamplingExhausted
 from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.checkpoint import Checkpointer
@@ -240,9 +241,10 @@ class Trainer:
             if interrupt.agreed():
                 raise Interrupted
             with self._timed("update"):
-                updates = self._update_policy(step, batches)
+                updates, tokens = self._update_policy(step, batches)
         if self.config.rollout.save:
-            self.log.rollouts(step, rollouts, self.tokenizer, self.topology)
+            credit = token_credit(rollouts, batches, tokens, self.config.algorithm.loss) if tokens else {}
+            self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
         profiled = self.profile.finish_step() if self.profile else {}
         return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates, **profiled}
 
@@ -279,7 +281,7 @@ class Trainer:
         groups = range(self.config.trainer.mini_batch_prompts)
         _, batches = distribute(self._fake_rollouts(groups), groups, self.config, self.topology, self.actor.pack)
         with self.actor.training():
-            return self._update_policy(1, self._with_old_log_probs(batches))
+            return self._update_policy(1, self._with_old_log_probs(batches))[0]
 
     def export_policy(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<run>/policy`."""
@@ -317,9 +319,15 @@ class Trainer:
             self.log.warn(warning)
         return mismatch
 
-    def _update_policy(self, step: int, batches: Sequence[TrainBatch]) -> dict[str, float]:
-        """All updates of a step. The first one must see log-ratios of 0: the old log-probabilities are its own."""
+    def _update_policy(
+        self, step: int, batches: Sequence[TrainBatch]
+    ) -> tuple[dict[str, float], list[list[torch.Tensor]]]:
+        """All updates of a step. The first one must see log-ratios of 0: the old log-probabilities are its own.
+
+        Returns metrics and, if the actor records them, the tokens' values in the last epoch's update on each batch.
+        """
         seen: list[dict[str, float]] = []
+        tokens: list[list[torch.Tensor]] = []
         for epoch in range(self.config.trainer.epochs_per_batch):
             for number, batch in enumerate(batches):
                 try:
@@ -330,6 +338,8 @@ class Trainer:
                     raise GradientError(f"{where}: {error}; {self.log.dump(step, batch)}") from None
                 update = self.actor.last_update
                 assert update is not None
+                if self.actor.records and epoch == self.config.trainer.epochs_per_batch - 1:
+                    tokens.append(self.actor.token_values(batch))
                 skipped = float(update.skipped)
                 seen.append({**metrics, "grad_norm": update.grad_norm, "lr": update.lr, "skipped_updates": skipped})
         first_shift = seen[0]["log_ratio_abs_max"]
@@ -338,7 +348,7 @@ class Trainer:
                 f"the first mini-batch of step {step} has a log-ratio of {first_shift:.3g} nats before any update; "
                 "Future-KL amplifies such noise (kernels that are not deterministic?)"
             )
-        return {"policy/first_log_ratio_abs_max": first_shift, **_summarize_updates(seen)}
+        return {"policy/first_log_ratio_abs_max": first_shift, **_summarize_updates(seen)}, tokens
 
     def _fake_rollouts(self, groups: Sequence[int]) -> Rollouts:
         """Random responses to this replica's share of the groups, one of them as long as allowed."""

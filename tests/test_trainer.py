@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.actor import GradientError
 from megatron_fipo.config import Config, load_config
+from megatron_fipo.ops.reference import future_kl_loop
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout.collect import Collected
@@ -34,6 +36,7 @@ Layouts = Callable[[str], list[dict[str, torch.Tensor]]]
 COLUMNS = [
     *("id", "prompt", "response", "response_tokens", "rollout_log_probs", "weight_versions"),
     *("reward", "accuracy", "advantage", "truncated"),
+    *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
 ]
 
 
@@ -150,6 +153,9 @@ def test_layout_gives_the_same_run(name: str, runs: Path, one_rank: dict[str, An
                 assert row[column] == expected[column], (step, column)
             assert row["advantage"] == pytest.approx(expected["advantage"], abs=1e-6)
             assert row["rollout_log_probs"] == pytest.approx(expected["rollout_log_probs"], abs=1e-4)
+            for column in ("old_log_probs", "new_log_probs", "influence_weights"):
+                assert row[column] == pytest.approx(expected[column], abs=5e-4), (step, column)
+            assert row["future_kl"] == pytest.approx(expected["future_kl"], abs=5e-3)  # a sum over the response
     for row, expected in zip(_rows(runs / name), _rows(runs / "one"), strict=True):
         assert row.keys() == expected.keys()
         for metric in (m for m in expected if not m.startswith(UNTRAINED) and m != "wall_seconds"):
@@ -227,6 +233,27 @@ def test_rollouts_file(task: Path, runs: Path, one_rank: dict[str, Any]) -> None
             torch.testing.assert_close(torch.tensor([row["advantage"] for row in group]), expected)
             assert len({row["prompt"] for row in group}) == 1
             assert 0 < sum(row["accuracy"] for row in group) < 4
+
+
+@pytest.mark.parametrize("name", ["one", *LAYOUTS])
+def test_saved_credit_follows_from_the_saved_log_probs(
+    name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts
+) -> None:
+    """Future-KL by its definition, token by token, and the clipped weight, are what the file says the loss used."""
+    if name != "one":
+        on_layout(name)
+    weights = []
+    for row in (row for step in (1, 2) for row in _rollouts(runs / name, step)):
+        new, old = torch.tensor(row["new_log_probs"]), torch.tensor(row["old_log_probs"])
+        regular = new - old <= math.log(10.0)
+        expected = future_kl_loop(new - old, regular, torch.tensor([0, len(new)]), half_life=32.0)
+        torch.testing.assert_close(torch.tensor(row["future_kl"]), expected, rtol=1e-5, atol=1e-6)
+        weight = torch.tensor(row["influence_weights"])
+        torch.testing.assert_close(weight, expected.exp().clamp(1.0, 1.2), rtol=1e-5, atol=1e-6)
+        assert row["old_log_probs"] == pytest.approx(row["rollout_log_probs"], abs=1e-4)
+        weights.append(weight)
+    everything = torch.cat(weights)
+    assert 0.05 < (everything > 1.001).float().mean() < 0.95
 
 
 def test_summary(runs: Path, one_rank: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_fipo.actor.credit import RECORDED
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
@@ -70,6 +71,8 @@ class FIPOActor(AlignableGenerativeInterface):
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
         self.recorder: Recorder = _unrecorded
+        self.records = config.rollout.save and config.rollout.save_credit
+        self._record: list[torch.Tensor] | None = None  # last stage: [K, R] of each micro-batch of the last update
         self.initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
 
     # Training
@@ -96,6 +99,7 @@ class FIPOActor(AlignableGenerativeInterface):
         Returns the loss (one global mean over all replicas) and the metrics, the same on all ranks. Gradients are
         reduced when this returns, and are those of that loss.
         """
+        self._record = [] if self.records and not forward_only else None
         reports = self._run(batch.micro_batches, self._loss_step, forward_only=forward_only)
         metrics: dict[str, float] = {}
         if self.topology.is_last_stage:
@@ -113,6 +117,17 @@ class FIPOActor(AlignableGenerativeInterface):
             GradientError: too many bad gradients in a row.
         """
         self.last_update = self.optimizer.update()
+
+    def token_values(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """`[K, R]` float32 for each micro-batch of the last update, on every rank of the replica: what its loss saw and
+        made of each token (`credit.RECORDED`). Needs `records`."""
+        assert self._record is not None, "there was no update whose tokens were recorded"
+        sizes = [m.num_response_positions for m in batch.micro_batches]
+        shape = len(RECORDED[self.config.algorithm.loss]), sum(sizes)
+        flat = torch.cat(self._record, dim=1) if self._record else torch.empty(shape, device=self.topology.device)
+        if self.topology.pp.size() > 1:
+            dist.broadcast(flat, self.topology.last_stage_rank, group=self.topology.pp)
+        return list(flat.float().cpu().split(sizes, dim=1))
 
     # Validation has nothing to prepare: the loss is the same, without gradients.
 
@@ -263,7 +278,7 @@ class FIPOActor(AlignableGenerativeInterface):
 
     def _loss_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         micro_batch = next(micro_batches).to(self.topology.device)
-        return model(micro_batch), partial(self.loss, micro_batch=micro_batch)
+        return model(micro_batch), partial(self.loss, micro_batch=micro_batch, record=self._record)
 
     def _log_prob_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         micro_batch = next(micro_batches).to(self.topology.device)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_fipo.algorithm import FIPOLossConfig, aggregate_tokens, fipo_loss, grpo_loss
+from megatron_fipo.algorithm import FIPOLossConfig, LossOutput, aggregate_tokens, fipo_loss, grpo_loss
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.config import AlgorithmConfig
+from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -21,12 +22,15 @@ class PolicyLoss:
     config: FIPOLossConfig
     topology: Topology
 
-    def __call__(self, output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    def __call__(
+        self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """(loss sum, denominator, metrics) of the micro-batch, in the form that Megatron's per-token loss expects.
 
         `output` is `[2, R_local]`, log-probabilities and entropies. Under context parallelism each rank has the loss
         of its own chunks of every sequence, exact through the carries that the ranks exchange; Megatron adds sums and
-        denominators up over the data- and context-parallel ranks.
+        denominators up over the data- and context-parallel ranks. What the loss made of each token, `[K, R]` as
+        `credit.RECORDED` names it, is appended to `record`.
         """
         log_probs, entropy = output.unbind()
         assert micro_batch.old_log_probs is not None
@@ -44,6 +48,8 @@ class PolicyLoss:
             group=self.topology.cp if sharded else None,
             layout="zigzag",
         )
+        if record is not None:
+            record.append(self._token_values(log_probs, out, micro_batch))
         metrics = {**out.metrics, "entropy": mean_where(entropy, mask)}
         loss_sum = out.loss_sum
         if self.algorithm.entropy_coefficient:
@@ -56,6 +62,15 @@ class PolicyLoss:
             loss_sum = loss_sum + self.algorithm.kl_coefficient * total
             metrics["reference_kl"] = mean_where(penalty, mask)
         return loss_sum, out.denominator.int(), metrics
+
+    def _token_values(self, log_probs: torch.Tensor, out: LossOutput, micro_batch: MicroBatch) -> torch.Tensor:
+        """[K, R]: of all positions on every context-parallel rank. One all-reduce."""
+        kinds = [log_probs.detach()]
+        if self.algorithm.loss == "fipo":
+            kinds += [out.future_kl, out.influence_weights]
+        size = micro_batch.num_response_positions
+        places = torch.cat([micro_batch.places + kind * size for kind in range(len(kinds))])
+        return gather_tokens(torch.cat(kinds), places, len(kinds) * size, self.topology.cp).view(len(kinds), size)
 
     def _mine(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """[R] -> [R_local]: the positions that this context-parallel rank holds."""

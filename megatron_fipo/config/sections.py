@@ -120,6 +120,9 @@ class RolloutConfig:
     importance_sampling_cap: float = 2.0
     mismatch_warning: float = 0.05  # warn when mean |log p_trainer - log p_rollout| exceeds this
     save: bool = True  # keep rollouts/step_N.parquet
+    # In it, each token's log-probabilities before the step and in its last update, Future-KL and influence weight: 16
+    # bytes a token.
+    save_credit: bool = True
     # What follows needs an engine with servers (vllm). Steps by which the weights that drew a token may be behind those
     # that it trains. 0: every batch is drawn by the newest weights. 1: the next batch is drawn while one is trained
     # (not if colocated, where they take turns).
