@@ -266,6 +266,17 @@ def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
     _report(run)
 
 
+@scaling.command("report", epilog=EXIT_CODES)
+def report_scaling(
+    directory: Annotated[Path, typer.Argument(help="Where `scaling run` wrote: rows/, perhaps plan.csv, traces/.")],
+    out: Annotated[Path | None, typer.Option(help="The page's file; DIRECTORY/report.html if not given.")] = None,
+) -> None:
+    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and one page."""
+    from megatron_fipo.report.scaling_page import write_scaling_report
+
+    typer.echo(write_scaling_report(directory, out))
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has, what is missing, and what that costs."""

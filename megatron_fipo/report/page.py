@@ -18,7 +18,7 @@ from megatron_fipo.report.history import History, Run, read_run
 from megatron_fipo.report.panels import FigureSpec, draw
 from megatron_fipo.run_log import write_whole
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f4f5f6; --ink: #22272b; --soft: #636b72; --line: #dde1e4 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #1f1f1f; --page: #141414; --ink: #e4e6e8; --soft: #a0a7ad; --line: #383c40 }
@@ -136,7 +136,7 @@ def _page(run: Run, figures: Mapping[str, bytes]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 <h1>{name}</h1>
 <p>{progress(run)}. Long runs: the bold line is a running mean over about 1% of the steps, the pale one the values.</p>
 {_html_table(run)}

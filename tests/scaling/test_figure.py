@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_fipo.scaling.figure import draw, write_figure
@@ -15,7 +16,9 @@ def test_bars_are_the_spans(tmp_path: Path) -> None:
     """Each pass is a bar from its start to its end on its stage's row; a file is written whole."""
     timeline = simulate(Schedule(2, 4, 2), 0.5, 1.0, Communication(0.25))
     (axes,) = draw(timeline, "pp 2, vpp 2").axes
-    bars = sorted((bar.get_x(), bar.get_y() + 0.4, bar.get_width()) for bar in axes.patches if bar.get_height() == 0.8)
+    corners = [path.vertices for kind in axes.collections for path in kind.get_paths() if len(path.vertices)]
+    boxes = [(c[:, 0].min(), c[:, 1].min(), np.ptp(c[:, 0]), np.ptp(c[:, 1])) for c in corners]
+    bars = sorted((left, low + 0.4, width) for left, low, width, height in boxes if height > 0.5)
     spans = sorted((s.start, stage, s.seconds) for stage in range(2) for s in timeline.passes(stage))
     assert bars == [pytest.approx(span) for span in spans]
     assert f"bubble {timeline.bubble_fraction:.1%}" in axes.get_title()

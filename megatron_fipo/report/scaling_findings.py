@@ -1,0 +1,113 @@
+"""What measured layouts say when they are compared: the best ones, efficiency, what is still to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from megatron_fipo.scaling.row import LayoutKey, MeasuredRow
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest layout of a number of GPUs.
+
+    Attributes:
+        efficiency: its tokens/s/GPU over those of the best one on the fewest GPUs.
+        others: further layouts that were measured there.
+    """
+
+    row: MeasuredRow
+    efficiency: float
+    others: int
+
+
+@dataclass(frozen=True)
+class LossPair:
+    """One layout, trained with FIPO's loss and with plain cross-entropy."""
+
+    fipo: MeasuredRow
+    plain: MeasuredRow
+
+    @property
+    def ratio(self) -> float:
+        assert self.fipo.seconds is not None
+        assert self.plain.seconds is not None
+        return self.fipo.seconds / self.plain.seconds
+
+
+def settings(rows: Sequence[MeasuredRow]) -> list[tuple[str, str, str]]:
+    """Model, GPU and loss: what layouts are compared within."""
+    return sorted({row.setting for row in rows})
+
+
+def best_layouts(rows: Sequence[MeasuredRow]) -> list[Best]:
+    """Of each setting, by number of GPUs. Rate decides, not time: under weak scaling the update grows."""
+    rated = sorted((r for r in rows if r.ok and r.tokens_per_second_per_gpu), key=_by_setting_and_gpus)
+    found: list[Best] = []
+    for _, own in groupby(rated, key=lambda r: r.setting):
+        base = None
+        for _, same in groupby(own, key=lambda r: r.layout.gpus):
+            candidates = list(same)
+            best = min(candidates, key=lambda r: (-_rate(r), r.name))
+            base = base or _rate(best)
+            found.append(Best(best, _rate(best) / base, len(candidates) - 1))
+    return found
+
+
+def ranked(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
+    """By setting and GPUs; the fastest first, and what was not measured last."""
+    return sorted(rows, key=lambda r: (*_by_setting_and_gpus(r), not r.ok, -(r.tokens_per_second_per_gpu or 0), r.name))
+
+
+def pending(planned: Sequence[LayoutKey], rows: Sequence[MeasuredRow]) -> list[LayoutKey]:
+    """Layouts of the plan without a row, in the plan's order."""
+    done = {row.layout for row in rows}
+    return [layout for layout in planned if layout not in done]
+
+
+def loss_pairs(rows: Sequence[MeasuredRow]) -> list[LossPair]:
+    """Same model, GPU and layout under both losses."""
+    timed = {(r.model, r.gpu, r.layout, r.tokens, r.loss): r for r in rows if r.ok and r.seconds}
+    pairs = []
+    for (*where, loss), row in timed.items():
+        plain = timed.get((*where, "lm"))  # type: ignore[arg-type]
+        if loss == "fipo" and plain is not None:
+            pairs.append(LossPair(row, plain))
+    return sorted(pairs, key=lambda pair: pair.ratio)
+
+
+def shown_timelines(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
+    """The fastest and the slowest layout, and the fastest of each number of stages."""
+    timed = sorted((r for r in rows if r.ok and r.timeline is not None), key=lambda r: (-_rate(r), r.name))
+    first_of = {row.layout.pipeline: row for row in reversed(timed)}
+    chosen = {row.name for row in (*timed[:1], *first_of.values(), *timed[-1:])}
+    return [row for row in timed if row.name in chosen]
+
+
+def labels(rows: Sequence[MeasuredRow]) -> dict[str, str]:
+    """Of each row by its name: the layout, and what of the rest tells it from the others."""
+    parts = {row.name: _parts(row) for row in rows}
+    differing = [i for i in range(1, 6) if len({p[i] for p in parts.values()}) > 1]
+    return {name: ", ".join([p[0], *(p[i] for i in differing)]) for name, p in parts.items()}
+
+
+def _parts(row: MeasuredRow) -> tuple[str, ...]:
+    layout = row.layout
+    return (
+        str(layout),
+        f"{layout.gpus} GPUs",
+        f"{layout.tokens_per_micro_batch:,} tokens",
+        row.loss,
+        row.model,
+        row.gpu,
+    )
+
+
+def _rate(row: MeasuredRow) -> float:
+    return row.tokens_per_second_per_gpu or 0.0
+
+
+def _by_setting_and_gpus(row: MeasuredRow) -> tuple[tuple[str, str, str], int]:
+    return row.setting, row.layout.gpus

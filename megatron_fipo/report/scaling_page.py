@@ -1,0 +1,312 @@
+"""A scaling study's report: <study>/report.html, complete in one file, <study>/figures/*.png, a table for the terminal.
+
+A study is a directory with `rows/*.json`, a row a measured layout, perhaps `plan.csv` of what is to be measured, and
+`traces/NAME.json`. It may still be going on.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import median
+from urllib.parse import quote
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fipo.report import scaling_findings as findings
+from megatron_fipo.report.page import STYLE
+from megatron_fipo.report.scaling_figures import FIGURES
+from megatron_fipo.run_log import write_whole
+from megatron_fipo.scaling import figure as timelines
+from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_plan, read_rows
+
+WIDTH = 100
+_PAGE_BYTES = 4_500_000  # of figures in the page; timelines beyond that are only linked
+_LISTED = 20  # layouts still to be measured that are named
+_MORE_STYLE = """
+.wide { overflow-x: auto } .wide table { white-space: nowrap } .wide figure { max-width: none; min-width: 40rem }
+td:first-child, .text { text-align: left } td.error { white-space: normal; min-width: 14rem; max-width: 40rem }
+"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Attributes: planned: layouts of its plan.csv; warnings: what could not be read."""
+
+    directory: Path
+    rows: list[MeasuredRow]
+    planned: list[LayoutKey]
+    warnings: list[str]
+
+    @property
+    def pending(self) -> list[LayoutKey]:
+        return findings.pending(self.planned, self.rows)
+
+
+def write_scaling_report(directory: Path, out: Path | None = None) -> str:
+    """Draw a study's figures and page, also of one in progress; returns what to print.
+
+    Args:
+        out: the page's file; None: report.html in the study.
+
+    Raises:
+        ValueError: there is no readable row, or the page cannot be written.
+    """
+    study = read_study(directory)
+    page = out or directory / "report.html"
+    try:
+        drawn = _write_figures(study)
+        write_whole(page, _page(study, drawn, page.parent))
+    except OSError as error:
+        raise ValueError(f"{page} or {directory / 'figures'} cannot be written: {error}") from None
+    return "\n".join([*(f"warning: {text}" for text in study.warnings), terminal_table(study), f"report: {page}"])
+
+
+def read_study(directory: Path) -> Study:
+    """Raises ValueError: there is no readable row."""
+    rows, warnings = read_rows(directory)
+    planned, more = read_plan(directory / "plan.csv")
+    return Study(directory, findings.ranked(rows), planned, warnings + more)
+
+
+def summary(study: Study) -> str:
+    """One sentence: how many layouts came to what, and how right the planner was."""
+    counts = [sum(r.status == status for r in study.rows) for status in STATUSES]
+    text = ", ".join(f"{n} {name}" for n, name in zip(counts, ("measured", "out of memory", "failed"), strict=True))
+    if study.planned:
+        text += f"; {len(study.pending)} of the plan's {len(study.planned)} layouts not measured yet"
+    errors = [
+        abs(r.predicted.seconds / r.seconds - 1) for r in study.rows if r.ok and r.seconds and r.predicted.seconds
+    ]
+    if errors:
+        text += f"; predicted times are off by {median(errors):.1%} (median of {len(errors)})"
+    return text
+
+
+def terminal_table(study: Study) -> str:
+    """At most 100 columns wide; * marks the best layout on its number of GPUs."""
+    text = io.StringIO()
+    console = Console(file=text, width=WIDTH, markup=False, highlight=False)
+    best = {b.row.name for b in findings.best_layouts(study.rows)}
+    for setting in findings.settings(study.rows):
+        table = Table(title=" ".join(setting), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        for column in ("GPUs", "layout", "tokens", "s", "tok/s/GPU", "MFU", "bubble", "GB", "s predicted", "status"):
+            left = column in ("layout", "status")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")
+        for row in (r for r in study.rows if r.setting == setting):
+            table.add_row(*_terminal_cells(row, row.name in best))
+        console.print(table)
+    console.print(summary(study))
+    for line in _pending_lines(study):
+        console.print(f"to be measured: {line}")
+    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def _terminal_cells(row: MeasuredRow, best: bool) -> list[str]:
+    return [
+        f"{row.layout.gpus:,}" + ("*" if best else ""),
+        str(row.layout),
+        f"{row.layout.tokens_per_micro_batch:,}",
+        *_measured(row),
+        _cell(row.predicted.seconds, ".3g"),
+        row.status.replace("_", " "),
+    ]
+
+
+def _measured(row: MeasuredRow) -> list[str]:
+    memory = None if row.peak_memory is None else row.peak_memory / 1e9
+    return [
+        _cell(row.seconds, ".3g"),
+        _cell(row.tokens_per_second_per_gpu, ",.0f"),
+        _cell(row.mfu, ".1%"),
+        _cell(row.bubble_fraction, ".1%"),
+        _cell(memory, ".3g"),
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _pending_lines(study: Study) -> list[str]:
+    lines = [f"{p.gpus:,} GPUs, {p}, {p.tokens_per_micro_batch:,} tokens" for p in study.pending]
+    return lines[:_LISTED] + ([f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
+
+
+# Figures
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """PNGs by name, and the timelines' rows."""
+
+    figures: Mapping[str, bytes]
+    timelines: Sequence[tuple[MeasuredRow, str, bytes]]  # row, file, PNG
+
+
+def _write_figures(study: Study) -> _Drawn:
+    """Written to <study>/figures, too; one that an earlier report drew and these rows have no data for goes."""
+    folder = study.directory / "figures"
+    folder.mkdir(exist_ok=True)
+    pngs = {f.name: png for f in FIGURES if (png := f.draw(study.rows)) is not None}
+    lines = _draw_timelines(study.rows)
+    files = {f"{name}.png": png for name, png in pngs.items()} | {file: png for _, file, png in lines}
+    for file, png in files.items():
+        write_whole(folder / file, png)
+    for old in (*(folder / f"{f.name}.png" for f in FIGURES), *folder.glob("timeline_*.png")):
+        if old.name not in files:
+            old.unlink(missing_ok=True)
+    return _Drawn(pngs, lines)
+
+
+def _draw_timelines(rows: Sequence[MeasuredRow]) -> list[tuple[MeasuredRow, str, bytes]]:
+    label = findings.labels(rows)
+    drawn = []
+    for number, row in enumerate(findings.shown_timelines(rows), start=1):
+        assert row.timeline is not None
+        drawn.append((row, f"timeline_{number}.png", timelines.png(row.timeline, label[row.name])))
+    return drawn
+
+
+# The page
+
+
+def _page(study: Study, drawn: _Drawn, where: Path) -> str:
+    """`where`: the directory that links start from."""
+    name = escape(study.directory.resolve().name)
+    left = _PAGE_BYTES - sum(4 * len(png) // 3 for png in drawn.figures.values())
+    figures = "\n".join(_figure(f.title, f.caption, drawn.figures[f.name]) for f in FIGURES if f.name in drawn.figures)
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{STYLE}{_MORE_STYLE}</style>
+<h1>{name}</h1>
+<p>{escape(summary(study))}.</p>
+{_list("Not read", study.warnings)}
+<h2>Best layout on each number of GPUs</h2>
+{_best_table(study)}
+<h2>Figures</h2>
+<div class=grid>
+{figures}
+</div>
+<h2>All layouts</h2>
+{_rows_table(study, where)}
+{_timeline_section(study, drawn, where, left)}
+{_list("Not measured yet", _pending_lines(study))}
+<h2>Measured with</h2>
+{_environment_table(study.rows)}
+</html>
+"""
+
+
+def _best_table(study: Study) -> str:
+    label = findings.labels([b.row for b in findings.best_layouts(study.rows)])
+    lines = [
+        [
+            f"{b.row.layout.gpus:,}",
+            label[b.row.name],
+            f"{b.row.layout.tokens_per_micro_batch:,}",
+            *_measured(b.row),
+            f"{b.efficiency:.1%}",
+            str(b.others),
+        ]
+        for b in findings.best_layouts(study.rows)
+    ]
+    if not lines:
+        return "<p>None has been measured.</p>"
+    head = ["GPUs", "layout", "tokens", "s", "tokens/s/GPU", "MFU", "bubble", "GB", "efficiency", "slower ones"]
+    return _table(head, [[escape(cell) for cell in line] for line in lines], {1: "text"})
+
+
+def _rows_table(study: Study, where: Path) -> str:
+    head = ["GPUs", "layout", "model", "GPU", "loss", "tokens", "micro-batches", "s", "tokens/s/GPU", "MFU", "bubble"]
+    head += ["GB", "closed form", "s predicted", "bubble predicted", "GB predicted", "status", "trace"]
+    lines = []
+    for row in study.rows:
+        memory = None if row.predicted.memory_bytes is None else row.predicted.memory_bytes / 1e9
+        cells = [
+            f"{row.layout.gpus:,}",
+            str(row.layout),
+            row.model,
+            row.gpu,
+            row.loss,
+            f"{row.layout.tokens_per_micro_batch:,}",
+            _cell(row.micro_batches, ",d"),
+            *_measured(row),
+            _cell(row.closed_form, ".1%"),
+            _cell(row.predicted.seconds, ".3g"),
+            _cell(row.predicted.bubble, ".1%"),
+            _cell(memory, ".3g"),
+            row.status.replace("_", " ") + (f": {row.error}" if row.error else ""),
+        ]
+        lines.append([*(escape(cell) for cell in cells), _trace_link(study.directory, row, where)])
+    return _table(head, lines, {1: "text", 2: "text", 3: "text", 16: "text error"})
+
+
+def _trace_link(directory: Path, row: MeasuredRow, where: Path) -> str:
+    trace = directory / "traces" / f"{row.name}.json"
+    if Path(row.name).name != row.name or not trace.is_file():
+        return "-"
+    return f'<a href="{escape(quote(os.path.relpath(trace, where)))}">trace</a>'
+
+
+def _timeline_section(study: Study, drawn: _Drawn, where: Path, left: int) -> str:
+    parts = []
+    for row, file, png in drawn.timelines:
+        left -= 4 * len(png) // 3
+        caption = f"{row.name}: {_cell(row.seconds, '.4g')} s an update; the median one."
+        if left > 0:
+            parts.append(_figure(row.name, caption, png))
+        else:
+            link = escape(quote(os.path.relpath(study.directory / "figures" / file, where)))
+            parts.append(f'<p><a href="{link}">{escape(row.name)}</a></p>')
+    if not parts:
+        return ""
+    note = "The fastest layout, the slowest, and the fastest of each number of stages. Traces open in ui.perfetto.dev."
+    return f"<h2>Timelines</h2>\n<p>{note}</p>\n<div class=wide>\n" + "\n".join(parts) + "\n</div>"
+
+
+def _environment_table(rows: Sequence[MeasuredRow]) -> str:
+    """Each fact with all its values, of which there should be one."""
+    names = dict.fromkeys(name for row in rows for name in row.environment)
+    lines = []
+    for name in names:
+        values = dict.fromkeys(row.environment[name] for row in rows if name in row.environment)
+        shown = list(values)[:3] + ([f"and {len(values) - 3} others"] if len(values) > 3 else [])
+        lines.append([escape(name), escape("; ".join(shown))])
+    return _table(["", ""], lines, {1: "text error"}) if lines else "<p>It is not known.</p>"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], classes: Mapping[int, str] | None = None) -> str:
+    """Of cells that are HTML already."""
+
+    def row(tag: str, line: Sequence[str]) -> str:
+        kinds = [f' class="{classes[i]}"' if classes and i in classes else "" for i in range(len(line))]
+        return "<tr>" + "".join(f"<{tag}{k}>{text}</{tag}>" for k, text in zip(kinds, line, strict=True)) + "</tr>"
+
+    rows = "\n".join(row("td", line) for line in lines)
+    header = row("th", [escape(name) for name in head])
+    return f"<div class=wide><table>\n{header}\n{rows}\n</table></div>"
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    return f"<h2>{title}</h2>\n<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
+def _figure(title: str, caption: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
