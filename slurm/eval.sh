@@ -1,9 +1,10 @@
 #!/bin/bash
 # Evaluate a checkpoint on one node: Avg@k, Cons@k and Pass@k of the config's validation problems.
 #
-#   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [key=value ...]
+#   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [--out DIR] [key=value ...]
 #
-# One task is one rank, and parallel.world_size must be their number.
+# One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is told
+# to stop 3 minutes before its time is up, puts itself back into the queue, and goes on; after a node failure as well.
 #
 #SBATCH --job-name=fipo-eval
 #SBATCH --nodes=1
@@ -13,6 +14,8 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail

@@ -363,3 +363,38 @@ def test_rollout_servers(file: Path, overrides: list[str], message: str) -> None
     """What does not fit together about servers is refused, and says what to change."""
     problems = _refused(file, "rollout.engine=vllm", *(f"rollout.{o}" for o in overrides))
     assert any(message in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("given", "benchmarks"),
+    [
+        ("null", {}),
+        ("d/v.parquet", {"v": "d/v.parquet"}),
+        ("[d/v.parquet,d/aime-2024.parquet]", {"v": "d/v.parquet", "aime-2024": "d/aime-2024.parquet"}),
+        ("{a: d/v.parquet, b: e/v.parquet}", {"a": "d/v.parquet", "b": "e/v.parquet"}),
+    ],
+)
+def test_benchmarks(file: Path, given: str, benchmarks: dict[str, str]) -> None:
+    """One file, several, or several with names; they survive being written and read."""
+    config = load_config(file, [f"data.validation={given}"])
+    assert config.data.benchmarks == benchmarks
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.validation=[a/v.parquet,b/v.parquet]", "two of a/v.parquet, b/v.parquet have the same name"),
+        ("data.validation={a/b: v.parquet}", "the name 'a/b' has other characters"),
+        ("data.validation=3", "data.validation = 3 is no file"),
+        ("data.validation=[3]", "is no file, no list of files and no mapping"),
+        ("data.validation={a: {b: c}}", "is no file, no list of files and no mapping"),
+        ("eval.pass_k=[64]", r"eval.pass_k: [64] must be between 1 and eval.samples = 32"),
+        ("eval.pass_k=[0,4]", r"eval.pass_k: [0] must be"),
+    ],
+)
+def test_illegal_benchmarks(file: Path, override: str, says: str) -> None:
+    """Each refused with what is wrong about it."""
+    (problem,) = _refused(file, override)
+    assert says in problem

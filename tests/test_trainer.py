@@ -266,6 +266,18 @@ def test_summary(runs: Path, one_rank: dict[str, Any]) -> None:
     assert (summary["evaluation"]["before"]["samples"], summary["evaluation"]["before"]["problems"]) == (2, 4)
 
 
+def test_evaluated_samples_are_kept(runs: Path, one_rank: dict[str, Any]) -> None:
+    """evaluation/step_N.parquet has every response of the evaluations before and after, which give their scores."""
+    tables = sorted(path.name for path in (runs / "one" / "evaluation").iterdir())
+    assert tables == ["step_0.parquet", "step_2.parquet"]
+    summary = json.loads((runs / "one" / "summary.json").read_text())
+    for table, when in zip(tables, ("before", "after"), strict=True):
+        rows = pq.read_table(runs / "one" / "evaluation" / table).to_pylist()
+        assert [(row["problem"], row["number"]) for row in rows] == [(p, k) for p in range(4) for k in range(2)]
+        assert sum(row["accuracy"] for row in rows) / len(rows) == summary[when]["avg@k"]
+        assert {row["answer_class"] == 0 for row in rows if row["accuracy"]} <= {True}
+
+
 def test_exported_policy(task: Path, runs: Path, one_rank: dict[str, Any]) -> None:
     """policy/ loads in transformers with its tokenizer and holds the trained weights bit for bit."""
     model = AutoModelForCausalLM.from_pretrained(runs / "one" / "policy", dtype=torch.float32)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fipo.evaluation import Sample
+from megatron_fipo.parallel import interrupt
 from megatron_fipo.reward import Score, dapo
 
 
@@ -34,7 +36,8 @@ def samples(*problems: str, benchmark: str = "b", truth: str = "r") -> list[Samp
 def counted(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
     """The verdicts of `dapo`, with a line a call, the number of responses, in the file FIPO_TEST_COUNTS.
 
-    Every FIPO_TEST_STOP_AT-th call raises; every FIPO_TEST_HANG_AT-th never returns.
+    The call with the number FIPO_TEST_STOP_AT raises, FIPO_TEST_HANG_AT never returns, and FIPO_TEST_ASK_AT asks the
+    rank to stop.
     """
     counts = Path(os.environ["FIPO_TEST_COUNTS"])
     with counts.open("a") as stream:
@@ -44,4 +47,6 @@ def counted(responses: Sequence[str], ground_truths: Sequence[str], data_sources
         raise RuntimeError("stopped as the test wants it")
     if calls == os.environ.get("FIPO_TEST_HANG_AT"):
         time.sleep(600)
+    if calls == os.environ.get("FIPO_TEST_ASK_AT"):
+        interrupt._request(signal.SIGTERM, None)
     return [dapo.score(response, truth) for response, truth in zip(responses, ground_truths, strict=True)]

@@ -17,7 +17,8 @@ import pytest
 
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.evaluation import command
-from megatron_fipo.evaluation.store import weights_fingerprint
+from megatron_fipo.evaluation.evaluate import load_benchmarks
+from megatron_fipo.evaluation.store import Store, settings_of, weights_fingerprint
 from tests.policies import make_config, make_task
 from tests.ranks import run_ranks
 
@@ -102,6 +103,18 @@ def test_going_on_is_exact(task: Path, tmp_path: Path, counts: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_asked_to_stop(task: Path, tmp_path: Path, counts: Path) -> None:
+    """One of two ranks is: both stop at their next response, what was judged is kept, and nothing is summarized."""
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="Interrupted"):
+        _eval(_config(task), out, ranks=2, FIPO_TEST_ASK_AT="2")
+    kept = Store(out).read()
+    assert CHUNK < len(kept) == _judged(counts) < K * PROBLEMS
+    assert len({sample.key for sample in kept}) == len(kept)
+    assert not (out / "summary.json").exists()
+
+
+@pytest.mark.distributed
 def test_going_on_with_other_ranks(task: Path, tmp_path: Path, counts: Path) -> None:
     """Two ranks draw the same as one; and finish, without drawing it again, what one began."""
     expected = _eval(_config(task), tmp_path / "one")
@@ -153,9 +166,6 @@ def test_other_settings_are_refused(task: Path, tmp_path: Path, sections: dict[s
 
 
 def _claim(config: Config, out: Path) -> None:
-    from megatron_fipo.evaluation.evaluate import load_benchmarks
-    from megatron_fipo.evaluation.store import Store, settings_of
-
     Store(out).claim(settings_of(config, load_benchmarks(config, command._tokenizer(config))))
 
 
