@@ -16,7 +16,7 @@ def show(result: Evaluation, name: str) -> None:
     k = result.samples
     scores = {"avg@k": f"avg@{k}", "cons@k": f"cons@{k}", "pass@k": f"pass@{k}"}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    table.add_column("benchmark", overflow="fold")
+    table.add_column("benchmark", overflow="fold", min_width=12)
     for column in ("problems", *scores.values(), "length", "right", "wrong", "truncated"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = {**result.benchmarks, "mean": result} if result.benchmarks else {name: result}
@@ -38,4 +38,4 @@ def show(result: Evaluation, name: str) -> None:
 
 
 def _with_interval(value: float, low: float, high: float, name: str = "") -> str:
-    return f"{name} {value:.3f} [{low:.3f}, {high:.3f}]".strip()
+    return f"{name} {value:.3f} [{low:.2f}, {high:.2f}]".strip()
