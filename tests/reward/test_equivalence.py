@@ -78,9 +78,9 @@ def test_order_does_not_matter() -> None:
 
 def test_undecidable_answers_are_asked_about_once() -> None:
     """One that takes for ever is compared with an easy number and with nothing else."""
-    ask, asked = _counting(lambda one, other: None if "slow" in one + other else one[0] == other[0])
-    assert _partition(group_equal(["slow1", "a1", "slow2", "a2"], ask)) == _sets([0], [1, 3], [2])
-    assert [pair for pair in asked if "slow" in pair[0] + pair[1]] == [("slow1", "0"), ("slow2", "0")]
+    ask, asked = _counting(lambda one, other: None if "!" in one + other else one[0] == other[0])
+    assert _partition(group_equal(["!", "a1", "5!", "a2"], ask)) == _sets([0], [1, 3], [2])
+    assert [pair for pair in asked if "!" in pair[0] + pair[1]] == [("!", "0"), ("5!", "0")]
 
 
 def test_numbers_are_not_asked_about() -> None:
