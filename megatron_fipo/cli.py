@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_fipo.config import Config, load_config
+from megatron_fipo.config import Config, ParallelConfig, load_config
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.scaling.command import app as scaling
 
@@ -275,6 +275,29 @@ def report_scaling(
     from megatron_fipo.report.scaling_page import write_scaling_report
 
     typer.echo(write_scaling_report(directory, out))
+
+
+@scaling.command(epilog=EXIT_CODES)
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The file for `scaling plan --calibration`.")] = Path("calibration.yaml"),
+    gpu: Annotated[str | None, typer.Option(help="Name in the file; else as the device is called, or cpu.")] = None,
+    minutes: Annotated[float, typer.Option(help="That measuring may take, after start-up.")] = 3.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of products: bfloat16 (on GPUs if not given) or float32 (on CPUs).")
+    ] = None,
+) -> None:
+    """Measure this machine for `scaling plan`: products, attention, memory, links, launches.
+
+    Starts a rank a GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
+    printed rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
+    """
+    from megatron_fipo import launch
+    from megatron_fipo.scaling.calibrate import Request, calibrate_rank
+
+    request = Request(out, gpu, minutes, dtype)
+    request.check()
+    ranks = launch.started_ranks() or launch.num_gpus() or 2
+    launch.run(calibrate_rank, ParallelConfig(world_size=ranks), (request,))
 
 
 @app.command()

@@ -18,12 +18,26 @@ from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
 from megatron_fipo.outcome import Interrupted, RankFailure
 
-__all__ = ["Interrupted", "RankFailure", "is_first_process", "run"]
+__all__ = ["Interrupted", "RankFailure", "is_first_process", "num_gpus", "run", "started_ranks"]
 
 
 def is_first_process() -> bool:
     """Whether this process is the run's only one, or its rank 0 under torchrun or srun."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def started_ranks() -> int | None:
+    """How many torchrun or srun started; None where `run` starts them itself."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(slurm.torch_environment(os.environ)["WORLD_SIZE"]) if slurm.is_task(os.environ) else None
+
+
+def num_gpus() -> int:
+    """Of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def run(

@@ -133,9 +133,10 @@ class CostModel:
         gathered = _ITEM if self.precision == "bfloat16" else 1  # narrow inputs travel as such, sums do not
         all_reduce = self._collective(n * m.hidden_size * (gathered + _ITEM), p.tensor, p.tensor)
         tensor = soft.tensor_exposed * all_reduce * (1 if sparse else 2)
-        keys = n * 2 * m.key_size / p.tensor * _ITEM * (p.context - 1)
-        context = soft.context_exposed * keys / self._bandwidth(p.tensor * p.context, p.tensor)
+        context = 0.0
         if p.context > 1:
+            keys = n * 2 * m.key_size / p.tensor * _ITEM * (p.context - 1)
+            context = soft.context_exposed * keys / self._bandwidth(p.tensor * p.context, p.tensor)
             context += n * m.query_size / p.tensor * p.context * _MERGE_BYTES / self._memory_rate()
         expert = self._all_to_all(layout, n) if sparse else 0.0
         overhead = eff.layer_seconds + (eff.expert_seconds if sparse else 0.0)
@@ -233,20 +234,21 @@ class CostModel:
 
         A ring that leaves a node does so once for all its ranks there, with the cards of as many GPUs as it has ranks.
         """
-        gpu, eff, soft = self.hardware.gpu, self.hardware.efficiency, self.hardware.software
-        if span <= gpu.link_gpus:
-            return gpu.link * eff.link
-        node = soft.node_network if soft.node_network is not None else gpu.network * eff.network * gpu.link_gpus
-        return min(gpu.link * eff.link, node / min(stride, gpu.link_gpus))
+        hardware, gpus, node = self.hardware, self.hardware.gpu.link_gpus, self.hardware.software.node_network
+        if span <= gpus:
+            return hardware.link_rate
+        node = hardware.network_rate * gpus if node is None else node
+        network = node / min(stride, gpus)
+        return min(hardware.link_rate, network) if gpus > 1 else network
 
     def _all_to_all(self, layout: Layout, n: float) -> float:
         """Each token's copies to its experts and back, one pass."""
-        m, p, gpu, eff = self.model, layout.parallel, self.hardware.gpu, self.hardware.efficiency
+        m, p, gpu = self.model, layout.parallel, self.hardware.gpu
         assert m.experts is not None
         copies = 2 * n / p.tensor * m.experts.active * m.hidden_size * _ITEM
         within = min(p.expert, gpu.link_gpus) / p.expert
-        link = (within - 1 / p.expert) / (gpu.link * eff.link)
-        network = (1 - within) / (gpu.network * eff.network)
+        link = (within - 1 / p.expert) / self.hardware.link_rate if within > 1 / p.expert else 0.0
+        network = (1 - within) / self.hardware.network_rate if within < 1 else 0.0
         gathers = self._collective(2 * n * m.hidden_size * _ITEM, p.tensor, p.tensor)
         return self.hardware.software.expert_exposed * (copies * (link + network) + gathers)
 
@@ -255,9 +257,10 @@ class CostModel:
 
     def p2p(self, layout: Layout, batch: Batch) -> float:
         """One micro-batch's activations, from one stage to the next."""
-        p, gpu, eff = layout.parallel, self.hardware.gpu, self.hardware.efficiency
+        p = layout.parallel
         num_bytes = batch.tokens / p.context * self.model.hidden_size * _ITEM / (p.tensor if p.sequence else 1)
-        return num_bytes / (gpu.link * eff.link if p.world_size <= gpu.link_gpus else gpu.network * eff.network)
+        near = p.world_size <= self.hardware.gpu.link_gpus
+        return num_bytes / (self.hardware.link_rate if near else self.hardware.network_rate)
 
     # One update
 

@@ -26,6 +26,8 @@ class GPU:
     Attributes:
         link: bytes/s to another GPU of the same NVLink domain, which has `link_gpus`.
         network: bytes/s of each GPU's share of the network cards.
+
+    `link` and `network` of a calibrated machine with one rank or one node are not known, 0.
     """
 
     name: str
@@ -33,9 +35,9 @@ class GPU:
     flops: dict[str, float]
     memory: float
     memory_bandwidth: float
-    link: float
-    link_gpus: int
-    network: float
+    link: float = 0.0
+    link_gpus: int = 1
+    network: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,22 @@ class Efficiency:
         expert_seconds: that routing adds to one layer's forward pass.
         reserve_bytes, reserve_share: memory beyond what tensors hold: CUDA, NCCL and kernels' workspaces; and what the
             allocator loses to fragmentation, in units of what they hold.
+
+    What has a default is not measured by a calibration, or only where there is more than one rank or node.
     """
 
     gemm: dict[str, float]
     gemm_width: float
     attention: float
     memory: float
-    casts: float
-    link: float
-    network: float
     layer_seconds: float
-    expert_width: float
-    expert_seconds: float
     reserve_bytes: float
-    reserve_share: float
+    casts: float = 0.0
+    link: float = 1.0
+    network: float = 1.0
+    expert_width: float = 0.0
+    expert_seconds: float = 0.0
+    reserve_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,22 @@ class Hardware:
     gpu: GPU
     efficiency: Efficiency
     software: Software
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes/s reached. Raises ValueError: it is not known."""
+        return self._known("link", self.gpu.link) * self.efficiency.link
+
+    @property
+    def network_rate(self) -> float:
+        """Bytes/s reached, of each GPU. Raises ValueError: it is not known."""
+        return self._known("network", self.gpu.network) * self.efficiency.network
+
+    def _known(self, name: str, rate: float) -> float:
+        if rate <= 0:
+            where = "two ranks of one node" if name == "link" else "two nodes"
+            raise ValueError(f"the {name} of {self.gpu.name} was not measured: calibrate on {where} or more")
+        return rate
 
 
 def find_hardware(gpu: str, software: str = "megatron_fipo", calibration: str | Path | None = None) -> Hardware:

@@ -1,0 +1,84 @@
+"""Times an operation on all ranks at the same moment: they share memory and links when they train, too."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+_LEAST_SECONDS = 2e-3  # of a sample; shorter operations are repeated inside it
+_SAMPLES = (3, 50)
+_QUEUE_CYCLES = 200_000_000  # for which a GPU sleeps while launches queue up, about 0.1 s
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over samples, then over ranks.
+
+    Attributes:
+        spread: the samples' middle half over their median, of the noisiest rank.
+    """
+
+    seconds: float
+    spread: float
+    samples: int
+
+
+class Bench:
+    """Of all ranks of the default process group, which call it alike."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def time(self, call: Callable[[], object], budget: float, queued: bool = False) -> Timing:
+        """At least 3 samples, and as many more as `budget` seconds allow.
+
+        Args:
+            queued: on a GPU, time kernels that were launched before the first one started.
+        """
+        call()  # what only a first call does
+        # Every rank takes as many samples: of the slowest one's time, and the smallest budget.
+        told = self._gather([self._sample(call, 1, queued), budget])
+        first, budget = max(told[:, 0].max().item(), 1e-9), told[:, 1].min().item()
+        inner = max(1, math.ceil(_LEAST_SECONDS / first))
+        count = int(min(_SAMPLES[1], max(_SAMPLES[0], budget / (inner * first))))
+        samples = torch.tensor([self._sample(call, inner, queued) for _ in range(count)], dtype=torch.float64)
+        low, middle, high = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        found = self._gather([middle, (high - low) / middle])
+        return Timing(found[:, 0].median().item(), found[:, 1].max().item(), count)
+
+    def is_past(self, moment: float) -> bool:
+        """Whether any rank's monotonic clock is, so that all stop together."""
+        return self._gather([time.monotonic() - moment])[:, 0].max().item() > 0
+
+    def _sample(self, call: Callable[[], object], inner: int, queued: bool) -> float:
+        dist.barrier()
+        if self.device.type == "cuda":
+            return self._device_sample(call, inner, queued)
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        return (time.perf_counter() - start) / inner
+
+    def _device_sample(self, call: Callable[[], object], inner: int, queued: bool) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if queued:
+            torch.cuda._sleep(_QUEUE_CYCLES)
+        start.record()
+        for _ in range(inner):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / inner
+
+    def _gather(self, values: list[float]) -> torch.Tensor:
+        """[ranks, values]"""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone).cpu()
