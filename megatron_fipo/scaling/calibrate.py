@@ -44,7 +44,13 @@ from megatron_fipo.scaling.calibration import (
 )
 from megatron_fipo.scaling.hardware import hardware_files, name_of
 
-_SHARES = {"products": 0.35, "attention": 0.15, "memory": 0.1, "link": 0.25, "layer": 0.1}  # of the time limit
+_SHARES = {
+    "products": 0.3,
+    "attention": 0.12,
+    "memory": 0.08,
+    "link": 0.2,
+    "layer": 0.1,
+}  # of the limit; the rest is slack
 _PROCESSES = 1024  # of one machine that reach each other without a network card
 _DTYPES = ("bfloat16", "float32")
 Size = TypeVar("Size")
@@ -122,22 +128,24 @@ class Request:
 
 def calibrate_rank(request: Request) -> None:
     """On every rank; rank 0 writes the file and shows what is in it."""
-    deadline = time.monotonic() + request.minutes * 60
+    start = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     machine = _machine(request, device)
     with _progress() as show:
-        measured = _Calibration(request, device, deadline, show).measure()
+        measured = _Calibration(request, device, show).measure()
+    took = f"{time.monotonic() - start:.1f} s of at most {request.minutes * 60:.1f}"
+    machine = replace(machine, notes={**machine.notes, "measured in": took})
     if dist.get_rank() == 0:
         _finish(request, machine, measured)
 
 
 class _Calibration:
-    def __init__(self, request: Request, device: torch.device, deadline: float, show: Callable[[str], None]) -> None:
+    def __init__(self, request: Request, device: torch.device, show: Callable[[str], None]) -> None:
         self.bench, self.device, self.show = Bench(device), device, show
         on_gpu = device.type == "cuda"
         self.sizes = request.sizes or (ON_GPU if on_gpu else ON_CPU)
         self.dtype = getattr(torch, request.dtype or ("bfloat16" if on_gpu else "float32"))
-        self.seconds, self.end = deadline - time.monotonic(), time.monotonic()
+        self.seconds, self.end = request.minutes * 60, time.monotonic()
         self.found = Measurements(dtype=str(self.dtype).removeprefix("torch."))
 
     def measure(self) -> Measurements:
@@ -370,7 +378,12 @@ def _finish(request: Request, machine: Machine, measured: Measurements) -> None:
         console.print(table)
     if (text := noise(measured)) is not None:
         console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
-    console.print(f"calibration of {machine.name}: {request.out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"calibration of {machine.name}, {machine.notes['measured in']}: {request.out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _product_table(measured: Measurements) -> Table:
