@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FAILED = 1
 BAD_INPUT = 2
+NOT_MEASURED = 3  # `scaling run`: the layout's row says what became of it
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command goes on
 
 EXIT_CODES = (

@@ -27,6 +27,7 @@ from megatron_fipo.convert.export import export_weights
 from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.convert.policy import load_policy
 from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
 
@@ -39,6 +40,14 @@ class Engine(Protocol):
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def release(self) -> None: ...
+
+
+class Loss(Protocol):
+    """Of the last stage's output of a micro-batch; `PolicyLoss` is one."""
+
+    def __call__(
+        self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]: ...
 
 
 Recorder = Callable[[int, bool], contextlib.AbstractContextManager[None]]
@@ -65,8 +74,8 @@ class FIPOActor(AlignableGenerativeInterface):
         self.arch = arch
         self.topology = topology
         self.engine = engine
-        self.loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
-        self.chunks = load_policy(arch, config, topology)
+        self.loss: Loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
+        self.chunks = self._make_chunks()
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
@@ -74,6 +83,10 @@ class FIPOActor(AlignableGenerativeInterface):
         self.records = config.rollout.save and config.rollout.save_credit
         self._record: list[torch.Tensor] | None = None  # last stage: [K, R] of each micro-batch of the last update
         self.initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
+
+    def _make_chunks(self) -> list[PolicyModel]:
+        """This rank's model chunks, with their weights."""
+        return load_policy(self.arch, self.config, self.topology)
 
     # Training
 

@@ -9,6 +9,7 @@ import typer
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.outcome import EXIT_CODES
+from megatron_fipo.scaling import run_command, sweep_command
 
 if TYPE_CHECKING:
     from megatron_fipo.scaling.hardware import Hardware
@@ -182,3 +183,7 @@ def _judge(settings: Config, planner: Planner, made: Plan, explain: bool) -> Non
         typer.echo(f"it takes {gain:.0%} longer than the fastest")
     if explain:
         tables.show(tables.explain_tables(own))
+
+
+app.command(epilog=run_command.EPILOG)(run_command.run)
+app.command(epilog=EXIT_CODES)(sweep_command.sweep)

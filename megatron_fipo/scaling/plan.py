@@ -139,7 +139,7 @@ class Planner:
         return self._candidate(layout, estimated_batch(self.sequences, layout), replayed=False)
 
     def _candidate(self, layout: Layout, batch: Batch, replayed: bool) -> Candidate:
-        stage, memory = fullest_stage(self.model, self.hardware, layout, self._peak_tokens(layout))
+        stage, memory = fullest_stage(self.model, self.hardware, layout, self.peak_tokens(layout))
         return Candidate(
             layout=layout,
             batch=batch,
@@ -151,7 +151,7 @@ class Planner:
             replayed=replayed,
         )
 
-    def _peak_tokens(self, layout: Layout) -> float:
+    def peak_tokens(self, layout: Layout) -> float:
         """A full micro-batch, unless all sequences of a replica are fewer tokens."""
         share = self.sequences.tokens / layout.parallel.data
         return float(min(layout.tokens_per_micro_batch, max(share, self.sequences.longest)))

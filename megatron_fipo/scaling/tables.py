@@ -128,6 +128,7 @@ def record(c: Candidate) -> dict[str, Any]:
         "context": p.context,
         "expert": p.expert,
         "data": p.data,
+        "sequence": p.sequence,
         "first_stage_layers": p.first_stage_layers,
         "last_stage_layers": p.last_stage_layers,
         "tokens_per_micro_batch": c.layout.tokens_per_micro_batch,

@@ -16,6 +16,7 @@ from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
+SWEEP = "pp_scaling.sh"  # calls srun itself, for each layout
 RECIPES = [name for name in SCRIPTS if "examples/" in (ROOT / "slurm" / name).read_text()]
 
 PRINTS_ITS_PLACE = r"""#!/bin/bash
@@ -48,7 +49,7 @@ def test_time_to_stop_is_asked_for(script: str) -> None:
     assert "#SBATCH --open-mode=append\n" in text
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != SWEEP])
 def test_script_is_one_command(script: str) -> None:
     """Below the resources stand the shell's options, the site file and one srun, which pins no number of tasks."""
     lines = (ROOT / "slurm" / script).read_text().replace("\\\n", "").splitlines()
@@ -58,6 +59,27 @@ def test_script_is_one_command(script: str) -> None:
     # Without --cpus-per-task, srun of Slurm 22.05 and newer would give a task one core, whatever the job has.
     assert {"--export=ALL", '--cpus-per-task="$SLURM_CPUS_PER_TASK"'} < set(commands[2].split())
     assert not re.search(r"--n(tasks|odes|procs)|\s-[nN]", commands[2])
+
+
+def test_sweep_passes_srun_its_options(tmp_path: Path) -> None:
+    """Each option of the site file comes as one of the sweep's own; the rows' place is FIPO_OUT, or the plan's name."""
+    site, command = tmp_path / "site.env", tmp_path / "megatron-fipo"
+    command.write_text('#!/bin/bash\nprintf "%s|" "$@"; echo\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FIPO_SITE": str(site)}
+    for out, options, expected in (
+        ({}, "", "scaling|sweep|a.yaml|p/best.csv|x.y=1|--out|runs/scaling-best|"),
+        ({"FIPO_OUT": "o"}, "-a=b c", "scaling|sweep|a.yaml|p/best.csv|x.y=1|--out|o|--srun=-a=b c|"),
+    ):
+        site.write_text(f"FIPO_SRUN=({options and chr(34) + options + chr(34)})\n")
+        done = subprocess.run(
+            ["bash", ROOT / "slurm" / SWEEP, "a.yaml", "p/best.csv", "x.y=1"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment | out,
+        )
+        assert done.stdout.splitlines() == [expected, f"scaling|report|{out.get('FIPO_OUT', 'runs/scaling-best')}|"]
 
 
 @pytest.mark.parametrize("variant", ["bare", "container"])

@@ -1,0 +1,116 @@
+"""What `scaling run` measures: one layout, one loss, one update's sequences; and where it leaves what came out.
+
+DIR/rows/NAME.json    the row
+DIR/traces/NAME.json  a Chrome trace of the median step
+DIR/rows/.NAME/       while it runs: what each rank has reached
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from megatron_fipo.config import Config, validate
+from megatron_fipo.scaling.hardware import Hardware
+from megatron_fipo.scaling.lengths import Sequences
+
+Loss: TypeAlias = Literal["fipo", "lm"]
+FINISHED = ("ok", "out_of_memory")  # a row that failed is measured again
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Given to every rank.
+
+    Attributes:
+        loss: fipo: the config's own, algorithm.loss; lm: cross-entropy of the next token.
+        gpu: name of the hardware; "cpu" where there is none and no calibration says more.
+        hardware: what the prediction and MFU are made with; None: neither is.
+        warmup: steps before the measured ones.
+        memory_bytes: a rank may take no more; None: what there is.
+    """
+
+    config: Config
+    sequences: Sequences
+    loss: Loss
+    gpu: str
+    hardware: Hardware | None
+    directory: Path
+    steps: int = 5
+    warmup: int = 2
+    memory_bytes: float | None = None
+
+    @property
+    def name(self) -> str:
+        return measurement_name(self.config, self.gpu, self.loss)
+
+    @property
+    def row_path(self) -> Path:
+        return row_path(self.directory, self.name)
+
+    @property
+    def trace_path(self) -> Path:
+        return self.directory / "traces" / f"{self.name}.json"
+
+    @property
+    def notes(self) -> Path:
+        return self.directory / "rows" / f".{self.name}"
+
+
+def measurement_name(config: Config, gpu: str, loss: str) -> str:
+    """Of the layout, safe as a file's name."""
+    p = config.parallel
+    stages = "".join(
+        f"-{end}{layers}" for end, layers in (("f", p.first_stage_layers), ("l", p.last_stage_layers)) if layers
+    )
+    layout = f"tp{p.tensor}-pp{p.pipeline}{stages}-vpp{p.virtual_pipeline}-cp{p.context}-ep{p.expert}"
+    tokens = f"t{config.trainer.tokens_per_micro_batch}-{config.model.recompute}"
+    text = f"{model_name(config)}-{gpu}-g{p.world_size}-{layout}-{tokens}-{loss}"
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).lstrip(".-")
+
+
+def model_name(config: Config) -> str:
+    return Path(config.model.hf_path).name
+
+
+def row_path(directory: Path, name: str) -> Path:
+    return directory / "rows" / f"{name}.json"
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """None where there is no whole row."""
+    try:
+        row = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def is_finished(row: dict[str, Any] | None) -> bool:
+    return row is not None and row.get("status") in FINISHED
+
+
+def measured_config(config: Config, loss: Loss, longest: int | None = None) -> Config:
+    """The run's config as it is measured.
+
+    Args:
+        longest: tokens of the longest sequence where lengths were given; they, and not what the config allows, must
+            fit a micro-batch then.
+
+    Raises:
+        ValueError: the layout is illegal whatever the model.
+    """
+    if longest is not None:
+        config = replace(
+            config,
+            data=replace(config.data, max_prompt_tokens=1),
+            rollout=replace(config.rollout, max_response_tokens=max(1, longest - 1)),
+            reward=replace(config.reward, overlong_buffer_tokens=0),
+        )
+    if loss == "lm":
+        config = replace(config, rollout=replace(config.rollout, temperature=1.0))
+    validate(config)
+    return config

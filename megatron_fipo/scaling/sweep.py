@@ -1,0 +1,120 @@
+"""All lines of a plan, one after the other, or in an array job the task's own: each measured by a command of its own.
+
+Runs beside the ranks and not above them, so that it is still there to write a row when a whole srun step has been
+killed. In a Slurm job a line gets as many of the job's tasks as its layout has ranks, on as few nodes as hold them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fipo.outcome import BAD_INPUT, RUN_AGAIN, Interrupted
+from megatron_fipo.scaling.measurement import read_row
+from megatron_fipo.scaling.plan_file import PlannedLayout
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What the job that this process runs in can start."""
+
+    nodes: int
+    tasks_per_node: int
+    cpus_per_task: str | None
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> SlurmJob | None:
+        """None outside a job.
+
+        Raises:
+            ValueError: the job does not say how many tasks it has on a node.
+        """
+        if "SLURM_JOB_ID" not in environment:
+            return None
+        per_node = environment.get("SLURM_NTASKS_PER_NODE")
+        if per_node is None:
+            raise ValueError("the job does not say how many ranks a node takes: sbatch --ntasks-per-node=N ...")
+        cpus = environment.get("SLURM_CPUS_PER_TASK")
+        return SlurmJob(int(environment["SLURM_JOB_NUM_NODES"]), int(per_node), cpus)
+
+    def problem(self, ranks: int) -> str | None:
+        """Why it cannot start so many."""
+        have = self.nodes * self.tasks_per_node
+        if ranks <= have:
+            return None
+        needed = -(-ranks // self.tasks_per_node)
+        return (
+            f"the layout has {ranks} ranks, the job {self.nodes} nodes x {self.tasks_per_node} tasks = {have}: "
+            f"sbatch --nodes={needed}"
+        )
+
+    def command(self, ranks: int, options: Sequence[str]) -> list[str]:
+        """`srun` for so many."""
+        per_node = min(ranks, self.tasks_per_node)
+        command = ["srun", f"--ntasks={ranks}", f"--nodes={-(-ranks // per_node)}", f"--ntasks-per-node={per_node}"]
+        command += ["--export=ALL", "--kill-on-bad-exit=1"]
+        return command + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []) + list(options)
+
+
+def lines_to_measure(layouts: Sequence[PlannedLayout], environment: Mapping[str, str]) -> list[int]:
+    """Numbers from 1.
+
+    Raises:
+        ValueError: the array task's number is that of no line.
+    """
+    task = environment.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return list(range(1, len(layouts) + 1))
+    if not 1 <= int(task) <= len(layouts):
+        raise ValueError(f"array task {task}: the plan has lines 1 to {len(layouts)}; sbatch --array=1-{len(layouts)}")
+    return [int(task)]
+
+
+def run_line(
+    arguments: Sequence[str], ranks: int, job: SlurmJob | None, srun_options: Sequence[str], row: Path
+) -> str | None:
+    """Measure one; returns why there is no row, or None.
+
+    Raises:
+        Interrupted: the measurement was asked to stop.
+    """
+    problem = job.problem(ranks) if job else None
+    if problem is not None:
+        return problem
+    if job is None:
+        command = [sys.executable, "-m", "megatron_fipo.cli", *arguments]
+    else:
+        command = [*job.command(ranks, srun_options), "megatron-fipo", *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if read_row(row) is not None:
+        return None
+    if code == RUN_AGAIN:
+        raise Interrupted("the measurement was asked to stop; the same command goes on")
+    if code == BAD_INPUT:
+        return f"{command[0]} ended with exit code {code}: bad input, see the job's output"
+    signal = f" (128 + signal {code - 128})" if code > 128 else ""
+    return f"{Path(command[0]).name} ended with exit code {code}{signal} before the ranks could say more"
+
+
+def keep_plan(plan: Path, directory: Path) -> None:
+    """A copy beside the rows, for the report. Array tasks may do so at the same time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = directory / f".plan.{os.getpid()}.csv"
+    shutil.copyfile(plan, unfinished)
+    os.replace(unfinished, directory / "plan.csv")
+
+
+def options_text(options: Mapping[str, object]) -> list[str]:
+    """Those that were given, as a command line has them."""
+    given: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            given.append(name)
+        elif value is not None and value is not False:
+            given += [name, str(value)]
+    return given

@@ -1,0 +1,122 @@
+"""A plan's CSV as layouts to measure; and the name and row of a layout that cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.scaling import tables
+from megatron_fipo.scaling.hardware import find_hardware
+from megatron_fipo.scaling.lengths import Sequences
+from megatron_fipo.scaling.measurement import Measurement, measurement_name
+from megatron_fipo.scaling.models import find_model
+from megatron_fipo.scaling.plan import Planner
+from megatron_fipo.scaling.plan_file import PlannedLayout, plan_line, read_plan
+from megatron_fipo.scaling.run_command import measure
+from tests.policies import make_config, make_qwen2
+
+LINE = PlannedLayout(8, 2, 4, 1, 1, 1, True, 5, 3, 4096, "full")
+TEXT = {
+    "gpus": "8",
+    "tensor": "2",
+    "pipeline": "4",
+    "virtual_pipeline": "1",
+    "context": "1",
+    "expert": "1",
+    "first_stage_layers": "5",
+    "last_stage_layers": "3",
+    "tokens_per_micro_batch": "4096",
+    "recompute": "full",
+}
+
+
+def _write(path: Path, **changes: str | None) -> Path:
+    line = {name: text for name, text in (TEXT | changes).items() if text is not None}
+    path.write_text(",".join(line) + "\n" + ",".join(line.values()) + "\n")
+    return path
+
+
+def test_what_plan_writes_is_read(tmp_path: Path) -> None:
+    """Every layout of a plan comes back from its CSV, in order."""
+    made = Planner(find_model("qwen2.5-7b"), find_hardware("H100-80"), Sequences((4096,) * 64)).plan(8)
+    tables.write_csv(tmp_path / "plan.csv", made.candidates)
+    base = make_config("unused")
+    read = read_plan(tmp_path / "plan.csv")
+    assert len(read) == len(made.candidates) > 10
+    for line, candidate in zip(read, made.candidates, strict=True):
+        config = line.applied(base)
+        assert config.parallel == candidate.layout.parallel
+        assert config.model.recompute == candidate.layout.recompute
+        assert config.trainer.tokens_per_micro_batch == candidate.layout.tokens_per_micro_batch
+
+
+def test_one_line(tmp_path: Path) -> None:
+    """Sequence parallelism goes with tensor parallelism unless the file says otherwise; no layers means even stages."""
+    plan = _write(tmp_path / "plan.csv")
+    assert plan_line(plan, 1) == LINE
+    assert plan_line(_write(plan, sequence="False"), 1) == replace(LINE, sequence=False)
+    assert plan_line(_write(plan, first_stage_layers=""), 1) == replace(LINE, first_stage_layers=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus": "eight"}, "line 1 of .*: gpus is 'eight' and must be a whole number"),
+        ({"tensor": "0"}, "tensor is '0' and must be"),
+        ({"pipeline": None}, "line 1 of .* has no pipeline"),
+        ({"recompute": "some"}, "recompute is 'some' and must be one of none, selective, full"),
+        ({"sequence": "2"}, "sequence is '2'"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, str | None], message: str, tmp_path: Path) -> None:
+    """A file that is no plan is refused with its line and column."""
+    with pytest.raises(ValueError, match=message):
+        read_plan(_write(tmp_path / "plan.csv", **changes))
+
+
+def test_lines_that_are_not_there(tmp_path: Path) -> None:
+    """A missing file, an empty one, a number beyond the end."""
+    with pytest.raises(ValueError, match="does not exist; `megatron-fipo scaling plan"):
+        read_plan(tmp_path / "none.csv")
+    plan = _write(tmp_path / "plan.csv")
+    with pytest.raises(ValueError, match=r"line 2 of .*: it has the lines 1 to 1"):
+        plan_line(plan, 2)
+    plan.write_text("gpus\n")
+    with pytest.raises(ValueError, match="has no layouts"):
+        read_plan(plan)
+
+
+def test_names() -> None:
+    """A name tells all that a plan varies, in characters that every file system takes."""
+    config = LINE.applied(make_config("/models/Qwen2.5 32B"))
+    name = measurement_name(config, "H100-80", "fipo")
+    assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-f5-l3-vpp1-cp1-ep1-t4096-full-fipo"
+    even = replace(LINE, first_stage_layers=None, last_stage_layers=None, recompute="none")
+    name = measurement_name(even.applied(make_config("/models/Qwen2.5-32B")), "H100-80", "lm")
+    assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-vpp1-cp1-ep1-t4096-none-lm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor": 8}, r"4 attention heads / tp 8 = 0.50"),
+        ({"first_stage_layers": None, "last_stage_layers": None, "pipeline": 8, "gpus": 16}, r"4 layers / \(8 stages"),
+        ({"gpus": 9}, r"tp 2 x pp 4 x cp 1 = 8 does not divide the 9 GPUs"),
+    ],
+)
+def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, tmp_path: Path) -> None:
+    """One of a plan is refused with the arithmetic before any rank starts, and is a failed row; others leave none."""
+    config = replace(LINE, **changes).applied(make_config(make_qwen2(tmp_path / "model", layers=4)))
+    asked = Measurement(config, Sequences((50,) * 8), "fipo", "cpu", find_hardware("H100-80"), tmp_path)
+    for planned in (False, True):
+        with pytest.raises(ValueError, match=message):
+            measure(asked, lengths_given=True, planned=planned, again=False)
+        assert asked.row_path.exists() == planned
+    row = json.loads(asked.row_path.read_text())
+    assert row["status"] == "failed"
+    assert "\n" not in row["error"]
+    assert row["gpus"] == config.parallel.world_size
+    assert row["predicted"] is row["seconds"] is None
