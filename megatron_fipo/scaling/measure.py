@@ -122,8 +122,8 @@ def _step(actor: MeasuredActor, batch: TrainBatch) -> tuple[float, float]:
 
 def _leave(measurement: Measurement, topology: Topology, measured: _Measured, peaks: list[Any], kind: str) -> None:
     middle = median(measured.seconds)
-    newest = min(range(len(measured.seconds)), key=lambda i: abs(measured.seconds[i] - middle))
-    timeline = measured.timelines[newest]
+    middle_step = min(range(len(measured.seconds)), key=lambda i: abs(measured.seconds[i] - middle))
+    timeline = measured.timelines[middle_step]
     measurement.trace_path.parent.mkdir(parents=True, exist_ok=True)
     write_trace(measurement.trace_path, timeline.chrome_trace())
     on_gpu = topology.device.type == "cuda"

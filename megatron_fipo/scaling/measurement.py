@@ -57,7 +57,7 @@ class Measurement:
 
     @property
     def notes(self) -> Path:
-        return self.directory / "rows" / f".{self.name}"
+        return notes_of(self.row_path)
 
 
 def measurement_name(config: Config, gpu: str, loss: str) -> str:
@@ -78,6 +78,10 @@ def model_name(config: Config) -> str:
 
 def row_path(directory: Path, name: str) -> Path:
     return directory / "rows" / f"{name}.json"
+
+
+def notes_of(row: Path) -> Path:
+    return row.with_name(f".{row.stem}")
 
 
 def read_row(path: Path) -> dict[str, Any] | None:

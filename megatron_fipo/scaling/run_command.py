@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,8 +104,6 @@ def measure(measurement: Measurement, lengths_given: bool, planned: bool, again:
         ValueError: the layout is illegal, or the row there is of another update.
         typer.Exit: with NOT_MEASURED, the row says why.
     """
-    from dataclasses import replace
-
     from megatron_fipo import launch
     from megatron_fipo.scaling.outcome_row import prepare_notes, write_failed_row, write_finished_row
 
@@ -113,10 +112,7 @@ def measure(measurement: Measurement, lengths_given: bool, planned: bool, again:
         _skip(measurement, found, first)
         return
     try:
-        _check_layout(measurement)
-        longest = measurement.sequences.longest if lengths_given else None
-        measurement = replace(measurement, config=measured_config(measurement.config, measurement.loss, longest))
-        _check_model(measurement)
+        measurement = _legal(measurement, lengths_given)
     except ValueError as error:
         if planned and first:
             write_failed_row(measurement, " ".join(str(error).split()))
@@ -126,17 +122,37 @@ def measure(measurement: Measurement, lengths_given: bool, planned: bool, again:
     try:
         _launch(measurement, first)
     except (RuntimeError, ValueError) as error:  # a RankFailure, or under torchrun the rank's own
-        if not first:
-            raise
-        failed = write_failed_row(measurement, str(error))
-        if isinstance(error, ValueError):
-            raise
-        if not (isinstance(error, RankFailure) and error.shown):
-            typer.secho(str(error), fg="red", err=True)
-        show_row(failed)
-        raise typer.Exit(NOT_MEASURED) from None
+        if first:
+            _tell(error, write_failed_row(measurement, str(error)))
+        raise
     if first:
         show_row(write_finished_row(measurement))
+
+
+def _legal(measurement: Measurement, lengths_given: bool) -> Measurement:
+    """As it will be measured.
+
+    Raises:
+        ValueError: layout, model and lengths do not fit together.
+    """
+    _check_layout(measurement)
+    longest = measurement.sequences.longest if lengths_given else None
+    measurement = replace(measurement, config=measured_config(measurement.config, measurement.loss, longest))
+    _check_model(measurement)
+    return measurement
+
+
+def _tell(error: Exception, row: dict[str, Any]) -> None:
+    """
+    Raises:
+        typer.Exit: it is not the user's to mend.
+    """
+    if isinstance(error, ValueError):
+        return
+    if not (isinstance(error, RankFailure) and error.shown):
+        typer.secho(str(error), fg="red", err=True)
+    show_row(row)
+    raise typer.Exit(NOT_MEASURED) from None
 
 
 def _launch(measurement: Measurement, first: bool) -> None:

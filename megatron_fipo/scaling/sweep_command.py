@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.scaling import run_command as asked
-from megatron_fipo.scaling.measurement import Measurement, is_finished, measurement_name, read_row, row_path
+from megatron_fipo.scaling.measurement import Measurement, is_finished, measurement_name, notes_of, read_row, row_path
 from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.sweep import SlurmJob, keep_plan, lines_to_measure, options_text, run_line
 
@@ -59,13 +60,14 @@ def sweep(
 
 
 def _row_to_measure(number: int, config: Config, directory: Path, gpu: str, loss: str, again: bool) -> Path | None:
-    """Where a line's row will be, free of an older one; None if a finished one stays."""
+    """Where a line's row will be, free of what an older attempt left; None if a finished one stays."""
     row = row_path(directory, measurement_name(config, gpu, asked.loss_name(loss)))
     found = read_row(row)
     if found is not None and is_finished(found) and not again:
         typer.echo(f"line {number}: {row} is there already: {found['status']}")
         return None
     row.unlink(missing_ok=True)
+    shutil.rmtree(notes_of(row), ignore_errors=True)
     typer.echo(f"line {number}: {row.stem}")
     return row
 
