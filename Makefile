@@ -55,16 +55,18 @@ quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, e
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
 test: install  ## the tests that need no GPU and no server
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm and not idle"
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm and not idle and not browser"
 
 # mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
-test-all: $(if $(TESTED),,test)  ## those, the slow ones, the ones on a real Slurm and a real vLLM, and the sanitizers
+test-all: $(if $(TESTED),,test)  ## those, and the slow ones, on a real Slurm, a real vLLM, in a browser, under sanitizers
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm and not browser"
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -q -m "slurm"
 	$(MAKE) vllm-env
 	$(BIN)/python -m pytest -q -m "vllm and not slow"
+	tests/browser/install.sh $(BIN)/python
+	$(BIN)/python -m pytest -q -m "browser"
 	$(MAKE) sanitize
 
 test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole trainings too (2.5 GB to install)

@@ -261,9 +261,22 @@ def _warn_of_nan(names: list[str]) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
-    """Draw a run's figures: <run>/report.html and <run>/figures/."""
-    _report(run)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs' directories; several are drawn side by side.", metavar="RUN...")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; else <run>/report.html of one run, ./report.html of several.")
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Runs whose names begin so are repeats, drawn as their mean; so are NAME-seed1, NAME-seed2."),
+    ] = None,
+) -> None:
+    """Draw the figures of one run or of several, and a page that holds them."""
+    from megatron_fipo.report.page import write_report
+
+    typer.echo(write_report(runs, out, group or ()))
 
 
 @scaling.command("report", epilog=EXIT_CODES)

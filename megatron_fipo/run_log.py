@@ -44,7 +44,7 @@ _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 def clear(directory: Path) -> None:
     """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
     for name in (
-        *("metrics.jsonl", "summary.json", "report.html"),
+        *("metrics.jsonl", "summary.json", "report.html", "credit.html"),
         *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces"),
     ):
         _remove(directory / name)

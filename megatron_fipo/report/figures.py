@@ -20,6 +20,7 @@ from megatron_fipo.report.panels import (
     FigureSpec,
     Line,
     Lines,
+    Reference,
     Scatter,
     Stack,
 )
@@ -57,8 +58,15 @@ OUTCOME = (
     FigureSpec(
         "accuracy_length",
         "Accuracy against length",
-        "A dot a step. Dots that move right and up: longer reasoning pays. Right but not up: length without benefit.",
+        "A dot a step, with the line that fits best. Dots that move right and up: longer reasoning pays. Right but "
+        "not up: length without benefit.",
         (Scatter("response_length/mean", "mean response length, tokens", "reward/accuracy", "accuracy"),),
+    ),
+    FigureSpec(
+        "evaluation_length",
+        "Evaluation score against length",
+        "A dot an evaluation: whether longer answers to the validation problems are the better ones.",
+        (Scatter("eval/length", "mean length of the answers, tokens", "eval/avg@k", "avg@k"),),
     ),
 )
 
@@ -95,6 +103,16 @@ RESPONSES = (
                 ),
             ),
             Lines("truncated, share of responses", (Line("response_length/truncated", color=PURPLE),)),
+        ),
+    ),
+    FigureSpec(
+        "reflection",
+        "Self-reflection",
+        "Responses with words such as wait, however or let me check, of up to 256 responses in up to 100 steps whose "
+        "rollouts were saved (the list is in report/reflection.py). A word is no thought: read some.",
+        (
+            Lines("share of responses with a marker", (Line("reflection/share", color=PURPLE),)),
+            Lines("markers a response", (Line("reflection/markers"),)),
         ),
     ),
     FigureSpec(
@@ -149,11 +167,12 @@ POLICY = (
     FigureSpec(
         "clipping",
         "Clipped tokens and vetoed responses",
-        "PPO clipping of a few per cent at most is usual. Dual clips and vetoes should be rare: they count tokens of "
-        "bad responses whose probability rose many times over.",
+        "PPO clipping of a few per cent at most is usual. Dual clips, the paper's low-clip fraction, and vetoes should "
+        "be rare: they count tokens of bad responses whose probability rose many times over. A spike comes before a "
+        "collapse.",
         (
             Lines("PPO clip, share of tokens", (Line("policy/ppo_clip_fraction"),)),
-            Lines("dual clip, share of tokens", (Line("policy/dual_clip_fraction", color=ORANGE),)),
+            Lines("low clip (dual clip), share of tokens", (Line("policy/dual_clip_fraction", color=ORANGE),)),
             Lines("vetoed, share of responses", (Line("policy/vetoed_fraction", color=RED),)),
         ),
     ),
@@ -260,8 +279,20 @@ MACHINE = (
         "throughput",
         "Throughput",
         "Trained response tokens over the whole step, evaluation left out. It falls with every extra sampling round.",
-        (Lines("tokens a second, all ranks", (Line("throughput/tokens_per_second", color=GREEN),)),),
+        (
+            Lines("tokens a second, all ranks", (Line("throughput/tokens_per_second", color=GREEN),)),
+            Lines("model FLOP/s utilization", (Line("throughput/mfu", color=PURPLE),)),
+        ),
     ),
+)
+
+# Published on AIME 2024, shares of problems (arXiv 2603.19835): the mean of 32 samples at the end of training, and for
+# R1-Zero-32B and o1-mini what that paper compares itself with.
+AIME_2024 = (
+    Reference("eval/avg@k", "DAPO", 0.50),
+    Reference("eval/avg@k", "FIPO", 0.56),
+    Reference("eval/avg@k", "R1-Zero-32B", 0.47),
+    Reference("eval/avg@k", "o1-mini", 0.56),
 )
 
 SECTIONS: dict[str, tuple[FigureSpec, ...]] = {

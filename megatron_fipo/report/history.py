@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.report.reflection import reflection_rates
+
 Values = NDArray[np.float64]
 Row = dict[str, float]
 
@@ -88,7 +90,9 @@ def read_run(directory: Path) -> Run:
         raise ValueError(f"{metrics} holds no finished step yet")
     config = directory / "config.yaml"
     summary = _read_summary(directory / "summary.json")
-    rows = _with_measured_evaluations([by_step[step] for step in sorted(by_step)], _scores(summary, "before"))
+    reflection = reflection_rates(directory / "rollouts")
+    rows = [by_step[step] | reflection.get(int(step), {}) for step in sorted(by_step)]
+    rows = _with_measured_evaluations(rows, _scores(summary, "before"))
     return Run(directory, rows, summary, config.read_text() if config.is_file() else "")
 
 

@@ -1,21 +1,28 @@
-"""A run's report: <run>/report.html, complete in one file, and <run>/figures/*.png."""
+"""A report of one run or several: a page that is complete in one file, and its figures as *.png beside it."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.report.figures import SECTIONS
-from megatron_fipo.report.history import History, Run, read_run
-from megatron_fipo.report.panels import FigureSpec, draw
+from megatron_fipo.config import Config
+from megatron_fipo.health import Finding, Limits, findings
+from megatron_fipo.report.compare import Series, draw_together, make_series
+from megatron_fipo.report.credit import write_credit_page
+from megatron_fipo.report.figures import AIME_2024, SECTIONS
+from megatron_fipo.report.history import Run, read_run
+from megatron_fipo.report.panels import FigureSpec, Reference, draw
 from megatron_fipo.run_log import write_whole
 
 STYLE = """
@@ -36,6 +43,8 @@ figure { margin: 0; padding: .6rem; background: var(--paper); border: 1px solid 
          max-width: 48rem }
 img { display: block; width: 100%; height: auto } figcaption { margin: .3rem .4rem .2rem; font-size: .875rem }
 details { margin: 2rem 0 } summary { cursor: pointer } pre { overflow-x: auto; font-size: .8rem }
+.wide { overflow-x: auto } .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em }
+h3 { margin: .5rem 0 0; font-size: 1rem; overflow-wrap: anywhere } section > p { margin: 0 0 .4rem }
 @media (max-width: 30rem) { body { padding: .6rem } th, td { padding: .3rem .4rem; font-size: .875rem } }
 """
 
@@ -57,17 +66,66 @@ class Result(NamedTuple):
         return "-" if value is None else f"{value:{self.format}}"
 
 
-def write_report(run: Path) -> str:
-    """Draw a run's figures and page, of a finished or a live run; returns what to print.
+def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> str:
+    """Draw the figures and the page of finished or live runs; returns what to print.
+
+    Args:
+        out: the page. None: <run>/report.html of one run, ./report.html of several.
+        groups: runs whose names begin with one of these are repeats of one run, as those called NAME-seedN are.
 
     Raises:
-        ValueError: `run` is no run, has no finished step, or a file in it is damaged.
+        ValueError: a directory is no run, has no finished step, or a file in it is damaged.
     """
-    read = read_run(run)
-    figures = _write_figures(read)
-    page = run / "report.html"
-    write_whole(page, _page(read, figures))
-    return f"{_terminal_table(read)}\n{progress(read)}\nreport: {page}"
+    directories = [runs] if isinstance(runs, Path) else list(runs)
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise ValueError("a run is named twice; name each once")
+    read = [read_run(directory) for directory in directories]
+    page = out or (directories[0] / "report.html" if len(read) == 1 else Path("report.html"))
+    series = make_series(read, _names(read), groups)
+    credit = write_credit_page(read[0], run_name(read[0])) if len(read) == 1 else None
+    figures = _write_figures(series, _figure_folder(page, directories))
+    write_whole(page, _page(series, figures, _link(credit, page)))
+    said = [f"{_terminal_table(run)}\n{progress(run)}" for run in read]
+    warned = [f"{name}: {_when(f)}: {f.text}" for one in series for name, f in _findings(one)]
+    pages = [f"token credit: {credit}"] if credit else []
+    return "\n".join([*said, *warned, *pages, f"report: {page}"])
+
+
+def _link(credit: Path | None, page: Path) -> str:
+    if credit is None:
+        return ""
+    target = quote(os.path.relpath(credit, page.parent))
+    return f'<p><a href="{target}">Responses with the credit of each token</a></p>'
+
+
+def _figure_folder(page: Path, directories: Sequence[Path]) -> Path:
+    own = directories[0] / "report.html"
+    return own.with_name("figures") if page == own else page.with_name(f"{page.stem}_figures")
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Of runs that have the same name, the path instead."""
+    names = [run_name(run) for run in runs]
+    return [name if names.count(name) == 1 else str(r.directory) for name, r in zip(names, runs, strict=True)]
+
+
+def _findings(series: Series) -> list[tuple[str, Finding]]:
+    """(run, what a health rule says about it)."""
+    found = []
+    for run in series.runs:
+        length = run.setting("rollout.max_response_tokens") or Config().rollout.max_response_tokens
+        buffer = run.setting("reward.overlong_buffer_tokens") or 0
+        found += [(run_name(run), finding) for finding in findings(run.trained, Limits(length, buffer))]
+    return found
+
+
+def _when(finding: Finding) -> str:
+    return f"steps {finding.first} to {finding.last}" if finding.last > finding.first else f"step {finding.first}"
+
+
+def published(run: Run) -> tuple[Reference, ...]:
+    """Published levels, of runs that are evaluated on AIME 2024."""
+    return AIME_2024 if re.search(r"aime.?(20)?24", str(run.setting("data.validation") or ""), re.IGNORECASE) else ()
 
 
 def results(run: Run) -> list[Result]:
@@ -111,14 +169,13 @@ def run_name(run: Run) -> str:
     return str(run.setting("run.name") or run.directory.resolve().name)
 
 
-def _write_figures(run: Run) -> dict[str, bytes]:
-    """PNGs by name, written to <run>/figures; one that an earlier report drew and this run has no data for goes."""
-    history = History.from_rows(run.rows)
-    folder = run.directory / "figures"
-    folder.mkdir(exist_ok=True)
+def _write_figures(series: Sequence[Series], folder: Path) -> dict[str, bytes]:
+    """PNGs by name, written to `folder`; one that an earlier report drew and there is no data for goes."""
+    references = tuple(dict.fromkeys(r for one in series for run in one.runs for r in published(run)))
+    folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for spec in (spec for specs in SECTIONS.values() for spec in specs):
-        png = draw(spec, history)
+        png = _draw(spec, series, references)
         if png is None:
             (folder / f"{spec.name}.png").unlink(missing_ok=True)
         else:
@@ -127,23 +184,90 @@ def _write_figures(run: Run) -> dict[str, bytes]:
     return figures
 
 
-def _page(run: Run, figures: Mapping[str, bytes]) -> str:
-    name = escape(run_name(run))
-    sections = "\n".join(_section(title, specs, figures) for title, specs in SECTIONS.items())
-    config = f"<details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>" if run.config else ""
+def _draw(spec: FigureSpec, series: Sequence[Series], references: Sequence[Reference]) -> bytes | None:
+    if len(series) == 1 and series[0].low is None:
+        return draw(spec, series[0].history, references)
+    return draw_together(spec, series, references)
+
+
+def _page(series: Sequence[Series], figures: Mapping[str, bytes], credit: str) -> str:
+    runs = [run for one in series for run in one.runs]
+    title = escape(" and ".join(_names(runs)) if len(runs) < 3 else f"{len(runs)} runs")
+    sections = "\n".join(_section(name, specs, figures) for name, specs in SECTIONS.items())
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
+<title>{title}</title>
 <style>{STYLE}</style>
-<h1>{name}</h1>
-<p>{progress(run)}. Long runs: the bold line is a running mean over about 1% of the steps, the pale one the values.</p>
-{_html_table(run)}
+<h1>{title}</h1>
+{_summary(series)}
+{credit}
+{_health(series)}
 {sections}
-{config}
+{_latest(series)}
+{"".join(_configuration(run, len(runs) > 1) for run in runs)}
 </html>
 """
+
+
+_SMOOTHED_NOTE = "Long runs: the bold line is a running mean over about 1% of the steps, the pale one the values."
+
+
+def _summary(series: Sequence[Series]) -> str:
+    """Of one run its progress and table; of several the same each, under the run's name in its colour."""
+    if len(series) == 1 and len(series[0].runs) == 1:
+        return f"<p>{progress(series[0].runs[0])}. {_SMOOTHED_NOTE}</p>\n{_html_table(series[0].runs[0])}"
+    tables = [
+        f'<section><h3><span class=swatch style="background:{one.color}"></span>{escape(run_name(run))}</h3>'
+        f"<p>{progress(run)}</p><div class=wide>{_html_table(run)}</div></section>"
+        for one in series
+        for run in one.runs
+    ]
+    spread = " Repeats of a run are drawn as their mean, from the smallest to the largest pale."
+    note = spread if any(one.low is not None for one in series) else ""
+    return f"<p>A colour is a run.{note}</p>\n<div class=grid>{''.join(tables)}</div>"
+
+
+def _health(series: Sequence[Series]) -> str:
+    found = [(name, finding) for one in series for name, finding in _findings(one)]
+    if not found:
+        return "<h2>Health</h2>\n<p>No rule found anything.</p>"
+    several = sum(len(one.runs) for one in series) > 1
+    items = "\n".join(
+        f"<li><b>{escape(f'{name}, {_when(f)}' if several else _when(f).capitalize())}</b>: {escape(f.text)} "
+        f"<small>({_SOURCES[f.rule.source]})</small></li>"
+        for name, f in found
+    )
+    return f"<h2>Health</h2>\n<ul>\n{items}\n</ul>"
+
+
+_SOURCES = {"paper": "from the paper", "code": "from the authors' code", "choice": "our rule"}
+
+
+def _latest(series: Sequence[Series]) -> str:
+    """Every metric's latest value, as metrics.jsonl has it."""
+    runs = [run for one in series for run in one.runs]
+    latest = [{name: value for row in run.trained for name, value in row.items()} for run in runs]
+    names = sorted({name for values in latest for name in values})
+    head = "".join(f"<th>{escape(run_name(run))}</th>" for run in runs)
+    rows = "\n".join(
+        f"<tr><th scope=row>{escape(name)}</th>"
+        + "".join(f"<td>{values[name]!r}</td>" if name in values else "<td>-</td>" for values in latest)
+        + "</tr>"
+        for name in names
+    )
+    return (
+        "<details><summary>Latest value of every metric</summary><div class=wide><table>\n"
+        f"<tr><th></th>{head}</tr>\n{rows}\n</table></div></details>"
+    )
+
+
+def _configuration(run: Run, several: bool) -> str:
+    if not run.config:
+        return ""
+    title = f"Configuration of {escape(run_name(run))}" if several else "Configuration"
+    return f"<details><summary>{title}</summary><pre>{escape(run.config)}</pre></details>\n"
 
 
 def _html_table(run: Run) -> str:

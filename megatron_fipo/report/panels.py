@@ -7,8 +7,9 @@ matplotlib `Figure` objects without pyplot, so that nothing global changes. T: r
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -65,11 +66,11 @@ class Lines:
     log: bool = False
 
     def has_data(self, history: History) -> bool:
-        return any(np.isfinite(_values(line, history)).any() for line in self.lines)
+        return any(np.isfinite(line_values(line, history)).any() for line in self.lines)
 
     def draw(self, axes: Axes, history: History) -> None:
-        drawn = [line for line in self.lines if np.isfinite(_values(line, history)).any()]
-        log = self.log and any((_values(line, history) > 0).any() for line in drawn)
+        drawn = [line for line in self.lines if np.isfinite(line_values(line, history)).any()]
+        log = self.log and any((line_values(line, history) > 0).any() for line in drawn)
         for band in self.bands:
             _draw_band(axes, band, history, log)
         for line in drawn:
@@ -78,7 +79,7 @@ class Lines:
         if not any(np.nan_to_num(history[line.metric]).any() for line in drawn):
             axes.set_yticks([0])  # an automatic scale around 0 would show negative counts
         _widen(axes, history)
-        _legend(axes, needed=len(drawn) + len(self.bands) > 1 or any(line.before_after for line in drawn))
+        legend(axes, needed=len(drawn) + len(self.bands) > 1 or any(line.before_after for line in drawn))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ class Scatter:
         dots = axes.scatter(
             history[self.x], history[self.y], c=history.steps, s=size, cmap="viridis_r", linewidths=0, alpha=0.85
         )
+        line = fitted_line(history[self.x], history[self.y])
+        if line is not None:
+            axes.plot(line.x, line.y, color=INK, linewidth=1.1, label=f"least squares, r = {line.r:.2f}")
         style(axes, self.unit, log=False)
+        legend(axes, needed=True)
         axes.set_xlabel(self.x_label)
         figure = axes.get_figure()
         assert figure is not None
@@ -138,7 +143,7 @@ class Stack:
         style(axes, self.unit, log=False)
         axes.set_ylim(bottom=0)
         _widen(axes, history)
-        _legend(axes, needed=True)
+        legend(axes, needed=True)
 
 
 @dataclass(frozen=True)
@@ -151,21 +156,61 @@ class FigureSpec:
     panels: tuple[Panel, ...]
 
 
-def draw(spec: FigureSpec, history: History) -> bytes | None:
+class Reference(NamedTuple):
+    """A level of `metric` that others published, drawn in every panel that shows the metric."""
+
+    metric: str
+    label: str
+    level: float
+
+
+def draw(spec: FigureSpec, history: History, references: Sequence[Reference] = ()) -> bytes | None:
     """The figure as PNG; None where the run has no data for it."""
     panels = [panel for panel in spec.panels if panel.has_data(history)]
     if not panels:
         return None
+    figure, all_axes = empty_figure(spec.title, len(panels))
+    for panel, axes in zip(panels, all_axes, strict=True):
+        panel.draw(axes, history)
+        draw_references(panel, axes, references)
+    if not all_axes[-1].get_xlabel():
+        all_axes[-1].set_xlabel("step", fontsize=9, color=INK)
+    return to_png(figure)
+
+
+def draw_references(panel: Panel, axes: Axes, references: Sequence[Reference]) -> None:
+    """Levels that are equal share a line and a label."""
+    shown = {line.metric for line in panel.lines} if isinstance(panel, Lines) else set()
+    levels: dict[float, list[str]] = {}
+    for reference in references:
+        if reference.metric in shown:
+            levels.setdefault(reference.level, []).append(reference.label)
+    for level, labels in levels.items():
+        axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{', '.join(labels)} {level:g}",
+            (0.995, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 1.5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=6.5,
+            color=GREY,
+        )
+
+
+def empty_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with its title and `panels` axes from top to bottom, over one x axis."""
     # rcParams are left alone: nothing here may change how a caller's own plots look.
     figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.85, bottom=0.115, hspace=0.4 if len(panels) == 2 else 0.62)
-    for panel, axes in zip(panels, all_axes, strict=True):
-        panel.draw(axes, history)
-    if not all_axes[-1].get_xlabel():
-        all_axes[-1].set_xlabel("step", fontsize=9, color=INK)
-    figure.suptitle(spec.title, x=0.02, y=0.975, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
+    all_axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.85, bottom=0.115, hspace=0.4 if panels == 2 else 0.62)
+    figure.suptitle(title, x=0.02, y=0.975, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
+    return figure, list(all_axes)
+
+
+def to_png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
@@ -200,18 +245,48 @@ def running_mean(values: Values, window: int) -> Values:
     return np.clip(means, values.min(), values.max())  # rounding would make a constant look like two values
 
 
+class FittedLine(NamedTuple):
+    """x, y: its two ends; r: the correlation of the points."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    r: float
+
+
+def fitted_line(x: Values, y: Values) -> FittedLine | None:
+    """Least squares through the points where both are finite; None where fewer than three, or all at one x or y."""
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    if len(x) < 3:
+        return None
+    with np.errstate(all="ignore"):
+        dx, dy = x - x.mean(), y - y.mean()
+        xx, yy, xy = (dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum()
+        slope, r = xy / xx, xy / np.sqrt(xx * yy)
+        ends = float(x.min()), float(x.max())
+        heights = tuple(float(y.mean() + slope * (end - x.mean())) for end in ends)
+    if not np.isfinite([r, *heights]).all():
+        return None
+    return FittedLine(ends, (heights[0], heights[1]), float(r))
+
+
+def smooth(values: Values) -> Values:
+    """What is drawn of a line: itself, or of a long one its running mean."""
+    return running_mean(values, _window(len(values))) if len(values) > _SMOOTHED else values
+
+
 def _window(count: int) -> int:
     """Odd, so that the mean is centred: about 1% of the points."""
     return count // 200 * 2 + 1
 
 
-def _values(line: Line, history: History) -> Values:
+def line_values(line: Line, history: History) -> Values:
     values = history[line.metric]
     return np.where(values == 0, np.nan, values) if line.zero_is_no_data else values
 
 
 def _draw_line(axes: Axes, line: Line, history: History, log: bool) -> None:
-    values = _values(line, history)
+    values = line_values(line, history)
     shown = np.isfinite(values) & ((values > 0) | (not log))
     steps, values = history.steps[shown], values[shown]
     if not len(values):
@@ -248,7 +323,7 @@ def _draw_layer(axes: Axes, steps: Values, below: Values, values: Values, label:
     return above
 
 
-def _legend(axes: Axes, needed: bool) -> None:
+def legend(axes: Axes, needed: bool) -> None:
     """Above the panel, at its right, where it covers no data."""
     handles, _ = axes.get_legend_handles_labels()
     if needed and handles:

@@ -1,0 +1,175 @@
+"""Several runs in one figure: a colour is a run, a line style a metric; repeats of one run are a mean with its spread.
+
+T: steps of a series.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from megatron_fipo.report.history import History, Run, Values
+from megatron_fipo.report.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    FigureSpec,
+    Line,
+    Lines,
+    Panel,
+    Reference,
+    Scatter,
+    Stack,
+    draw_references,
+    empty_figure,
+    fitted_line,
+    legend,
+    line_values,
+    smooth,
+    style,
+    to_png,
+)
+
+_COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111")
+_STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
+_NAME = 22  # characters of a run's name in a figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one colour shows. `low` and `high` bound the runs of a group, of which `history` is the mean."""
+
+    name: str
+    color: str
+    history: History
+    runs: tuple[Run, ...]
+    low: History | None = None
+    high: History | None = None
+
+
+def make_series(runs: Sequence[Run], names: Sequence[str], groups: Sequence[str] = ()) -> list[Series]:
+    """One series a run, or a group of runs: those called NAME-seedN with one NAME, or whose names begin with one of
+    `groups`."""
+    together: dict[str, list[Run]] = {}
+    for run, name in zip(runs, names, strict=True):
+        together.setdefault(_group(name, names, groups), []).append(run)
+    return [_series(name, _COLORS[n % len(_COLORS)], members) for n, (name, members) in enumerate(together.items())]
+
+
+def _group(name: str, names: Sequence[str], groups: Sequence[str]) -> str:
+    given = next((group for group in groups if name.startswith(group)), None)
+    if given is not None:
+        return given
+    stem = re.sub(r"-seed\d+$", "", name)
+    repeats = sum(re.sub(r"-seed\d+$", "", other) == stem for other in names)
+    return stem if stem != name and repeats > 1 else name
+
+
+def _series(name: str, color: str, runs: Sequence[Run]) -> Series:
+    histories = [History.from_rows(run.rows) for run in runs]
+    if len(runs) == 1:
+        return Series(name, color, histories[0], tuple(runs))
+    steps = np.unique(np.concatenate([h.steps for h in histories]))
+    metrics = {metric for history in histories for metric in history.columns}
+    bounds = {m: _mean_and_bounds([_on(steps, h, m) for h in histories]) for m in metrics}
+    mean, low, high = (History(steps, {m: values[part] for m, values in bounds.items()}) for part in range(3))
+    return Series(f"{name} (mean of {len(runs)})", color, mean, tuple(runs), low, high)
+
+
+def _on(steps: Values, history: History, metric: str) -> Values:
+    """[T]: a run's values at the steps of all runs, NaN where it has none."""
+    values = np.full(len(steps), np.nan)
+    values[np.searchsorted(steps, history.steps)] = history[metric]
+    return values
+
+
+def _mean_and_bounds(values: Sequence[Values]) -> tuple[Values, Values, Values]:
+    """Over the runs that have a value; NaN where none has."""
+    stacked = np.stack(values)
+    there = np.isfinite(stacked)
+    count = there.sum(0)
+    mean = np.where(there, stacked, 0.0).sum(0) / np.maximum(count, 1)
+    low, high = np.where(there, stacked, np.inf).min(0), np.where(there, stacked, -np.inf).max(0)
+    return tuple(np.where(count > 0, column, np.nan) for column in (mean, low, high))  # type: ignore[return-value]
+
+
+def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequence[Reference] = ()) -> bytes | None:
+    """The figure of several runs as PNG; None where none of them has data for it."""
+    panels = [panel for panel in spec.panels if any(panel.has_data(s.history) for s in series)]
+    if not panels:
+        return None
+    figure, all_axes = empty_figure(spec.title, len(panels))
+    for panel, axes in zip(panels, all_axes, strict=True):
+        _draw_panel(panel, axes, series)
+        draw_references(panel, axes, references)
+    if not all_axes[-1].get_xlabel():
+        all_axes[-1].set_xlabel("step", fontsize=9, color=INK)
+    handles = [Line2D([], [], color=s.color, linewidth=2.5, label=_short(s.name)) for s in series]
+    figure.legend(
+        handles=handles,
+        loc="upper right",
+        bbox_to_anchor=(0.985, 0.99),
+        ncols=min(3, len(handles)),
+        frameon=False,
+        fontsize=7.5,
+        labelcolor=INK,
+        handlelength=1.0,
+        columnspacing=1.0,
+        borderaxespad=0.0,
+    )
+    return to_png(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+
+
+def _draw_panel(panel: Panel, axes: Axes, series: Sequence[Series]) -> None:
+    if isinstance(panel, Scatter):
+        for one in series:
+            _draw_dots(panel, axes, one)
+        style(axes, panel.unit, log=False)
+        axes.set_xlabel(panel.x_label)
+        return
+    assert isinstance(panel, Lines | Stack)
+    lines = panel.lines if isinstance(panel, Lines) else (Line(panel.total, "all"), *panel.parts)
+    lines = tuple(line for line in lines if any(np.isfinite(line_values(line, s.history)).any() for s in series))
+    wants_log = isinstance(panel, Lines) and panel.log
+    log = wants_log and any((line_values(line, s.history) > 0).any() for line in lines for s in series)
+    for one in series:
+        for line, dashes in zip(lines, _STYLES, strict=False):
+            _draw_line(axes, line, one, dashes, log)
+    style(axes, panel.unit, log)
+    legend(axes, needed=len(lines) > 1)
+
+
+def _draw_line(axes: Axes, line: Line, series: Series, dashes: object, log: bool) -> None:
+    values = line_values(line, series.history)
+    shown = np.isfinite(values) & ((values > 0) | (not log))
+    if not shown.any():
+        return
+    steps, values = series.history.steps[shown], values[shown]
+    if series.low is not None and series.high is not None:
+        low, high = line_values(line, series.low)[shown], line_values(line, series.high)[shown]
+        axes.fill_between(steps, low, high, color=series.color, alpha=0.15, linewidth=0)
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(steps, smooth(values), color=series.color, linewidth=1.4, linestyle=dashes, marker=marker, markersize=3)
+    if not any(handle.get_label() == line.label for handle in axes.get_lines()) and line.label:
+        axes.plot([], [], color=INK, linewidth=1.2, linestyle=dashes, label=line.label)
+
+
+def _draw_dots(panel: Scatter, axes: Axes, series: Series) -> None:
+    x, y = series.history[panel.x], series.history[panel.y]
+    axes.scatter(x, y, color=series.color, s=20 if len(x) <= 300 else 6, linewidths=0, alpha=0.6)
+    line = fitted_line(x, y)
+    if line is not None:
+        axes.plot(line.x, line.y, color=series.color, linewidth=1.2)

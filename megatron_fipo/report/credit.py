@@ -1,0 +1,191 @@
+"""<run>/credit.html: responses of a run with every token shaded by the credit that the loss gave it.
+
+It shows a subset, so that it stays small whatever the run: of at most 8 steps, evenly from the first to the last saved,
+the first 512 responses are read; of these, whole groups are shown, the most complete ones first, until a step's
+share of 60,000 tokens is full, each response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
+Letters: T tokens of a response.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_fipo.report.history import Run
+from megatron_fipo.report.reflection import parts_of, step_of
+from megatron_fipo.run_log import write_whole
+
+_STEPS, _READ, _TOKENS, _LONGEST = 8, 512, 60_000, 4_000
+_PAGE_BYTES = 4_500_000
+_CREDITED = 30  # tokens in the table of the most credited
+_SEEN = 5  # times that a token must occur to be in it
+_TEMPLATE = Path(__file__).with_name("credit.html")
+_COLUMNS = (
+    *("id", "prompt", "response_tokens", "weight_versions", "reward", "accuracy", "advantage", "truncated"),
+    *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
+)
+Row = dict[str, Any]
+Text = Callable[[int], str]
+
+
+def write_credit_page(run: Run, name: str) -> Path | None:
+    """Write the page of a finished or live run; None where no saved rollouts have credit.
+
+    Raises:
+        ValueError: a rollouts file is damaged.
+    """
+    steps = _steps_with_credit(run.directory / "rollouts")
+    page = run.directory / "credit.html"
+    if not steps:
+        page.unlink(missing_ok=True)
+        return None
+    rows = {step_of(path): _read(path) for path in steps}
+    text = _token_text(run)
+    budget = _TOKENS
+    html = _page(rows, text, run, name, budget)
+    while len(html.encode()) > _PAGE_BYTES and budget > 100:
+        budget //= 2
+        html = _page(rows, text, run, name, budget)
+    write_whole(page, html)
+    return page
+
+
+def _steps_with_credit(rollouts: Path) -> list[Path]:
+    paths = sorted(rollouts.glob("step_*.parquet"), key=step_of)
+    chosen = [paths[i] for i in sorted({round(x) for x in np.linspace(0, len(paths) - 1, _STEPS)})] if paths else []
+    return [path for path in chosen if any(_has_credit(part) for part in parts_of(path))]
+
+
+def _has_credit(part: Path) -> bool:
+    try:
+        return "influence_weights" in pq.read_schema(part).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{part} is no rollouts file: {error}") from None
+
+
+def _read(path: Path) -> list[Row]:
+    """The first responses of a step, evenly from its parts."""
+    parts = parts_of(path)
+    rows: list[Row] = []
+    for part in parts:
+        wanted = -(-_READ // len(parts))
+        with pq.ParquetFile(part) as file:
+            for batch in file.iter_batches(64, columns=list(_COLUMNS)):
+                taken = batch.slice(0, wanted).to_pylist()
+                rows += taken
+                wanted -= len(taken)
+                if wanted <= 0:
+                    break
+    return rows
+
+
+def _token_text(run: Run) -> Text:
+    """Text of a token, from the run's tokenizer; its number where that cannot be had."""
+    from transformers import AutoTokenizer
+
+    for place in (run.directory / "policy", run.setting("model.hf_path")):
+        if place and (Path(place) / "tokenizer.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            return lambda token: str(tokenizer.decode([token]))
+    return lambda token: f"⟨{token}⟩"
+
+
+def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int) -> str:
+    size = int(run.setting("rollout.group_size") or 1)
+    shown = [
+        {"step": step, "group": int(row["id"]) // size, **row}
+        for step, of_step in rows.items()
+        for row in _choose(of_step, size, budget // len(rows))
+    ]
+    tokens = sorted({token for row in shown for token in row["response_tokens"][:_LONGEST]})
+    place = {token: n for n, token in enumerate(tokens)}
+    data = {
+        "texts": [text(token) for token in tokens],
+        "responses": [_response(row, place) for row in shown],
+        "credited": _most_credited(rows, text),
+    }
+    head, tail = _TEMPLATE.read_text().split("{{data}}")  # before a name or a text can look like a place to fill
+    return head.replace("{{title}}", escape(name)) + _inline(data) + tail
+
+
+def _inline(data: Any) -> str:
+    """JSON that may stand in a script element: a response cannot end it, whatever it holds."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII, so no line separators of JavaScript either
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _choose(rows: Sequence[Row], group_size: int, budget: int) -> list[Row]:
+    """Whole groups, the most complete first, that have room; at least one response."""
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: int(row["id"])):
+        groups[int(row["id"]) // group_size].append(row)
+    chosen: list[Row] = []
+    for group in sorted(groups.values(), key=lambda group: -len(group)):
+        length = sum(min(len(row["response_tokens"]), _LONGEST) for row in group)
+        if length <= budget:
+            chosen += group
+            budget -= length
+    return chosen or sorted(rows, key=lambda row: len(row["response_tokens"]))[:1]
+
+
+def _response(row: Row, place: Mapping[int, int]) -> dict[str, Any]:
+    """Numbers of a response; those of its tokens in thousandths, which keeps the page small."""
+    weights = np.array(row["influence_weights"])
+    return {
+        **{key: row[key] for key in ("step", "group", "id", "prompt", "truncated")},
+        **{key: round(float(row[key]), 4) for key in ("reward", "accuracy", "advantage")},
+        "length": len(row["response_tokens"]),
+        "weight": round(float(weights.mean()), 4) if len(weights) else 1.0,
+        "tokens": [place[token] for token in row["response_tokens"][:_LONGEST]],
+        "versions": _runs_of(row["weight_versions"][:_LONGEST]),
+        **{
+            short: _thousandths(row[column][:_LONGEST])
+            for short, column in (
+                ("w", "influence_weights"),
+                ("s", "future_kl"),
+                ("old", "old_log_probs"),
+                ("new", "new_log_probs"),
+            )
+        },
+    }
+
+
+def _runs_of(versions: Sequence[int]) -> list[list[int]]:
+    """[first token, version] where the version changes."""
+    return [[n, v] for n, v in enumerate(versions) if n == 0 or versions[n - 1] != v]
+
+
+def _thousandths(values: Sequence[float]) -> list[int]:
+    return np.rint(np.nan_to_num(np.array(values, dtype=np.float64)) * 1000).astype(int).tolist()
+
+
+def _most_credited(rows: Mapping[int, Sequence[Row]], text: Text) -> list[dict[str, Any]]:
+    """Of all responses that were read: the tokens with the largest mean influence weight."""
+    count: Counter[int] = Counter()
+    weight: defaultdict[int, float] = defaultdict(float)
+    future: defaultdict[int, float] = defaultdict(float)
+    for row in (row for of_step in rows.values() for row in of_step):
+        columns = (row["response_tokens"], row["influence_weights"], row["future_kl"])
+        for token, f, s in zip(*columns, strict=True):
+            count[token] += 1
+            weight[token] += f
+            future[token] += s
+    often = [token for token in count if count[token] >= _SEEN]
+    best = sorted(often, key=lambda token: (-weight[token] / count[token], token))[:_CREDITED]
+    return [
+        {
+            "text": text(token),
+            "count": count[token],
+            "weight": round(weight[token] / count[token], 4),
+            "future_kl": round(future[token] / count[token], 4),
+        }
+        for token in best
+    ]

@@ -1,0 +1,179 @@
+"""Several runs on one page: their numbers, their names, repeats as a mean with its spread, published levels."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from megatron_fipo.config import to_yaml
+from megatron_fipo.report.compare import _draw_panel, draw_together, make_series
+from megatron_fipo.report.figures import AIME_2024
+from megatron_fipo.report.history import History, read_run
+from megatron_fipo.report.page import published, write_report
+from megatron_fipo.report.panels import draw, fitted_line
+from megatron_fipo.report.reflection import rate, reflection_rates
+from tests.report.test_report import AFTER, BEFORE, CONFIG, SPECS, rows_of, summary_of, write_run
+
+
+def named_run(directory, rows, **sections):
+    """A run whose name is the directory's."""
+    write_run(directory, rows, summary_of(BEFORE, AFTER))
+    config = replace(CONFIG, run=replace(CONFIG.run, name=directory.name), **sections)
+    (directory / "config.yaml").write_text(to_yaml(config))
+    return directory
+
+
+def series_of(paths, groups=()):
+    runs = [read_run(path) for path in paths]
+    return make_series(runs, [path.name for path in paths], groups)
+
+
+def test_page_of_several_runs(tmp_path):
+    """The page stands at --out, its figures beside it, every run has its table, and the runs' own pages stay away."""
+    runs = [named_run(tmp_path / name, rows_of(8)) for name in ("fipo", "dapo", "a<b>")]
+    text = write_report(runs, tmp_path / "all.html")
+    page = (tmp_path / "all.html").read_text()
+    assert re.findall(r"</span>(.*?)</h3>", page) == ["fipo", "dapo", "a&lt;b&gt;"]
+    assert page.count("<th scope=row>avg@8</th><td>0.125</td><td>0.400</td>") == 3
+    assert text.endswith(f"report: {tmp_path / 'all.html'}")
+    assert {p.stem for p in (tmp_path / "all_figures").iterdir()} == set(SPECS)
+    assert not any((run / "report.html").exists() for run in runs)
+    assert not re.search(r"https?:|<script|<link|@import|url\(", re.sub(r'"data:[^"]+"', "", page))
+
+
+def test_default_place_of_several_runs(tmp_path, monkeypatch):
+    """Without --out it is report.html in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_report([named_run(tmp_path / name, rows_of(2)) for name in ("x", "y")])
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_page_s_numbers_are_the_metrics_file_s(tmp_path):
+    """The latest value of every metric reads on the page exactly as the file has it."""
+    runs = [named_run(tmp_path / name, rows_of(n)) for name, n in (("x", 7), ("y", 12))]
+    write_report(runs, tmp_path / "all.html")
+    table = (tmp_path / "all.html").read_text().partition("Latest value of every metric")[2]
+    shown = {name: cells for name, *cells in re.findall(r"scope=row>(.*?)</th><td>(.*?)</td><td>(.*?)</td>", table)}
+    for place, run in enumerate(runs):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        latest = {name: value for line in lines for name, value in line.items()}
+        assert {name: float(shown[name][place]) for name in latest} == latest
+        assert len(latest) > 50
+
+
+def test_lines_are_the_metrics_file_s(tmp_path):
+    """What a panel draws of each run is that run's column, in that run's colour."""
+    runs = [named_run(tmp_path / name, rows_of(n)) for name, n in (("x", 7), ("y", 12))]
+    series = series_of(runs)
+    axes = Figure().subplots()
+    _draw_panel(SPECS["entropy"].panels[0], axes, series)
+    assert len({one.color for one in series}) == 2
+    for line, one, run in zip(axes.get_lines(), series, runs, strict=True):
+        rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        np.testing.assert_array_equal(line.get_ydata(), [row["policy/entropy"] for row in rows])
+        assert line.get_color() == one.color
+
+
+def test_repeats_are_a_mean_with_its_spread(tmp_path):
+    """Runs called NAME-seedN are one series: mean, smallest and largest of the runs that have the step."""
+    values = {"x-seed1": [1.0, 2.0, 6.0], "x-seed2": [3.0, 4.0], "y-seed1": [5.0]}
+    paths = [
+        named_run(tmp_path / name, [{"step": s, "policy/entropy": v} for s, v in enumerate(column, start=1)])
+        for name, column in values.items()
+    ]
+    x, y = series_of(paths)
+    assert (x.name, y.name, y.low) == ("x (mean of 2)", "y-seed1", None)
+    entropy = [h["policy/entropy"][h.steps > 0].tolist() for h in (x.history, x.low, x.high)]
+    assert entropy == [[2.0, 3.0, 6.0], [1.0, 2.0, 6.0], [3.0, 4.0, 6.0]]
+
+
+def test_groups_by_the_beginning_of_the_name(tmp_path):
+    """--group takes runs together whose names begin so."""
+    paths = [named_run(tmp_path / name, rows_of(2)) for name in ("fipo-a", "fipo-b", "dapo")]
+    assert [one.name for one in series_of(paths, ["fipo"])] == ["fipo (mean of 2)", "dapo"]
+
+
+def test_a_run_named_twice(tmp_path):
+    """The same directory twice is an error."""
+    run = named_run(tmp_path / "x", rows_of(2))
+    with pytest.raises(ValueError, match="named twice"):
+        write_report([run, tmp_path / "y" / ".." / "x"], tmp_path / "all.html")
+
+
+@pytest.mark.parametrize(
+    ("path", "levels"),
+    [("data/aime-2024.parquet", 4), ("AIME24.parquet", 4), ("aime-2025.parquet", 0), ("validation.parquet", 0)],
+)
+def test_published_levels_on_aime_2024_only(tmp_path, path, levels):
+    """They are drawn where the validation set is the one that they were measured on."""
+    run = read_run(named_run(tmp_path / "x", rows_of(5), data=replace(CONFIG.data, validation=path)))
+    assert len(published(run)) == levels
+    plain = draw(SPECS["evaluation"], History.from_rows(run.rows))
+    assert (draw(SPECS["evaluation"], History.from_rows(run.rows), published(run)) != plain) == bool(levels)
+    assert {r.label: r.level for r in AIME_2024} == {"DAPO": 0.5, "FIPO": 0.56, "R1-Zero-32B": 0.47, "o1-mini": 0.56}
+
+
+def test_fitted_line():
+    """Least squares on a line gives it back with r = 1; one x, two points or NaNs give none."""
+    line = fitted_line(np.array([1.0, 2.0, np.nan, 4.0]), np.array([3.0, 5.0, 0.0, 9.0]))
+    assert (line.x, line.y) == ((1.0, 4.0), (3.0, 9.0))
+    assert line.r == pytest.approx(1.0)
+    assert fitted_line(np.ones(5), np.arange(5.0)) is None
+    assert fitted_line(np.arange(2.0), np.arange(2.0)) is None
+
+
+def test_reflection_rates(tmp_path):
+    """Marker words count as whole words in any case; steps are those of the files, parts of a step go together."""
+    folder = tmp_path / "rollouts"
+    (folder / "step_3.parquet").mkdir(parents=True)
+    pq.write_table(pa.table({"response": ["Wait, wait! However.", "so 4"]}), folder / "step_1.parquet")
+    pq.write_table(pa.table({"response": ["await howevers"]}), folder / "step_3.parquet" / "part-0.parquet")
+    pq.write_table(pa.table({"response": ["Let me check."]}), folder / "step_3.parquet" / "part-1.parquet")
+    assert reflection_rates(folder) == {
+        1: {"reflection/share": 0.5, "reflection/markers": 1.5},
+        3: {"reflection/share": 0.5, "reflection/markers": 0.5},
+    }
+    assert rate([]) == {"reflection/share": 0.0, "reflection/markers": 0.0}
+
+
+def test_findings_are_on_the_page(tmp_path):
+    """A rule that holds is listed with its steps, its reason and where it comes from; else the page says none does."""
+    rows = rows_of(8)
+    for row in rows:
+        row |= {"policy/influence_weight_min": 1.0, "policy/influence_weight_max": 1.0, "policy/updates": 1.0}
+    text = write_report(named_run(tmp_path / "x", rows))
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert "<li><b>Steps 5 to 8</b>: FIPO does nothing: every influence weight" in page
+    assert "(from the authors&#x27; code)" in page or "(from the authors' code)" in page
+    assert "x: steps 5 to 8: FIPO does nothing" in text
+    write_report(named_run(tmp_path / "y", [{"step": 1}]))
+    assert "No rule found anything." in (tmp_path / "y" / "report.html").read_text()
+
+
+def test_figures_of_several_runs_have_the_usual_size(tmp_path):
+    """As of one run: 960 x 615 pixels, for every figure that has data."""
+    series = series_of([named_run(tmp_path / name, rows_of(9)) for name in ("x", "y")])
+    drawn = {name: draw_together(spec, series) for name, spec in SPECS.items()}
+    assert {Image.open(io.BytesIO(png)).size for png in drawn.values()} == {(960, 615)}
+
+
+@pytest.mark.slow
+def test_three_long_runs(tmp_path):
+    """Three runs of 10,000 steps: a page below 5 MB, within two minutes of CPU time."""
+    runs = [named_run(tmp_path / name, rows_of(10_000)) for name in ("x", "y", "z")]
+    started = time.process_time()
+    write_report(runs, tmp_path / "all.html")
+    seconds = time.process_time() - started
+    print(f"3 x 10,000 steps: {seconds:.1f} s of CPU time, {(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB")
+    assert (tmp_path / "all.html").stat().st_size < 5e6
+    assert seconds < 120
