@@ -13,8 +13,10 @@ from megatron_fipo.scaling.hardware import find_hardware
 from megatron_fipo.scaling.lengths import Sequences
 from megatron_fipo.scaling.measurement import Measurement, measurement_name
 from megatron_fipo.scaling.models import find_model
+from megatron_fipo.scaling.outcome_row import write_failed_row
 from megatron_fipo.scaling.plan import Planner
 from megatron_fipo.scaling.plan_file import PlannedLayout, plan_line, read_plan
+from megatron_fipo.scaling.recipe import layout_of
 from megatron_fipo.scaling.run_command import measure
 from tests.policies import make_config, make_qwen2
 
@@ -120,3 +122,19 @@ def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, 
     assert "\n" not in row["error"]
     assert row["gpus"] == config.parallel.world_size
     assert row["predicted"] is row["seconds"] is None
+
+
+def test_prediction_is_the_planner_s(tmp_path: Path) -> None:
+    """Of a layout that failed, too, a row says what the planner thinks of it, on the fullest stage and each."""
+    config = make_config(make_qwen2(tmp_path / "model", layers=4), parallel={"pipeline": 2, "world_size": 2})
+    hardware, sequences = find_hardware("H100-80"), Sequences((50, 90, 120, 30))
+    asked = Measurement(config, sequences, "fipo", "H100-80", hardware, tmp_path)
+    row = write_failed_row(asked, "an [error]\nin two lines")
+    expected = Planner(find_model(str(tmp_path / "model")), hardware, sequences).evaluate(layout_of(config))
+    assert row["predicted"]["seconds"] == expected.cost.seconds
+    assert row["predicted"]["memory_bytes"] == expected.memory.total
+    assert row["predicted"]["stage_memory_bytes"][expected.stage] == expected.memory.total
+    assert len(row["predicted"]["stage_memory_bytes"]) == 2
+    assert row["error"] == "an [error]"
+    assert row["peak_memory_bytes"] == [None, None]
+    assert row["micro_batches"] == len(expected.batch.sizes) == 2
