@@ -158,7 +158,7 @@ def _line(row: Row) -> Row:
 
 def test_training_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The log prints a finding when it begins, and a resumed run does not repeat it."""
-    rows = healthy(20)
+    rows = healthy(30)
     one_update(rows)
     config = Config(run=RunConfig(directory=str(tmp_path)), rollout=RolloutConfig(max_response_tokens=1000, save=False))
     log = RunLog(config, rank=0)
@@ -172,6 +172,7 @@ def test_training_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])) > 10
     log = RunLog(config, rank=0)
     log.open(18, 0.0)
-    log.step(19, {n: v for n, v in _line(rows[18]).items() if n != "step"})
+    for row in rows[18:]:
+        log.step(int(row["step"]), {n: v for n, v in _line(row).items() if n != "step"})
     log.close()
     assert "warning" not in capsys.readouterr().out

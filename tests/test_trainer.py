@@ -192,6 +192,9 @@ def test_metrics_rows(runs: Path, one_rank: dict[str, Any]) -> None:
         assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values())
         assert row["policy/updates"] == 4
         assert row["batch/responses"] == 16
+        sides = row["policy/ppo_clip_fraction_low"], row["policy/ppo_clip_fraction_high"]
+        assert sum(sides) == pytest.approx(row["policy/ppo_clip_fraction"], abs=1e-12)
+        assert min(sides) > 0
         assert row["policy/lr"] == 1e-3
         assert row["mismatch/rollout_mismatch_abs"] < 1e-5
         assert 0 < row["time/rollout"] + row["time/old_log_probs"] + row["time/update"] <= row["time/step"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_fipo.algorithm import FIPOLossConfig, LossOutput, aggregate_tokens, fipo_loss, grpo_loss
+from megatron_fipo.algorithm.loss_metrics import clip_side_metrics
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.config import AlgorithmConfig
@@ -37,10 +38,12 @@ class PolicyLoss:
         mask = self._mine(micro_batch.loss_mask, micro_batch)
         sharded = self.topology.cp.size() > 1
         loss_function = fipo_loss if self.algorithm.loss == "fipo" else grpo_loss
+        old = self._mine(micro_batch.old_log_probs, micro_batch)
+        advantages = micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages
         out = loss_function(
             log_probs,
-            self._mine(micro_batch.old_log_probs, micro_batch),
-            micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages,
+            old,
+            advantages,
             mask,
             micro_batch.segment_offsets,
             self.config,
@@ -50,7 +53,10 @@ class PolicyLoss:
         )
         if record is not None:
             record.append(self._token_values(log_probs, out, micro_batch))
-        metrics = {**out.metrics, "entropy": mean_where(entropy, mask)}
+        by_token = advantages.repeat_interleave(micro_batch.segment_offsets.diff(), output_size=log_probs.numel())
+        clip = self.config.clip_ratio_low, self.config.clip_ratio_high
+        sides = clip_side_metrics(log_probs.detach() - old, by_token, mask, *clip)
+        metrics = {**out.metrics, **sides, "entropy": mean_where(entropy, mask)}
         loss_sum = out.loss_sum
         if self.algorithm.entropy_coefficient:
             bonus = aggregate_tokens(entropy, mask, micro_batch.segment_offsets, out, self.config)

@@ -39,6 +39,18 @@ def ratio_metrics(tokens: PackedTokens, clipped: Tensor, dual_clipped: Tensor, d
     }
 
 
+def clip_side_metrics(log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float) -> Metrics:
+    """The PPO clip's two sides, all [N]: ratios below 1 - low of tokens with A < 0, above 1 + high of those with A > 0.
+
+    They add up to `ppo_clip_fraction`: influence weights are positive and move no token to the other side.
+    """
+    ratio = log_ratio.exp()
+    return {
+        "ppo_clip_fraction_low": fraction((advantage < 0) & (ratio < 1 - low), mask),
+        "ppo_clip_fraction_high": fraction((advantage > 0) & (ratio > 1 + high), mask),
+    }
+
+
 def _negative_ratio_shares(ratio: Tensor, mask: Tensor, negative: Tensor, dual_clip: float) -> Metrics:
     """Shares of all loss tokens: A < 0 and a ratio in [2, 3), [3, 4), [4, dual clip), which is 10 in the recipes."""
     ranges = (("2_3", 2, 3), ("3_4", 3, 4), ("4_10", 4, dual_clip))

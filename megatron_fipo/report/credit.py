@@ -1,8 +1,9 @@
 """<run>/credit.html: responses of a run with every token shaded by the credit that the loss gave it.
 
 It shows a subset, so that it stays small whatever the run: of at most 8 steps, evenly from the first to the last saved,
-the first 512 responses are read; of these, whole groups are shown, the most complete ones first, until a step's
-share of 60,000 tokens is full, each response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
+the first 512 responses are read; of these, whole groups are shown until a step's share of 60,000 tokens is full, the most
+complete first and of these the ones whose weights are farthest from 1 (those of a step's first update are all 1), each
+response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
 Letters: T tokens of a response.
 """
 
@@ -123,17 +124,23 @@ def _inline(data: Any) -> str:
 
 
 def _choose(rows: Sequence[Row], group_size: int, budget: int) -> list[Row]:
-    """Whole groups, the most complete first, that have room; at least one response."""
+    """Whole groups that have room, the most complete, then the most credited ones first; at least a response."""
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: int(row["id"])):
         groups[int(row["id"]) // group_size].append(row)
     chosen: list[Row] = []
-    for group in sorted(groups.values(), key=lambda group: -len(group)):
+    for group in sorted(groups.values(), key=lambda group: (-len(group), -_spread(group))):
         length = sum(min(len(row["response_tokens"]), _LONGEST) for row in group)
         if length <= budget:
             chosen += group
             budget -= length
     return chosen or sorted(rows, key=lambda row: len(row["response_tokens"]))[:1]
+
+
+def _spread(group: Sequence[Row]) -> float:
+    """Mean distance of the tokens' influence weights from 1."""
+    weights = np.concatenate([np.array(row["influence_weights"], dtype=np.float64) for row in group])
+    return float(np.abs(weights - 1).mean()) if len(weights) else 0.0
 
 
 def _response(row: Row, place: Mapping[int, int]) -> dict[str, Any]:

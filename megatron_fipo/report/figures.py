@@ -171,7 +171,14 @@ POLICY = (
         "be rare: they count tokens of bad responses whose probability rose many times over. A spike comes before a "
         "collapse.",
         (
-            Lines("PPO clip, share of tokens", (Line("policy/ppo_clip_fraction"),)),
+            Lines(
+                "PPO clip, share of tokens",
+                (
+                    Line("policy/ppo_clip_fraction", "both"),
+                    Line("policy/ppo_clip_fraction_low", "ratio too low, A < 0", RED),
+                    Line("policy/ppo_clip_fraction_high", "too high, A > 0", GREEN),
+                ),
+            ),
             Lines("low clip (dual clip), share of tokens", (Line("policy/dual_clip_fraction", color=ORANGE),)),
             Lines("vetoed, share of responses", (Line("policy/vetoed_fraction", color=RED),)),
         ),
