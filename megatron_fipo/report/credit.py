@@ -1,9 +1,9 @@
 """<run>/credit.html: responses of a run with every token shaded by the credit that the loss gave it.
 
 It shows a subset, so that it stays small whatever the run: of at most 8 steps, evenly from the first to the last saved,
-the first 512 responses are read; of these, whole groups are shown until a step's share of 60,000 tokens is full, the most
-complete first and of these the ones whose weights are farthest from 1 (those of a step's first update are all 1), each
-response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
+the first 512 responses are read; of these, whole groups are shown until a step's share of 60,000 tokens is full, the
+most complete first and of these the ones whose weights are farthest from 1 (those of a step's first update are all 1),
+each response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
 Letters: T tokens of a response.
 """
 
