@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -255,8 +256,8 @@ class RunLog:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
+    """Write a file that appears whole or not at all; of several processes that write it, one wins."""
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
 
