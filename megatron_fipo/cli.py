@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -274,9 +274,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw the figures of one run or of several, and a page that holds them."""
-    from megatron_fipo.report.page import write_report
-
-    typer.echo(write_report(runs, out, group or ()))
+    _report(runs, out, group or ())
 
 
 @scaling.command("report", epilog=EXIT_CODES)
@@ -358,10 +356,10 @@ def _profile(trainer: Any) -> None:
     actor.recorder = trainer.profile.recorder
 
 
-def _report(run: Path) -> None:
+def _report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> None:
     from megatron_fipo.report.page import write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_report(runs, out, groups))
 
 
 def main() -> None:

@@ -264,7 +264,7 @@ def test_signal_after_the_run_does_not_end_its_report(task: Path) -> None:
     """Slurm signals a job ahead of its time limit, also one that has trained already: it ends with exit code 0."""
     program = (
         "import os, signal, sys; from megatron_fipo import cli; sys.argv = ['megatron-fipo', 'report', '.'];"
-        "cli._report = lambda run: os.kill(os.getpid(), signal.SIGUSR1); cli.main()"
+        "cli._report = lambda *_: os.kill(os.getpid(), signal.SIGUSR1); cli.main()"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
