@@ -25,7 +25,8 @@ from megatron_fipo.report.page import STYLE
 from megatron_fipo.report.scaling_figures import FIGURES
 from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling import figure as timelines
-from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_plan, read_rows
+from megatron_fipo.scaling.plan_file import read_plan
+from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
 
 WIDTH = 100
 _PAGE_BYTES = 4_500_000  # of figures in the page; timelines beyond that are only linked
@@ -72,8 +73,18 @@ def write_scaling_report(directory: Path, out: Path | None = None) -> str:
 def read_study(directory: Path) -> Study:
     """Raises ValueError: there is no readable row."""
     rows, warnings = read_rows(directory)
-    planned, more = read_plan(directory / "plan.csv")
+    planned, more = _read_plan(directory / "plan.csv")
     return Study(directory, findings.ranked(rows), planned, warnings + more)
+
+
+def _read_plan(file: Path) -> tuple[list[LayoutKey], list[str]]:
+    """Its layouts, if it is there; a damaged one is a warning, since the rows tell what they are about."""
+    if not file.is_file():
+        return [], []
+    try:
+        return [layout.key for layout in read_plan(file)], []
+    except ValueError as error:
+        return [], [str(error)]
 
 
 def summary(study: Study) -> str:

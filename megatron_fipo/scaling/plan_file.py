@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from megatron_fipo.config import Config
+from megatron_fipo.scaling.row import LayoutKey
 
 _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
 _STAGES = ("first_stage_layers", "last_stage_layers")
@@ -30,6 +31,11 @@ class PlannedLayout:
     last_stage_layers: int | None
     tokens_per_micro_batch: int
     recompute: _Recompute
+
+    @property
+    def key(self) -> LayoutKey:
+        """By which its row is known."""
+        return LayoutKey(**{name: getattr(self, name) for name in LayoutKey._fields})
 
     def applied(self, config: Config) -> Config:
         """The config with this layout; nothing is validated."""

@@ -6,7 +6,6 @@ unknown (None) and named in a warning. Fields that are not known here are left a
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping
@@ -236,23 +235,6 @@ def read_rows(directory: Path) -> tuple[list[MeasuredRow], list[str]]:
     return rows, warnings
 
 
-def read_plan(file: Path) -> tuple[list[LayoutKey], list[str]]:
-    """The layouts of a plan's CSV, and a warning for each line that is none; nothing where there is no such file."""
-    if not file.is_file():
-        return [], []
-    planned, warnings = [], []
-    try:
-        lines = list(csv.DictReader(file.read_text().splitlines()))
-    except (csv.Error, ValueError, OSError) as error:
-        return [], [f"{file.name} cannot be read: {error}"]
-    for number, line in enumerate(lines, start=1):
-        try:
-            planned.append(_layout(_Fields({k: _cell(v) for k, v in line.items()}, [])))
-        except ValueError as error:
-            warnings.append(f"line {number} of {file.name} is left out: {error}")
-    return planned, warnings
-
-
 def _layout(fields: _Fields) -> LayoutKey:
     return LayoutKey(
         gpus=fields.count("gpus"),
@@ -374,13 +356,6 @@ def _whole(value: float | None) -> int | None:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _cell(text: str | None) -> Any:
-    """Of a CSV: a whole number, nothing, or a text."""
-    if text is None or text == "":
-        return None
-    return int(text) if text.isdecimal() else text
 
 
 def _shown(value: Any) -> str:

@@ -138,6 +138,15 @@ def _write_plan(study: Path, contents: list[dict[str, Any]]) -> None:
         writer.writerows(contents)
 
 
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
+    """The rows are reported all the same."""
+    study = write_study(tmp_path, *_sweep())
+    (study / "plan.csv").write_text("gpus,tensor\n8,x\n")
+    text = write_scaling_report(study)
+    assert f"warning: line 1 of {study / 'plan.csv'}: tensor is 'x' and must be a whole number of at least 1" in text
+    assert f"{len(_sweep())} measured" in text
+
+
 def test_figures_without_data_are_left_out(tmp_path: Path) -> None:
     """One layout without pipeline or prediction has only its MFU; a lost one nothing; old figures go."""
     study = write_study(tmp_path, *_sweep())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.scaling.row import parse_row, read_plan, read_rows
+from megatron_fipo.scaling.row import parse_row, read_rows
 from tests.report.studies import lost, make_row, write_study
 
 
@@ -88,16 +88,3 @@ def test_no_row_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "rows" / "half.json").write_text("{")
     with pytest.raises(ValueError, match=r"rows/half.json is left out"):
         read_rows(tmp_path)
-
-
-def test_plan_lines_are_layouts(tmp_path: Path) -> None:
-    """As `scaling plan --csv` writes them; a damaged line is named; no file is no plan."""
-    content = make_row(8, 4, 2)
-    row, _ = parse_row(content)
-    names = list(row.layout._fields)
-    lines = [names, ["" if content[n] is None else str(content[n]) for n in names], ["8", "x"]]
-    (tmp_path / "plan.csv").write_text("\n".join(",".join(line) for line in lines))
-    planned, warnings = read_plan(tmp_path / "plan.csv")
-    assert planned == [row.layout]
-    assert warnings == ["line 2 of plan.csv is left out: tensor is 'x' and must be a whole number of at least 1"]
-    assert read_plan(tmp_path / "no.csv") == ([], [])
