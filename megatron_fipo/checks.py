@@ -14,6 +14,7 @@ from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.reward import make_reward
+from megatron_fipo.trackers import check_trackers
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -29,6 +30,7 @@ def check_run(config: Config) -> list[str]:
         DistributedCheckpoint(config.model.megatron_path).check(architecture)
     loss_config(config.algorithm, config.rollout)
     vllm_environment.check(config, architecture.head_dim)
+    check_trackers(config)
     for path in (config.data.train, *config.data.benchmarks.values()):
         open_problems(path).close()
     _check_tokenizer(config.model.hf_path, architecture.vocab_size)

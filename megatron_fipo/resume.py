@@ -24,7 +24,7 @@ _FREE = (
     *("rollout.max_concurrency", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization", "rollout.prefix_cache"),
     *("reward.workers", "reward.timeout_seconds", "optimizer.distributed", "optimizer.offload_state"),
     *("trainer.max_steps", "trainer.tokens_per_micro_batch", "trainer.micro_batch_order"),
-    *("trainer.strict", "trainer.export_policy", "trainer.tensorboard"),
+    *("trainer.strict", "trainer.export_policy", "trainer.tensorboard", "trainer.wandb_project"),
 )
 
 

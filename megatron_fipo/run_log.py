@@ -2,7 +2,7 @@
 
 config.yaml            the resolved configuration
 metrics.jsonl          one object a step, flushed at once
-tensorboard/           the same numbers
+tensorboard/           the same numbers; wandb/ too, where trainer.wandb_project is set
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
 traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
 evaluation/step_N.parquet  every response of an evaluation after N steps, with its verdict
@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,9 +35,7 @@ from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table, write_table
 from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from megatron_fipo.trackers import Tracker, make_trackers
 
 _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
@@ -46,7 +44,7 @@ def clear(directory: Path) -> None:
     """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
     for name in (
         *("metrics.jsonl", "summary.json", "report.html", "credit.html"),
-        *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces"),
+        *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces", "wandb"),
     ):
         _remove(directory / name)
     _remove(directory / "checkpoints")
@@ -114,7 +112,7 @@ class RunLog:
         self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
         self._started = time.monotonic()
         self._metrics: Any = None
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         self._claim: int | None = None
         self._health = Watch(Limits(config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens))
 
@@ -143,10 +141,7 @@ class RunLog:
         for row in metrics.read_text().splitlines():
             self._health.update(json.loads(row))  # said by the attempt that saw it
         self._metrics = metrics.open("a")
-        if self.config.trainer.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+        self._trackers = make_trackers(self.config, step + 1)
 
     @property
     def seconds(self) -> float:
@@ -167,9 +162,8 @@ class RunLog:
             self._metrics.write(json.dumps({"step": step, "wall_seconds": seconds, **numbers}) + "\n")
             self._metrics.flush()
             os.fsync(self._metrics.fileno())  # a checkpoint that counts this row may come to the disk before it does
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
         self.console.print(self._line(step, metrics, seconds))
         for finding in self._health.update({"step": step, **metrics}):
             self.warn(finding.text)
@@ -192,9 +186,8 @@ class RunLog:
         self.console.print(f"[bold]eval[/bold] at step {step}: {_scores_line(e)}")
         for name, of_one in e.benchmarks.items():
             self.console.print(f"  {name}: {_scores_line(of_one)}")
-        if self._tensorboard is not None:
-            for name, value in e.metrics().items():
-                self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, e.metrics())
 
     def rollouts(
         self, step: int, rollouts: Rollouts, tokenizer: Any, topology: Topology, credit: Mapping[str, torch.Tensor]
@@ -251,8 +244,8 @@ class RunLog:
             self._claim = None
         if self._metrics is not None:
             self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

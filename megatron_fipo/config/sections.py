@@ -199,6 +199,7 @@ class TrainerConfig:
     strict: bool = False  # refuse, instead of warn about, settings under which FIPO is a no-op
     export_policy: bool = True  # write the trained policy as a Hugging Face checkpoint to <run>/policy
     tensorboard: bool = True
+    wandb_project: str | None = None  # also log to this project of Weights & Biases (extra `wandb`)
 
 
 @dataclass(frozen=True)
