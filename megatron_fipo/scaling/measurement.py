@@ -11,11 +11,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from megatron_fipo.config import Config, validate
 from megatron_fipo.scaling.hardware import Hardware
-from megatron_fipo.scaling.lengths import Sequences
+
+if TYPE_CHECKING:
+    from megatron_fipo.scaling.lengths import Sequences
 
 Loss: TypeAlias = Literal["fipo", "lm"]
 FINISHED = ("ok", "out_of_memory")  # a row that failed is measured again

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fipo.outcome import BAD_INPUT, RUN_AGAIN, Interrupted
 from megatron_fipo.scaling.measurement import read_row
-from megatron_fipo.scaling.plan_file import PlannedLayout
+
+if TYPE_CHECKING:
+    from megatron_fipo.scaling.plan_file import PlannedLayout
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import typer
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.scaling import run_command as asked
 from megatron_fipo.scaling.measurement import Measurement, is_finished, measurement_name, notes_of, read_row, row_path
-from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.sweep import SlurmJob, keep_plan, lines_to_measure, options_text, run_line
 
 
@@ -37,6 +36,8 @@ def sweep(
     In a Slurm job srun starts a layout's ranks, elsewhere they start here. What cannot be measured is a row that says
     why, and the sweep goes on. A finished row is not measured again.
     """
+    from megatron_fipo.scaling.plan_file import read_plan
+
     directory, layouts = out or Path(f"runs/scaling-{plan.stem}"), read_plan(plan)
     settings, job = load_config(config, overrides or []), SlurmJob.of(os.environ)
     keep_plan(plan, directory)

@@ -192,6 +192,7 @@ def test_backend_errors(monkeypatch):
     assert fipo_loss(*exact_batch(LENGTHS).inputs(), CONFIG).num_tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_instruction_sets(isa):
     """The numbers in these files and the golden vectors hold on every instruction set this machine has, when forced."""

@@ -172,6 +172,7 @@ def test_nothing_unfinished_is_left(tmp_path):
     assert not [p for p in (tmp_path / "figures").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps(tmp_path):
     """A run of 10,000 steps gives every figure, and a page below 5 MB."""
     write_report(write_run(tmp_path, rows_of(10_000)))

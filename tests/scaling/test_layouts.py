@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from megatron_fipo import config as configuration
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.config.problems import _layout
 from megatron_fipo.model.architecture import _experts_problems, stage_layers
 from megatron_fipo.scaling.hardware import find_hardware
 from megatron_fipo.scaling.layouts import enumerate_layouts, layout_problems, memory_problem, uneven_stages
@@ -30,7 +30,7 @@ def _combinations() -> list[ParallelConfig]:
 
 def _is_legal(model: ModelShape, p: ParallelConfig) -> bool:
     """By the checks of the trainer itself."""
-    if configuration._layout(p) or _experts_problems(model, p):
+    if _layout(p) or _experts_problems(model, p):
         return False
     if model.num_heads % p.tensor or model.num_kv_heads % p.tensor:
         return False
