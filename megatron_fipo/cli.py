@@ -321,8 +321,7 @@ def doctor() -> None:
 
 def _train_rank(config: Config) -> None:
     trainer = _trainer(config)
-    if config.profile.pipeline:
-        _profile(trainer)
+    _watch(trainer)
     try:
         trainer.train()
     finally:
@@ -348,12 +347,16 @@ def _trainer(config: Config, write: bool = True) -> Any:
     return Trainer(config, write=write)
 
 
-def _profile(trainer: Any) -> None:
+def _watch(trainer: Any) -> None:
+    """What looks on while it trains."""
     from megatron_fipo.scaling.timers import PipelineProfile
+    from megatron_fipo.scaling.utilization import Utilization
 
-    actor, traces = trainer.actor, trainer.config.run_directory / "traces"
-    trainer.profile = PipelineProfile(actor.chunks[0].config, trainer.topology.pp, traces)
-    actor.recorder = trainer.profile.recorder
+    actor, config, topology = trainer.actor, trainer.config, trainer.topology
+    trainer.utilization = Utilization(config, actor.arch, topology)
+    if config.profile.pipeline:
+        trainer.profile = PipelineProfile(actor.chunks[0].config, topology.pp, config.run_directory / "traces")
+        actor.recorder = trainer.profile.recorder
 
 
 def _report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class Trainer:
 
     Attributes:
         profile: adds its metrics to those of each step; None: nobody looks on.
+        utilization: as well, from the lengths of the replica's trained sequences and the seconds of the updates.
     """
 
     def __init__(self, config: Config, write: bool = True) -> None:
@@ -88,6 +89,7 @@ class Trainer:
             config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
         )
         self.profile: Profile | None = None
+        self.utilization: Callable[[Sequence[int], float], dict[str, float]] | None = None
         self.log = RunLog(config, self.topology.rank, enabled=write)
         self.progress = Progress()
         self._saved: Progress | None = None  # what the newest checkpoint is of
@@ -245,8 +247,10 @@ class Trainer:
         if self.config.rollout.save:
             credit = token_credit(rollouts, batches, tokens, self.config.algorithm.loss) if tokens else {}
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
-        profiled = self.profile.finish_step() if self.profile else {}
-        return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates, **profiled}
+        watched = self.profile.finish_step() if self.profile else {}
+        if self.utilization:
+            watched |= self.utilization(rollouts.lengths.tolist(), self._clock["update"])
+        return {**collected.metrics, **self._mismatch(rollouts, batches, step - 1), **updates, **watched}
 
     def _collect(self, last: bool) -> Collected:
         """This step's batch. With rollout.max_staleness it was drawn while the step before was trained, and the next

@@ -81,3 +81,10 @@ def test_traces_of_the_newest_update(runs: Path) -> None:
         assert {event["pid"] for event in events} == {rank}
         passes = [event["cat"] for event in events if event.get("tid") == 0]
         assert passes.count("forward") == passes.count("backward") == len(passes) / 2 > 0
+
+
+def test_model_flops_are_logged(runs: Path) -> None:
+    """In every step; no utilization where there is no peak to compare with."""
+    for row in _rows(runs / "plain"):
+        assert row["throughput/update_tflops_per_rank"] > 0
+        assert "throughput/mfu" not in row
