@@ -136,12 +136,12 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
         cost, tokens = planner.evaluate(layout).cost, planner.peak_tokens(layout)
     except ValueError:
         return None
-    stages = [footprint(model, measurement.hardware, layout, i, tokens).total for i in range(config.parallel.pipeline)]
+    stages = [footprint(model, measurement.hardware, layout, i, tokens) for i in range(config.parallel.pipeline)]
     return {
         "seconds": cost.seconds,
         "bubble_fraction": cost.bubble_fraction,
-        "memory_bytes": max(stages),
-        "stage_memory_bytes": stages,
+        "memory_bytes": max(stage.total for stage in stages),  # what has to fit
+        "stage_memory_bytes": [stage.total - stage.reserve for stage in stages],  # tensors, as they are measured
     }
 
 

@@ -59,7 +59,8 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the planner said before, or the simulator from measured passes; bytes of the fullest and of each stage."""
+    """What the planner said before, or the simulator from measured passes; bytes of the fullest stage with all
+    that has to fit beside its tensors, and of each stage's tensors."""
 
     seconds: float | None = None
     bubble_fraction: float | None = None
