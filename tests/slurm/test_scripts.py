@@ -151,7 +151,7 @@ def ranks(cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str, str]
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != SWEEP])
 def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[str, str]]]) -> None:
     """As many ranks as asked for, eight a node, each with its node's GPUs in sight, its cores and the arguments."""
     nodes = int(_asked(script, "nodes"))
