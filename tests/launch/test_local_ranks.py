@@ -131,6 +131,7 @@ def _hang_on_one() -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_collective_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut by its time limit, the rank that did not come is named, and its log ends with where it was."""
@@ -189,6 +190,7 @@ def test_a_supervisor_is_light() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_no_rank_outlives_a_killed_command(tmp_path: Path) -> None:
     """The ranks of a command that was killed outright end, too."""

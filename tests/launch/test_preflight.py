@@ -138,6 +138,7 @@ def _stop_halfway(rank: int, directory: Path) -> None:
     time.sleep(8)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_be_reached(tmp_path: Path) -> None:
     """It came, but does not connect: both ends are named, and the variables that choose a network."""
     first, _ = _run(_stop_halfway, tmp_path)

@@ -76,6 +76,7 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     assert not any(map(alive, pids(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process(tmp_path: Path) -> None:
     """As Slurm sends it: the fork server and its like live on, the ranks, which get it twice, stop once, and the
     command's exit code is 75."""

@@ -98,6 +98,7 @@ def test_a_lost_process_is_worth_another_attempt(slurm: Path, tmp_path: Path) ->
     assert "in _killed_on_one" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_lost_node(slurm: Path, tmp_path: Path) -> None:
     """Nobody is left to say why: after a while the lost connection itself is the cause, and the job is requeued."""
     with srun(stop_when_asked, tmp_path) as (left, lost):

@@ -123,6 +123,7 @@ def test_evaluations_only_where_measured(tmp_path):
     assert run.before["eval/length"] == 100.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("without", "gone"),
     [

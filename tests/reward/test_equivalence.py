@@ -45,6 +45,7 @@ def test_by_mathematics(math: RewardFunction) -> None:
     assert none == []
 
 
+@pytest.mark.slow
 def test_runaway_answers_are_classes_of_their_own(math: RewardFunction) -> None:
     """Each costs one time limit, and none keeps the others from being compared."""
     answers = [r"\frac{3}{4}", r"10^{10^{10}}", "0.75", r"9^{9^{9^{9}}}", "75/100", "9" * 5000]

@@ -113,6 +113,7 @@ def test_equivalence(reward, response, truth, expected):
     assert accuracy(reward, response, truth) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [r"10^{10^{10}}", r"9^{9^{9^{9}}}", "(" * 900 + "1" + ")" * 900])
 def test_runaway_answers_cost_only_themselves(reward, answer):
     """An answer that would run for ever or fill the memory is wrong within the limit; the next one is judged."""

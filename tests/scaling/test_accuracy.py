@@ -37,6 +37,7 @@ def _rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_small_file(tmp_path: Path) -> None:
     """Weak scaling of Llama 3.1 8B, told from its tokens/s alone in one row; what cannot be used is counted, with the
     reason; and rows of a source that was not fitted are held out."""

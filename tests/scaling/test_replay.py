@@ -52,6 +52,7 @@ def test_bubble_of_typical_stages(replay: Any) -> None:
     assert abs(replay.bubble_error) < 0.005
 
 
+@pytest.mark.slow
 def test_benchmark_ends_with_json() -> None:
     """As every benchmark does."""
     lines = subprocess.run([sys.executable, str(PATH)], check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -133,6 +133,7 @@ def test_any_process_is_killed(server: FakeVLLM, victim: str) -> None:
     assert all_end([server.pid or inner, inner, *found])
 
 
+@pytest.mark.slow
 def test_stopped_processes_end(server: FakeVLLM) -> None:
     """A server that hangs, its outer guard too, is ended by `kill`."""
     found, inner, outer = processes(server.pids), _inner_guard(server), server.pid
