@@ -21,14 +21,14 @@ while getopts "s:v:o:" option; do
 done
 shift $((OPTIND - 1))
 
-settings_of() { # of a variant, beside those that all runs have
+settings_of() { # of a variant, beside those that all runs have, a line each
   case $1 in
     fipo) ;;
     dapo) echo algorithm.loss=grpo ;;
     half_life_*) echo "algorithm.half_life=${1##*_}" ;;
     clip_*_*) local bounds=${1#clip_} && echo "algorithm.influence_clip=[${bounds/_/,}]" ;;
     no_clip) echo algorithm.influence_clip=null ;;
-    no_filter) echo algorithm.dual_clip=1e8 algorithm.max_dual_clipped_tokens=null ;; # no ratio is above it
+    no_filter) printf '%s\n' algorithm.dual_clip=1e8 algorithm.max_dual_clipped_tokens=null ;; # no ratio is above it
     no_overlong_penalty) echo reward.overlong_buffer_tokens=0 ;;
     mini_batch_*) echo "trainer.mini_batch_prompts=${1##*_}" ;;
     *) echo "error: no variant $1; there are $variants, and half_life_N, clip_LOW_HIGH, mini_batch_N" >&2 && return 2 ;;
@@ -43,7 +43,7 @@ for name in "${names[@]}"; do settings_of "$name" >/dev/null; done
 runs=()
 for seed in $(seq "$seeds"); do
   for name in "${names[@]}"; do
-    read -ra settings < <(settings_of "$name")
+    mapfile -t settings < <(settings_of "$name")
     run=$out/$name-seed$seed
     echo "== $run: ${settings[*]:-the defaults}"
     megatron-fipo train examples/quickstart.yaml run.name="$name-seed$seed" run.directory="$run" run.seed="$seed" \
