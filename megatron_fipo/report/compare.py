@@ -29,8 +29,7 @@ from megatron_fipo.report.panels import (
     Reference,
     Scatter,
     Stack,
-    draw_references,
-    empty_figure,
+    compose,
     fitted_line,
     legend,
     line_values,
@@ -39,7 +38,7 @@ from megatron_fipo.report.panels import (
     to_png,
 )
 
-_COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111")
+_COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111", "#98992f", "#7fb7e6")
 _STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
 _NAME = 22  # characters of a run's name in a figure
 
@@ -54,6 +53,10 @@ class Series:
     runs: tuple[Run, ...]
     low: History | None = None
     high: History | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (mean of {len(self.runs)})" if len(self.runs) > 1 else self.name
 
 
 def make_series(runs: Sequence[Run], names: Sequence[str], groups: Sequence[str] = ()) -> list[Series]:
@@ -82,7 +85,7 @@ def _series(name: str, color: str, runs: Sequence[Run]) -> Series:
     metrics = {metric for history in histories for metric in history.columns}
     bounds = {m: _mean_and_bounds([_on(steps, h, m) for h in histories]) for m in metrics}
     mean, low, high = (History(steps, {m: values[part] for m, values in bounds.items()}) for part in range(3))
-    return Series(f"{name} (mean of {len(runs)})", color, mean, tuple(runs), low, high)
+    return Series(name, color, mean, tuple(runs), low, high)
 
 
 def _on(steps: Values, history: History, metric: str) -> Values:
@@ -104,16 +107,15 @@ def _mean_and_bounds(values: Sequence[Values]) -> tuple[Values, Values, Values]:
 
 def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequence[Reference] = ()) -> bytes | None:
     """The figure of several runs as PNG; None where none of them has data for it."""
-    panels = [panel for panel in spec.panels if any(panel.has_data(s.history) for s in series)]
-    if not panels:
+    figure = compose(
+        spec,
+        lambda panel: any(panel.has_data(s.history) for s in series),
+        lambda panel, axes: _draw_panel(panel, axes, series),
+        references,
+    )
+    if figure is None:
         return None
-    figure, all_axes = empty_figure(spec.title, len(panels))
-    for panel, axes in zip(panels, all_axes, strict=True):
-        _draw_panel(panel, axes, series)
-        draw_references(panel, axes, references)
-    if not all_axes[-1].get_xlabel():
-        all_axes[-1].set_xlabel("step", fontsize=9, color=INK)
-    handles = [Line2D([], [], color=s.color, linewidth=2.5, label=_short(s.name)) for s in series]
+    handles = [Line2D([], [], color=s.color, linewidth=2.5, label=_short(s.label)) for s in series]
     figure.legend(
         handles=handles,
         loc="upper right",

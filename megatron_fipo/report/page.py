@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megatron_fipo.config import Config
@@ -23,47 +19,9 @@ from megatron_fipo.report.credit import write_credit_page
 from megatron_fipo.report.figures import AIME_2024, SECTIONS
 from megatron_fipo.report.history import Run, read_run
 from megatron_fipo.report.panels import FigureSpec, Reference, draw
+from megatron_fipo.report.parts import document, figure, table, terminal_text
+from megatron_fipo.report.scores import before_after, comparison
 from megatron_fipo.run_log import write_whole
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --page: #f4f5f6; --ink: #22272b; --soft: #636b72; --line: #dde1e4 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #1f1f1f; --page: #141414; --ink: #e4e6e8; --soft: #a0a7ad; --line: #383c40 }
-  img { filter: invert(.88) hue-rotate(180deg) }
-}
-body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--page); color: var(--ink);
-       font: 16px/1.5 system-ui, sans-serif }
-h1 { margin: .5rem 0; font-size: 1.5rem; overflow-wrap: anywhere } h2 { margin: 2rem 0 .7rem; font-size: 1.1rem }
-p, figcaption { color: var(--soft) }
-table { border-collapse: collapse; background: var(--paper); font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child { text-align: left; font-weight: 500 }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }
-figure { margin: 0; padding: .6rem; background: var(--paper); border: 1px solid var(--line); border-radius: .4rem;
-         max-width: 48rem }
-img { display: block; width: 100%; height: auto } figcaption { margin: .3rem .4rem .2rem; font-size: .875rem }
-details { margin: 2rem 0 } summary { cursor: pointer } pre { overflow-x: auto; font-size: .8rem }
-.wide { overflow-x: auto } .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em }
-h3 { margin: .5rem 0 0; font-size: 1rem; overflow-wrap: anywhere } section > p { margin: 0 0 .4rem }
-@media (max-width: 30rem) { body { padding: .6rem } th, td { padding: .3rem .4rem; font-size: .875rem } }
-"""
-
-
-class Result(NamedTuple):
-    """A line of the before/after table; None: not known (yet)."""
-
-    name: str
-    before: float | None
-    after: float | None
-    format: str
-
-    def cells(self) -> tuple[str, str, str, str]:
-        change = None if self.before is None or self.after is None else self.after - self.before
-        signed = "-" if change is None else f"{change:+{self.format}}"
-        return self.name, self._cell(self.before), self._cell(self.after), signed
-
-    def _cell(self, value: float | None) -> str:
-        return "-" if value is None else f"{value:{self.format}}"
 
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> str:
@@ -85,7 +43,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: S
     credit = write_credit_page(read[0], run_name(read[0])) if len(read) == 1 else None
     figures = _write_figures(series, _figure_folder(page, directories))
     write_whole(page, _page(series, figures, _link(credit, page)))
-    said = [f"{_terminal_table(run)}\n{progress(run)}" for run in read]
+    said = _terminal_tables(series)
     warned = [f"{name}: {_when(f)}: {f.text}" for one in series for name, f in _findings(one)]
     pages = [f"token credit: {credit}"] if credit else []
     return "\n".join([*said, *warned, *pages, f"report: {page}"])
@@ -128,21 +86,6 @@ def published(run: Run) -> tuple[Reference, ...]:
     return AIME_2024 if re.search(r"aime.?(20)?24", str(run.setting("data.validation") or ""), re.IGNORECASE) else ()
 
 
-def results(run: Run) -> list[Result]:
-    """Before and after: the evaluation, and what training itself saw in its first and last step."""
-    k = run.setting("eval.samples") or "k"
-    evaluation = [(f"eval/{name}@k", f"{name}@{k}", ".3f") for name in ("avg", "cons", "pass")]
-    evaluation.append(("eval/length", "mean response length", ".0f"))
-    training = [
-        ("reward/accuracy", "training accuracy", ".3f"),
-        ("response_length/mean", "training response length", ".0f"),
-    ]
-    first, last = run.trained[0], run.trained[-1]
-    lines = [Result(label, run.before.get(m), run.after.get(m), form) for m, label, form in evaluation]
-    lines += [Result(label, first.get(m), last.get(m), form) for m, label, form in training]
-    return [line for line in lines if line.before is not None or line.after is not None]
-
-
 def progress(run: Run) -> str:
     """Steps and minutes; for a run without its summary, of how many."""
     steps = int(run.trained[-1]["step"])
@@ -153,16 +96,21 @@ def progress(run: Run) -> str:
     return f"{steps} steps{goal}{took}"
 
 
-def _terminal_table(run: Run) -> str:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(run_name(run))
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for line in results(run):
-        table.add_row(*line.cells())
-    text = io.StringIO()
-    Console(file=text, width=100).print(table)
-    return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").splitlines())
+def _terminal_tables(series: Sequence[Series]) -> list[str]:
+    """Of one run its table and progress; of several a line a series."""
+    alone = _alone(series)
+    head, lines = before_after(alone) if alone else comparison(series)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place, name in enumerate([run_name(alone), *head[1:]] if alone else head):
+        shown.add_column(name, justify="right" if place else "left", overflow="fold")
+    for line in lines:
+        shown.add_row(*line)
+    return [terminal_text(shown), *([progress(alone)] if alone else [])]
+
+
+def _alone(series: Sequence[Series]) -> Run | None:
+    """The run, where there is only one."""
+    return series[0].runs[0] if len(series) == 1 and len(series[0].runs) == 1 else None
 
 
 def run_name(run: Run) -> str:
@@ -192,41 +140,47 @@ def _draw(spec: FigureSpec, series: Sequence[Series], references: Sequence[Refer
 
 def _page(series: Sequence[Series], figures: Mapping[str, bytes], credit: str) -> str:
     runs = [run for one in series for run in one.runs]
-    title = escape(" and ".join(_names(runs)) if len(runs) < 3 else f"{len(runs)} runs")
-    sections = "\n".join(_section(name, specs, figures) for name, specs in SECTIONS.items())
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-<h1>{title}</h1>
-{_summary(series)}
-{credit}
-{_health(series)}
-{sections}
-{_latest(series)}
-{"".join(_configuration(run, len(runs) > 1) for run in runs)}
-</html>
-"""
+    parts = [
+        _summary(series),
+        credit,
+        _health(series),
+        *(_section(name, specs, figures) for name, specs in SECTIONS.items()),
+        _latest(runs),
+        *(_configuration(run, len(runs) > 1) for run in runs),
+    ]
+    return document(" and ".join(_names(runs)) if len(runs) < 3 else f"{len(runs)} runs", "\n".join(parts))
 
 
 _SMOOTHED_NOTE = "Long runs: the bold line is a running mean over about 1% of the steps, the pale one the values."
 
 
 def _summary(series: Sequence[Series]) -> str:
-    """Of one run its progress and table; of several the same each, under the run's name in its colour."""
-    if len(series) == 1 and len(series[0].runs) == 1:
-        return f"<p>{progress(series[0].runs[0])}. {_SMOOTHED_NOTE}</p>\n{_html_table(series[0].runs[0])}"
-    tables = [
-        f'<section><h3><span class=swatch style="background:{one.color}"></span>{escape(run_name(run))}</h3>'
-        f"<p>{progress(run)}</p><div class=wide>{_html_table(run)}</div></section>"
+    """Of one run its progress and table; of several a line a series, and each run's own to be unfolded."""
+    alone = _alone(series)
+    if alone:
+        return f"<p>{progress(alone)}. {_SMOOTHED_NOTE}</p>\n{_before_after(alone)}"
+    spread = " Of repeats: the mean ± the sample standard deviation; figures show the mean, from the smallest to the "
+    note = f"{spread}largest pale." if any(one.low is not None for one in series) else ""
+    head, lines = comparison(series)
+    named = [[_swatch(one) + escape(name), *cells] for one, (name, *cells) in zip(series, lines, strict=True)]
+    each = [
+        f"<section><h3>{_swatch(one)}{escape(run_name(run))}</h3><p>{progress(run)}</p>{_before_after(run)}</section>"
         for one in series
         for run in one.runs
     ]
-    spread = " Repeats of a run are drawn as their mean, from the smallest to the largest pale."
-    note = spread if any(one.low is not None for one in series) else ""
-    return f"<p>A colour is a run.{note}</p>\n<div class=grid>{''.join(tables)}</div>"
+    return (
+        f"<p>A colour is a run.{note}</p>\n{table(head, named)}\n"
+        f"<details><summary>Before and after, run by run</summary><div class=grid>{''.join(each)}</div></details>"
+    )
+
+
+def _swatch(series: Series) -> str:
+    return f'<span class=swatch style="background:{series.color}"></span>'
+
+
+def _before_after(run: Run) -> str:
+    head, lines = before_after(run)
+    return table(head, [[escape(name), *cells] for name, *cells in lines])
 
 
 def _health(series: Sequence[Series]) -> str:
@@ -245,22 +199,13 @@ def _health(series: Sequence[Series]) -> str:
 _SOURCES = {"paper": "from the paper", "code": "from the authors' code", "choice": "our rule"}
 
 
-def _latest(series: Sequence[Series]) -> str:
+def _latest(runs: Sequence[Run]) -> str:
     """Every metric's latest value, as metrics.jsonl has it."""
-    runs = [run for one in series for run in one.runs]
     latest = [{name: value for row in run.trained for name, value in row.items()} for run in runs]
     names = sorted({name for values in latest for name in values})
-    head = "".join(f"<th>{escape(run_name(run))}</th>" for run in runs)
-    rows = "\n".join(
-        f"<tr><th scope=row>{escape(name)}</th>"
-        + "".join(f"<td>{values[name]!r}</td>" if name in values else "<td>-</td>" for values in latest)
-        + "</tr>"
-        for name in names
-    )
-    return (
-        "<details><summary>Latest value of every metric</summary><div class=wide><table>\n"
-        f"<tr><th></th>{head}</tr>\n{rows}\n</table></div></details>"
-    )
+    lines = [[escape(n), *(repr(values[n]) if n in values else "-" for values in latest)] for n in names]
+    shown = table(["", *map(run_name, runs)], lines)
+    return f"<details><summary>Latest value of every metric</summary>{shown}</details>"
 
 
 def _configuration(run: Run, several: bool) -> str:
@@ -270,22 +215,6 @@ def _configuration(run: Run, several: bool) -> str:
     return f"<details><summary>{title}</summary><pre>{escape(run.config)}</pre></details>\n"
 
 
-def _html_table(run: Run) -> str:
-    rows = "\n".join(
-        f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        for name, *cells in (line.cells() for line in results(run))
-    )
-    return f"<table>\n<tr><th></th><th>before</th><th>after</th><th>change</th></tr>\n{rows}\n</table>"
-
-
 def _section(title: str, specs: tuple[FigureSpec, ...], figures: Mapping[str, bytes]) -> str:
-    drawn = [_figure(spec, figures[spec.name]) for spec in specs if spec.name in figures]
+    drawn = [figure(spec.title, spec.caption, figures[spec.name]) for spec in specs if spec.name in figures]
     return f"<h2>{title}</h2>\n<div class=grid>\n" + "\n".join(drawn) + "\n</div>" if drawn else ""
-
-
-def _figure(spec: FigureSpec, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{escape(spec.title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(spec.caption)}</figcaption></figure>"
-    )

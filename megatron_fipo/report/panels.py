@@ -7,7 +7,7 @@ matplotlib `Figure` objects without pyplot, so that nothing global changes. T: r
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -166,16 +166,29 @@ class Reference(NamedTuple):
 
 def draw(spec: FigureSpec, history: History, references: Sequence[Reference] = ()) -> bytes | None:
     """The figure as PNG; None where the run has no data for it."""
-    panels = [panel for panel in spec.panels if panel.has_data(history)]
+    figure = compose(
+        spec, lambda panel: panel.has_data(history), lambda panel, axes: panel.draw(axes, history), references
+    )
+    return to_png(figure) if figure is not None else None
+
+
+def compose(
+    spec: FigureSpec,
+    has_data: Callable[[Panel], bool],
+    draw_panel: Callable[[Panel, Axes], None],
+    references: Sequence[Reference],
+) -> Figure | None:
+    """The panels that have data, each drawn and with its references; None where none has any."""
+    panels = [panel for panel in spec.panels if has_data(panel)]
     if not panels:
         return None
     figure, all_axes = empty_figure(spec.title, len(panels))
     for panel, axes in zip(panels, all_axes, strict=True):
-        panel.draw(axes, history)
+        draw_panel(panel, axes)
         draw_references(panel, axes, references)
     if not all_axes[-1].get_xlabel():
         all_axes[-1].set_xlabel("step", fontsize=9, color=INK)
-    return to_png(figure)
+    return figure
 
 
 def draw_references(panel: Panel, axes: Axes, references: Sequence[Reference]) -> None:

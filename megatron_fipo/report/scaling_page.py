@@ -6,8 +6,6 @@ A study is a directory with `rows/*.json`, a row a measured layout, perhaps `pla
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +15,21 @@ from statistics import median
 from urllib.parse import quote
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megatron_fipo.report import scaling_findings as findings
-from megatron_fipo.report.page import STYLE
+from megatron_fipo.report.parts import document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
 from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling import figure as timelines
 from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
 
-WIDTH = 100
 _PAGE_BYTES = 4_500_000  # of figures in the page; timelines beyond that are only linked
 _LISTED = 20  # layouts still to be measured that are named
 _MORE_STYLE = """
-.wide { overflow-x: auto } .wide table { white-space: nowrap } .wide figure { max-width: none; min-width: 40rem }
-td:first-child, .text { text-align: left } td.error { white-space: normal; min-width: 14rem; max-width: 40rem }
+.wide table { white-space: nowrap } .wide figure { max-width: none; min-width: 40rem }
+td.error { white-space: normal; min-width: 14rem; max-width: 40rem }
 """
 
 
@@ -103,21 +99,18 @@ def summary(study: Study) -> str:
 
 def terminal_table(study: Study) -> str:
     """At most 100 columns wide; * marks the best layout on its number of GPUs."""
-    text = io.StringIO()
-    console = Console(file=text, width=WIDTH, markup=False, highlight=False)
     best = {b.row.name for b in findings.best_layouts(study.rows)}
+    tables = []
     for setting in findings.settings(study.rows):
-        table = Table(title=" ".join(setting), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        shown = Table(title=" ".join(setting), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for column in ("GPUs", "layout", "tokens", "s", "tok/s/GPU", "MFU", "bubble", "GB", "s predicted", "status"):
             left = column in ("layout", "status")
-            table.add_column(column, justify="left" if left else "right", overflow="fold")
+            shown.add_column(column, justify="left" if left else "right", overflow="fold")
         for row in (r for r in study.rows if r.setting == setting):
-            table.add_row(*_terminal_cells(row, row.name in best))
-        console.print(table)
-    console.print(summary(study))
-    for line in _pending_lines(study):
-        console.print(f"to be measured: {line}")
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+            shown.add_row(*_terminal_cells(row, row.name in best))
+        tables.append(shown)
+    pending = [f"to be measured: {line}" for line in _pending_lines(study)]
+    return terminal_text(*tables, summary(study), *pending)
 
 
 def _terminal_cells(row: MeasuredRow, best: bool) -> list[str]:
@@ -191,17 +184,9 @@ def _draw_timelines(rows: Sequence[MeasuredRow]) -> list[tuple[MeasuredRow, str,
 
 def _page(study: Study, drawn: _Drawn, where: Path) -> str:
     """`where`: the directory that links start from."""
-    name = escape(study.directory.resolve().name)
     left = _PAGE_BYTES - sum(4 * len(png) // 3 for png in drawn.figures.values())
-    figures = "\n".join(_figure(f.title, f.caption, drawn.figures[f.name]) for f in FIGURES if f.name in drawn.figures)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>{STYLE}{_MORE_STYLE}</style>
-<h1>{name}</h1>
-<p>{escape(summary(study))}.</p>
+    figures = "\n".join(figure(f.title, f.caption, drawn.figures[f.name]) for f in FIGURES if f.name in drawn.figures)
+    body = f"""<p>{escape(summary(study))}.</p>
 {_list("Not read", study.warnings)}
 <h2>Best layout on each number of GPUs</h2>
 {_best_table(study)}
@@ -214,9 +199,8 @@ def _page(study: Study, drawn: _Drawn, where: Path) -> str:
 {_timeline_section(study, drawn, where, left)}
 {_list("Not measured yet", _pending_lines(study))}
 <h2>Measured with</h2>
-{_environment_table(study.rows)}
-</html>
-"""
+{_environment_table(study.rows)}"""
+    return document(study.directory.resolve().name, body, _MORE_STYLE)
 
 
 def _best_table(study: Study) -> str:
@@ -235,7 +219,7 @@ def _best_table(study: Study) -> str:
     if not lines:
         return "<p>None has been measured.</p>"
     head = ["GPUs", "layout", "tokens", "s", "tokens/s/GPU", "MFU", "bubble", "GB", "efficiency", "slower ones"]
-    return _table(head, [[escape(cell) for cell in line] for line in lines], {1: "text"})
+    return table(head, [[escape(cell) for cell in line] for line in lines], {1: "text"})
 
 
 def _rows_table(study: Study, where: Path) -> str:
@@ -260,7 +244,7 @@ def _rows_table(study: Study, where: Path) -> str:
             row.status.replace("_", " ") + (f": {row.error}" if row.error else ""),
         ]
         lines.append([*(escape(cell) for cell in cells), _trace_link(study.directory, row, where)])
-    return _table(head, lines, {1: "text", 2: "text", 3: "text", 16: "text error"})
+    return table(head, lines, {1: "text", 2: "text", 3: "text", 16: "text error"})
 
 
 def _trace_link(directory: Path, row: MeasuredRow, where: Path) -> str:
@@ -276,7 +260,7 @@ def _timeline_section(study: Study, drawn: _Drawn, where: Path, left: int) -> st
         left -= 4 * len(png) // 3
         caption = f"{row.name}: {_cell(row.seconds, '.4g')} s an update; the median one."
         if left > 0:
-            parts.append(_figure(row.name, caption, png))
+            parts.append(figure(row.name, caption, png))
         else:
             link = escape(quote(os.path.relpath(study.directory / "figures" / file, where)))
             parts.append(f'<p><a href="{link}">{escape(row.name)}</a></p>')
@@ -294,30 +278,10 @@ def _environment_table(rows: Sequence[MeasuredRow]) -> str:
         values = dict.fromkeys(row.environment[name] for row in rows if name in row.environment)
         shown = list(values)[:3] + ([f"and {len(values) - 3} others"] if len(values) > 3 else [])
         lines.append([escape(name), escape("; ".join(shown))])
-    return _table(["", ""], lines, {1: "text error"}) if lines else "<p>It is not known.</p>"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], classes: Mapping[int, str] | None = None) -> str:
-    """Of cells that are HTML already."""
-
-    def row(tag: str, line: Sequence[str]) -> str:
-        kinds = [f' class="{classes[i]}"' if classes and i in classes else "" for i in range(len(line))]
-        return "<tr>" + "".join(f"<{tag}{k}>{text}</{tag}>" for k, text in zip(kinds, line, strict=True)) + "</tr>"
-
-    rows = "\n".join(row("td", line) for line in lines)
-    header = row("th", [escape(name) for name in head])
-    return f"<div class=wide><table>\n{header}\n{rows}\n</table></div>"
+    return table(["", ""], lines, {1: "text error"}) if lines else "<p>It is not known.</p>"
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
     if not lines:
         return ""
     return f"<h2>{title}</h2>\n<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
-
-
-def _figure(title: str, caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )

@@ -92,15 +92,35 @@ def test_repeats_are_a_mean_with_its_spread(tmp_path):
         for name, column in values.items()
     ]
     x, y = series_of(paths)
-    assert (x.name, y.name, y.low) == ("x (mean of 2)", "y-seed1", None)
+    assert (x.label, y.label, y.low) == ("x (mean of 2)", "y-seed1", None)
     entropy = [h["policy/entropy"][h.steps > 0].tolist() for h in (x.history, x.low, x.high)]
     assert entropy == [[2.0, 3.0, 6.0], [1.0, 2.0, 6.0], [3.0, 4.0, 6.0]]
+
+
+def test_comparison_of_repeats(tmp_path):
+    """Terminal and page have a line a series: mean and sample standard deviation of what the repeats came to."""
+    scores = {"fipo-seed1": 0.50, "fipo-seed2": 0.56, "fipo-seed3": 0.62, "dapo-seed1": 0.40}
+    runs = [named_run(tmp_path / name, rows_of(4)) for name in scores]
+    for run, score in zip(runs, scores.values(), strict=True):
+        summary = summary_of(BEFORE, {**AFTER, "avg@k": score})
+        (run / "summary.json").write_text(json.dumps(summary))
+    text = write_report(runs, tmp_path / "all.html").splitlines()
+    page = re.sub(r"<span[^>]*></span>", "", (tmp_path / "all.html").read_text())
+    wanted = {
+        "fipo": ["3", "4", "0.125 ±0.000", "0.560 ±0.060", "0.500 ±0.000", "0.750 ±0.000", "300 ±0"],
+        "dapo-seed1": ["1", "4", "0.125", "0.400", "0.500", "0.750", "300"],
+    }
+    for name, cells in wanted.items():
+        (line,) = [line for line in text if line.strip().startswith(f"{name} ")]
+        assert line.split()[1:] == " ".join(cells).split()
+        (row,) = re.findall(f"<th scope=row>{name}</th>(.*)</tr>", page)
+        assert re.findall("<td>(.*?)</td>", row) == cells
 
 
 def test_groups_by_the_beginning_of_the_name(tmp_path):
     """--group takes runs together whose names begin so."""
     paths = [named_run(tmp_path / name, rows_of(2)) for name in ("fipo-a", "fipo-b", "dapo")]
-    assert [one.name for one in series_of(paths, ["fipo"])] == ["fipo (mean of 2)", "dapo"]
+    assert [one.label for one in series_of(paths, ["fipo"])] == ["fipo (mean of 2)", "dapo"]
 
 
 def test_a_run_named_twice(tmp_path):

@@ -1,0 +1,94 @@
+"""What runs came to: before and after of one, and of several a line each, repeats of a run as mean and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from megatron_fipo.report.compare import Series
+from megatron_fipo.report.history import Run
+
+Table = tuple[list[str], list[list[str]]]  # names of the columns, and the lines
+
+
+class _Metric(NamedTuple):
+    name: str
+    label: str  # {k}: samples of a problem
+    format: str
+    evaluation: bool = True
+
+
+_METRICS = (
+    _Metric("eval/avg@k", "avg@{k}", ".3f"),
+    _Metric("eval/cons@k", "cons@{k}", ".3f"),
+    _Metric("eval/pass@k", "pass@{k}", ".3f"),
+    _Metric("eval/length", "mean response length", ".0f"),
+    _Metric("reward/accuracy", "training accuracy", ".3f", evaluation=False),
+    _Metric("response_length/mean", "training response length", ".0f", evaluation=False),
+)
+
+
+def before_after(run: Run) -> Table:
+    """The evaluation before and after training, and what training itself saw in its first and last step."""
+    lines = []
+    for metric in _METRICS:
+        before, after = _value(run, metric, last=False), _value(run, metric, last=True)
+        change = None if before is None or after is None else after - before
+        if before is not None or after is not None:
+            cells = [_cell(before, metric.format), _cell(after, metric.format), _cell(change, "+" + metric.format)]
+            lines.append([metric.label.format(k=_samples([run])), *cells])
+    return ["", "before", "after", "change"], lines
+
+
+def comparison(series: Sequence[Series]) -> Table:
+    """A line a series, with what it came to; of repeats the mean and the sample standard deviation.
+
+    The evaluation's scores, or training's own where no run was evaluated. Steps: of the run that has the fewest.
+    """
+    runs = [run for one in series for run in one.runs]
+    known = [m for m in _METRICS if any(_value(run, m, last=True) is not None for run in runs)]
+    shown = [m for m in known if m.evaluation] or known
+    first = shown[:1]
+    labels = [m.label.format(k=_samples(runs)) for m in shown]
+    head = ["run", "runs", "steps", *(f"{labels[0]} before" for _ in first), *labels]
+    lines = [
+        [
+            one.name,
+            str(len(one.runs)),
+            _steps(one),
+            *(_spread([_value(run, m, last=False) for run in one.runs], m.format) for m in first),
+            *(_spread([_value(run, m, last=True) for run in one.runs], m.format) for m in shown),
+        ]
+        for one in series
+    ]
+    return head, lines
+
+
+def _steps(series: Series) -> str:
+    run = min(series.runs, key=lambda run: run.trained[-1]["step"])
+    steps, goal = int(run.trained[-1]["step"]), run.setting("trainer.max_steps")
+    return f"{steps:,} of {goal:,}" if goal and not run.summary else f"{steps:,}"
+
+
+def _value(run: Run, metric: _Metric, last: bool) -> float | None:
+    if metric.evaluation:
+        return (run.after if last else run.before).get(metric.name)
+    return run.trained[-1 if last else 0].get(metric.name)
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    """Of a problem, where all runs draw as many."""
+    found = {run.setting("eval.samples") for run in runs}
+    return str(found.pop() or "k") if len(found) == 1 else "k"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{mean(known):{form}}" + (f" ±{stdev(known):{form}}" if len(known) > 1 else "")
