@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
@@ -32,10 +30,11 @@ from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
-from megatron_fipo.evaluation.sample import full_table, write_table
+from megatron_fipo.evaluation.sample import full_table
 from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.trackers import Tracker, make_trackers
+from megatron_fipo.whole_file import write_table, write_whole
 
 _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
@@ -201,14 +200,11 @@ class RunLog:
         path = self.directory / "rollouts" / f"step_{step}.parquet"
         if topology.dp.size() > 1:
             path = path / f"part-{topology.dp.rank()}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
         table = _rollout_table(rollouts, tokenizer)
         offsets = pa.array([0, *rollouts.response_lengths.cumsum(0).tolist()], pa.int32())
         for name, values in credit.items():
             table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values.numpy())))
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, path)
+        write_table(table, path)
 
     def samples(self, step: int, samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> None:
         """Keep what was evaluated after a step, one row a response."""
@@ -246,13 +242,6 @@ class RunLog:
             self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that appears whole or not at all; of several processes that write it, one wins."""
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
 
 
 def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:

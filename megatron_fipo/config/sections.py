@@ -209,9 +209,8 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 0.7
     max_problems: int | None = None  # of each benchmark, its first ones
-    pass_k: tuple[int, ...] | None = (
-        None  # the j of every pass@j, at most `samples`; None: powers of two, and `samples`
-    )
+    # The j of every pass@j, at most `samples`; None: powers of two, and `samples`.
+    pass_k: tuple[int, ...] | None = None
     save: bool = True  # keep evaluation/step_N.parquet, every response with its verdict
 
 
@@ -232,9 +231,8 @@ class ResumeConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    pipeline: bool = (
-        False  # when each stage computed and waited: metrics of every step, traces/rank_R.json of the newest
-    )
+    # When each stage computed and waited: metrics of every step, traces/rank_R.json of the newest.
+    pipeline: bool = False
 
 
 @dataclass(frozen=True)

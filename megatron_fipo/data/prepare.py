@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pyarrow.parquet as pq
 from megatron_fipo.data.published import PUBLISHED, fetch, sha256_of
 from megatron_fipo.data.questions import in_dapo_schema
 from megatron_fipo.data.schema import ROWS_AT_ONCE, open_problems, unique_problems
+from megatron_fipo.whole_file import whole_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ def prepare(input: str | Path, output: str | Path, validation_fraction: float = 
         seed=seed,
         files=files,
     )
-    with _whole_or_not_at_all(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(asdict(prepared), indent=2) + "\n")
+    write_whole(output.with_suffix(".json"), json.dumps(asdict(prepared), indent=2) + "\n")
     return prepared
 
 
@@ -99,7 +96,7 @@ def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int
 
 def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
     """Copy the `rows` (ascending) of one parquet file to another, a batch at a time."""
-    with _whole_or_not_at_all(output) as temporary:
+    with whole_file(output) as temporary:
         with open_problems(input) as source, pq.ParquetWriter(temporary, source.schema_arrow) as target:
             start = 0
             for batch in source.iter_batches(ROWS_AT_ONCE):
@@ -108,14 +105,3 @@ def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
                     target.write_batch(batch.take(rows[first:last] - start))
                 start += batch.num_rows
         return WrittenFile(len(rows), sha256_of(temporary))
-
-
-@contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and goes when it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

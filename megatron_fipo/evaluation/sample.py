@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,13 +77,3 @@ def full_table(samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prom
     for name, values in columns.items():
         table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values, pa.string()))
     return table
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a parquet file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    pq.write_table(table, unfinished, compression="zstd")
-    with open(unfinished, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +21,9 @@ import pyarrow.parquet as pq
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptSet
 from megatron_fipo.evaluation.problem_table import problem_table
-from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table, write_table
+from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table
 from megatron_fipo.evaluation.summary import Evaluation
+from megatron_fipo.whole_file import write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file that are looked at: 32B parameters are 65 GB
 _WEIGHT_FILES = ("*.safetensors", "*.distcp")
@@ -55,7 +55,7 @@ class Store:
             )
         if write:
             self._drawn.mkdir(parents=True, exist_ok=True)
-            _write_json(path, {**held, **settings})
+            write_whole(path, _json({**held, **settings}))
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Keep finished samples. No two files share one, so the first one names the file."""
@@ -79,7 +79,8 @@ class Store:
         """Write the tables and the figures."""
         write_table(full_table(samples, benchmarks), self.directory / "samples.parquet")
         write_table(problem_table(samples, benchmarks), self.directory / "problems.parquet")
-        _write_json(self.directory / "summary.json", {"weights": weights, **result.scores(), **asdict(result)})
+        content = {"weights": weights, **result.scores(), **asdict(result)}
+        write_whole(self.directory / "summary.json", _json(content))
 
     def _files(self) -> list[Path]:
         return sorted(self._drawn.glob("[!.]*.parquet"))
@@ -116,7 +117,5 @@ def weights_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

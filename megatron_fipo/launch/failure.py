@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_fipo.whole_file import write_whole
+
 # input: a ValueError, the user's to mend. program: any other exception; it would come again. machine: a node, a device
 # or a disk; another attempt may do better. connection: one of these, or the mere consequence of another rank's failure.
 Kind = Literal["input", "program", "machine", "connection"]
@@ -39,9 +41,7 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed first: {self.message}"
 
     def write(self, path: Path) -> None:
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(json.dumps(asdict(self)))
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(asdict(self)))
 
     @staticmethod
     def read(path: Path) -> Failure:

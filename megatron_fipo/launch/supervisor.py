@@ -257,5 +257,9 @@ def _signal(pid: int, number: int) -> None:
 def _start_method() -> str:
     """Without a GPU, ranks are forked from a server that has imported the heavy packages once. CUDA does not survive a
     fork, so there every rank starts afresh."""
-    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
-    return "spawn" if has_gpu else "forkserver"
+    return "spawn" if has_gpu() else "forkserver"
+
+
+def has_gpu() -> bool:
+    """Asked of the driver's files: CUDA would keep memory of the device for this process."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()

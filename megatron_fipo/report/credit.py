@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_fipo.report.history import Run
-from megatron_fipo.report.reflection import parts_of, step_of
-from megatron_fipo.run_log import write_whole
+from megatron_fipo.report.saved import Row, first_rows, saved_steps
+from megatron_fipo.whole_file import write_whole
 
 _STEPS, _READ, _TOKENS, _LONGEST = 8, 512, 60_000, 4_000
 _PAGE_BYTES = 4_500_000
@@ -33,7 +31,6 @@ _COLUMNS = (
     *("id", "prompt", "response_tokens", "weight_versions", "reward", "accuracy", "advantage", "truncated"),
     *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
 )
-Row = dict[str, Any]
 Text = Callable[[int], str]
 
 
@@ -43,12 +40,12 @@ def write_credit_page(run: Run, name: str) -> Path | None:
     Raises:
         ValueError: a rollouts file is damaged.
     """
-    steps = _steps_with_credit(run.directory / "rollouts")
+    saved = saved_steps(run.directory / "rollouts", _STEPS)
+    rows = {step: found for step, path in saved.items() if (found := first_rows(path, _COLUMNS, _READ)) is not None}
     page = run.directory / "credit.html"
-    if not steps:
+    if not rows:
         page.unlink(missing_ok=True)
         return None
-    rows = {step_of(path): _read(path) for path in steps}
     text = _token_text(run)
     budget = _TOKENS
     html = _page(rows, text, run, name, budget)
@@ -57,35 +54,6 @@ def write_credit_page(run: Run, name: str) -> Path | None:
         html = _page(rows, text, run, name, budget)
     write_whole(page, html)
     return page
-
-
-def _steps_with_credit(rollouts: Path) -> list[Path]:
-    paths = sorted(rollouts.glob("step_*.parquet"), key=step_of)
-    chosen = [paths[i] for i in sorted({round(x) for x in np.linspace(0, len(paths) - 1, _STEPS)})] if paths else []
-    return [path for path in chosen if any(_has_credit(part) for part in parts_of(path))]
-
-
-def _has_credit(part: Path) -> bool:
-    try:
-        return "influence_weights" in pq.read_schema(part).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{part} is no rollouts file: {error}") from None
-
-
-def _read(path: Path) -> list[Row]:
-    """The first responses of a step, evenly from its parts."""
-    parts = parts_of(path)
-    rows: list[Row] = []
-    for part in parts:
-        wanted = -(-_READ // len(parts))
-        with pq.ParquetFile(part) as file:
-            for batch in file.iter_batches(64, columns=list(_COLUMNS)):
-                taken = batch.slice(0, wanted).to_pylist()
-                rows += taken
-                wanted -= len(taken)
-                if wanted <= 0:
-                    break
-    return rows
 
 
 def _token_text(run: Run) -> Text:

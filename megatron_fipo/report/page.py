@@ -21,7 +21,7 @@ from megatron_fipo.report.history import Run, read_run
 from megatron_fipo.report.panels import FigureSpec, Reference, draw
 from megatron_fipo.report.parts import document, figure, table, terminal_text
 from megatron_fipo.report.scores import before_after, comparison
-from megatron_fipo.run_log import write_whole
+from megatron_fipo.whole_file import write_whole
 
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> str:

@@ -20,10 +20,10 @@ from rich.table import Table
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.parts import document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling import figure as timelines
 from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
+from megatron_fipo.whole_file import write_whole
 
 _PAGE_BYTES = 4_500_000  # of figures in the page; timelines beyond that are only linked
 _LISTED = 20  # layouts still to be measured that are named

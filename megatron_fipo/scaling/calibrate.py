@@ -30,7 +30,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.bench import Bench, Timing
 from megatron_fipo.scaling.calibration import (
     Machine,
@@ -43,6 +42,7 @@ from megatron_fipo.scaling.calibration import (
     render,
 )
 from megatron_fipo.scaling.hardware import hardware_files, name_of
+from megatron_fipo.whole_file import write_whole
 
 _SHARES = {
     "products": 0.3,

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.timeline import Span, Timeline
+from megatron_fipo.whole_file import write_whole
 
 _COLORS = {"forward": ("#2f6db3", "#93b8e0"), "backward": ("#2e8b62", "#9ccfb5")}  # first and last chunk
 _MOVING, _WAITING = "#dd7a1f", "#e4e7ea"

@@ -21,7 +21,6 @@ from megatron_fipo.outcome import Interrupted
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.measured_actor import MeasuredActor, make_batch
 from megatron_fipo.scaling.measurement import Measurement
 from megatron_fipo.scaling.peak_memory import PeakMemory, is_out_of_memory
@@ -29,6 +28,7 @@ from megatron_fipo.scaling.schedule import Schedule
 from megatron_fipo.scaling.simulate import Communication, simulate
 from megatron_fipo.scaling.timeline import Timeline, write_trace
 from megatron_fipo.scaling.timers import PipelineRecorder
+from megatron_fipo.whole_file import write_whole
 
 RESULT = "result.json"  # among the notes: what was measured
 

@@ -18,7 +18,6 @@ import torch
 
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.launch.failure import host
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.flops import model_flops
 from megatron_fipo.scaling.footprint import footprint
 from megatron_fipo.scaling.layouts import layout_problems
@@ -27,6 +26,7 @@ from megatron_fipo.scaling.measurement import Measurement, model_name, read_row
 from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.plan import Planner
 from megatron_fipo.scaling.recipe import engine_bytes, layout_of, model_of
+from megatron_fipo.whole_file import write_whole
 
 _MEASURED = (
     *("step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "loss_value"),
@@ -87,17 +87,7 @@ def _base(measurement: Measurement) -> dict[str, Any]:
         "model": model_name(config),
         "gpu": measurement.gpu,
         "loss": measurement.loss,
-        "gpus": p.world_size,
-        "tensor": p.tensor,
-        "pipeline": p.pipeline,
-        "virtual_pipeline": p.virtual_pipeline,
-        "context": p.context,
-        "expert": p.expert,
-        "data": max(1, p.data),
-        "first_stage_layers": p.first_stage_layers,
-        "last_stage_layers": p.last_stage_layers,
-        "tokens_per_micro_batch": config.trainer.tokens_per_micro_batch,
-        "recompute": config.model.recompute,
+        **layout_of(config).record(),
         "micro_batches": micro_batches,
         "tokens": measurement.sequences.tokens,
         "predicted": _predicted(measurement),

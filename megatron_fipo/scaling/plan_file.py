@@ -6,50 +6,38 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from megatron_fipo.config import Config
 from megatron_fipo.scaling.row import LayoutKey
 
 _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
 _STAGES = ("first_stage_layers", "last_stage_layers")
-_Recompute: TypeAlias = Literal["none", "selective", "full"]
+_RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class PlannedLayout:
     """What one line asks for. `sequence` is tensor > 1 where the file does not say it."""
 
-    gpus: int
-    tensor: int
-    pipeline: int
-    virtual_pipeline: int
-    context: int
-    expert: int
+    key: LayoutKey  # by which its row is known
     sequence: bool
-    first_stage_layers: int | None
-    last_stage_layers: int | None
-    tokens_per_micro_batch: int
-    recompute: _Recompute
-
-    @property
-    def key(self) -> LayoutKey:
-        """By which its row is known."""
-        return LayoutKey(**{name: getattr(self, name) for name in LayoutKey._fields})
 
     def applied(self, config: Config) -> Config:
         """The config with this layout; nothing is validated."""
+        wanted = self.key._asdict()
+        recompute: Any = wanted["recompute"]  # a mode: `read_plan` took it
         parallel = replace(
             config.parallel,
-            world_size=self.gpus,
+            world_size=self.key.gpus,
             sequence=self.sequence,
-            **{name: getattr(self, name) for name in (*_AXES, *_STAGES)},
+            **{name: wanted[name] for name in (*_AXES, *_STAGES)},
         )
         return replace(
             config,
             parallel=parallel,
-            model=replace(config.model, recompute=self.recompute),
-            trainer=replace(config.trainer, tokens_per_micro_batch=self.tokens_per_micro_batch),
+            model=replace(config.model, recompute=recompute),
+            trainer=replace(config.trainer, tokens_per_micro_batch=self.key.tokens_per_micro_batch),
         )
 
 
@@ -85,14 +73,13 @@ def plan_line(path: Path, number: int) -> PlannedLayout:
 def _layout(line: Mapping[str, str | None], where: str) -> PlannedLayout:
     numbers: dict[str, Any] = {name: _count(line, name, where) for name in ("gpus", *_AXES, "tokens_per_micro_batch")}
     numbers |= {name: _count(line, name, where) if line.get(name) else None for name in _STAGES}
-    modes: tuple[_Recompute, ...] = get_args(_Recompute)
-    recompute = next((mode for mode in modes if mode == line.get("recompute")), None)
+    recompute = line.get("recompute")
     sequence = line.get("sequence") or str(numbers["tensor"] > 1)
-    if recompute is None:
-        raise ValueError(f"{where}: recompute is {line.get('recompute')!r} and must be one of {', '.join(modes)}")
+    if recompute not in _RECOMPUTE:
+        raise ValueError(f"{where}: recompute is {recompute!r} and must be one of {', '.join(_RECOMPUTE)}")
     if sequence not in ("True", "False"):
         raise ValueError(f"{where}: sequence is {sequence!r} and must be True or False")
-    return PlannedLayout(**numbers, sequence=sequence == "True", recompute=recompute)
+    return PlannedLayout(LayoutKey(**numbers, recompute=recompute), sequence=sequence == "True")
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:

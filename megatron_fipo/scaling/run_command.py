@@ -229,7 +229,9 @@ def loss_name(name: str) -> Loss:
 
 def gpu_name(gpu: str, calibration: Path | None) -> str:
     """What rows call the hardware."""
-    return gpu if calibration is not None or _has_gpu() else "cpu"
+    from megatron_fipo.launch.supervisor import has_gpu
+
+    return gpu if calibration is not None or has_gpu() else "cpu"
 
 
 def _hardware(gpu: str, calibration: Path | None) -> Hardware | None:
@@ -237,10 +239,6 @@ def _hardware(gpu: str, calibration: Path | None) -> Hardware | None:
 
     found = find_hardware(gpu, calibration=calibration)
     return found if gpu_name(gpu, calibration) != "cpu" or calibration is not None else None
-
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
 def _memory_bytes(gigabytes: float | None) -> float | None:

@@ -6,8 +6,6 @@ killed. In a Slurm job a line gets as many of the job's tasks as its layout has 
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_fipo.outcome import BAD_INPUT, RUN_AGAIN, Interrupted
 from megatron_fipo.scaling.measurement import read_row
+from megatron_fipo.whole_file import write_whole
 
 if TYPE_CHECKING:
     from megatron_fipo.scaling.plan_file import PlannedLayout
@@ -107,9 +106,7 @@ def run_line(
 def keep_plan(plan: Path, directory: Path) -> None:
     """A copy beside the rows, for the report. Array tasks may do so at the same time."""
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f".plan.{os.getpid()}.csv"
-    shutil.copyfile(plan, unfinished)
-    os.replace(unfinished, directory / "plan.csv")
+    write_whole(directory / "plan.csv", plan.read_bytes())
 
 
 def options_text(options: Mapping[str, object]) -> list[str]:

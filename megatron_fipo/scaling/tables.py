@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.plan import Candidate, Plan, ScalingRow
+from megatron_fipo.whole_file import write_whole
 
 WIDTH = 100
 _EXPLAINED = {
@@ -119,20 +119,8 @@ def show(tables: Sequence[Table]) -> None:
 
 def record(c: Candidate) -> dict[str, Any]:
     """One candidate as flat numbers."""
-    p = c.layout.parallel
     return {
-        "gpus": p.world_size,
-        "tensor": p.tensor,
-        "pipeline": p.pipeline,
-        "virtual_pipeline": p.virtual_pipeline,
-        "context": p.context,
-        "expert": p.expert,
-        "data": p.data,
-        "sequence": p.sequence,
-        "first_stage_layers": p.first_stage_layers,
-        "last_stage_layers": p.last_stage_layers,
-        "tokens_per_micro_batch": c.layout.tokens_per_micro_batch,
-        "recompute": c.layout.recompute,
+        **c.layout.record(),
         "micro_batches": len(c.batch.sizes),
         "seconds": c.cost.seconds,
         "log_prob_seconds": c.log_prob_seconds,

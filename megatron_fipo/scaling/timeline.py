@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_fipo.run_log import write_whole
 from megatron_fipo.scaling.schedule import Pass
+from megatron_fipo.whole_file import write_whole
 
 
 class Span(NamedTuple):

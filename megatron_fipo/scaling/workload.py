@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.config import ParallelConfig
@@ -34,6 +34,24 @@ class Layout:
     chunk_layers: tuple[int, ...] | None = None
     expert_tensor: int = 1
     split_head: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Under the names that plans and rows of measurements have for them."""
+        p = self.parallel
+        return {
+            "gpus": p.world_size,
+            "tensor": p.tensor,
+            "pipeline": p.pipeline,
+            "virtual_pipeline": p.virtual_pipeline,
+            "context": p.context,
+            "expert": p.expert,
+            "data": max(1, p.data),
+            "sequence": p.sequence,
+            "first_stage_layers": p.first_stage_layers,
+            "last_stage_layers": p.last_stage_layers,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
+            "recompute": self.recompute,
+        }
 
     def layers(self, model: ModelShape) -> list[int]:
         """Of each model chunk; chunk c of stage i at c * stages + i.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,11 @@ from megatron_fipo.scaling.outcome_row import write_failed_row
 from megatron_fipo.scaling.plan import Planner
 from megatron_fipo.scaling.plan_file import PlannedLayout, plan_line, read_plan
 from megatron_fipo.scaling.recipe import layout_of
+from megatron_fipo.scaling.row import LayoutKey
 from megatron_fipo.scaling.run_command import measure
 from tests.policies import make_config, make_qwen2
 
-LINE = PlannedLayout(8, 2, 4, 1, 1, 1, True, 5, 3, 4096, "full")
+LINE = PlannedLayout(LayoutKey(8, 2, 4, 1, 1, 1, 5, 3, 4096, "full"), sequence=True)
 TEXT = {
     "gpus": "8",
     "tensor": "2",
@@ -33,6 +35,10 @@ TEXT = {
     "tokens_per_micro_batch": "4096",
     "recompute": "full",
 }
+
+
+def _changed(**changes: Any) -> PlannedLayout:
+    return replace(LINE, key=LINE.key._replace(**changes))
 
 
 def _write(path: Path, **changes: str | None) -> Path:
@@ -60,7 +66,7 @@ def test_one_line(tmp_path: Path) -> None:
     plan = _write(tmp_path / "plan.csv")
     assert plan_line(plan, 1) == LINE
     assert plan_line(_write(plan, sequence="False"), 1) == replace(LINE, sequence=False)
-    assert plan_line(_write(plan, first_stage_layers=""), 1) == replace(LINE, first_stage_layers=None)
+    assert plan_line(_write(plan, first_stage_layers=""), 1) == _changed(first_stage_layers=None)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_names() -> None:
     config = LINE.applied(make_config("/models/Qwen2.5 32B"))
     name = measurement_name(config, "H100-80", "fipo")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-f5-l3-vpp1-cp1-ep1-t4096-full-fipo"
-    even = replace(LINE, first_stage_layers=None, last_stage_layers=None, recompute="none")
+    even = _changed(first_stage_layers=None, last_stage_layers=None, recompute="none")
     name = measurement_name(even.applied(make_config("/models/Qwen2.5-32B")), "H100-80", "lm")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-vpp1-cp1-ep1-t4096-none-lm"
 
@@ -111,7 +117,7 @@ def test_names() -> None:
 )
 def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, tmp_path: Path) -> None:
     """One of a plan is refused with the arithmetic before any rank starts, and is a failed row; others leave none."""
-    config = replace(LINE, **changes).applied(make_config(make_qwen2(tmp_path / "model", layers=4)))
+    config = _changed(**changes).applied(make_config(make_qwen2(tmp_path / "model", layers=4)))
     asked = Measurement(config, Sequences((50,) * 8), "fipo", "cpu", find_hardware("H100-80"), tmp_path)
     for planned in (False, True):
         with pytest.raises(ValueError, match=message):

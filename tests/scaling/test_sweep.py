@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from megatron_fipo.cli import app
 from megatron_fipo.config import to_yaml
 from megatron_fipo.scaling.plan_file import PlannedLayout
+from megatron_fipo.scaling.row import LayoutKey
 from megatron_fipo.scaling.sweep import SlurmJob, lines_to_measure
 from tests.policies import make_config, make_qwen2
 
@@ -46,7 +47,7 @@ def test_job_is_too_small() -> None:
 
 def test_array_task_has_one_line() -> None:
     """Its own; without an array all; a number beyond the plan is refused."""
-    layouts = [PlannedLayout(1, 1, 1, 1, 1, 1, False, None, None, 256, "none")] * 3
+    layouts = [PlannedLayout(LayoutKey(1, 1, 1, 1, 1, 1, None, None, 256, "none"), False)] * 3
     assert lines_to_measure(layouts, {}) == [1, 2, 3]
     assert lines_to_measure(layouts, {"SLURM_ARRAY_TASK_ID": "2"}) == [2]
     with pytest.raises(ValueError, match="array task 4: the plan has lines 1 to 3; sbatch --array=1-3"):

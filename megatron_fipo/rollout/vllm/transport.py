@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from megatron_fipo.rollout.vllm.buckets import Bucket
 from megatron_fipo.rollout.vllm.control import Control
 from megatron_fipo.rollout.vllm.worker import fipo_wire
+from megatron_fipo.whole_file import whole_file
 
 TRANSFER_SECONDS = 600.0  # of one bucket
 
@@ -76,9 +77,8 @@ class FileTransport:
         path = folder / f"{number}.safetensors"
         # Copies: parts of a fused parameter share memory, which safetensors refuses.
         tensors = {n: t.to("cpu", copy=True).contiguous() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
-        unfinished = path.with_suffix(".unfinished")
-        save_file(tensors, unfinished)
-        unfinished.rename(path)
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished)
         told = {**bucket.description(checked), "path": str(path.absolute())}
         self._told.append(told)
         return told

@@ -1,0 +1,49 @@
+"""A run's saved rollouts: rollouts/step_N.parquet, each a file, or a directory with a part from every replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Row = dict[str, Any]
+
+
+def saved_steps(rollouts: Path, most: int) -> dict[int, Path]:
+    """Step -> its file or directory: at most `most` steps, evenly from the first saved to the last."""
+    found = sorted((int(path.stem.rpartition("_")[2]), path) for path in rollouts.glob("step_*.parquet"))
+    chosen = sorted({round(x) for x in np.linspace(0, len(found) - 1, most)}) if found else []
+    return dict(found[place] for place in chosen)
+
+
+def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | None:
+    """About `count` rows of a step, as many from each part; None where a part lacks one of the columns.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    rows: list[Row] = []
+    for part in parts:
+        try:
+            with pq.ParquetFile(part) as file:
+                if not set(columns) <= set(file.schema_arrow.names):
+                    return None
+                rows += _first(file, columns, -(-count // len(parts)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{part} is no rollouts file: {error}") from None
+    return rows
+
+
+def _first(file: pq.ParquetFile, columns: Sequence[str], count: int) -> list[Row]:
+    """A few at a time: rows may be long, and a file has many."""
+    rows: list[Row] = []
+    for batch in file.iter_batches(64, columns=list(columns)):
+        rows += batch.slice(0, count - len(rows)).to_pylist()
+        if len(rows) >= count:
+            break
+    return rows

@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all, by renaming."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written; it takes `path`'s place when the block ends, and goes when the block fails.
+
+    Of several processes that write `path` at the same time, on whatever machines, one wins.
+    """
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """As parquet, on the disk when this returns; its directory is made."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
+        with open(unfinished, "rb") as stream:
+            os.fsync(stream.fileno())

@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_fipo.whole_file import whole_file, write_table, write_whole
+
+
+def test_a_failing_block_leaves_what_was_there(tmp_path: Path) -> None:
+    """Neither the half-written file nor a temporary one stays."""
+    path = tmp_path / "x.json"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError), whole_file(path) as unfinished:
+        unfinished.write_text("new \u03b5", encoding="ascii")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "old"
+
+
+def test_the_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    """Until then readers see the old one, and no name that a glob for the kind of file finds."""
+    path = tmp_path / "x.json"
+    write_whole(path, b"old")
+    with whole_file(path) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.glob("*.json")) == [path]
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_table(tmp_path: Path) -> None:
+    """Its directory is made, and what is read is what was written."""
+    table = pa.table({"a": [1, 2], "b": [["x"], []]})
+    write_table(table, tmp_path / "new" / "t.parquet")
+    assert pq.read_table(tmp_path / "new" / "t.parquet").equals(table)
