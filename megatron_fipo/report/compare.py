@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megatron_fipo.report.history import History, Run, Values
@@ -40,6 +41,7 @@ from megatron_fipo.report.panels import (
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111", "#98992f", "#7fb7e6")
 _STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
+_COLUMNS = 3  # of the legend
 _NAME = 22  # characters of a run's name in a figure
 
 
@@ -115,12 +117,13 @@ def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequen
     )
     if figure is None:
         return None
+    _make_room(figure, -(-len(series) // _COLUMNS))
     handles = [Line2D([], [], color=s.color, linewidth=2.5, label=_short(s.label)) for s in series]
     figure.legend(
         handles=handles,
         loc="upper right",
         bbox_to_anchor=(0.985, 0.99),
-        ncols=min(3, len(handles)),
+        ncols=min(_COLUMNS, len(handles)),
         frameon=False,
         fontsize=7.5,
         labelcolor=INK,
@@ -129,6 +132,15 @@ def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequen
         borderaxespad=0.0,
     )
     return to_png(figure)
+
+
+def _make_room(figure: Figure, rows: int) -> None:
+    """Height for a legend of more than two rows; the panels keep their size."""
+    height = figure.get_figheight()
+    taller = height + 0.17 * max(0, rows - 2)
+    figure.set_figheight(taller)
+    top, bottom = (edge * height / taller for edge in (figure.subplotpars.top, figure.subplotpars.bottom))
+    figure.subplots_adjust(top=top, bottom=bottom)
 
 
 def _short(name: str) -> str:

@@ -23,6 +23,8 @@ from megatron_fipo.report.parts import document, figure, table, terminal_text
 from megatron_fipo.report.scores import before_after, comparison
 from megatron_fipo.whole_file import write_whole
 
+_NAMED = 5  # runs that a finding names
+
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> str:
     """Draw the figures and the page of finished or live runs; returns what to print.
@@ -44,7 +46,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: S
     figures = _write_figures(series, _figure_folder(page, directories))
     write_whole(page, _page(series, figures, _link(credit, page)))
     said = _terminal_tables(series)
-    warned = [f"{name}: {_when(f)}: {f.text}" for one in series for name, f in _findings(one)]
+    warned = [f"{_where(found)}: {found[0][1].text}" for found in _by_rule(series)]
     pages = [f"token credit: {credit}"] if credit else []
     return "\n".join([*said, *warned, *pages, f"report: {page}"])
 
@@ -75,6 +77,24 @@ def _findings(series: Series) -> list[tuple[str, Finding]]:
         buffer = run.setting("reward.overlong_buffer_tokens") or 0
         found += [(run_name(run), finding) for finding in findings(run.trained, Limits(length, buffer))]
     return found
+
+
+def _by_rule(series: Sequence[Series]) -> list[list[tuple[str, Finding]]]:
+    """What each rule found in these runs; of one run, each finding by itself."""
+    found = [pair for one in series for pair in _findings(one)]
+    if _alone(series):
+        return [[pair] for pair in found]
+    rules = dict.fromkeys(finding.rule for _, finding in found)
+    return [[pair for pair in found if pair[1].rule == rule] for rule in rules]
+
+
+def _where(found: Sequence[tuple[str, Finding]]) -> str:
+    """Runs and steps of a rule's findings, the first of which the text after it is about."""
+    places = [f"{name}, {_when(finding)}" for name, finding in found]
+    if len(places) == 1:
+        return places[0]
+    shown = places[:_NAMED] + ([f"{len(places) - _NAMED} more"] if len(places) > _NAMED else [])
+    return f"{'; '.join(shown)}. Of the first"
 
 
 def _when(finding: Finding) -> str:
@@ -184,14 +204,14 @@ def _before_after(run: Run) -> str:
 
 
 def _health(series: Sequence[Series]) -> str:
-    found = [(name, finding) for one in series for name, finding in _findings(one)]
-    if not found:
+    rules = _by_rule(series)
+    if not rules:
         return "<h2>Health</h2>\n<p>No rule found anything.</p>"
-    several = sum(len(one.runs) for one in series) > 1
+    alone = _alone(series) is not None
     items = "\n".join(
-        f"<li><b>{escape(f'{name}, {_when(f)}' if several else _when(f).capitalize())}</b>: {escape(f.text)} "
-        f"<small>({_SOURCES[f.rule.source]})</small></li>"
-        for name, f in found
+        f"<li><b>{escape(_when(found[0][1]).capitalize() if alone else _where(found))}</b>: "
+        f"{escape(found[0][1].text)} <small>({_SOURCES[found[0][1].rule.source]})</small></li>"
+        for found in rules
     )
     return f"<h2>Health</h2>\n<ul>\n{items}\n</ul>"
 

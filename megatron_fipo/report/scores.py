@@ -16,6 +16,7 @@ class _Metric(NamedTuple):
     name: str
     label: str  # {k}: samples of a problem
     format: str
+    short: str = ""  # heads its column; "": the label
     evaluation: bool = True
 
 
@@ -23,9 +24,9 @@ _METRICS = (
     _Metric("eval/avg@k", "avg@{k}", ".3f"),
     _Metric("eval/cons@k", "cons@{k}", ".3f"),
     _Metric("eval/pass@k", "pass@{k}", ".3f"),
-    _Metric("eval/length", "mean response length", ".0f"),
-    _Metric("reward/accuracy", "training accuracy", ".3f", evaluation=False),
-    _Metric("response_length/mean", "training response length", ".0f", evaluation=False),
+    _Metric("eval/length", "mean response length", ".0f", "length"),
+    _Metric("reward/accuracy", "training accuracy", ".3f", "accuracy", evaluation=False),
+    _Metric("response_length/mean", "training response length", ".0f", "length", evaluation=False),
 )
 
 
@@ -50,7 +51,7 @@ def comparison(series: Sequence[Series]) -> Table:
     known = [m for m in _METRICS if any(_value(run, m, last=True) is not None for run in runs)]
     shown = [m for m in known if m.evaluation] or known
     first = shown[:1]
-    labels = [m.label.format(k=_samples(runs)) for m in shown]
+    labels = [(m.short or m.label).format(k=_samples(runs)) for m in shown]
     head = ["run", "runs", "steps", *(f"{labels[0]} before" for _ in first), *labels]
     lines = [
         [

@@ -166,6 +166,27 @@ def test_reflection_rates(tmp_path):
     assert rate([]) == {"reflection/share": 0.0, "reflection/markers": 0.0}
 
 
+def test_a_rule_is_explained_once_for_all_runs(tmp_path):
+    """Of several runs, those that a rule found something in are named together."""
+    rows = rows_of(8)
+    for row in rows:
+        row |= {"policy/influence_weight_min": 1.0, "policy/influence_weight_max": 1.0, "policy/updates": 1.0}
+    runs = [named_run(tmp_path / f"run{n}", rows) for n in range(7)]
+    text = write_report(runs, tmp_path / "all.html")
+    places = "; ".join(f"run{n}, steps 5 to 8" for n in range(5))
+    assert f"{places}; 2 more. Of the first: FIPO does nothing" in text
+    assert (tmp_path / "all.html").read_text().count("FIPO does nothing") == 1
+
+
+def test_a_long_legend_has_its_own_room(tmp_path):
+    """A figure of many runs is taller by the rows of its legend, so that none lies on a panel."""
+    series = series_of([named_run(tmp_path / f"run{n}", rows_of(3)) for n in range(12)])
+    pngs = [draw_together(SPECS["entropy"], some, ()) for some in (series[:6], series)]
+    few, many = (Image.open(io.BytesIO(png)).size for png in pngs if png is not None)
+    assert many[0] == few[0]
+    assert many[1] - few[1] == round(2 * 0.17 * 150)
+
+
 def test_findings_are_on_the_page(tmp_path):
     """A rule that holds is listed with its steps, its reason and where it comes from; else the page says none does."""
     rows = rows_of(8)
@@ -175,7 +196,7 @@ def test_findings_are_on_the_page(tmp_path):
     page = (tmp_path / "x" / "report.html").read_text()
     assert "<li><b>Steps 5 to 8</b>: FIPO does nothing: every influence weight" in page
     assert "(from the authors&#x27; code)" in page or "(from the authors' code)" in page
-    assert "x: steps 5 to 8: FIPO does nothing" in text
+    assert "x, steps 5 to 8: FIPO does nothing" in text
     write_report(named_run(tmp_path / "y", [{"step": 1}]))
     assert "No rule found anything." in (tmp_path / "y" / "report.html").read_text()
 
