@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked before its ranks start, in one place for `train` and its --dry-run."""
+"""Everything that can be checked before ranks start, in one place for `train`, its --dry-run, and `eval`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,30 @@ def check_run(config: Config) -> list[str]:
     Raises:
         ValueError: what is wrong, and what to change.
     """
-    architecture = check_model(config)
-    if config.model.megatron_path:
-        DistributedCheckpoint(config.model.megatron_path).check(architecture)
+    check_evaluation(config)
     loss_config(config.algorithm, config.rollout)
-    vllm_environment.check(config, architecture.head_dim)
     check_trackers(config)
-    for path in (config.data.train, *config.data.benchmarks.values()):
-        open_problems(path).close()
-    _check_tokenizer(config.model.hf_path, architecture.vocab_size)
-    make_reward(config.reward).close()
+    open_problems(config.data.train).close()
     warnings = _no_op_warnings(config)
     if warnings and config.trainer.strict:
         raise ValueError(f"trainer.strict: {warnings[0]}")
     return warnings
+
+
+def check_evaluation(config: Config) -> None:
+    """Check what it takes to draw from a policy and to judge it: nothing of training, nor its data.
+
+    Raises:
+        ValueError: what is wrong, and what to change.
+    """
+    architecture = check_model(config)
+    if config.model.megatron_path:
+        DistributedCheckpoint(config.model.megatron_path).check(architecture)
+    vllm_environment.check(config, architecture.head_dim)
+    for path in config.data.benchmarks.values():
+        open_problems(path).close()
+    _check_tokenizer(config.model.hf_path, architecture.vocab_size)
+    make_reward(config.reward).close()
 
 
 def _check_tokenizer(path: str, vocab_size: int) -> None:

@@ -83,6 +83,7 @@ def evaluate(
     to those that are there.
     """
     from megatron_fipo import launch
+    from megatron_fipo.checks import check_evaluation
     from megatron_fipo.evaluation import command
 
     settings = load_config(config, [_checkpoint_setting(text) for text in overrides or ()])
@@ -90,7 +91,7 @@ def evaluate(
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or command.default_directory(settings)
     if launch.is_first_process():
-        _check(settings, dry_run=True)
+        check_evaluation(settings)
         command.check(settings, directory)
     launch.run(
         command.run,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_fipo.checks import check_run
+from megatron_fipo.checks import check_evaluation, check_run
 from megatron_fipo.config import Config
 from tests.policies import make_config, make_task
 
@@ -52,6 +52,14 @@ def test_warns_where_fipo_is_a_no_op(task: Path, mini_batch: int, epochs: int, w
 def test_grpo_does_not_warn(task: Path) -> None:
     """One update a step is a choice there."""
     assert check_run(_config(task, trainer={"mini_batch_prompts": 4}, algorithm={"loss": "grpo"})) == []
+
+
+def test_an_evaluation_needs_nothing_of_training(task: Path) -> None:
+    """Neither its data nor a step that makes sense; what it judges with is checked as ever."""
+    trainer = {"mini_batch_prompts": 4, "strict": True}
+    check_evaluation(_config(task, data={"train": "elsewhere.parquet"}, trainer=trainer))
+    with pytest.raises(ValueError, match=r"data file elsewhere.parquet does not exist"):
+        check_evaluation(_config(task, data={"validation": "elsewhere.parquet"}))
 
 
 def test_strict_refuses_a_no_op(task: Path) -> None:
