@@ -85,6 +85,7 @@ def evaluate(
     from megatron_fipo import launch
     from megatron_fipo.checks import check_evaluation
     from megatron_fipo.evaluation import command
+    from megatron_fipo.evaluation.store import Store
 
     settings = load_config(config, [_checkpoint_setting(text) for text in overrides or ()])
     if not settings.data.benchmarks:
@@ -99,6 +100,7 @@ def evaluate(
         (settings, directory),
         run_directory=directory,
         max_requeues=settings.resume.max_requeues,
+        progress=lambda: launch.Progress(Store(directory).count(), "samples"),
     )
 
 

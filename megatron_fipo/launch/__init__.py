@@ -9,16 +9,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch import slurm
 from megatron_fipo.launch.attempt import Attempt
+from megatron_fipo.launch.attempts import Progress, training_progress
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
 from megatron_fipo.outcome import Interrupted, RankFailure
 
-__all__ = ["Interrupted", "RankFailure", "is_first_process", "num_gpus", "run", "started_ranks"]
+__all__ = ["Interrupted", "Progress", "RankFailure", "is_first_process", "num_gpus", "run", "started_ranks"]
 
 
 def is_first_process() -> bool:
@@ -47,6 +49,7 @@ def run(
     *,
     run_directory: Path | None = None,
     max_requeues: int = 0,
+    progress: Callable[[], Progress] | None = None,
 ) -> None:
     """Call `entry(*args)` on every rank inside an initialized process group.
 
@@ -57,6 +60,8 @@ def run(
     Args:
         run_directory: where logs and the record of attempts are kept; None: nowhere.
         max_requeues: times that a Slurm job puts itself back into the queue when it was interrupted or lost a node.
+        progress: how far the run has come; a job that fails twice at the same place is not started again. None: the
+            training step in `run_directory`.
 
     Raises:
         Interrupted: the ranks were asked to stop, and have.
@@ -71,7 +76,8 @@ def run(
         rank.run_under_torchrun(entry, parallel, args, run_directory)
         return
     first, alone = is_first_process(), not slurm.is_task(os.environ)
-    attempt = Attempt(run_directory, max_requeues, first, alone)
+    progress = progress or partial(training_progress, run_directory or Path())
+    attempt = Attempt(run_directory, max_requeues, first, alone, progress)
     attempt.begin()
     with _logs(run_directory) as logs, tempfile.TemporaryDirectory(prefix="megatron-fipo-") as errors:
         tasks = [

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fipo.launch import attempts, slurm
-from megatron_fipo.launch.attempts import Event, Record
+from megatron_fipo.launch.attempts import Event, Progress, Record
 from megatron_fipo.launch.failure import Failure
 from megatron_fipo.outcome import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
 
@@ -20,12 +21,15 @@ _FIRST_RANK_SECONDS = 60.0  # for the first rank's supervisor to requeue the job
 class Attempt:
     """Without a run directory nothing is recorded and no job requeued."""
 
-    def __init__(self, run_directory: Path | None, max_requeues: int, first: bool, alone: bool) -> None:
+    def __init__(
+        self, run_directory: Path | None, max_requeues: int, first: bool, alone: bool, progress: Callable[[], Progress]
+    ) -> None:
         """`first`: rank 0 is watched here; `alone`: all ranks are."""
         self.first, self.alone = first, alone
         self.job = slurm.job(os.environ)
         self._directory = run_directory
         self._max_requeues = max_requeues
+        self._progress = progress
         self._seen: list[Record] = []
         self._next_look = 0.0
         self._signalled = False
@@ -34,11 +38,11 @@ class Attempt:
         """Note the start.
 
         Raises:
-            RankFailure: this is the third attempt at a step in which the job has failed twice.
+            RankFailure: the job has failed twice where it is now.
         """
         if self._directory is None or not self.first:
             return
-        now = attempts.new_record("start", self._directory, self.job)
+        now = self._new("start")
         lost = attempts.abandoned(self._records(), now, slurm.lost_nodes)
         if lost is not None:
             attempts.append(self._path, lost)
@@ -68,9 +72,9 @@ class Attempt:
         if not self.first:  # a supervisor that ends with an exit code other than 0 may have Slurm end the first one
             self._await_first()
             return ""
-        now = attempts.new_record("interrupted", self._directory, self.job)
+        now = self._new("interrupted")
         reason = attempts.why_not_requeued([*self._records(), now], self.job, "machine", self._max_requeues)
-        told = f"interrupted in step {now.step}: {self._requeue(reason)}"
+        told = f"interrupted {now.where}: {self._requeue(reason)}"
         if self.job is not None:
             print(told, file=sys.stderr, flush=True)
         attempts.append(self._path, now)
@@ -83,7 +87,7 @@ class Attempt:
             return RankFailure(message, exit_code)
         if self.failed_elsewhere() is not None:
             return RankFailure(message, exit_code, shown=True)
-        now = attempts.new_record("failed", self._directory, self.job, failure.headline[:1000])
+        now = self._new("failed", failure.headline[:1000])
         records = [*self._records(), now]
         attempts.append(self._path, now)
         noted = time.monotonic()
@@ -113,7 +117,7 @@ class Attempt:
     def _requeue(self, reason: str | None) -> str:
         """Requeue the job unless there is a reason against it; says what came of it."""
         if self.job is None:
-            return "the same command goes on from the last checkpoint"
+            return "the same command goes on from what is finished"
         name = f"job {self.job.number}"
         reason = reason or self.job.requeue()
         return f"{name} is requeued" if reason is None else f"{name} is not requeued: {reason}"
@@ -139,4 +143,7 @@ class Attempt:
 
     def _record(self, event: Event, cause: str = "") -> None:
         if self._directory is not None:
-            attempts.append(self._path, attempts.new_record(event, self._directory, self.job, cause))
+            attempts.append(self._path, self._new(event, cause))
+
+    def _new(self, event: Event, cause: str = "") -> Record:
+        return attempts.new_record(event, self._progress(), self.job, cause)

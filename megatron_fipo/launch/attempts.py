@@ -11,13 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_fipo.launch.failure import Kind, host
 from megatron_fipo.launch.slurm import Job
 
 # `signalled`: asked to stop, which is no failure even when Slurm's patience ends before the checkpoint is written.
 Event = Literal["start", "signalled", "finished", "interrupted", "failed"]
+Unit = Literal["step", "samples"]
+
+
+class Progress(NamedTuple):
+    """How far a run has come: the training step in progress, or how many samples of an evaluation are finished."""
+
+    number: int
+    unit: Unit = "step"
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Record:
     """Attributes:
     job, restarts, launch: the attempt: Slurm's job number (None without Slurm), how often the job was requeued
         before, and srun's number within the job.
-    step: the training step in progress.
+    step: how far the run has come by then, as a number that grows: the training step in progress, or what `unit` says.
     nodes: of the job.
     """
 
@@ -38,6 +46,11 @@ class Record:
     nodes: str = ""
     host: str = ""
     time: str = ""
+    unit: Unit = "step"
+
+    @property
+    def where(self) -> str:
+        return f"in step {self.step}" if self.unit == "step" else f"after {self.step} samples"
 
     def is_of(self, job: Job | None) -> bool:
         """Whether it is of this attempt of the job."""
@@ -69,11 +82,12 @@ def append(path: Path, record: Record) -> None:
         os.close(file)
 
 
-def new_record(event: Event, run_directory: Path, job: Job | None, cause: str = "") -> Record:
+def new_record(event: Event, progress: Progress, job: Job | None, cause: str = "") -> Record:
     """Of this moment and this node."""
     return Record(
         event,
-        step_in_progress(run_directory),
+        progress.number,
+        unit=progress.unit,
         job=job.number if job else None,
         restarts=job.restarts if job else 0,
         launch=job.step if job else "",
@@ -84,18 +98,18 @@ def new_record(event: Event, run_directory: Path, job: Job | None, cause: str = 
     )
 
 
-def step_in_progress(run_directory: Path) -> int:
-    """One after the last step in metrics.jsonl, 1 before there is any."""
+def training_progress(run_directory: Path) -> Progress:
+    """The step after the last one in metrics.jsonl, 1 before there is any."""
     try:
         lines = (run_directory / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:
-        return 1
+        return Progress(1)
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"]) + 1
+            return Progress(int(json.loads(line)["step"]) + 1)
         except (ValueError, KeyError, TypeError):  # cut short by the end of its writer
             continue
-    return 1
+    return Progress(1)
 
 
 def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str], str]) -> Record | None:
@@ -117,7 +131,7 @@ def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str]
 
 
 def crash_loop(records: Sequence[Record]) -> str | None:
-    """What to say when the last two attempts that failed, of the last record's job, did so in the same step."""
+    """What to say when the last two attempts that failed, of the last record's job, had come equally far."""
     failures: dict[tuple[int, str], Record] = {}  # the first of each attempt: two ranks may have failed at once
     for r in records:
         if r.event == "failed" and r.job == records[-1].job:
@@ -126,7 +140,7 @@ def crash_loop(records: Sequence[Record]) -> str | None:
     if len(last) < 2 or last[0].step != last[1].step:
         return None
     causes = "\n".join(f"  - {r.time}: {r.cause}" for r in last)
-    return f"it failed twice in step {last[1].step}:\n{causes}"
+    return f"it failed twice {last[1].where}:\n{causes}"
 
 
 def why_not_requeued(records: Sequence[Record], job: Job | None, kind: Kind, max_requeues: int) -> str | None:

@@ -49,12 +49,12 @@ def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
 def test_step_in_progress(lines: list[str], step: int, tmp_path: Path) -> None:
     """The one after the last whole line of metrics.jsonl."""
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert attempts.step_in_progress(tmp_path) == step
+    assert attempts.training_progress(tmp_path) == (step, "step")
 
 
 def test_step_before_the_first(tmp_path: Path) -> None:
     """Without metrics.jsonl the first step is in progress."""
-    assert attempts.step_in_progress(tmp_path) == 1
+    assert attempts.training_progress(tmp_path) == (1, "step")
 
 
 JOB = Job("7", restarts=2)
@@ -94,6 +94,15 @@ def test_a_crash_loop_tells_both_causes() -> None:
     """Each with its time."""
     records = [_record("failed", 5, r, cause=f"cause {r}", time=f"time {r}") for r in range(3)]
     assert attempts.crash_loop(records) == ("it failed twice in step 5:\n  - time 1: cause 1\n  - time 2: cause 2")
+
+
+def test_an_evaluation_that_comes_further_is_in_no_loop() -> None:
+    """Two failures count where no sample was finished between them."""
+    records = [_record("failed", 16, 0, unit="samples"), _record("failed", 32, 1, unit="samples")]
+    assert attempts.crash_loop(records) is None
+    loop = attempts.crash_loop([*records, _record("failed", 32, 2, unit="samples")])
+    assert loop is not None
+    assert loop.startswith("it failed twice after 32 samples:\n")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +167,7 @@ def test_an_attempt_that_lost_a_node() -> None:
 def test_the_record_is_readable(tmp_path: Path) -> None:
     """One JSON object a line, with the names that the documentation uses."""
     path = tmp_path / "attempts.jsonl"
-    attempts.append(path, attempts.new_record("start", tmp_path, JOB))
+    attempts.append(path, attempts.new_record("start", attempts.Progress(1), JOB))
     line = json.loads(path.read_text())
     assert {k: line[k] for k in ("event", "step", "job", "restarts")} == {
         "event": "start",
