@@ -36,12 +36,24 @@ def samples(*problems: str, benchmark: str = "b", truth: str = "r") -> list[Samp
 def counted(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
     """The verdicts of `dapo`, with a line a call, the number of responses, in the file FIPO_TEST_COUNTS.
 
-    The call with the number FIPO_TEST_STOP_AT raises, FIPO_TEST_HANG_AT never returns, and FIPO_TEST_ASK_AT asks the
-    rank to stop.
+    The call with the number FIPO_TEST_STOP_AT raises, FIPO_TEST_HANG_AT never returns, FIPO_TEST_ASK_AT asks the rank
+    to stop, and FIPO_TEST_WAIT_AT waits until somebody does.
     """
+    _count(len(responses))
+    return [dapo.score(response, truth) for response, truth in zip(responses, ground_truths, strict=True)]
+
+
+def counted_parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
+    """The same of verdicts that an untrained policy can get: half of all texts are right, and begin with the answer."""
+    _count(len(responses))
+    right = [sum(map(ord, response)) % 2 == 0 for response in responses]
+    return [Score(1.0 if r else -1.0, float(r), text[:2] or None) for r, text in zip(right, responses, strict=True)]
+
+
+def _count(num_responses: int) -> None:
     counts = Path(os.environ["FIPO_TEST_COUNTS"])
     with counts.open("a") as stream:
-        stream.write(f"{len(responses)}\n")
+        stream.write(f"{num_responses}\n")
     calls = str(len(counts.read_text().splitlines()))
     if calls == os.environ.get("FIPO_TEST_STOP_AT"):
         raise RuntimeError("stopped as the test wants it")
@@ -49,4 +61,7 @@ def counted(responses: Sequence[str], ground_truths: Sequence[str], data_sources
         time.sleep(600)
     if calls == os.environ.get("FIPO_TEST_ASK_AT"):
         interrupt._request(signal.SIGTERM, None)
-    return [dapo.score(response, truth) for response, truth in zip(responses, ground_truths, strict=True)]
+    if calls == os.environ.get("FIPO_TEST_WAIT_AT"):
+        deadline = time.monotonic() + 240
+        while not interrupt.requested() and time.monotonic() < deadline:
+            time.sleep(0.05)
