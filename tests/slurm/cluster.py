@@ -137,7 +137,7 @@ class Cluster:
         """A Slurm command, in the project's root.
 
         Raises:
-            RuntimeError: it failed; the message is its standard error.
+            RuntimeError: it failed; the message is its standard error, or its exit code where that is empty.
         """
         done = subprocess.run(
             [str(part) for part in command],
@@ -148,7 +148,7 @@ class Cluster:
             cwd=ROOT,
         )
         if done.returncode:
-            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()}")
+            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
         return done
 
     def submit(

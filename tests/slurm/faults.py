@@ -1,7 +1,8 @@
 """Rewards that break a run at a chosen point, named in the config: the code under test stays as it is.
 
 A step is known by the rows of metrics.jsonl when the process began and its calls since, one a step where sampling is
-not dynamic. FIPO_TEST_RUN is the run's directory.
+not dynamic; an evaluation, which has no such rows, breaks at its ranks' third chunks. FIPO_TEST_RUN is the run's
+directory. What an attempt was asked to judge is counted in FIPO_TEST_COUNTS, if that is set.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _calls = itertools.count(1)
 
 def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
     """No fault: an untrained policy is rewarded half of the time."""
+    _count(len(responses))
     return [1.0 if sum(map(ord, response)) % 2 == 0 else -1.0 for response in responses]
 
 
@@ -55,6 +57,13 @@ def waits_for_crash(responses: Sequence[str], ground_truths: Sequence[str], data
     return parity(responses, ground_truths, data_sources)
 
 
+def waits_for_crashes(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """In the first two attempts, all ranks wait for the end."""
+    if _in_broken_step() and _attempt() < 2:
+        _wait(lambda: False)
+    return parity(responses, ground_truths, data_sources)
+
+
 def _run() -> Path:
     return Path(os.environ["FIPO_TEST_RUN"])
 
@@ -69,13 +78,23 @@ def _in_broken_step() -> bool:
     return _steps_before() + next(_calls) == BROKEN_STEP
 
 
+def _attempt() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _is_first_attempt() -> bool:
-    return os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    return _attempt() == 0
+
+
+def _count(num_responses: int) -> None:
+    if "FIPO_TEST_COUNTS" in os.environ:
+        with open(os.environ["FIPO_TEST_COUNTS"], "a") as stream:
+            stream.write(f"{_attempt()} {num_responses}\n")
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    """Says so in a file of this rank's."""
-    (_run() / f"waiting_{os.environ['RANK']}").touch()
+    """Says so in a file of this rank's, and in which attempt."""
+    (_run() / f"waiting_{os.environ['RANK']}").write_text(str(_attempt()))
     deadline = time.monotonic() + 240.0
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
