@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
@@ -51,10 +52,11 @@ def counted_parity(responses: Sequence[str], ground_truths: Sequence[str], data_
 
 
 def _count(num_responses: int) -> None:
-    counts = Path(os.environ["FIPO_TEST_COUNTS"])
-    with counts.open("a") as stream:
+    with Path(os.environ["FIPO_TEST_COUNTS"]).open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # each call of all ranks has a number of its own
         stream.write(f"{num_responses}\n")
-    calls = str(len(counts.read_text().splitlines()))
+        stream.seek(0)
+        calls = str(len(stream.readlines()))
     if calls == os.environ.get("FIPO_TEST_STOP_AT"):
         raise RuntimeError("stopped as the test wants it")
     if calls == os.environ.get("FIPO_TEST_HANG_AT"):

@@ -107,7 +107,7 @@ def test_asked_to_stop(task: Path, tmp_path: Path, counts: Path) -> None:
     """One of two ranks is: both stop at their next response, what was judged is kept, and nothing is summarized."""
     out = tmp_path / "out"
     with pytest.raises(RuntimeError, match="Interrupted"):
-        _eval(_config(task), out, ranks=2, FIPO_TEST_ASK_AT="2")
+        _eval(_config(task), out, ranks=2, FIPO_TEST_ASK_AT="1")
     kept = Store(out).read()
     assert CHUNK < len(kept) == _judged(counts) < K * PROBLEMS
     assert len({sample.key for sample in kept}) == len(kept)
