@@ -82,7 +82,7 @@ def make_rollouts(count: int, *, vocab: int = 250, seed: int = 0, longest: int =
 
 def make_task(directory: Path, *, seed: int = 0) -> Path:
     """What the quickstart trains on, untrained: a random checkpoint with tokenizer, chat template and problem files."""
-    quickstart = _quickstart()
+    quickstart = quickstart_script()
     torch.manual_seed(seed)
     directory.mkdir(parents=True, exist_ok=True)
     quickstart.make_model(save_tokenizer(directory)).save_pretrained(directory)
@@ -94,13 +94,14 @@ def make_task(directory: Path, *, seed: int = 0) -> Path:
 
 def save_tokenizer(directory: Path) -> Any:
     """Put the quickstart's tokenizer, 30 tokens and a chat template, beside a checkpoint; returns it."""
-    tokenizer = _quickstart().make_tokenizer()
+    tokenizer = quickstart_script().make_tokenizer()
     tokenizer.save_pretrained(directory)
     return tokenizer
 
 
 @functools.cache
-def _quickstart() -> Any:
+def quickstart_script() -> Any:
+    """examples/quickstart/make_task.py as a module."""
     path = Path(__file__).parents[1] / "examples" / "quickstart" / "make_task.py"
     spec = importlib.util.spec_from_file_location("quickstart_make_task", path)
     assert spec is not None

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_fipo.config import to_yaml
 from megatron_fipo.evaluation.store import Store
-from tests.policies import _quickstart, make_config, make_task
+from tests.policies import make_config, make_task, quickstart_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -112,7 +112,7 @@ class Evaluation(NamedTuple):
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The greedy answer of a random float32 policy to each of many problems, few at a time."""
     home = tmp_path_factory.mktemp("evaluation")
-    base, quickstart = make_task(home / "base"), _quickstart()
+    base, quickstart = make_task(home / "base"), quickstart_script()
     problems = quickstart.distinct_problems(random.Random(3), PROBLEMS, held=True)
     quickstart.write_problems(problems, home / "problems.parquet")
     settings = make_config(
