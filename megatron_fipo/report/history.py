@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ class Run:
     def setting(self, key: str) -> Any:
         """A resolved config value, None where absent. Unlike `load_config`, it reads what older versions wrote."""
         try:
-            return OmegaConf.select(OmegaConf.create(self.config), key)
+            return OmegaConf.select(self._settings, key)
         except OmegaConfBaseException:
             return None
+
+    @cached_property
+    def _settings(self) -> Any:
+        return OmegaConf.create(self.config)
 
 
 def read_run(directory: Path) -> Run:

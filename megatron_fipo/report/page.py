@@ -44,9 +44,10 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: S
     series = make_series(read, _names(read), groups)
     credit = write_credit_page(read[0], run_name(read[0])) if len(read) == 1 else None
     figures = _write_figures(series, _figure_folder(page, directories))
-    write_whole(page, _page(series, figures, _link(credit, page)))
+    found = _found(series)
+    write_whole(page, _page(series, figures, _link(credit, page), found))
     said = _terminal_tables(series)
-    warned = [f"{_where(found)}: {found[0][1].text}" for found in _by_rule(series)]
+    warned = [f"{where}: {finding.text}" for where, finding in found]
     pages = [f"token credit: {credit}"] if credit else []
     return "\n".join([*said, *warned, *pages, f"report: {page}"])
 
@@ -79,13 +80,14 @@ def _findings(series: Series) -> list[tuple[str, Finding]]:
     return found
 
 
-def _by_rule(series: Sequence[Series]) -> list[list[tuple[str, Finding]]]:
-    """What each rule found in these runs; of one run, each finding by itself."""
+def _found(series: Sequence[Series]) -> list[tuple[str, Finding]]:
+    """(runs and steps, finding): of one run every finding, of several the first of each rule, for all that it is in."""
     found = [pair for one in series for pair in _findings(one)]
     if _alone(series):
-        return [[pair] for pair in found]
+        return [(f"{name}, {_when(finding)}", finding) for name, finding in found]
     rules = dict.fromkeys(finding.rule for _, finding in found)
-    return [[pair for pair in found if pair[1].rule == rule] for rule in rules]
+    together = [[pair for pair in found if pair[1].rule == rule] for rule in rules]
+    return [(_where(pairs), pairs[0][1]) for pairs in together]
 
 
 def _where(found: Sequence[tuple[str, Finding]]) -> str:
@@ -158,12 +160,14 @@ def _draw(spec: FigureSpec, series: Sequence[Series], references: Sequence[Refer
     return draw_together(spec, series, references)
 
 
-def _page(series: Sequence[Series], figures: Mapping[str, bytes], credit: str) -> str:
+def _page(
+    series: Sequence[Series], figures: Mapping[str, bytes], credit: str, found: Sequence[tuple[str, Finding]]
+) -> str:
     runs = [run for one in series for run in one.runs]
     parts = [
         _summary(series),
         credit,
-        _health(series),
+        _health(found, alone=len(runs) == 1),
         *(_section(name, specs, figures) for name, specs in SECTIONS.items()),
         _latest(runs),
         *(_configuration(run, len(runs) > 1) for run in runs),
@@ -203,15 +207,13 @@ def _before_after(run: Run) -> str:
     return table(head, [[escape(name), *cells] for name, *cells in lines])
 
 
-def _health(series: Sequence[Series]) -> str:
-    rules = _by_rule(series)
-    if not rules:
+def _health(found: Sequence[tuple[str, Finding]], alone: bool) -> str:
+    if not found:
         return "<h2>Health</h2>\n<p>No rule found anything.</p>"
-    alone = _alone(series) is not None
     items = "\n".join(
-        f"<li><b>{escape(_when(found[0][1]).capitalize() if alone else _where(found))}</b>: "
-        f"{escape(found[0][1].text)} <small>({_SOURCES[found[0][1].rule.source]})</small></li>"
-        for found in rules
+        f"<li><b>{escape(_when(finding).capitalize() if alone else where)}</b>: "
+        f"{escape(finding.text)} <small>({_SOURCES[finding.rule.source]})</small></li>"
+        for where, finding in found
     )
     return f"<h2>Health</h2>\n<ul>\n{items}\n</ul>"
 

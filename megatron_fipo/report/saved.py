@@ -21,7 +21,7 @@ def saved_steps(rollouts: Path, most: int) -> dict[int, Path]:
 
 
 def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | None:
-    """About `count` rows of a step, as many from each part; None where a part lacks one of the columns.
+    """At most `count` rows of a step, evenly from its parts; None where one that is read lacks one of the columns.
 
     Raises:
         ValueError: a file is damaged.
@@ -33,7 +33,7 @@ def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | No
             with pq.ParquetFile(part) as file:
                 if not set(columns) <= set(file.schema_arrow.names):
                     return None
-                rows += _first(file, columns, -(-count // len(parts)))
+                rows += _first(file, columns, min(-(-count // len(parts)), count - len(rows)))
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{part} is no rollouts file: {error}") from None
     return rows
