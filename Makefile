@@ -14,7 +14,15 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install vllm-env quickstart test test-all test-vllm test-idle sanitize lint clean
+# pytest's workers, each with ranks of its own; at most 8, since each has torch in memory. Workers take whole files, whose
+# fixtures are made once. `make test-all` has that many kinds of tests at work at the same time: those on Slurm mostly wait.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+LANES ?= 3
+PYTEST = $(BIN)/python -m pytest -q
+WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile
+
+.PHONY: help install vllm-env quickstart test durations test-all test-slow test-slurm test-servers test-browser test-tools \
+  test-vllm test-idle sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,25 +63,38 @@ quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, e
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
 test: install  ## the tests that need no GPU and no server
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not slurm and not vllm and not idle and not browser"
+	$(PYTEST) $(WORKERS_SHARE_FILES) --junit-xml=build/test.xml -m "not gpu and not slow and not slurm and not vllm and not idle and not browser"
 
-# mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without.
+durations: install  ## rewrite the table of the longest tests in docs/development.md from the last `make test`
+	$(BIN)/python -m tests.durations
+
 test-all: $(if $(TESTED),,test)  ## those, and the slow ones, on a real Slurm, a real vLLM, in a browser, under sanitizers
+	$(MAKE) --output-sync=target --jobs=$(LANES) test-slurm test-slow test-servers test-browser sanitize
+
+test-slow: test-tools
+	$(PYTEST) $(WORKERS_SHARE_FILES) -m "slow and not gpu and not vllm and not browser"
+
+test-slurm: test-tools
+	$(PYTEST) -m "slurm"
+
+test-servers: install vllm-env
+	$(PYTEST) -m "vllm and not slow"
+
+test-browser: test-tools
+	$(PYTEST) -m "browser"
+
+# mbridge, an independent converter, serves as an oracle; it wants packages that the comparison does without. One after
+# the other: apt and pip do not share.
+test-tools: install
 	$(BIN)/python -m pip install -q --no-deps mbridge==0.15.1 einops==0.8.2
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm and not browser"
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest -q -m "slurm"
-	$(MAKE) vllm-env
-	$(BIN)/python -m pytest -q -m "vllm and not slow"
 	tests/browser/install.sh $(BIN)/python
-	$(BIN)/python -m pytest -q -m "browser"
-	$(MAKE) sanitize
 
 test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole trainings too (2.5 GB to install)
-	$(BIN)/python -m pytest -q -m "vllm"
+	$(PYTEST) -m "vllm"
 
 test-idle: install  ## the ones that compare times, for a machine that does nothing else
-	$(BIN)/python -m pytest -q -m "idle"
+	$(PYTEST) -m "idle"
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
 # AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.

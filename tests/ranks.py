@@ -1,7 +1,7 @@
 """Run a function on several ranks of this machine, over gloo, and give back what each returned.
 
-Ranks are forked from one server process that has torch and Megatron imported already, so a world of 4 starts in
-about a second. Every rank is ended when the call returns, whatever happened.
+Ranks are forked from one server process that has imported `tests.preload`, so a world of 4 starts in a tenth of a
+second. Every rank is ended when the call returns, whatever happened.
 """
 
 from __future__ import annotations
@@ -11,14 +11,32 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_fipo.actor", "transformers.models.qwen2.modeling_qwen2"])
+context = multiprocessing.get_context("forkserver")
+
+
+def start_fork_server() -> None:
+    """Start the process that others are forked from, unless it runs already."""
+    context.set_forkserver_preload(["tests.preload"])
+    forkserver.ensure_running()
+
+
+def fork(function: Callable[..., None], *args: Any, daemon: bool = True) -> Any:
+    """Return a started process that calls `function(*args)`, and has everything imported that a rank needs.
+
+    Args:
+        daemon: the process ends with this one, and may not use multiprocessing itself.
+    """
+    start_fork_server()
+    process = context.Process(target=function, args=args, daemon=daemon)
+    process.start()
+    return process
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 150.0) -> list[Any]:
@@ -28,12 +46,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RuntimeError: a rank raised (its traceback is the message) or the ranks took longer than `timeout` seconds.
     """
     with TemporaryDirectory(prefix="ranks-") as directory:
-        ranks = [
-            _context.Process(target=_rank, args=(function, args, rank, world_size, directory), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
+        ranks = [fork(_rank, function, args, rank, world_size, directory) for rank in range(world_size)]
         try:
             _wait(ranks, Path(directory), time.monotonic() + timeout)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -17,6 +16,7 @@ from megatron_fipo.config import Config, load_config, to_yaml
 from megatron_fipo.evaluation import Evaluation
 from megatron_fipo.resume import Progress, changes, check_directory, starts_over
 from megatron_fipo.run_log import RunLog
+from tests.ranks import context, fork
 
 EVALUATION = Evaluation(samples=2, problems=4, avg=0.5, cons=0.25, pass_=0.75, length=7.5, truncated=0.0)
 
@@ -160,10 +160,9 @@ def _claim(config: Config, claimed: Any, done: Any) -> None:
 def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainers in one directory would mix their files; a killed one does not stand in the way."""
     monkeypatch.setattr(run_log, "_CLAIM_SECONDS", 0.3)
-    config, context = _config(tmp_path / "run"), multiprocessing.get_context("spawn")
+    config = _config(tmp_path / "run")
     claimed, done = context.Event(), context.Event()
-    other = context.Process(target=_claim, args=(config, claimed, done))
-    other.start()
+    other = fork(_claim, config, claimed, done)
     try:
         assert claimed.wait(60)
         with pytest.raises(ValueError, match="another process is training in"):

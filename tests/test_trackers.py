@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,19 @@ def _attempt(config: Config, step: int, value: float) -> None:
     tracker.close()
 
 
+def _wait_for_the_next_second() -> None:
+    second = int(time.time())
+    while int(time.time()) == second:
+        time.sleep(0.01)
+
+
 def test_attempts_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two attempts leave two directories of one id, each with its number; another run has another id."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     first, other = _config(tmp_path / "first"), _config(tmp_path / "other")
     _attempt(first, 1, 0.625)
+    _wait_for_the_next_second()  # directories are named by the second
     _attempt(first, 2, 0.375)
     _attempt(other, 1, 0.25)
     name = (tmp_path / "first" / "wandb" / "run_id").read_text()

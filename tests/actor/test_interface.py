@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,17 +162,19 @@ def test_inference_context_restores_training_mode(compared: dict[str, Any]) -> N
     assert compared["modes"] == {"generating": [False], "afterwards": [True], "after_error": [True]}
 
 
+def _verbs_without_the_package() -> list[str]:
+    for name in [name for name in sys.modules if name.startswith(("nemo_aligner", "megatron_fipo.actor"))]:
+        del sys.modules[name]
+    sys.modules["nemo_aligner"] = None  # type: ignore[assignment]
+    actor = importlib.import_module("megatron_fipo.actor")
+    base = importlib.import_module("megatron_fipo.actor.interface").AlignableGenerativeInterface
+    assert base.__module__ == "megatron_fipo.actor.interface"
+    assert issubclass(actor.FIPOActor, base)
+    return [name for name in dir(actor.FIPOActor) if not name.startswith("_")]
+
+
+@pytest.mark.distributed
 def test_stand_in_without_the_package() -> None:
     """Without nemo-aligner the actor has the same verbs, over a base class of our own."""
-    script = """
-import sys
-sys.modules["nemo_aligner"] = None
-from megatron_fipo.actor import FIPOActor
-from megatron_fipo.actor.interface import AlignableGenerativeInterface
-assert AlignableGenerativeInterface.__module__ == "megatron_fipo.actor.interface"
-assert issubclass(FIPOActor, AlignableGenerativeInterface)
-print(*(name for name in dir(FIPOActor) if not name.startswith("_")))
-"""
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     contract = {name for name in dir(interface.AlignableGenerativeInterface) if not name.startswith("_")}
-    assert contract <= set(printed)
+    assert contract <= set(run_ranks(_verbs_without_the_package, 1)[0])

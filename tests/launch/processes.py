@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,9 +20,7 @@ import torch.distributed as dist
 from megatron_fipo import cli, launch
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
+from tests.ranks import fork
 
 TWO_RANKS = ParallelConfig(world_size=2, threads_per_rank=1)
 ROOT = Path(__file__).parents[2]
@@ -70,7 +67,7 @@ class Supervisor:
     process: Any
     output: Path
 
-    def end(self, seconds: float = 60) -> tuple[int | None, str]:
+    def end(self, seconds: float = 150) -> tuple[int | None, str]:
         """Its exit code (None: still at work) and what it printed."""
         self.process.join(timeout=seconds)
         return self.process.exitcode, self.output.read_text()
@@ -90,8 +87,7 @@ def srun(entry: Callable[..., None], directory: Path, tasks: int = 2, **environm
     for task in range(tasks):
         own = {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURMD_NODENAME": f"node{task}"}
         output = directory / f"task_{task}.out"
-        process = context.Process(target=_srun_task, args=({**shared, **own}, entry, directory, output))
-        process.start()
+        process = fork(_srun_task, {**shared, **own}, entry, directory, output, daemon=False)
         supervisors.append(Supervisor(process, output))
     try:
         yield supervisors
@@ -136,7 +132,7 @@ def pids(directory: Path) -> list[int]:
 
 def sleep(directory: Path) -> None:
     note_pid(directory)
-    time.sleep(120)
+    time.sleep(600)
 
 
 def stop_when_asked(directory: Path) -> None:

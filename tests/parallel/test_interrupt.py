@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.interrupt import Interrupted
-from tests.ranks import run_ranks
+from tests.ranks import context, fork, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -97,16 +98,25 @@ def test_shielded_children() -> None:
     assert run_ranks(_start_a_child_and_be_signalled, 1) == [(True, None)]
 
 
+def _signalled_while_it_starts(seen: Any) -> None:
+    with interrupt.shielded():
+        rank = os.fork()
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            before = interrupt.requested()
+            interrupt.install()
+            seen.send((before, interrupt.requested()))
+            os._exit(0)
+    os.waitpid(rank, 0)
+
+
 def test_a_signal_that_was_held_back() -> None:
     """While a rank is started the signals are blocked, for all of its threads; one that came then is a request."""
-    rank = """
-import os, signal
-os.kill(os.getpid(), signal.SIGTERM)
-from megatron_fipo.parallel import interrupt
-before = interrupt.requested()
-interrupt.install()
-print(before, interrupt.requested())
-"""
-    with interrupt.shielded():
-        ended = subprocess.run([sys.executable, "-c", rank], capture_output=True, text=True, timeout=120, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "False True\n"), ended.stderr
+    received, seen = context.Pipe(duplex=False)
+    process = fork(_signalled_while_it_starts, seen)
+    try:
+        assert received.poll(60)
+        assert received.recv() == (False, True)
+    finally:
+        process.kill()
+        process.join()

@@ -219,9 +219,9 @@ def test_ten_thousand_spans_take_seconds(tmp_path: Path) -> None:
     """Three such timelines; the page stays below 5 MB."""
     contents = [make_row(64, p, v, 160) for p, v in ((2, 2), (4, 4), (8, 4))]
     assert max(sum(map(len, c["timeline"]["stages"])) for c in contents) > 10_000
-    study, start = write_study(tmp_path, *contents), time.monotonic()
+    study, start = write_study(tmp_path, *contents), time.process_time()
     write_scaling_report(study)
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
     assert (study / "report.html").stat().st_size < 5e6
 
 

@@ -51,7 +51,7 @@ def test_runaway_answers_are_classes_of_their_own(math: RewardFunction) -> None:
     answers = [r"\frac{3}{4}", r"10^{10^{10}}", "0.75", r"9^{9^{9^{9}}}", "75/100", "9" * 5000]
     started = time.monotonic()
     (classes,) = answer_classes(math, [answers])
-    assert time.monotonic() - started < 4 * TIMEOUT
+    assert time.monotonic() - started < 15 * TIMEOUT
     assert _partition(classes) == _sets([0, 2, 4], [1], [3], [5])
 
 

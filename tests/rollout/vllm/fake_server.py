@@ -18,7 +18,7 @@ class FakeServer:
 
     Attributes:
         version: of its weights; None: it does not tell.
-        delay: seconds that a response takes. Paused earlier, it has the tokens of the time until then.
+        delay: seconds that a response takes. Paused earlier, it has the first half of its tokens.
         status: what it answers to generation requests.
         hung: it answers nothing at all, until this is False again.
         dead: its front is there, but no engine behind it.
@@ -124,8 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             dropped = fake.drops > 0
             fake.drops -= dropped
             aborted = fake.aborted[name] = threading.Event()
-        started = time.monotonic()
-        paused = aborted.wait(fake.delay)
+        paused = self._work(aborted)
         self._wait_while_hung()
         with fake.lock:
             fake.busy -= 1
@@ -138,10 +137,18 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             tokens = tokens_for(seed, body["token_ids"])
             if paused:
-                tokens = tokens[: int(len(tokens) * (time.monotonic() - started) / fake.delay)]
+                tokens = tokens[: len(tokens) // 2]
             self._send(200, self._answer(tokens, "abort" if paused else "length"))
             with fake.lock:
                 fake.answered[seed] += 1
+
+    def _work(self, aborted: threading.Event) -> bool:
+        """Wait as long as a response takes; whether it was aborted before. A delay that is shortened counts at once."""
+        started = time.monotonic()
+        while (left := started + self.fake.delay - time.monotonic()) > 0:
+            if aborted.wait(min(left, 0.05)):
+                return True
+        return aborted.is_set()
 
     def _answer(self, token_ids: list[int], finish_reason: str) -> dict[str, Any]:
         version = self.fake.version

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess
+from tests.ranks import context, fork
 
 # Like vLLM's: a front, an engine and a worker, of which only the front listens. They write their numbers to a file.
 SERVER = """
@@ -28,17 +29,6 @@ if depth == 2:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     listener.listen()
-time.sleep(600)
-"""
-OWNER = """
-import os, sys, time
-from pathlib import Path
-from tests.rollout.vllm.test_guard import FakeVLLM
-server = FakeVLLM(Path(sys.argv[1]))
-server.start()
-child = os.fork() if sys.argv[2] == "forked" else os.getpid()
-if child:
-    print(server.pid, child, flush=True)
 time.sleep(600)
 """
 
@@ -95,16 +85,26 @@ def server(tmp_path: Path) -> Iterator[FakeVLLM]:
                 os.kill(pid, signal.SIGKILL)
 
 
+def _own(directory: Path, how: str, started: Any) -> None:
+    server = FakeVLLM(directory)
+    server.start()
+    child = os.fork() if how == "forked" else os.getpid()
+    if child:
+        started.send((server.pid, child))
+    time.sleep(600)
+
+
 @pytest.mark.parametrize("how", ["alone", "forked"])
 def test_owner_is_killed(tmp_path: Path, how: str) -> None:
     """kill -9 of the owner ends front, engine and worker, and removes the weights that it kept in memory; a child that
     it forked, which holds its end of the guard's pipe, changes nothing."""
     (tmp_path / "weights" / "run-1").mkdir(parents=True)
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), how], stdout=subprocess.PIPE, text=True)
+    received, started = context.Pipe(duplex=False)
+    owner = fork(_own, tmp_path, how, started)
     child = owner.pid
     try:
-        assert owner.stdout is not None
-        guard, child = map(int, owner.stdout.readline().split())
+        assert received.poll(60)
+        guard, child = received.recv()
         found = processes(tmp_path / "pids")
         assert all(map(alive, [guard, child, *found]))
         owner.kill()
@@ -112,10 +112,9 @@ def test_owner_is_killed(tmp_path: Path, how: str) -> None:
         assert not (tmp_path / "weights").exists()
     finally:
         owner.kill()
-        owner.wait()
+        owner.join()
         if child != owner.pid:
             os.kill(child, signal.SIGKILL)
-        owner.stdout.close()
 
 
 def _inner_guard(server: FakeVLLM) -> int:
