@@ -14,9 +14,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-# pytest's workers, each with ranks of its own; at most 8, since each has torch in memory. Workers take whole files, whose
-# fixtures are made once. `make test-all` has that many kinds of tests at work at the same time: those on Slurm mostly wait.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# pytest's workers, each with ranks of its own: one more than cores, since some wait for a time limit; at most 8, since each
+# has torch in memory. Workers take whole files, whose fixtures are made once. `make test-all` has as many kinds of tests at
+# work at the same time as there are lanes: those on Slurm mostly wait.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 7 ? n + 1 : 8)))
 LANES ?= 3
 PYTEST = $(BIN)/python -m pytest -q
 WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile

@@ -181,7 +181,8 @@ def _assert_same_run(run: Path, weights: Weights, expected: tuple[Path, Weights]
 @pytest.mark.parametrize(
     ("layout", "moment", "ended"),
     [
-        ("dp2", "reward 1", "interrupted after step 0"),  # the first evaluation
+        # The first evaluation; the others leave enough of each phase for every day.
+        pytest.param("dp2", "reward 1", "interrupted after step 0", marks=pytest.mark.slow),
         ("dp2", "reward 2", "interrupted after step 0"),  # the first responses
         ("dp2", "update 2", "interrupted after step 2"),  # an update, which is finished first
         ("tp2", "update 3", "interrupted after step 3"),
@@ -223,7 +224,9 @@ def test_interrupted_in_every_phase(task: Path, undisturbed: Undisturbed, tmp_pa
     _assert_same_run(tmp_path / "run", weights, undisturbed("one"))
 
 
-@pytest.mark.parametrize(("before", "after"), [("tp2", "pp2"), ("dp2", "one"), ("one", "dp2")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("tp2", "pp2"), pytest.param("dp2", "one", marks=pytest.mark.slow), ("one", "dp2")]
+)
 def test_goes_on_with_another_layout(
     before: str, after: str, task: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

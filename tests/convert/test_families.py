@@ -31,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_pp2": {"expert": 2, "pipeline": 2},
     "ep2_tp2_pp2": {"expert": 2, "tensor": 2, "pipeline": 2, "sequence": True},
 }
+PARTS_OF_OTHERS = ("tp2", "pp2", "ep2", "ep2_pp2")  # each three seconds, and in tp2_pp2 or ep2_tp2_pp2, too
 TOKENS = torch.randint(0, 60, (4, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -120,7 +121,9 @@ def _read_both_ways(families: list[str], paths: dict[str, tuple[Path, Path]], la
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in PARTS_OF_OTHERS else name for name in LAYOUTS]
+)
 def test_every_layout_is_the_model_that_transformers_loads(
     layout: str, checkpoints: dict[str, tuple[Path, Path]], expected: dict[str, torch.Tensor]
 ) -> None:

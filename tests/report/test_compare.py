@@ -51,6 +51,7 @@ def test_page_of_several_runs(tmp_path):
     assert not re.search(r"https?:|<script|<link|@import|url\(", re.sub(r'"data:[^"]+"', "", page))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_default_place_of_several_runs(tmp_path, monkeypatch):
     """Without --out it is report.html in the working directory."""
     monkeypatch.chdir(tmp_path)
@@ -58,6 +59,7 @@ def test_default_place_of_several_runs(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_page_s_numbers_are_the_metrics_file_s(tmp_path):
     """The latest value of every metric reads on the page exactly as the file has it."""
     runs = [named_run(tmp_path / name, rows_of(n)) for name, n in (("x", 7), ("y", 12))]
@@ -97,6 +99,7 @@ def test_repeats_are_a_mean_with_its_spread(tmp_path):
     assert entropy == [[2.0, 3.0, 6.0], [1.0, 2.0, 6.0], [3.0, 4.0, 6.0]]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_comparison_of_repeats(tmp_path):
     """Terminal and page have a line a series: mean and sample standard deviation of what the repeats came to."""
     scores = {"fipo-seed1": 0.50, "fipo-seed2": 0.56, "fipo-seed3": 0.62, "dapo-seed1": 0.40}
@@ -166,6 +169,7 @@ def test_reflection_rates(tmp_path):
     assert rate([]) == {"reflection/share": 0.0, "reflection/markers": 0.0}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_rule_is_explained_once_for_all_runs(tmp_path):
     """Of several runs, those that a rule found something in are named together."""
     rows = rows_of(8)
@@ -187,6 +191,7 @@ def test_a_long_legend_has_its_own_room(tmp_path):
     assert many[1] - few[1] == round(2 * 0.17 * 150)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_findings_are_on_the_page(tmp_path):
     """A rule that holds is listed with its steps, its reason and where it comes from; else the page says none does."""
     rows = rows_of(8)

@@ -135,6 +135,7 @@ def test_texts_are_the_tokenizer_s(run: Path) -> None:
     assert len(data["texts"]) > 10
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_no_credit_no_page(run: Path) -> None:
     """Rollouts without credit, or none, leave no page, and take an old one away; the report has no link then."""
     write_rollouts(run, 1)

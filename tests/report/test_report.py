@@ -72,6 +72,7 @@ def table_line(text, name):
     return next(line.split()[len(name.split()) :] for line in text.splitlines() if line.strip().startswith(name))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_table_of_a_finished_run(tmp_path):
     """The table holds the summary's scores and the first and last row's numbers, with their differences."""
     rows = rows_of(10)
@@ -88,6 +89,7 @@ def test_table_of_a_finished_run(tmp_path):
     assert text.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_live_run_has_no_summary(tmp_path):
     """Without summary.json, the latest evaluation is the after, the before unknown, the goal the config's."""
     text = write_report(write_run(tmp_path, rows_of(7)))
@@ -95,6 +97,7 @@ def test_live_run_has_no_summary(tmp_path):
     assert "7 steps of 500, not finished in 0.7 minutes" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_run_without_validation(tmp_path):
     """A run that never evaluates has no scores in its table and no evaluation figure."""
     rows = [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows_of(4)]
@@ -158,6 +161,7 @@ def test_page_is_self_contained(tmp_path):
     assert re.findall(r"<th scope=row>avg@8</th><td>(.*?)</td><td>(.*?)</td>", page) == [("0.125", "0.400")]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_page_holds_the_resolved_config(tmp_path):
     """The resolved configuration is in the page, its markup characters escaped."""
     write_report(write_run(tmp_path, rows_of(2)))
@@ -214,6 +218,7 @@ def test_caller_s_matplotlib_is_untouched(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_torn_last_line_is_tolerated(tmp_path):
     """A last line without newline that is cut short is left out: the run is writing it."""
     write_run(tmp_path, rows_of(3))

@@ -116,7 +116,7 @@ class Cluster:
             start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
         )
         try:
-            self._wait_for(self.nodes, ("idle",), 30.0)
+            self.wait_for(self.nodes, ("idle",), 30.0)
         except BaseException:
             self.stop()
             raise
@@ -165,14 +165,19 @@ class Cluster:
     def boot(self, node: str) -> None:
         """Start a node that crashed, and wait until it can take jobs."""
         self._tell(f"start {node}")
-        self._wait_for([node], ("idle", "allocated"), 60.0)
+        self.wait_for([node], ("idle", "allocated"), 60.0)
 
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
         self._keeper.stdin.write(line + "\n")
         self._keeper.stdin.flush()
 
-    def _wait_for(self, nodes: Sequence[str], states: Sequence[str], seconds: float) -> None:
+    def wait_for(self, nodes: Sequence[str], states: Sequence[str], seconds: float) -> None:
+        """Wait until all of these nodes are in one of these states.
+
+        Raises:
+            RuntimeError: they are not within so many seconds; with the last lines of the daemons' logs.
+        """
         deadline, seen = time.monotonic() + seconds, ""
         command = ("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%T")
         while True:

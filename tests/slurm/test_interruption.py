@@ -86,12 +86,13 @@ def test_crash_loop(train: Train, tmp_path: Path) -> None:
     assert "failed twice in step 3" in job.output()
 
 
-def test_cancelled_job_stays_cancelled(train: Train, tmp_path: Path) -> None:
+def test_cancelled_job_stays_cancelled(train: Train, cluster: Cluster, tmp_path: Path) -> None:
     """scancel's signal makes a checkpoint, as any does, but the job does not come back."""
     job = train(tmp_path / "run", "waits_for_signal")
     _await_fault(tmp_path / "run", job)
+    nodes = job.nodes()
     job.cancel()
-    time.sleep(10.0)  # twice what a job needs to come back
+    cluster.wait_for(nodes, ("idle",), SECONDS)  # nothing of the job is left that could ask for another start
     ended = job.read()
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.output()
 

@@ -1,0 +1,11 @@
+"""What tests of reports share."""
+
+import pytest
+
+from megatron_fipo.report import page
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out, which take a second a page."""
+    monkeypatch.setattr(page, "_draw", lambda *arguments: None)
