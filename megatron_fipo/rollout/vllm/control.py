@@ -38,21 +38,54 @@ class Control:
         Raises:
             ControlError: no answer within `timeout` seconds, or another one.
         """
-        return str(self._call("GET", "/weight_info", timeout)["weight_version"])
+        return str(self._ask("/weight_info", "weight_version", timeout))
 
     def world_size(self, timeout: float) -> int:
-        return int(self._call("GET", "/get_world_size", timeout)["world_size"])
+        return int(self._ask("/get_world_size", "world_size", timeout))
 
     def post(self, route: str, body: dict[str, Any] | None = None, *, timeout: float, **query: str) -> dict[str, Any]:
-        """
+        """Return the answer's JSON object; {} where the body is empty, as some releases answer what has no result.
+
         Raises:
             ControlError: no answer within `timeout` seconds, or not 200.
         """
         return self._call("POST", route, timeout, json=body, params=query)
 
+    def sleep(self, timeout: float) -> None:
+        """Have the server free its GPUs, weights and cache included.
+
+        Raises:
+            ControlError: it did not, or does not say so.
+        """
+        self._change_state("/sleep", "sleeping", timeout, level="2", mode="abort")
+
+    def wake_up(self, timeout: float) -> None:
+        """Have the server take its GPUs again; its weights are undefined until the next update.
+
+        Raises:
+            ControlError: it did not, or not wholly.
+        """
+        self._change_state("/wake_up", "awake", timeout)
+
+    def _change_state(self, route: str, expected: str, timeout: float, **query: str) -> None:
+        state = self._call("POST", route, timeout, params=query).get("status")
+        if state is None:  # a release that answers nothing here
+            state = "sleeping" if self._ask("/is_sleeping", "is_sleeping", timeout) else "awake"
+        if state != expected:
+            raise ControlError(f"{self.url}{route}: the server is {state!r} after it, expected {expected!r}")
+
     def loaded(self, timeout: float) -> list[dict[str, Any]]:
         """Each worker's comparison of its parameters with what it received (worker/fipo_worker.py)."""
-        return self.post("/collective_rpc", {"method": "fipo_loaded"}, timeout=timeout)["results"]
+        answer = self.post("/collective_rpc", {"method": "fipo_loaded"}, timeout=timeout)
+        return self._field("/collective_rpc", answer, "results")
+
+    def _ask(self, route: str, field: str, timeout: float) -> Any:
+        return self._field(route, self._call("GET", route, timeout), field)
+
+    def _field(self, route: str, answer: dict[str, Any], name: str) -> Any:
+        if name not in answer:
+            raise ControlError(f"{self.url}{route} answered {answer or 'nothing'}, expected {name!r} in it")
+        return answer[name]
 
     def _call(self, method: str, route: str, timeout: float, **content: Any) -> dict[str, Any]:
         try:
@@ -61,7 +94,16 @@ class Control:
             raise ControlError(f"{self.url}{route}: {type(error).__name__} {error}".rstrip()) from None
         if answer.status_code != 200:
             raise ControlError(f"{self.url}{route} answered {explain(answer)}")
-        return answer.json()
+        if not answer.content.strip():
+            return {}
+        try:
+            content = answer.json()
+        except ValueError:  # also of bytes that are no text
+            pass
+        else:
+            if isinstance(content, dict):
+                return content
+        raise ControlError(f"{self.url}{route} answered {answer.text[:500]!r}, expected a JSON object or nothing")
 
 
 def authorization(key: str) -> dict[str, str]:

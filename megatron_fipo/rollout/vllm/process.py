@@ -29,12 +29,12 @@ class Place:
 
     Attributes:
         host: the address that it listens on.
-        devices: its GPUs' numbers; empty: the CPU.
+        devices: names of its GPUs in CUDA_VISIBLE_DEVICES, or their numbers on another node; empty: the CPU.
         node: name of another node of this Slurm job; None: this machine.
     """
 
     host: str = "127.0.0.1"
-    devices: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
     node: str | None = None
 
 
@@ -75,9 +75,10 @@ def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
 def _memory(config: Config, place: Place) -> dict[str, str]:
     rollout = config.rollout
     cache = rollout.kv_cache_gb or (None if place.devices else _CPU_CACHE_GB)
-    if cache is not None:
-        return {"--kv-cache-memory-bytes": str(int(cache * 2**30))}
-    return {"--gpu-memory-utilization": str(rollout.gpu_memory_utilization)}
+    given = {} if cache is None else {"--kv-cache-memory-bytes": str(int(cache * 2**30))}
+    if place.devices:  # with a size of the cache, too: vLLM first compares its share with what is free
+        given["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+    return given
 
 
 def environment(base: Mapping[str, str], place: Place, key: str, weights: Path | None) -> dict[str, str]:
@@ -93,8 +94,11 @@ def environment(base: Mapping[str, str], place: Place, key: str, weights: Path |
     }
     if weights is not None:
         environment["FIPO_WEIGHTS"] = str(weights)
-    if place.devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
+    if place.node:  # what this process sees says nothing of another node, and Slurm tells the server's step
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        environment["FIPO_DEVICES"] = ",".join(place.devices)  # for worker/fipo_guard.py
+    elif place.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
     else:
         environment |= {
             "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than small models run
@@ -195,12 +199,12 @@ def _on_node(node: str | None) -> list[str]:
     return ["srun", f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
 
 
-def places(config: Config, local_ranks: int, num_gpus: int, host: str) -> list[Place]:
-    """Of the servers that this node's first rank starts.
+def places(config: Config, local_ranks: int, devices: Sequence[str], host: str) -> list[Place]:
+    """Return where the servers run that one rank of this node starts.
 
     Args:
-        local_ranks: ranks on this node.
-        num_gpus: GPUs of this node; 0: servers compute on the CPU.
+        local_ranks: ranks that share `devices`.
+        devices: names of GPUs that servers may use, the ranks' own first; empty: servers compute on the CPU.
         host: this node's address for the other ranks.
 
     Raises:
@@ -211,18 +215,18 @@ def places(config: Config, local_ranks: int, num_gpus: int, host: str) -> list[P
     if rollout.placement == "disaggregated":
         slots = range(rollout.num_servers or rollout.gpus_per_node // size)
         return [
-            Place(socket.gethostbyname(node), tuple(range(slot * size, (slot + 1) * size)), node)
+            Place(socket.gethostbyname(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
             for node in rollout.nodes
             for slot in slots
         ]
     colocated = rollout.placement == "colocated"
     count = rollout.num_servers or (max(1, local_ranks // size) if colocated else 1)
-    if not num_gpus:
+    if not devices:
         return [Place(host)] * count
     first = 0 if colocated else local_ranks
-    if first + count * size > num_gpus:
+    if first + count * size > len(devices):
         raise ValueError(
             f"{first} ranks and {count} rollout servers x rollout.tensor_parallel {size} need {first + count * size} "
-            f"GPUs of their own, but this node has {num_gpus}"
+            f"GPUs of their own, but on this node they see {len(devices)} ({', '.join(devices)})"
         )
-    return [Place(host, tuple(range(first + i * size, first + (i + 1) * size))) for i in range(count)]
+    return [Place(host, tuple(devices[first + i * size : first + (i + 1) * size])) for i in range(count)]

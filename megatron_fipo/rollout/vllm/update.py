@@ -105,7 +105,9 @@ def complete(control: Control, version: str, checked: bool) -> tuple[int, int]:
     if different:
         raise ControlError(f"{control.url} does not compute with the weights it got: {', '.join(different[:5])}")
     # The cache is of the old weights. vLLM 0.32 drops it at the pause, except for what paused requests hold.
-    control.post("/reset_prefix_cache", timeout=_SECONDS, reset_running_requests="true")
+    reset = control.post("/reset_prefix_cache", timeout=_SECONDS, reset_running_requests="true")
+    if reset.get("success") is False:
+        raise ControlError(f"{control.url} still holds a cache of the old weights: /reset_prefix_cache failed")
     control.post("/update_weight_version", {"new_version": version}, timeout=_SECONDS)
     control.post("/resume", timeout=_SECONDS)
     return (results[0]["compared"], results[0]["received"]) if results else (0, 0)

@@ -25,6 +25,8 @@ class FakeServer:
         drops: so many more generation requests have their connection cut without an answer.
         asked: how often each seed was requested (None: no seed); `answered` how often a response was sent.
         most: the most responses it drew at the same time.
+        bodies: what control routes answer instead of `{}`, as it goes over the wire.
+        sleeping: what /is_sleeping answers; routes do not change it.
     """
 
     def __init__(self, version: str | None = "run-1", delay: float = 0.0) -> None:
@@ -38,6 +40,8 @@ class FakeServer:
         self.most = self.busy = 0
         self.controls: list[tuple[str, Any]] = []
         self.refuses: str | None = None  # a control route that answers 500
+        self.bodies: dict[str, bytes] = {}
+        self.sleeping = False
         self.lock = threading.Lock()
         self.aborted: dict[str, threading.Event] = {}  # of requests under way
         self._http = _Server(self)
@@ -82,6 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._wait_while_hung()
         if self.path == "/health":
             self._send(200, {})
+        elif self.path in self.fake.bodies:
+            self._send_bytes(200, self.fake.bodies[self.path])
+        elif self.path == "/is_sleeping":
+            self._send(200, {"is_sleeping": self.fake.sleeping})
         elif self._allowed():
             self._send(500 if self.fake.dead else 200, {"weight_version": self.fake.version})
 
@@ -106,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if route == "/update_weight_version":
             self.fake.version = body["new_version"]
-        self._send(200, {})
+        self._send_bytes(200, self.fake.bodies.get(route, b"{}"))
 
     def _abort(self, names: list[str]) -> None:
         with self.fake.lock:
@@ -171,7 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.01)
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
+        self._send_bytes(status, json.dumps(content).encode())
+
+    def _send_bytes(self, status: int, data: bytes) -> None:
         try:
             self.send_response(status)
             self.send_header("content-type", "application/json")

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 
 _TRACKER_SECONDS = 5.0
 
@@ -55,6 +55,26 @@ def main(owner: int, host: str, port: int, command: list[str]) -> None:
     end_group(inner)
     if owner and select.select([life], [], [], 0)[0] and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
+
+
+def choose_devices(environment: MutableMapping[str, str]) -> None:
+    """Replace FIPO_DEVICES, numbers among this node's GPUs, by the names that CUDA_VISIBLE_DEVICES has for them here.
+
+    For a server on another node than its owner, whose step gets its GPUs from Slurm.
+
+    Raises:
+        SystemExit: there are fewer GPUs.
+    """
+    numbers = environment.pop("FIPO_DEVICES", "")
+    if not numbers:
+        return
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        names = visible.split(",")
+        if max(int(number) for number in numbers.split(",")) >= len(names):
+            sys.exit(f"GPUs {numbers} of this node are wanted, and Slurm gives {visible}: see rollout.gpus_per_node")
+        numbers = ",".join(names[int(number)] for number in numbers.split(","))
+    environment["CUDA_VISIBLE_DEVICES"] = numbers
 
 
 def _serve(outer: int, command: list[str]) -> None:
@@ -115,4 +135,5 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
+    choose_devices(os.environ)
     main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

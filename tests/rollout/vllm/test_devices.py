@@ -1,0 +1,180 @@
+"""Which GPUs servers get: a table of what Slurm, users and containers make ranks see."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.config import Config
+from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
+from megatron_fipo.rollout.vllm.process import WORKER, Place, arguments, environment, places
+from megatron_fipo.rollout.vllm.worker.fipo_guard import choose_devices
+from megatron_fipo.vllm_environment import Installed
+from tests.policies import make_config
+
+EIGHT = tuple("01234567")
+UUIDS = ("GPU-5f1c", "GPU-77aa", "GPU-0b2d", "MIG-9e01")
+
+
+@pytest.mark.parametrize(
+    ("setting", "count", "expected"),
+    [
+        (None, 4, ("0", "1", "2", "3")),
+        (None, 0, ()),
+        ("", 0, ()),
+        ("2,3,6,7", 4, ("2", "3", "6", "7")),
+        ("7,0", 2, ("7", "0")),
+        ("2, 5", 2, ("2", "5")),
+        ("GPU-5f1c,MIG-9e01", 2, ("GPU-5f1c", "MIG-9e01")),
+        ("3,-1,4", 1, ("3",)),  # CUDA ignores what follows an unknown name
+    ],
+)
+def test_names_of_what_a_process_sees(setting: str | None, count: int, expected: tuple[str, ...]) -> None:
+    """They are the parent's own names, in torch's order."""
+    given = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    assert visible_devices(given, count) == expected
+
+
+def _config(placement: str, **rollout: Any) -> Config:
+    return make_config("unused", rollout={"engine": "vllm", "placement": placement, **rollout})
+
+
+def _servers(config: Config, views: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """GPUs of each server that each rank of a node starts."""
+    started = []
+    for rank in range(len(views)):
+        share = share_of(views, rank, config.rollout.tensor_parallel)
+        found = places(config, share.ranks, share.devices, "host") if share.is_owner else []
+        started.append([place.devices for place in found])
+    return started
+
+
+@pytest.mark.parametrize(
+    ("views", "tensor_parallel", "expected"),
+    [
+        # torchrun, `train`, or srun without binding: every rank sees the node
+        ([EIGHT] * 8, 4, {0: [("0", "1", "2", "3"), ("4", "5", "6", "7")]}),
+        ([EIGHT] * 8, 8, {0: [EIGHT]}),
+        ([("0", "1")] * 2, 1, {0: [("0",), ("1",)]}),
+        # a part of the node, whatever its names
+        ([("4", "5", "6", "7")] * 4, 2, {0: [("4", "5"), ("6", "7")]}),
+        ([("7", "5")] * 2, 1, {0: [("7",), ("5",)]}),
+        ([UUIDS] * 4, 2, {0: [("GPU-5f1c", "GPU-77aa"), ("GPU-0b2d", "MIG-9e01")]}),
+        # each task sees another one of the node's GPUs
+        ([("0",), ("1",), ("2",), ("3",)], 2, {0: [("0", "1"), ("2", "3")]}),
+        ([("6",), ("2",)], 2, {0: [("6", "2")]}),
+        ([(uuid,) for uuid in UUIDS], 4, {0: [UUIDS]}),
+        # each task is confined to one GPU, which is number 0 for it
+        ([("0",)] * 4, 1, {rank: [("0",)] for rank in range(4)}),
+        # one rank
+        ([("0",)], 1, {0: [("0",)]}),
+        ([("3",)], 1, {0: [("3",)]}),
+    ],
+)
+def test_colocated(
+    views: list[tuple[str, ...]], tensor_parallel: int, expected: dict[int, list[tuple[str, ...]]]
+) -> None:
+    """Every server runs on the GPUs of the ranks whose turn it takes, and every GPU has one server."""
+    found = _servers(_config("colocated", tensor_parallel=tensor_parallel), views)
+    assert found == [expected.get(rank, []) for rank in range(len(views))]
+
+
+def test_ranks_confined_to_a_gpu_have_no_server_of_two() -> None:
+    """Nobody on the node could open both; the message says what to ask of Slurm."""
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel=2: each of this node's 4 ranks is confined .*--gpus-per-node"
+    ):
+        share_of([("0",)] * 4, 0, 2)
+
+
+@pytest.mark.parametrize("views", [[("0", "1"), ("2", "3")], [("0",), ("0",), ("1",)], [("0",), ()]])
+def test_views_that_fit_no_pattern(views: list[tuple[str, ...]]) -> None:
+    """Refused with what each rank sees."""
+    with pytest.raises(ValueError, match=r"see different GPUs \(rank 0: 0.*; rank 1: "):
+        share_of(views, 0, 1)
+
+
+def test_servers_beside_the_ranks() -> None:
+    """They get the GPUs that follow the ranks' own, several servers one after the other."""
+    config = _config("local", num_servers=3, tensor_parallel=2)
+    devices = ("8", "9", "2", "3", "4", "5", "6", "7")
+    found = [place.devices for place in places(config, 2, devices, "host")]
+    assert found == [("2", "3"), ("4", "5"), ("6", "7")]
+
+
+def test_too_few_gpus() -> None:
+    """The arithmetic, and which GPUs are seen."""
+    with pytest.raises(ValueError, match=r"2 ranks and 1 rollout servers .* need 3 GPUs .* see 2 \(4, 5\)"):
+        places(_config("local"), 2, ("4", "5"), "host")
+
+
+def test_no_gpus() -> None:
+    """Servers compute on the CPU, as many as are asked for."""
+    assert places(_config("local", num_servers=2), 1, (), "host") == [Place("host")] * 2
+
+
+def test_environment_of_a_server() -> None:
+    """Its own GPUs alone, by the parent's names."""
+    base = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "PATH": "/bin"}
+    found = environment(base, Place(devices=("6", "GPU-7")), "key", None)
+    assert found["CUDA_VISIBLE_DEVICES"] == "6,GPU-7"
+    assert "FIPO_DEVICES" not in found
+
+
+def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parent sees says nothing of that node: its guard is given numbers, and all servers different ones."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel=4)
+    found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in places(config, 8, (), "host")]
+    assert [e["FIPO_DEVICES"] for e in found] == ["0,1,2,3", "4,5,6,7"]
+    assert not any("CUDA_VISIBLE_DEVICES" in e for e in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"FIPO_DEVICES": "2,3"}, {"CUDA_VISIBLE_DEVICES": "2,3"}),
+        ({"FIPO_DEVICES": "2,3", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, {"CUDA_VISIBLE_DEVICES": "6,7"}),
+        ({"FIPO_DEVICES": "1", "CUDA_VISIBLE_DEVICES": ",".join(UUIDS)}, {"CUDA_VISIBLE_DEVICES": "GPU-77aa"}),
+        ({"CUDA_VISIBLE_DEVICES": "6"}, {"CUDA_VISIBLE_DEVICES": "6"}),
+        ({}, {}),
+    ],
+)
+def test_the_guard_names_gpus_on_its_own_node(given: dict[str, str], expected: dict[str, str]) -> None:
+    """Numbers among what Slurm gives the step there; without numbers nothing changes."""
+    choose_devices(given)
+    assert given == expected
+
+
+def test_the_guard_refuses_gpus_that_slurm_did_not_give() -> None:
+    """The process ends before a server is started, and says what it was given."""
+    given = {**os.environ, "FIPO_DEVICES": "4", "CUDA_VISIBLE_DEVICES": "0,1"}
+    command = [sys.executable, str(WORKER / "fipo_guard.py"), "0", "127.0.0.1", "0", "true"]
+    done = subprocess.run(command, env=given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "GPUs 4 of this node are wanted, and Slurm gives 0,1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rollout", "devices", "expected"),
+    [
+        ({}, ("0",), {"--gpu-memory-utilization": "0.9"}),
+        ({"kv_cache_gb": 2.0, "gpu_memory_utilization": 0.3}, ("0",), {"--gpu-memory-utilization": "0.3"}),
+        ({"kv_cache_gb": 2.0}, (), {}),
+        ({}, (), {}),
+    ],
+)
+def test_memory_of_a_server(rollout: dict[str, Any], devices: tuple[str, ...], expected: dict[str, str]) -> None:
+    """On a GPU the share of its memory is given with a size of the cache, too: vLLM compares it first."""
+    given = arguments(_config("local", **rollout), Installed(Path("python"), "vllm", "0.33.0"), Place(devices=devices))
+    options = dict(itertools.pairwise(given))
+    assert {name: options[name] for name in ("--gpu-memory-utilization",) if name in options} == expected
+    cache = rollout.get("kv_cache_gb", None if devices else 1.0)
+    assert options.get("--kv-cache-memory-bytes") == (None if cache is None else str(int(cache * 2**30)))
