@@ -12,8 +12,9 @@ import megatron_fipo
 
 PACKAGE = Path(megatron_fipo.__file__).parent
 ORDER = (
-    *("outcome", "whole_file", "config", "batch", "ops", "algorithm", "reward", "data", "parallel", "model", "convert"),
-    *("actor", "vllm_environment", "rollout", "checkpoint", "evaluation", "health", "trackers", "run_log", "resume"),
+    *("outcome", "whole_file", "config", "batch", "ops", "algorithm", "reward", "data", "fused_kernels", "parallel"),
+    *("model", "convert", "actor", "vllm_environment", "rollout", "checkpoint", "evaluation", "health", "trackers"),
+    *("run_log", "resume"),
     *("checks", "trainer", "launch", "scaling", "report", "doctor", "cli"),
 )
 FILES = sorted(str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -78,7 +80,7 @@ class PolicyOptimizer:
         self.wrapped = list(wrapped)
         self.consecutive_skips = 0
         dtype = wrapped[0].config.params_dtype
-        with cuda_type_names():
+        with cuda_type_names(), _adam_of(wrapped[0].config.transformer_impl):
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam",
@@ -212,6 +214,21 @@ def _constant_after_warmup(optimizer: Any, config: settings.OptimizerConfig) -> 
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+@contextmanager
+def _adam_of(implementation: str) -> Iterator[None]:
+    """Inside, Megatron builds torch's AdamW for a model of torch's layers ("local").
+
+    It would take Transformer Engine's Adam wherever that is installed. Where apex is installed instead, apex's stays.
+    """
+    before = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    if implementation == "local" and megatron_optimizer.Adam.__module__.startswith("transformer_engine."):
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    try:
+        yield
+    finally:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
 
 
 def _counts_by_parameter(optimizer: Any) -> bool:

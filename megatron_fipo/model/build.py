@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import Config
+from megatron_fipo.fused_kernels import use_transformer_engine
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.model.policy import PolicyModel
@@ -20,18 +20,6 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-def use_transformer_engine(choice: str) -> bool:
-    """Resolve model.transformer_engine.
-
-    Raises:
-        ValueError: it was asked for and is not installed, or there is no GPU.
-    """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
-    if choice == "on" and not available:
-        raise ValueError("model.transformer_engine=on needs a GPU and the transformer-engine package")
-    return available if choice == "auto" else choice == "on"
 
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
@@ -47,6 +35,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_kv_heads,
         kv_channels=arch.head_dim,
+        transformer_impl="transformer_engine" if fused else "local",  # also decides which Adam is built
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,

@@ -2,6 +2,7 @@
 
 import warnings
 
+from megatron_fipo import fused_kernels
 from megatron_fipo.parallel import cpu_backend
 
 # Megatron-Core warns on every rank, at every import, of packages that it can do without; `doctor` says it once.
@@ -10,4 +11,5 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron
 # torch 2.13 renames collectives that Megatron-Core 0.16 calls by the name that torch 2.11 has.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
+fused_kernels.hide_unusable()
 cpu_backend.install()

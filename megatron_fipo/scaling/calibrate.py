@@ -6,7 +6,6 @@ The time limit is shared out beforehand: a share bounds the repetitions, and whe
 from __future__ import annotations
 
 import gc
-import importlib.util
 import platform
 import re
 import socket
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.fused_kernels import find_transformer_engine
 from megatron_fipo.scaling.bench import Bench, Timing
 from megatron_fipo.scaling.calibration import (
     Machine,
@@ -195,7 +195,7 @@ class _Calibration:
     def _attentions(self, length: int) -> Iterator[tuple[str, Callable[[], object]]]:
         """Transformer Engine's kernel where the package would use it, else torch's."""
         s = self.sizes
-        if self.device.type == "cuda" and importlib.util.find_spec("transformer_engine_torch") is not None:
+        if self.device.type == "cuda" and find_transformer_engine().usable:
             from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
 
             te = DotProductAttention(s.heads, s.head_dim, qkv_format="bshd", attn_mask_type="causal")
