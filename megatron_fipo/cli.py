@@ -48,6 +48,10 @@ def train(
     settings = load_config(*_config_and_overrides(config, overrides or [], recipe))
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
         _check(settings, dry_run)
+    if dry_run and (obstacle := _obstacle_to_update(settings)):
+        if launch.is_first_process():
+            typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
+        return
     if dry_run:
         launch.run(_dry_run_rank, settings.parallel, (settings,))
         return
@@ -129,13 +133,21 @@ def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.scaling.hardware import local_hardware
     from megatron_fipo.scaling.recipe import check_memory
 
-    warnings = check_run(config)
+    warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
         warnings += check_memory(config, hardware)
     for warning in warnings:
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     if not dry_run:
         check_directory(config)
+
+
+def _obstacle_to_update(config: Config) -> str | None:
+    """Return why this machine, a login node for example, cannot run one update of a configuration that is in order."""
+    from megatron_fipo.fused_kernels import gpu_obstacle
+
+    obstacle = gpu_obstacle() if config.model.transformer_engine == "on" else None
+    return obstacle and f"model.transformer_engine=on needs a GPU and {obstacle}"
 
 
 @data.command()
@@ -315,11 +327,26 @@ def calibrate(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has, what is missing, and what that costs."""
-    from megatron_fipo.doctor import diagnose
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file: also judge whether `train` could start it.", metavar="[CONFIG]")
+    ] = None,
+    overrides: Overrides = None,
+    login_node: Annotated[
+        bool, typer.Option("--login-node", help="Judge the installation for jobs on GPU nodes: none is needed here.")
+    ] = False,
+) -> None:
+    """Say what this machine has, what is missing, and what that costs.
 
-    diagnose()
+    With CONFIG the last lines say whether the recipe is ready, what is missing, and what to run. Exit code 0: ready;
+    1: not ready; 2: the file or a setting is wrong.
+    """
+    from megatron_fipo import doctor
+
+    settings = None if config is None else load_config(config, overrides or [])
+    doctor.diagnose()
+    if settings is not None:
+        raise typer.Exit(0 if doctor.judge(settings, str(config), login_node) else 1)
 
 
 def _train_rank(config: Config) -> None:

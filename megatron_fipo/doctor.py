@@ -1,7 +1,7 @@
-"""What this machine has for a run, what is missing, and what that costs.
+"""What this machine has for a run, what is missing, and what that costs; and whether a recipe could start here.
 
 Packages are looked up, not imported: some raise on import where there is no GPU. torch alone is imported, for what
-only it knows about GPUs.
+only it knows about GPUs, and Transformer Engine, since nothing else shows whether it works.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_fipo.config import Config
+
 _SHARED_MEMORY_GIB = 1  # docker gives 1/16 unless told otherwise
+_NEEDED = ("PyTorch", "megatron-core", "transformers")  # by every run
 _OPEN_FILES = 4096  # a rank has a connection to each other one, of each of its process groups
 
 
@@ -53,6 +56,52 @@ def diagnose() -> None:
         text = escape(found)
         table.add_row(component.name, *((text, "") if present else (f"[yellow]{text}[/yellow]", component.cost)))
     Console(highlight=False).print(table)
+
+
+def judge(config: Config, name: str, login_node: bool) -> bool:
+    """Print whether `train` could start this configuration here, and if not, what is missing and what to run.
+
+    Args:
+        name: the configuration's file.
+        login_node: the run will be on other machines, which have GPUs; this one needs none.
+    """
+    problems = _missing_packages() or _run_problems(config, login_node)
+    where = "for GPU nodes, in this environment" if login_node else "on this machine"
+    print(f"{name}: {'not ready' if problems else 'ready'} {where}")
+    for problem in problems:
+        print("  - " + problem.replace("\n", "\n    "))
+    for note in _notes(config, name, login_node):
+        print(f"  note: {note}")
+    return not problems
+
+
+def _missing_packages() -> list[str]:
+    """List packages without which nothing else can be checked."""
+    absent = [finding for finding in findings() if finding.component.name in _NEEDED and not finding.present]
+    return [f"{component.name}: {found}; run `make install`" for component, found, _ in absent]
+
+
+def _run_problems(config: Config, login_node: bool) -> list[str]:
+    from megatron_fipo.checks import run_problems  # imports Megatron-Core and transformers
+
+    return run_problems(config, needs_gpu=not login_node)
+
+
+def _notes(config: Config, name: str, login_node: bool) -> list[str]:
+    """List what does not keep the run from starting."""
+    import torch
+
+    notes = []
+    ranks, gpus = config.parallel.world_size, torch.cuda.device_count()
+    if login_node:
+        notes.append(f"no GPU was tried; on a node, `srun --gpus=1 megatron-fipo doctor {name}` does")
+    elif 0 < gpus < ranks:
+        notes.append(
+            f"{ranks} ranks need as many GPUs, and this machine has {gpus}: start them with sbatch, see slurm/"
+        )
+    if (gpus or login_node) and not _look_for(_CUDA_KERNELS).present:
+        notes.append(f"no CUDA kernels: {_CUDA_KERNELS.cost}")
+    return notes
 
 
 def findings() -> list[Finding]:
@@ -106,10 +155,14 @@ def _nccl() -> str:
 
 
 def _transformer_engine() -> str:
-    version = _version("transformer-engine")
-    if util.find_spec("transformer_engine_torch") is None:
-        raise Missing(f"{version} without its torch part")
-    return version
+    from megatron_fipo.fused_kernels import find_transformer_engine
+
+    found = find_transformer_engine()
+    if found.version is None:
+        raise Missing("not installed")
+    if found.error is not None:
+        raise Missing(f"{found.version}, which cannot be imported: {found.error}")
+    return found.version if found.usable else f"{found.version}, not used: {found.gpu_obstacle}"
 
 
 def _apex() -> str:
@@ -218,6 +271,9 @@ def _disk() -> str:
     return f"{disk.free / 2**30:.0f} GiB free of {disk.total / 2**30:.0f} in {Path.cwd()}"
 
 
+_CUDA_KERNELS = Component(
+    "CUDA kernels", _cuda_kernels, "the losses of tensors on GPUs run in plain torch; built where nvcc is"
+)
 COMPONENTS = (
     Component("Python", platform.python_version, ""),
     Component("PyTorch", _torch, "nothing works"),
@@ -235,7 +291,7 @@ COMPONENTS = (
     Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),
     Component("math-verify", _package("math-verify"), "no reward.function=math"),
     Component("compiled ops", _compiled_ops, "the losses run in plain torch, more than ten times slower"),
-    Component("CUDA kernels", _cuda_kernels, "the losses of tensors on GPUs run in plain torch; built where nvcc is"),
+    _CUDA_KERNELS,
     Component("nvcc", _program("nvcc", "release"), "no Transformer Engine, apex or CUDA kernels from source here"),
     Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
     Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),

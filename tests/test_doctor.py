@@ -10,6 +10,7 @@ import torch
 
 from megatron_fipo import doctor
 from megatron_fipo.ops import extension
+from tests import installations
 
 PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "nemo-aligner", "math-verify"}
 OPS = {"compiled ops", "CUDA kernels"}
@@ -90,11 +91,17 @@ def test_unrelated_apex_is_told_apart(monkeypatch, tmp_path):
     assert found("NVIDIA apex")[1:] == ("built without its CUDA kernels (amp_C)", False)
 
 
-def test_transformer_engine_needs_its_torch_part(monkeypatch):
-    """The transformer-engine distribution alone, without the torch extension, counts as missing."""
-    monkeypatch.setattr(metadata, "version", lambda _: "2.9.0")
-    monkeypatch.setattr(util, "find_spec", lambda _: None)
-    assert found("Transformer Engine")[1:] == ("2.9.0 without its torch part", False)
+def test_transformer_engine_needs_its_torch_part(monkeypatch, tmp_path):
+    """Kernels alone, without the library that pip keeps in wheel_lib/, count as missing; with it, as installed."""
+    monkeypatch.syspath_prepend(str(tmp_path / "whole"))
+    installations.install_transformer_engine(tmp_path / "whole")
+    assert found("Transformer Engine").found.startswith(installations.VERSION)
+    assert found("Transformer Engine").present
+    monkeypatch.syspath_prepend(str(tmp_path / "core"))
+    installations.install_transformer_engine(tmp_path / "core", "FileNotFoundError")
+    told = f"{installations.VERSION}, which cannot be imported: FileNotFoundError: Could not find shared object file"
+    assert found("Transformer Engine").found.startswith(told)
+    assert not found("Transformer Engine").present
 
 
 def test_programs_are_asked_for_their_version(monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"override {text!r} is not of the form section.key=value")
     try:
         given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        _name_switches(given)
         config = _typed(given)
     except ConfigKeyError as error:
         raise ValueError(_unknown_key(str(error.full_key))) from None
@@ -41,6 +42,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _name_switches(given: Any) -> None:
+    """Undo YAML 1.1, which reads a bare `on` and `off` as true and false, also on the command line."""
+    value = OmegaConf.select(given, "model.transformer_engine")
+    if isinstance(value, bool):
+        OmegaConf.update(given, "model.transformer_engine", "on" if value else "off")
 
 
 def _typed(given: Any) -> Any:

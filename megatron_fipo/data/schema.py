@@ -46,7 +46,7 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {path} does not exist: `megatron-fipo data prepare SOURCE {path}` makes one")
     try:
         # Otherwise all of a row group is read ahead, and a published file may be a single one.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES)

@@ -76,7 +76,10 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
         ValueError: no such checkpoint, a broken config, an unsupported model type, or an override it does not know.
     """
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model.hf_path {path!r} has no config.json: it must be the directory of a checkpoint")
+        raise ValueError(
+            f"model.hf_path {path!r} has no config.json: it must be the directory of a checkpoint; "
+            f"`hf download ORGANIZATION/NAME --local-dir {path}` fetches a published one"
+        )
     try:
         hf = AutoConfig.from_pretrained(path, local_files_only=True)
     except OSError as error:
