@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ _CHECK = (
 )
 # What each package must show: a header, and one that only a complete set of headers has.
 HEADERS = {
-    "CUDA": ("cuda_runtime.h", "crt/host_config.h", "cublas_v2.h", "nvrtc.h"),
+    "CUDA": ("cuda.h", "cuda_runtime.h", "crt/host_config.h", "cublas_v2.h", "nvrtc.h"),
     "cuDNN": ("cudnn.h",),
     "NCCL": ("nccl.h",),
 }
@@ -89,9 +90,9 @@ def install(torch_version: str, cuda: str, show: bool) -> None:
         pin.write_text(f"torch=={torch_version}\n")
         pip = [sys.executable, "-m", "pip", "install", "-c", str(pin)]
         run([*pip, f"transformer-engine[core-cu{major}]=={VERSION}", "setuptools", "wheel", "ninja", "pybind11"], show)
-        if not has_headers("CUDA", roots()):
+        if not any(has_headers(place / "include", "CUDA", major) for place in roots()):
             run([*pip, f"cuda-toolkit[nvcc,crt,cccl]=={cuda}.*"], show)  # headers that torch's own packages lack
-        folders = {} if show else include_folders(roots())
+        folders = {} if show else include_folders(roots(), major)
         environment = build_environment(os.environ, folders, cores())
         # A wheel in pip's cache may be of another torch, and what it was built for is not in its name.
         build = [*pip, "--no-build-isolation", "--no-cache-dir", f"transformer-engine-torch=={VERSION}"]
@@ -138,22 +139,34 @@ def roots() -> Iterator[Path]:
     yield Path("/usr")  # distributions' packages of cuDNN and NCCL
 
 
-def has_headers(name: str, places: Iterator[Path]) -> bool:
-    return any(all((place / "include" / header).is_file() for header in HEADERS[name]) for place in places)
+def has_headers(folder: Path, name: str, cuda: str) -> bool:
+    """Whether all headers of a package are in a folder, and CUDA's of the major version `cuda`."""
+    if not all((folder / header).is_file() for header in HEADERS[name]):
+        return False
+    return name != "CUDA" or _cuda_major(folder / "cuda.h") == cuda
 
 
-def include_folders(places: Iterator[Path]) -> dict[str, Path]:
+def _cuda_major(header: Path) -> str:
+    defined = re.search(r"^#define CUDA_VERSION (\d+)", header.read_text(), re.MULTILINE)
+    return str(int(defined[1]) // 1000) if defined else "unknown"
+
+
+def include_folders(places: Iterator[Path], cuda: str) -> dict[str, Path]:
     """Return where the headers of CUDA, cuDNN and NCCL are, the first place of each.
+
+    Args:
+        cuda: major version of torch's CUDA.
 
     Raises:
         CannotInstall: some are nowhere.
     """
     candidates = [place / "include" for place in places]
-    found = {
-        name: next((c for c in candidates if all((c / header).is_file() for header in headers)), None)
-        for name, headers in HEADERS.items()
-    }
-    missing = [f"{name} ({', '.join(HEADERS[name])})" for name, folder in found.items() if folder is None]
+    found = {name: next((folder for folder in candidates if has_headers(folder, name, cuda)), None) for name in HEADERS}
+    missing = [
+        f"{name + ' ' + cuda if name == 'CUDA' else name} ({', '.join(HEADERS[name])})"
+        for name, folder in found.items()
+        if folder is None
+    ]
     if missing:
         raise CannotInstall(
             f"no headers of {' and '.join(missing)} in {', '.join(map(str, candidates))}: install the CUDA toolkit "

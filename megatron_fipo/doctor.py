@@ -65,12 +65,13 @@ def judge(config: Config, name: str, login_node: bool) -> bool:
         name: the configuration's file.
         login_node: the run will be on other machines, which have GPUs; this one needs none.
     """
-    problems = _missing_packages() or _run_problems(config, login_node)
+    absent = _missing_packages()
+    problems = absent or _run_problems(config, login_node)
     where = "for GPU nodes, in this environment" if login_node else "on this machine"
     print(f"{name}: {'not ready' if problems else 'ready'} {where}")
     for problem in problems:
         print("  - " + problem.replace("\n", "\n    "))
-    for note in _notes(config, name, login_node):
+    for note in () if absent else _notes(config, name, login_node):
         print(f"  note: {note}")
     return not problems
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_fipo import cli, launch
+from megatron_fipo import cli, doctor, launch
 from tests.installations import BROKEN, VERSION, install_transformer_engine
 from tests.policies import make_task
 
@@ -153,6 +153,24 @@ def test_a_dry_run_on_a_login_node(task: Path, command: Command) -> None:
     outcome = command("train", "config.yaml", "--dry-run", "model.transformer_engine=on", "data.train=elsewhere")
     assert outcome.code == 2
     assert "data file elsewhere does not exist" in outcome.stderr
+
+
+def test_a_torch_that_does_not_import(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named by the verdict, and nothing that imports it is tried."""
+
+    def broken() -> str:
+        raise ImportError("libtorch_cuda.so: undefined symbol: ncclCommResume")
+
+    components = [c._replace(probe=broken) if c.name == "PyTorch" else c for c in doctor.COMPONENTS]
+    monkeypatch.setattr(doctor, "COMPONENTS", components)
+    monkeypatch.setattr(doctor, "_run_problems", lambda *args: pytest.fail("it was tried"))
+    outcome = command("doctor", "config.yaml", "--login-node")
+    assert outcome.code == 1
+    judged = outcome.stdout.partition("config.yaml: not ready")[2]
+    assert (
+        "PyTorch: broken: ImportError: libtorch_cuda.so: undefined symbol: ncclCommResume; run `make install`" in judged
+    )
+    assert "note:" not in judged
 
 
 def test_a_published_recipe(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ class ModelConfig:
     fp32_logits: bool = False  # multiply the LM head in float32 instead of `dtype`; softmax is float32 either way
     lm_head_chunk_tokens: int = 512  # response tokens whose float32 logits exist at the same time
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation
-    transformer_engine: Literal["auto", "on", "off"] = "auto"  # auto: where it is installed and a GPU is there
+    transformer_engine: Literal["auto", "on", "off"] = (
+        "auto"  # auto: where it and a GPU are; off: torch's layers and AdamW
+    )
 
 
 @dataclass(frozen=True)

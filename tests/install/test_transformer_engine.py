@@ -27,12 +27,12 @@ def _load() -> ModuleType:
 installer = _load()
 
 
-def _headers(folder: Path, *names: str) -> Path:
+def _headers(folder: Path, *names: str, cuda: int = 13000) -> Path:
     """A folder with `include/` and these headers of CUDA, cuDNN and NCCL."""
     for name in names:
         for header in installer.HEADERS[name]:
             (folder / "include" / header).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "include" / header).touch()
+            (folder / "include" / header).write_text(f"#define CUDA_VERSION {cuda}\n" if header == "cuda.h" else "")
     return folder
 
 
@@ -41,7 +41,7 @@ def test_headers_of_pips_packages(tmp_path: Path) -> None:
     nvidia = [
         _headers(tmp_path / folder, name) for folder, name in (("cu13", "CUDA"), ("cudnn", "cuDNN"), ("nccl", "NCCL"))
     ]
-    found = installer.include_folders(iter([tmp_path / "cublas", *nvidia]))
+    found = installer.include_folders(iter([tmp_path / "cublas", *nvidia]), "13")
     assert found == {"CUDA": nvidia[0] / "include", "cuDNN": nvidia[1] / "include", "NCCL": nvidia[2] / "include"}
 
 
@@ -49,23 +49,31 @@ def test_headers_of_a_toolkit(tmp_path: Path) -> None:
     """One folder may have all; what comes first wins, package by package."""
     toolkit = _headers(tmp_path / "cuda", "CUDA", "cuDNN", "NCCL")
     cudnn = _headers(tmp_path / "cudnn", "cuDNN")
-    found = installer.include_folders(iter([cudnn, toolkit]))
+    found = installer.include_folders(iter([cudnn, toolkit]), "13")
     assert found == {"CUDA": toolkit / "include", "cuDNN": cudnn / "include", "NCCL": toolkit / "include"}
 
 
 def test_half_a_set_of_headers_does_not_count(tmp_path: Path) -> None:
     """torch's CUDA packages come without crt/, on which cuda_runtime.h depends."""
     runtime = _headers(tmp_path / "cu13", "CUDA")
-    assert installer.has_headers("CUDA", iter([runtime]))
+    assert installer.has_headers(runtime / "include", "CUDA", "13")
     (runtime / "include" / "crt" / "host_config.h").unlink()
-    assert not installer.has_headers("CUDA", iter([runtime]))
+    assert not installer.has_headers(runtime / "include", "CUDA", "13")
+
+
+def test_a_toolkit_of_another_cuda_is_passed_over(tmp_path: Path) -> None:
+    """A cluster's default module may be CUDA 12, where torch is of CUDA 13."""
+    old, new = _headers(tmp_path / "12", "CUDA", cuda=12080), _headers(tmp_path / "13", "CUDA", "cuDNN", "NCCL")
+    assert installer.include_folders(iter([old, new]), "13")["CUDA"] == new / "include"
+    with pytest.raises(installer.CannotInstall, match=r"no headers of CUDA 13 \(cuda\.h, "):
+        installer.include_folders(iter([old]), "13")
 
 
 def test_missing_headers_are_named(tmp_path: Path) -> None:
     """With the header, the folders searched, and the variables that add one."""
     cuda = _headers(tmp_path / "cu13", "CUDA")
     with pytest.raises(installer.CannotInstall) as error:
-        installer.include_folders(iter([cuda]))
+        installer.include_folders(iter([cuda]), "13")
     assert "no headers of cuDNN (cudnn.h) and NCCL (nccl.h)" in str(error.value)
     assert str(cuda / "include") in str(error.value)
     assert "CUDNN_PATH and NCCL_HOME" in str(error.value)
@@ -91,7 +99,7 @@ def test_environment_of_the_build(tmp_path: Path) -> None:
     cuda, nccl = _headers(tmp_path / "cu13", "CUDA", "cuDNN"), _headers(tmp_path / "nccl", "NCCL")
     (cuda / "lib").mkdir()
     (nccl / "lib64").mkdir()
-    folders = installer.include_folders(iter([cuda, nccl]))
+    folders = installer.include_folders(iter([cuda, nccl]), "13")
     found = installer.build_environment({"CPLUS_INCLUDE_PATH": "/mine", "CUDA_HOME": "/opt/cuda"}, folders, jobs=3)
     assert found["CPLUS_INCLUDE_PATH"].split(os.pathsep) == [str(cuda / "include"), str(nccl / "include"), "/mine"]
     assert found["LIBRARY_PATH"].split(os.pathsep) == [str(cuda / "lib"), str(nccl / "lib64")]
