@@ -22,47 +22,38 @@ INDEX = "https://pypi.org/simple/pip/"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+# What Transformer Engine's torch part needs. Only its build, which needs torch, declares it.
+NEEDED_BY_TORCH_PART = (
+    *("einops", "onnxscript", "onnx", "packaging", "pydantic", "nvdlfw-inspect"),
+    "nvidia-cudnn-frontend>=1.29.0",
+)
+
+
 @pytest.fixture(scope="module")
-def index() -> None:
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
+    """Versions that pip would install into an empty environment for all extras at once, with the Makefile's torch."""
     try:
         urllib.request.urlopen(INDEX, timeout=20).close()
     except (urllib.error.URLError, TimeoutError) as error:
         message = f"extras were NOT resolved: {INDEX} cannot be reached ({error})"
         warnings.warn(message, stacklevel=1)
         pytest.skip(message)
-
-
-def _resolve(directory: Path, *requirements: str) -> dict[str, Version]:
-    """Versions that pip would install into an empty environment."""
-    report = directory / "report.json"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", str(report)]
-    done = subprocess.run([*command, *requirements], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(report.read_text())["install"]
-    return {item["metadata"]["name"].lower().replace("_", "-"): Version(item["metadata"]["version"]) for item in found}
-
-
-@pytest.mark.usefixtures("index")
-def test_all_extras_fit_together(tmp_path: Path) -> None:
-    """With the torch that the Makefile installs; none brings another one, vLLM, or the unrelated apex."""
+    report = tmp_path_factory.mktemp("resolved") / "report.json"
     extras = ",".join(sorted(PROJECT["optional-dependencies"]))
-    found = _resolve(tmp_path, f"{ROOT}[{extras}]", TORCH)
-    assert found["torch"].public == TORCH.partition("==")[2]
-    assert {"transformer-engine", "transformer-engine-cu13", "nemo-aligner", "megatron-core"} <= found.keys()
-    assert not {"vllm", "apex", "transformer-engine-torch"} & found.keys()
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", str(report)]
+    command += [f"{ROOT}[{extras}]", TORCH, *NEEDED_BY_TORCH_PART]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    return {item["name"].lower().replace("_", "-"): Version(item["version"]) for item in found}
 
 
-@pytest.mark.usefixtures("index")
-def test_what_transformer_engines_torch_part_needs_fits_too(tmp_path: Path) -> None:
-    """Its own requirements, which only its build declares, beside the project's."""
-    declared = (
-        "einops",
-        "onnxscript",
-        "onnx",
-        "packaging",
-        "pydantic",
-        "nvdlfw-inspect",
-        "nvidia-cudnn-frontend>=1.29.0",
-    )
-    found = _resolve(tmp_path, f"{ROOT}[gpu,dev,aligner]", TORCH, *declared)
-    assert found["torch"].public == TORCH.partition("==")[2]
+def test_torch_stays_the_one_of_the_makefile(resolved: dict[str, Version]) -> None:
+    """No extra brings another one."""
+    assert resolved["torch"].public == TORCH.partition("==")[2]
+
+
+def test_what_extras_bring(resolved: dict[str, Version]) -> None:
+    """Transformer Engine's kernels, whose extra pip must know by this spelling; not vLLM, nor the unrelated apex."""
+    assert {"transformer-engine", "transformer-engine-cu13", "nemo-aligner", "megatron-core"} <= resolved.keys()
+    assert not {"vllm", "apex", "transformer-engine-torch"} & resolved.keys()
