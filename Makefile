@@ -34,7 +34,7 @@ help:  ## this list
 install: $(INSTALLED) $(if $(filter yes,$(GPU)),$(VLLM_INSTALLED))  ## the environment, in $(VENV); GPU=yes: for GPUs, with vLLM's
 
 # A CPU build of torch satisfies `torch==` as well, and would stay.
-$(INSTALLED): pyproject.toml setup.py Makefile install/transformer_engine.py
+$(INSTALLED): pyproject.toml setup.py Makefile megatron_fipo/install_transformer_engine.py
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),yes)
@@ -47,7 +47,7 @@ else
 endif
 	$(BIN)/python -m pip install -q -e '.[dev,aligner]'
 ifeq ($(GPU),yes)
-	$(BIN)/python install/transformer_engine.py
+	$(BIN)/python -m megatron_fipo.install_transformer_engine
 endif
 	rm -f $(VENV)/.installed $(VENV)/.installed-gpu
 	touch $@

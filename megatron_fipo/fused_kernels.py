@@ -60,7 +60,7 @@ class TransformerEngine:
         if self.error is not None:
             return (
                 f"Transformer Engine {self.version} is installed but cannot be imported ({self.error}): rebuild it for "
-                f"this torch with `{sys.executable} install/transformer_engine.py`, or run "
+                f"this torch with `{sys.executable} -m megatron_fipo.install_transformer_engine`, or run "
                 "`pip uninstall transformer-engine transformer-engine-torch`"
             )
         return None

