@@ -24,6 +24,7 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.actor import checkpoint as actor_state
 from megatron_fipo.checkpoint import files, retention, writing
 from megatron_fipo.checkpoint.files import DamagedError, Marker
+from megatron_fipo.checkpoint.staging import Staging
 from megatron_fipo.checkpoint.writing import Payload, Report, WriterQueue, Written
 from megatron_fipo.config import CheckpointConfig
 from megatron_fipo.convert.distributed import code_refused, load_sharded
@@ -85,6 +86,7 @@ class Checkpointer:
         self.last: Statistics | None = None
         self._warn = warn if topology.rank == 0 else lambda text: None
         self._queue = WriterQueue()
+        self._staging = Staging()
         self._pending: _Save | None = None
         self._validated = False
         self.whole: int | None = None
@@ -149,6 +151,7 @@ class Checkpointer:
         well. Not collective."""
         self._queue.kill()
         self._pending = None
+        self._staging.close()
 
     def _settle(self) -> None:
         """Bring an earlier write to its end; its failure is a warning."""
@@ -189,7 +192,7 @@ class Checkpointer:
 
     def _request(self, save: _Save, background: bool) -> AsyncRequest:
         path = files.unfinished(self.directory, save.step)
-        return writing.request(path, save.payload, save.report, background, self._finalize)
+        return writing.request(path, save.payload, save.report, self._staging, background, self._finalize)
 
     def _write_behind(self, save: _Save) -> None:
         failure = None
@@ -231,6 +234,7 @@ class Checkpointer:
         """After `_finalize`, on all ranks."""
         save, self._pending = self._pending, None
         assert save is not None
+        self._staging.release()
         if save.failure:
             self._fail(save.step, save.failure, wait)
             return

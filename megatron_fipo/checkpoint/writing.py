@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.checkpoint.files import FileRecord
+from megatron_fipo.checkpoint.staging import Staging
 from megatron_fipo.convert.distributed import exact_storage
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -125,11 +126,14 @@ def plan(state: Mapping[str, Any], directory: Path) -> tuple[_Planned, Metadata 
     return planned, metadata
 
 
-def request(directory: Path, payload: Payload, report: Report, background: bool, finalize: Any) -> AsyncRequest:
-    """The writing as Megatron's queue takes it. `finalize` is called when all ranks' writers are done."""
+def request(
+    directory: Path, payload: Payload, report: Report, staging: Staging, background: bool, finalize: Any
+) -> AsyncRequest:
+    """The writing as Megatron's queue takes it. `finalize` is called when all ranks' writers are done; until then
+    `staging` must not be released."""
     function = functools.partial(_write_in_background, os.getpid()) if background else _write
     return AsyncRequest(
-        function, (directory, payload, report), [finalize], preload_fn=functools.partial(_to_host, payload)
+        function, (directory, payload, report), [finalize], preload_fn=functools.partial(_to_host, payload, staging)
     )
 
 
@@ -176,11 +180,11 @@ def _children_allowed() -> Iterator[None]:
             config["daemon"] = daemon
 
 
-def _to_host(payload: Payload) -> Payload:
+def _to_host(payload: Payload, staging: Staging) -> Payload:
     """Bring tensors from the GPU. Those in host memory stay where they are: a forked process sees them as they were
     at the fork, and memory is copied only where training changes it."""
-    items = [(i, x.to("cpu", non_blocking=True) if torch.is_tensor(x) else x) for i, x in payload.items]
-    torch.cuda.synchronize()
+    copies = iter(staging.copy([x for _, x in payload.items if isinstance(x, torch.Tensor)]))
+    items = [(i, next(copies) if isinstance(x, torch.Tensor) else x) for i, x in payload.items]
     return Payload(payload.name, items, payload.files)
 
 

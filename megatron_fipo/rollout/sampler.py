@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
-_LARGEST_UNIFORM = 1 - 2**-20  # keeps u * total below total in float32
-
 
 class SeededSampler(LogitsProcessor):
     """Last in a list of logits processors: picks each row's token and leaves only that one possible.
@@ -32,7 +30,7 @@ class SeededSampler(LogitsProcessor):
         self.greedy = greedy
         self.uniforms = torch.stack(
             [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        ).clamp(max=_LARGEST_UNIFORM)  # [B, max_tokens]
+        ).double()  # [B, max_tokens]
         self.log_probs: list[torch.Tensor] = []  # a [B] float32 for each generated token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # [B, V] -> [B, V]
@@ -41,10 +39,28 @@ class SeededSampler(LogitsProcessor):
             chosen = log_probs.argmax(-1, keepdim=True)  # [B, 1]
         else:
             step = input_ids.shape[1] - self.prompt_tokens
-            cumulative = log_probs.exp().cumsum(-1)
-            if not bool(cumulative[:, -1].isfinite().all()):
-                raise FloatingPointError("the rollout model's logits are not finite: its weights have diverged")
-            threshold = self.uniforms[:, step, None].to(scores.device) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, threshold, right=True)
+            chosen = draw(log_probs, self.uniforms[:, step].to(scores.device)).unsqueeze(-1)
         self.log_probs.append(log_probs.gather(-1, chosen).squeeze(-1).cpu())
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+
+def draw(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return the token of each row at which the cumulative probability first exceeds the row's number, `[B]` int64.
+
+    A token of probability 0 is never drawn, whatever order a device adds up in: the sums of a parallel scan, also in
+    float64, can differ by rounding, or fall, where nothing is added.
+
+    Args:
+        log_probs: `[B, V]`.
+        uniforms: `[B]` float64 in [0, 1).
+
+    Raises:
+        FloatingPointError: probabilities that are not finite.
+    """
+    probs = log_probs.double().exp()
+    sums = probs.cumsum(-1)
+    if not bool(sums[:, -1].isfinite().all()):
+        raise FloatingPointError("the rollout model's logits are not finite: its weights have diverged")
+    rising = sums.masked_fill(probs == 0, -1.0).cummax(-1).values  # rises at possible tokens only
+    threshold = uniforms.unsqueeze(-1) * rising[:, -1:]
+    return torch.searchsorted(rising, threshold, right=True).squeeze(-1)
