@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_fipo import launch
@@ -39,9 +40,11 @@ _BLOCK = 1 << 22  # bytes
 
 def timed(action: Callable[[], Any]) -> float:
     """Seconds until all ranks have done it."""
+    torch.cuda.synchronize()  # a barrier of the hosts does not wait for their devices
     dist.barrier()
     started = time.perf_counter()
     action()
+    torch.cuda.synchronize()
     dist.barrier()
     return time.perf_counter() - started
 

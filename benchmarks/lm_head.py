@@ -1,6 +1,7 @@
 """LM head + log-probability + entropy by chunks: its peak memory, and its time against the naive way and the floor.
 
     python benchmarks/lm_head.py [--tokens 8192] [--vocab 151936] [--hidden 896] [--compare-tokens 1024]
+        [--device cuda --dtype bfloat16]
 
 Each measurement runs in a fresh process. Peaks are counted above inputs and gradients, which are there before, as
 when gradients accumulate over micro-batches: the new gradient of the weights, added to the old one, counts.
@@ -57,9 +58,10 @@ def chunked(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def make_inputs(args: argparse.Namespace, tokens: int) -> Inputs:
-    """hidden [R, H], weight [V, H] float32 and targets [R]; logits of standard deviation about 1."""
-    hidden = torch.randn(tokens, args.hidden, device=args.device).requires_grad_()
-    weight = (torch.randn(args.vocab, args.hidden, device=args.device)).mul_(args.hidden**-0.5).requires_grad_()
+    """hidden [R, H], weight [V, H] and targets [R]; logits of standard deviation about 1."""
+    to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    hidden = torch.randn(tokens, args.hidden, **to).requires_grad_()
+    weight = torch.randn(args.vocab, args.hidden, **to).mul_(args.hidden**-0.5).requires_grad_()
     return hidden, weight, torch.randint(args.vocab, (tokens,), device=args.device)
 
 
@@ -164,8 +166,8 @@ def show(figures: dict[str, Any]) -> None:
     at_full = f"{figures['tokens']:,} tokens"
     at_compare = f"{figures['compare_tokens']:,} tokens"
     table = Table(
-        title=f"LM head, {figures['vocab']:,} x {figures['hidden']}, float32, chunks of {figures['chunk_tokens']}; "
-        f"{figures['machine']}, {figures['threads']} threads"
+        title=f"LM head, {figures['vocab']:,} x {figures['hidden']}, {figures['dtype']}, "
+        f"chunks of {figures['chunk_tokens']}; {figures['machine']}, {figures['threads']} threads"
     )
     for column in ("what", "size", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
@@ -197,6 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all inputs")
     parser.add_argument("--worker", choices=["peak-ours", "peak-naive", "time"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

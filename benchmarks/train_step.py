@@ -1,6 +1,7 @@
 """What FIPO costs over plain language modelling: the update's forward and backward against Megatron's own.
 
-    python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--pairs 9] [--profile]
+    python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--dtype float32|bfloat16]
+        [--pairs 9] [--profile]
 
 Both sides run Megatron's schedule over the same packed micro-batches, layers, layout and recomputation, and end with
 reduced gradients. The baseline is GPTModel with Megatron's vocabulary-parallel cross-entropy; ours adds entropies,
@@ -67,7 +68,7 @@ class CrossEntropyModel(GPTModel):
 
 def cross_entropy(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """The mean over response positions, as Megatron's per-token loss wants it."""
-    mask = torch.zeros(output.numel())
+    mask = torch.zeros(output.numel(), device=output.device)
     mask[micro_batch.hidden_index] = 1
     loss = (output.view(-1).float() * mask).sum()
     return loss, mask.sum().int(), {"loss": loss.detach()}
@@ -90,10 +91,10 @@ def baseline_step(arch: Architecture, config: Config, topology: Topology, batch:
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    wrapped = wrap_for_training([model], config.optimizer, topology)  # type: ignore[list-item]
+    wrapped = wrap_for_training([model.to(topology.device)], config.optimizer, topology)  # type: ignore[list-item]
 
     def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro_batch = next(micro_batches)
+        micro_batch = next(micro_batches).to(topology.device)
         return chunk(micro_batch), partial(cross_entropy, micro_batch=micro_batch)
 
     def step() -> None:
@@ -125,6 +126,17 @@ def profiled_step(actor: FIPOActor, step: Callable[[], None], directory: Path) -
     return profiled
 
 
+def timed(action: Callable[[], object]) -> float:
+    """Seconds until all ranks have done it, and their devices too, which a barrier of the hosts does not wait for."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
 def measure(config: Config, pairs: int, profile: bool, out: str) -> None:
     """One rank's part; rank 0 leaves the seconds of each pair in `out`."""
     arch = check_model(config)
@@ -145,11 +157,7 @@ def measure(config: Config, pairs: int, profile: bool, out: str) -> None:
     for _ in range(pairs + 1):
         times = []
         for step in (measured, baseline):
-            dist.barrier()
-            started = time.perf_counter()
-            step()
-            dist.barrier()
-            times.append(time.perf_counter() - started)
+            times.append(timed(step))
         seconds.append((times[0], times[1]))
     if topology.rank == 0:
         tokens = sum(m.input_ids.numel() for m in batch.micro_batches)
@@ -160,12 +168,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="one")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and activations"
+    )
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after one to warm up")
     parser.add_argument("--profile", action="store_true", help="what profile.pipeline costs, instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), hidden=512, layers=8)
-        config = make_config(Path(directory), LAYOUTS[args.layout], "float32", args.recompute)
+        config = make_config(Path(directory), LAYOUTS[args.layout], args.dtype, args.recompute)
         launch.run(measure, config.parallel, (config, args.pairs, args.profile, f"{directory}/result.json"))
         result = json.loads(Path(directory, "result.json").read_text())
     report(args, result)
@@ -178,6 +189,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     figures = {
         "layout": args.layout,
         "recompute": args.recompute,
+        "dtype": args.dtype,
         "tokens": result["tokens"],
         "pairs": len(ratios),
         f"{names[0]}_seconds": round(ours, 4),

@@ -9,9 +9,22 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
+
+_LENGTH_STEP = 512  # tokens
+
+
+def kernel_max_seqlen(longest: int, config: TransformerConfig) -> int:
+    """Return the bound on a packed sequence's tokens that attention and RoPE are given.
+
+    cuDNN's fused attention, one of Transformer Engine's, makes a plan for every new bound, so it is rounded up where
+    RoPE is fused too. Megatron's unfused RoPE must have it exact: it takes a table of angles that is as long as all
+    sequences together for one that numbers the tokens through, and a rounded bound can be just that long.
+    """
+    return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if config.apply_rope_fusion else longest
 
 
 class PolicyModel(GPTModel):
@@ -29,12 +42,13 @@ class PolicyModel(GPTModel):
         """Hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, and on the last stage `[2, R_local]`
         float32: the log-probability of each response token on this context-parallel rank, and the entropy of the
         distribution it was drawn from, both at the sampling temperature."""
+        longest = kernel_max_seqlen(micro_batch.max_seqlen, self.config)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=micro_batch.cu_seqlens,
             cu_seqlens_kv=micro_batch.cu_seqlens,
-            max_seqlen_q=micro_batch.max_seqlen,
-            max_seqlen_kv=micro_batch.max_seqlen,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=micro_batch.input_ids.unsqueeze(0),

@@ -21,11 +21,13 @@ class Timing:
 
     Attributes:
         spread: the samples' middle half over their median, of the noisiest rank.
+        waited: launches that were to be queued waited for the device, on any rank: the seconds are the host's.
     """
 
     seconds: float
     spread: float
     samples: int
+    waited: bool = False
 
 
 class Bench:
@@ -33,13 +35,16 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._waited = False
 
     def time(self, call: Callable[[], object], budget: float, queued: bool = False) -> Timing:
         """At least 3 samples, and as many more as `budget` seconds allow.
 
         Args:
-            queued: on a GPU, time kernels that were launched before the first one started.
+            queued: on a GPU, time kernels that were launched before the first one started. A call that waits for the
+                device cannot be queued, which the result says.
         """
+        self._waited = False
         call()  # what only a first call does
         # Every rank takes as many samples: of the slowest one's time, and the smallest budget.
         told = self._gather([self._sample(call, 1, queued), budget])
@@ -48,8 +53,9 @@ class Bench:
         count = int(min(_SAMPLES[1], max(_SAMPLES[0], budget / (inner * first))))
         samples = torch.tensor([self._sample(call, inner, queued) for _ in range(count)], dtype=torch.float64)
         low, middle, high = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        found = self._gather([middle, (high - low) / middle])
-        return Timing(found[:, 0].median().item(), found[:, 1].max().item(), count)
+        found = self._gather([middle, (high - low) / middle, float(self._waited)])
+        waited = bool(found[:, 2].any())
+        return Timing(found[:, 0].median().item(), found[:, 1].max().item(), count, waited)
 
     def is_past(self, moment: float) -> bool:
         """Whether any rank's monotonic clock is, so that all stop together."""
@@ -72,6 +78,7 @@ class Bench:
         start.record()
         for _ in range(inner):
             call()
+        self._waited |= queued and start.query()  # the device has begun before everything was launched
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / inner

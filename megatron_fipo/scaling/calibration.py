@@ -141,9 +141,9 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
             found.append(Entry((*shares, name), _median(rates) / peak, _source(rates)))
     if m.layer is not None:
         seconds, timing = m.layer
-        found.append(
-            Entry((*shares, "layer_seconds"), seconds, f"a layer of next to no arithmetic, {_samples([timing])}")
-        )
+        host = ", the host's time since its kernels wait for each other" if timing.waited else ""
+        source = f"a layer of next to no arithmetic{host}, {_samples([timing])}"
+        found.append(Entry((*shares, "layer_seconds"), seconds, source))
     if m.reserve_bytes is not None:
         found.append(Entry((*shares, "reserve_bytes"), m.reserve_bytes, "an idle rank"))
     return peaks.entries() + found

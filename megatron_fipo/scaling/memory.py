@@ -1,9 +1,9 @@
 """Device memory of a rank, by pipeline stage, in bytes: plain arithmetic, nothing is built or measured.
 
 Exact: parameters, gradients and optimizer state, which a test compares with Megatron's own buffers. Estimated, from
-the tensors that backward needs: activations, with Transformer Engine's kernels or with torch's (a test compares the
-latter with what autograd keeps), and the LM head. Not in it: the CUDA context, NCCL's buffers, kernels' workspaces, and
-what the allocator loses to fragmentation.
+the tensors that backward needs: activations, with Transformer Engine's kernels or with torch's on a GPU or a CPU (a
+test compares the last with what autograd keeps), and the LM head. Not in it: the CUDA context, NCCL's buffers, kernels'
+workspaces, and what the allocator loses to fragmentation.
 
 Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, t tensor-parallel ranks,
 p pipeline stages, v model chunks a stage, N tokens of a micro-batch on one context-parallel rank.
@@ -19,7 +19,7 @@ from typing import Literal
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model.architecture import Architecture, stage_layers
 
-Kernels = Literal["transformer_engine", "torch"]
+Kernels = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
 _FLOAT32 = 4
 # Megatron's distributed optimizer aligns each tensor in its buffers, and the end of each buffer so that it can be
@@ -166,11 +166,11 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
     """Bytes a token of one layer that backward needs, where nothing is recomputed.
 
     In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
-    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's kernels keep more: see `_torch_parts`.
+    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's layers keep more: see `_torch_parts`.
     """
     p, item = config.parallel, _ITEM[config.model.dtype]
-    if kernels == "torch":
-        norms, heads, mlp_width = _torch_parts(arch, item)
+    if kernels != "transformer_engine":
+        norms, heads, mlp_width = _torch_parts(arch, item, fused_norms=kernels == "torch_gpu")
     else:
         norms, mlp_width = 4 * arch.hidden_size * item, 3
         heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim * item
@@ -180,23 +180,24 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
         mlp = mlp_width * arch.ffn_hidden_size
     split = (heads + mlp * item) // p.tensor
     # Each rank has the angles of all positions.
-    angles = 4 * arch.head_dim * item if kernels == "torch" else 0
+    angles = 0 if kernels == "transformer_engine" else 4 * arch.head_dim * item
     return split + angles + (norms // p.tensor if p.sequence else norms)
 
 
-def _torch_parts(arch: Architecture, item: int) -> tuple[int, int, int]:
+def _torch_parts(arch: Architecture, item: int, fused_norms: bool) -> tuple[int, int, int]:
     """Bytes a token of both norms and of attention, and the MLP's elements in units of f.
 
-    A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it.
+    A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it;
+    torch's kernel for GPUs keeps its input as it is, the scale, and the output.
     Attention keeps the projection's output, rotated queries and keys, its own output, each head's log-sum-exp, and the
     output once more, put together of all sequences. SwiGLU is five tensors: both halves of the input, the gate's
     activation, a copy of the other half, and the product.
     """
     q, k = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    norm = arch.hidden_size * (2 * _FLOAT32 + item) + _FLOAT32
+    norm = arch.hidden_size * (2 * item if fused_norms else 2 * _FLOAT32 + item) + _FLOAT32
     heads = ((q + 2 * k) + (q + k) + 2 * q) * item + arch.num_heads * _FLOAT32
     if arch.qk_norm:
-        heads += 2 * (q + k) * _FLOAT32 + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
+        heads += 2 * (q + k) * (item if fused_norms else _FLOAT32) + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
     return 2 * norm, heads, 5
 
 

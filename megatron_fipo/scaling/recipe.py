@@ -68,7 +68,44 @@ def recipe_problems(config: Config, hardware: Hardware) -> list[str]:
     if problems:
         return problems
     missing = memory_problem(model, hardware, layout, float(layout.tokens_per_micro_batch))
+    missing = missing or torch_layers_problem(model, config, hardware)
     return ([missing] if missing else []) + rollout_problems(model, config, hardware)
+
+
+def torch_layers_problem(model: ModelShape, config: Config, hardware: Hardware) -> str | None:
+    """Return why an update does not fit although it would with Transformer Engine, which the planner reckons with.
+
+    torch's layers keep more for backward: SwiGLU's intermediate results, and queries and keys before their rotation.
+    None where it fits, or where the ranks use Transformer Engine.
+    """
+    if not _uses_torch_layers(config):
+        return None
+    for stage in range(config.parallel.pipeline):
+        needed = training_memory(model, config, stage, "torch_gpu").total
+        needed += int(hardware.efficiency.reserve_bytes + hardware.efficiency.reserve_share * needed)
+        if needed > hardware.gpu.memory:
+            return (
+                f"without Transformer Engine stage {stage} needs {needed / 1e9:.1f} GB for micro-batches of "
+                f"trainer.tokens_per_micro_batch={config.trainer.tokens_per_micro_batch} with "
+                f"model.recompute={config.model.recompute}, and {hardware.gpu.name} has "
+                f"{hardware.gpu.memory / 1e9:.1f}: install transformer-engine (model.transformer_engine=auto), lower "
+                "trainer.tokens_per_micro_batch, or set model.recompute=full"
+            )
+    return None
+
+
+def _uses_torch_layers(config: Config) -> bool:
+    """Return whether ranks do without Transformer Engine; "auto" is what this machine has if it has a GPU."""
+    choice = config.model.transformer_engine
+    if choice != "auto":
+        return choice == "off"
+    import torch
+
+    if not torch.cuda.is_available():  # the ranks run elsewhere
+        return False
+    from megatron_fipo.model.build import use_transformer_engine
+
+    return not use_transformer_engine(choice)
 
 
 def rollout_problems(model: ModelShape, config: Config, hardware: Hardware) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_fipo.scaling.memory import (
     rollout_memory,
     training_memory,
 )
+from megatron_fipo.scaling.models import find_model
 from tests.actor.actors import actor_of
 from tests.convert.families import make_checkpoint
 from tests.policies import make_config, make_qwen2
@@ -227,3 +228,16 @@ def test_rollout_phase() -> None:
     assert rollout.weights == 2 * ((32_763_876_352 - norms) // 4 + norms)
     stays = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, offload_state=False))
     assert rollout_memory(QWEN_32B, stays, 0).kept == rollout.kept + training.gradients + training.optimizer
+
+
+def test_torch_layers_on_a_gpu_as_measured() -> None:
+    """Qwen2.5-1.5B on an H200, largest micro-batch 16,000 tokens: a peak of 82.1 GB was measured, 62.6 with Transformer
+    Engine and 16,384 tokens."""
+    model, base = find_model("qwen2.5-1.5b"), Config()
+
+    def total(tokens: int, kernels: Any) -> float:
+        config = dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, tokens_per_micro_batch=tokens))
+        return training_memory(model, config, 0, kernels).total / 1e9
+
+    assert total(16_000, "torch_gpu") == pytest.approx(82.1, rel=0.01)
+    assert total(16_384, "transformer_engine") == pytest.approx(62.6, rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_memory_that_is_estimated_only_warns() -> None:
     warnings = check_memory(config, tight)
     assert warnings == recipe_problems(config, tight)
     assert "it fits with" in warnings[0] or "use more GPUs" in warnings[0]
+
+
+def test_layers_of_torch_need_more() -> None:
+    """A micro-batch that fits with Transformer Engine, and does not without: what to change; other settings pass."""
+    sizes = ("parallel.world_size=16", "trainer.tokens_per_micro_batch=18000")
+    path = ROOT / "examples" / "fipo_7b.yaml"
+
+    def problems(*overrides: str) -> list[str]:
+        return recipe_problems(load_config(path, [*sizes, *overrides]), H100)
+
+    for fits in ("'on'", "auto"):
+        assert problems(f"model.transformer_engine={fits}", "model.recompute=none") == []
+    (problem,) = problems("model.transformer_engine='off'", "model.recompute=none")
+    assert re.search(r"without Transformer Engine stage 0 needs \d+\.\d GB .*micro_batch=18000 .*H100-80 has", problem)
+    assert problems("model.transformer_engine='off'", "model.recompute=full") == []
 
 
 @pytest.mark.parametrize(
