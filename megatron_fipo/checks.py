@@ -14,7 +14,7 @@ from megatron_fipo.config import Config, RewardConfig
 from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
-from megatron_fipo.fused_kernels import transformer_engine_problems
+from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
 from megatron_fipo.model.architecture import Architecture, check_model
 from megatron_fipo.reward import make_reward
 from megatron_fipo.trackers import check_trackers
@@ -62,6 +62,8 @@ def run_problems(config: Config, *, needs_gpu: bool = True) -> list[str]:
 def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> _Problems:
     """List everything that keeps `eval` from starting here."""
     problems = _Problems(transformer_engine_problems(config.model.transformer_engine, needs_gpu=needs_gpu))
+    if not problems:
+        problems.attempt(check_context_parallelism, config)
     architecture = problems.attempt(check_model, config)
     problems.attempt(vllm_environment.check, config, None if architecture is None else architecture.head_dim)
     for path in config.data.benchmarks.values():

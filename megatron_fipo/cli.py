@@ -53,7 +53,7 @@ def train(
             typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
         return
     if dry_run:
-        launch.run(_dry_run_rank, settings.parallel, (settings,))
+        launch.run(_dry_run_rank, settings.parallel, (settings,), deterministic=settings.run.deterministic)
         return
     launch.run(
         _train_rank,
@@ -61,6 +61,7 @@ def train(
         (settings,),
         run_directory=settings.run_directory,
         max_requeues=settings.resume.max_requeues,
+        deterministic=settings.run.deterministic,
     )
     if launch.is_first_process():
         _report(settings.run_directory)
@@ -105,6 +106,7 @@ def evaluate(
         run_directory=directory,
         max_requeues=settings.resume.max_requeues,
         progress=lambda: launch.Progress(Store(directory).count(), "samples"),
+        deterministic=settings.run.deterministic,
     )
 
 

@@ -18,6 +18,8 @@ from importlib.machinery import PathFinder
 
 import torch
 
+from megatron_fipo.config import Config
+
 # What Megatron-Core imports. torch comes first: it loads the CUDA libraries that Transformer Engine is linked to.
 _IMPORTS = ("torch", "transformer_engine.pytorch.fp8", "transformer_engine.pytorch.optimizers")
 _IMPORT_SECONDS = 300.0  # a cold network file system
@@ -109,6 +111,25 @@ def transformer_engine_problems(
             "model.transformer_engine=off"
         )
     return problems
+
+
+def check_context_parallelism(config: Config) -> None:
+    """Refuse context parallelism on a GPU without Transformer Engine.
+
+    torch's layers mask it explicitly, which no flash kernel takes: attention would need memory for every pair of
+    tokens, and be many times slower.
+
+    Raises:
+        ValueError: what to change.
+    """
+    size = config.parallel.context
+    if size > 1 and torch.cuda.is_available() and not use_transformer_engine(config.model.transformer_engine):
+        raise ValueError(
+            f"parallel.context={size} on a GPU needs Transformer Engine, which is "
+            f"{'switched off' if config.model.transformer_engine == 'off' else 'not installed'} "
+            f"(model.transformer_engine={config.model.transformer_engine}): install transformer-engine and leave the "
+            "setting at auto, or set parallel.context=1 and, for long sequences, raise parallel.tensor"
+        )
 
 
 def gpu_obstacle() -> str | None:

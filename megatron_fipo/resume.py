@@ -14,7 +14,7 @@ from megatron_fipo.evaluation import Evaluation
 # on. Everything else decides what is learned. A name ending in "." stands for its whole section.
 _FREE = (
     *("parallel.", "checkpoint.", "resume.", "profile.", "eval.", "run.name", "run.directory", "run.overwrite"),
-    *("model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens"),
+    *("run.deterministic", "model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens"),
     *("data.validation", "data.validation."),  # one file, or several with names
     *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.save_credit"),
     *("rollout.mismatch_warning", "rollout.settle_seconds"),

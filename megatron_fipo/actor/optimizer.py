@@ -194,7 +194,17 @@ class PolicyOptimizer:
             chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=on_gpu)
 
     def restore_state(self) -> None:
+        """Bring back what `offload_state` moved.
+
+        Counts of updates stay in host memory, where torch's Adam keeps and reads them: on the GPU each read would wait
+        for the device, twice a parameter.
+        """
+        states = [s for o in self._parts() if _counts_by_parameter(o) for s in o.optimizer.state.values()]
+        counts = [state.get("step") for state in states]
         self.optimizer.restore_from_cpu()
+        for state, count in zip(states, counts, strict=True):
+            if count is not None:
+                state["step"] = count
         for chunk in self.wrapped:
             chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())
 

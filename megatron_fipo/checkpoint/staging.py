@@ -7,6 +7,7 @@ still reads. The checksum, taken of what is written, would agree. It also rounds
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Staging:
         return copies
 
     def release(self) -> None:
-        """Nothing reads the copies any more."""
+        """Allow the next save to overwrite the copies."""
         self.in_use = False
 
     def close(self) -> None:
@@ -71,6 +72,8 @@ class Staging:
             error = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), self._block.numel(), 0))
             self._pinned = error == 0
             if error:
+                with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, whatever comes next
+                    torch.zeros(1, device="cuda")
                 warnings.warn(
                     f"{num_bytes / 1e9:.1f} GB for checkpoints could not be pinned (CUDA error {error}): "
                     "saving pauses training longer"

@@ -13,6 +13,9 @@ class RunConfig:
     directory: str | None = None  # None: runs/<name>
     seed: int = 1
     overwrite: bool = False  # replace what an earlier run left in the directory
+    # On GPUs: an update, and so a resumed run, gives the same bits again, at some cost; see docs/determinism.md. On the
+    # CPU it does so anyway.
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,24 @@ from megatron_fipo.launch.attempts import Progress, training_progress
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
 from megatron_fipo.outcome import Interrupted, RankFailure
 
-__all__ = ["Interrupted", "Progress", "RankFailure", "is_first_process", "num_gpus", "run", "started_ranks"]
+# With run.deterministic: what the ranks must find in their environment before CUDA, Transformer Engine and NCCL start.
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the same algorithm for the same matmul, whatever ran before
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "^NVLS",  # sums inside the switch have no fixed order
+}
+_ALTERNATIVES = {"CUBLAS_WORKSPACE_CONFIG": (":16:8",)}  # as deterministic, with less memory
+
+__all__ = [
+    "DETERMINISTIC_ENVIRONMENT",
+    "Interrupted",
+    "Progress",
+    "RankFailure",
+    "is_first_process",
+    "num_gpus",
+    "run",
+    "started_ranks",
+]
 
 
 def is_first_process() -> bool:
@@ -50,6 +67,7 @@ def run(
     run_directory: Path | None = None,
     max_requeues: int = 0,
     progress: Callable[[], Progress] | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Call `entry(*args)` on every rank inside an initialized process group.
 
@@ -62,6 +80,7 @@ def run(
         max_requeues: times that a Slurm job puts itself back into the queue when it was interrupted or lost a node.
         progress: how far the run has come; a job that fails twice at the same place is not started again. None: the
             training step in `run_directory`.
+        deterministic: run.deterministic; what libraries must know of it before they start is put into the environment.
 
     Raises:
         Interrupted: the ranks were asked to stop, and have.
@@ -70,10 +89,12 @@ def run(
     """
     # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    required = _deterministic_environment() if deterministic else {}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from megatron_fipo.launch import rank
 
-        rank.run_under_torchrun(entry, parallel, args, run_directory)
+        os.environ.update(required)
+        rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic)
         return
     first, alone = is_first_process(), not slurm.is_task(os.environ)
     progress = progress or partial(training_progress, run_directory or Path())
@@ -85,10 +106,11 @@ def run(
                 entry,
                 args,
                 parallel,
-                environment,
+                environment | required,
                 log=logs / f"rank_{environment['RANK']}.log",
                 error=Path(errors) / f"rank_{environment['RANK']}.json",
                 run_directory=run_directory,
+                deterministic=deterministic,
                 listener=listener,
             )
             for environment, listener in _ranks(parallel)
@@ -96,6 +118,23 @@ def run(
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
             supervisor.wait()
+
+
+def _deterministic_environment() -> dict[str, str]:
+    """Return what is missing in this process's environment; NCCL's algorithm is the user's choice where one is made.
+
+    Raises:
+        ValueError: a variable is set to a value that run.deterministic cannot keep its promise with.
+    """
+    wrong = {
+        name: os.environ[name]
+        for name, value in DETERMINISTIC_ENVIRONMENT.items()
+        if name != "NCCL_ALGO" and os.environ.get(name, value) not in (value, *_ALTERNATIVES.get(name, ()))
+    }
+    if wrong:
+        needed = ", ".join(f"{name}={DETERMINISTIC_ENVIRONMENT[name]} (now {value})" for name, value in wrong.items())
+        raise ValueError(f"run.deterministic needs {needed} in the environment: unset it, or set it so")
+    return {name: value for name, value in DETERMINISTIC_ENVIRONMENT.items() if name not in os.environ}
 
 
 def _ranks(parallel: ParallelConfig) -> Iterator[tuple[dict[str, str], socket.socket | None]]:

@@ -25,7 +25,7 @@ from megatron_fipo.launch import preflight
 from megatron_fipo.launch.failure import Failure, host, kind_of
 from megatron_fipo.launch.supervisor import RankTask
 from megatron_fipo.outcome import FAILED, RUN_AGAIN, Interrupted
-from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel import device, interrupt
 
 _SECONDS_TO_BE_SEEN = 60.0  # the supervisor looks ten times a second
 
@@ -40,7 +40,7 @@ def main(task: RankTask) -> None:
     log = _open_log(task)
     interrupt.install()
     try:
-        run(task.entry, task.parallel, task.args, task.run_directory, task.listener)
+        run(task.entry, task.parallel, task.args, task.run_directory, task.listener, task.deterministic)
     except Interrupted:
         sys.exit(RUN_AGAIN)
     except BaseException as error:
@@ -51,13 +51,17 @@ def main(task: RankTask) -> None:
 
 
 def run_under_torchrun(
-    entry: Callable[..., Any], parallel: ParallelConfig, args: Sequence[Any], run_directory: Path | None
+    entry: Callable[..., Any],
+    parallel: ParallelConfig,
+    args: Sequence[Any],
+    run_directory: Path | None,
+    deterministic: bool,
 ) -> None:
     """Run `entry` in this process, which torchrun watches over."""
     interrupt.install()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     try:
-        run(entry, parallel, args, run_directory)
+        run(entry, parallel, args, run_directory, deterministic=deterministic)
     except Exception:
         time.sleep(1)  # with its connections still open, nobody else fails before this rank was seen to
         raise
@@ -69,6 +73,7 @@ def run(
     args: Sequence[Any],
     run_directory: Path | None,
     listener: Any = None,
+    deterministic: bool = False,
 ) -> None:
     """Call `entry(*args)` inside an initialized default process group; the environment says which rank this is.
 
@@ -76,8 +81,7 @@ def run(
         Interrupted: `entry` has stopped as it was asked.
     """
     _set_threads(parallel)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(preflight.device_index())
+    device.set_up(preflight.device_index() if torch.cuda.is_available() else None, deterministic)
     with _process_group(parallel, run_directory, listener):
         entry(*args)
 

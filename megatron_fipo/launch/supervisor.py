@@ -37,10 +37,12 @@ class RankTask:
     """What a rank is started with.
 
     Attributes:
-        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; what libraries read
+            when they start.
         log: where its output goes.
         output: rank 0's standard output and error, which its supervisor shows as well.
         error: where it describes its failure.
+        deterministic: run.deterministic.
         listener: rank 0's end of MASTER_PORT, bound already; None: it binds it itself.
     """
 
@@ -51,6 +53,7 @@ class RankTask:
     log: Path
     error: Path
     run_directory: Path | None
+    deterministic: bool = False
     output: tuple[connection.Connection, connection.Connection] | None = None
     listener: socket.socket | None = None
 

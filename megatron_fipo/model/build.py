@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import Config
-from megatron_fipo.fused_kernels import use_transformer_engine
+from megatron_fipo.fused_kernels import check_context_parallelism, use_transformer_engine
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.model.policy import PolicyModel
@@ -24,6 +24,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     """Megatron's config of the model under the run's layout, precision and recomputation."""
+    check_context_parallelism(config)
     p, dtype = config.parallel, getattr(torch, config.model.dtype)
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(config.model.transformer_engine)
@@ -68,12 +69,14 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         # output while gloo still sends it corrupts it.
         overlap_p2p_comm=p.virtual_pipeline > 1,
         batch_p2p_comm=p.virtual_pipeline == 1,
+        batch_p2p_sync=False,  # waiting for a request orders the streams; the device need not be idle
         deallocate_pipeline_outputs=on_gpu,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
+        deterministic_mode=on_gpu and config.run.deterministic,
         gradient_accumulation_fusion=False,  # the LM head's fused path would need NVIDIA apex
         cross_entropy_loss_fusion=False,
         **recompute,

@@ -23,6 +23,7 @@ from transformers import (
 
 from megatron_fipo.convert.modules import published_parameters
 from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.device import nondeterministic_allowed
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.sampler import SeededSampler
 
@@ -67,8 +68,9 @@ class HFEngine:
             Interrupted: this rank was asked to stop meanwhile.
         """
         responses: list[Response] = []
-        for start in range(0, len(requests), self.batch_size):
-            responses += self._generate_batch(requests[start : start + self.batch_size], sampling)
+        with nondeterministic_allowed():  # top-p and the sampler add up probabilities along the vocabulary
+            for start in range(0, len(requests), self.batch_size):
+                responses += self._generate_batch(requests[start : start + self.batch_size], sampling)
         return responses
 
     def release(self) -> None:

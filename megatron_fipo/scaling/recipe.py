@@ -103,7 +103,7 @@ def _uses_torch_layers(config: Config) -> bool:
 
     if not torch.cuda.is_available():  # the ranks run elsewhere
         return False
-    from megatron_fipo.model.build import use_transformer_engine
+    from megatron_fipo.fused_kernels import use_transformer_engine
 
     return not use_transformer_engine(choice)
 

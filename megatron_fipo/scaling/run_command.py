@@ -160,7 +160,8 @@ def _launch(measurement: Measurement, first: bool) -> None:
     from megatron_fipo.scaling.measure import measure_rank
 
     with _progress(measurement, first):
-        launch.run(measure_rank, measurement.config.parallel, (measurement,))
+        config = measurement.config
+        launch.run(measure_rank, config.parallel, (measurement,), deterministic=config.run.deterministic)
 
 
 def _skip(measurement: Measurement, row: dict[str, Any], first: bool) -> None:
@@ -187,11 +188,13 @@ def _check_layout(measurement: Measurement) -> None:
 
 
 def _check_model(measurement: Measurement) -> None:
-    """Raises ValueError: the model's own limits, or a sequence that is longer than a micro-batch."""
+    """Raises ValueError: the model's own limits, kernels that are missing, or a sequence longer than a micro-batch."""
     from megatron_fipo.batch import plan_micro_batches
+    from megatron_fipo.fused_kernels import check_context_parallelism
     from megatron_fipo.model.architecture import check_model
 
     check_model(measurement.config)
+    check_context_parallelism(measurement.config)
     p = measurement.config.parallel
     plan_micro_batches(
         measurement.sequences.lengths,

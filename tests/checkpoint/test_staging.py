@@ -42,7 +42,7 @@ class _PinnedCache:
         return given
 
     def overwrite_free(self) -> int:
-        """What other users of pinned memory do; how many blocks they got."""
+        """Write to all free blocks, as other users of pinned memory do. Returns their number."""
         gc.collect()
         for block in self._free:
             block.fill_(255)
@@ -158,3 +158,54 @@ def test_host_memory_stays_where_it_is() -> None:
     """Tensors that a forked process can read are not copied."""
     memory = Staging()
     assert all(a is b for a, b in zip(memory.copy(TENSORS), TENSORS, strict=True))
+
+
+class _Runtime:
+    """Fake of CUDA's functions that pin memory; `answer` is the error code of the next registration."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if self.answer == 0:
+            self.pinned[address] = num_bytes
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> _Runtime:
+    fake = _Runtime(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    return fake
+
+
+@pytest.mark.usefixtures("_all_on_device")
+def test_memory_is_pinned_while_it_is_held(runtime: _Runtime) -> None:
+    """The block is pinned once, a larger one in its place, and nothing stays pinned after the end."""
+    memory = Staging()
+    for count in (1000, 500, 100_000):
+        (copy,) = memory.copy([torch.ones(count)])
+        ((address, num_bytes),) = runtime.pinned.items()
+        assert address == copy.data_ptr()
+        assert num_bytes >= copy.nbytes
+        memory.release()
+    memory.close()
+    assert runtime.pinned == {}
+
+
+@pytest.mark.usefixtures("_all_on_device")
+def test_memory_that_cannot_be_pinned(runtime: _Runtime) -> None:
+    """The copies are right all the same, and the user learns that they are slow."""
+    runtime.answer = 2
+    memory = Staging()
+    with pytest.warns(UserWarning, match=r"could not be pinned \(CUDA error 2\)"):
+        (copy,) = memory.copy([torch.arange(10.0)])
+    assert torch.equal(copy, torch.arange(10.0))
+    memory.close()

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,26 @@ def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
         log_p = filtered(logits_of(tied, request, response), sampling())
         expected = log_p.gather(1, torch.tensor(response.token_ids)[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(response.log_probs), expected, rtol=0, atol=1e-4)
+
+
+def test_generates_under_deterministic_algorithms(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cumulative sum has no deterministic form on CUDA and raises there: generation does without, and only it."""
+    how = sampling(top_p=0.7)
+    expected = engine.generate(requests(4), how)
+    exact = torch.Tensor.cumsum
+
+    def as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum does not have a deterministic implementation")
+        return exact(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", as_on_cuda)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert engine.generate(requests(4), how) == expected
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nothing_to_generate(engine: HFEngine) -> None:

@@ -36,7 +36,7 @@ def _assert_possible(log_probs: torch.Tensor, uniforms: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_impossible_tokens_are_never_drawn(seed: int) -> None:
-    """Also by the smallest and the largest random number."""
+    """The smallest and the largest random number included."""
     _assert_possible(_log_probs(seed), _uniforms(seed))
 
 

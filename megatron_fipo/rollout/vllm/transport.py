@@ -154,6 +154,9 @@ class IPCTransport:
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
         dist.barrier(self._group)  # the first rank has delivered the bucket before
+        # torch keeps memory that was shown to another process until it is told that the other one has let go of it.
+        self._buffer = torch.empty(0)
+        torch.cuda.ipc_collect()
         self._buffer = fipo_wire.pack(bucket.tensors, self._device)
         torch.cuda.synchronize(self._device)
         handles: list[Any] = [None] * self._group.size()

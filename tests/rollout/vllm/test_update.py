@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.buckets import buckets
 from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError
-from megatron_fipo.rollout.vllm.transport import BroadcastTransport, FileTransport
+from megatron_fipo.rollout.vllm.transport import BroadcastTransport, FileTransport, IPCTransport
 from megatron_fipo.rollout.vllm.worker import fipo_wire
 from tests.rollout.vllm.fake_server import KEY, FakeServer
 
@@ -146,6 +147,36 @@ def test_other_ranks_send_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "weights").exists()
     feeds = [BroadcastTransport("gloo", torch.device("cpu"), "127.0.0.1", rank, 3, 7).feeds for rank in range(3)]
     assert [list(f) for f in feeds] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_memory_shown_to_a_server_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ipc: torch keeps a buffer that another process has seen until `ipc_collect`; never more than one is kept."""
+    kept: list[torch.Tensor] = []
+    most = 0
+
+    def handle(buffer: torch.Tensor) -> dict[str, Any]:
+        nonlocal most
+        kept.append(buffer)
+        most = max(most, len({b.untyped_storage().data_ptr() for b in kept}))
+        return {"gpu": "0", "num_bytes": buffer.numel(), "shared": []}
+
+    def collect() -> None:
+        kept[:] = [b for b in kept if transport._buffer.data_ptr() == b.data_ptr()]
+
+    monkeypatch.setattr(fipo_wire, "ipc_handle", handle)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", collect)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        transport = IPCTransport(torch.device("cpu"), 0, [[0]])
+        for version in range(2):
+            for number, bucket in enumerate(buckets(iter(tensors().items()), 1)):
+                told = transport.stage(str(version), number, bucket, checked=False)
+                assert [h["num_bytes"] for h in told["handles"]] == [transport._buffer.numel()]
+            transport.finish(str(version), complete=True)
+            assert kept == []
+    finally:
+        dist.destroy_process_group()
+    assert most == 1
 
 
 def test_wrong_key(servers: list[FakeServer]) -> None:
