@@ -26,7 +26,7 @@ PYTEST = $(BIN)/python -m pytest -q
 WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile
 
 .PHONY: help install vllm-env quickstart test durations test-all test-slow test-slurm test-servers test-browser test-tools \
-  test-vllm test-idle sanitize lint clean
+  test-vllm test-idle test-gpu sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -106,6 +106,9 @@ test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole train
 
 test-idle: install  ## the ones that compare times, for a machine that does nothing else
 	$(PYTEST) -m "idle"
+
+test-gpu: install  ## what needs a GPU, on as many as there are (tests/gpu/README.md says what one, two and eight prove)
+	$(PYTEST) -m "gpu"
 
 # A copy of the tree, so that the environment's own build stays as it is. libstdc++ is preloaded too: otherwise
 # AddressSanitizer cannot intercept the exceptions that torch throws. Python's own leaks are not ours to report.

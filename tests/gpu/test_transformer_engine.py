@@ -1,56 +1,115 @@
-"""On a GPU: the same policy through Transformer Engine's layers and through torch's."""
+"""On a GPU: Transformer Engine's layers and torch's, each against float32, error by error."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import TrainBatch
-from megatron_fipo.convert.export import export_weights
-from megatron_fipo.model.architecture import check_model
-from megatron_fipo.parallel import topology as topologies
-from tests.policies import make_config, make_qwen2, make_rollouts
+from tests.convert.families import make_checkpoint
+from tests.gpu.kernels import experts, experts_by_definition
+from tests.gpu.updates import Trained, first_log_ratio, reference, relative_error, relative_errors, trained
+from tests.gpu.world import needs_gpu, needs_transformer_engine, one_rank
+from tests.policies import make_qwen2
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine_torch") is None, reason="needs transformer-engine"),
-]
+pytestmark = [*needs_gpu, needs_transformer_engine]
+# An error may be this many times that of torch's layers, and this much more.
+TIMES, MORE = 2.0, 0.01
 
 
-def _train(path: Path, transformer_engine: str) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """Log-probabilities, loss and gradients of one packed mini-batch of unequal lengths."""
-    config = make_config(path, model={"transformer_engine": transformer_engine, "dtype": "bfloat16"})
-    topology = topologies.initialize(config.parallel, seed=1)
-    actor = FIPOActor(config, check_model(config), topology)
-    rollouts = make_rollouts(11)
-    batch = TrainBatch((actor.pack(rollouts, range(6)), actor.pack(rollouts, range(6, 11))))
-    old = actor.log_probs(batch)
-    actor.prepare_for_training_step()
-    loss, _ = actor.get_loss_and_metrics(batch.with_token_values(old_log_probs=old), forward_only=False)
-    gradients = {
-        name: value.float().cpu()
-        for name, value in export_weights(actor.chunks, actor.arch, topology, lambda p: p.main_grad)
-    }
-    topologies.destroy()
-    return torch.cat(old), loss, gradients
+class Three(NamedTuple):
+    """The definition in float32, and both kinds of layers in bfloat16."""
+
+    definition: Trained
+    torch: Trained
+    engine: Trained
 
 
-def test_transformer_engine_equals_torch(tmp_path: Path) -> None:
-    """In bfloat16, log-probabilities agree to 0.1 and every gradient to 5% in norm: both round differently."""
-    path = make_qwen2(tmp_path)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+def _three(path: Path, vocab: int) -> Three:
+    definition, old = reference(path, vocab, noise=0.01)
+    both = (
+        trained(path, old, vocab, model={"dtype": "bfloat16", "transformer_engine": choice}) for choice in ("off", "on")
+    )
+    return Three(definition, *both)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Three:
+    """A model with biases, and one with norms of queries and keys."""
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "qwen2":
+        return _three(make_qwen2(directory, layers=4), 250)
+    return _three(make_checkpoint(directory, request.param, num_hidden_layers=2), 259)
+
+
+def _side_by_side(three: Three, part: str) -> str:
+    errors = [relative_errors(getattr(x, part), getattr(three.definition, part)) for x in (three.torch, three.engine)]
+    rows = [f"{name}: torch {errors[0][name]:.1e}, Transformer Engine {errors[1][name]:.1e}" for name in errors[0]]
+    return "\n".join(rows)
+
+
+def _worse(three: Three, part: str) -> list[str]:
+    """Return the names of tensors that Transformer Engine has much further from float32 than torch has."""
+    definition: Any = getattr(three.definition, part)
+    plain, engine = (relative_errors(getattr(x, part), definition) for x in (three.torch, three.engine))
+    return [name for name in plain if engine[name] > TIMES * plain[name] + MORE]
+
+
+def test_log_probs(three: Three) -> None:
+    """Transformer Engine is as near to float32 as torch, in norm and at the worst token."""
+    definition = three.definition.log_probs
+    errors = [relative_error(x.log_probs, definition) for x in (three.torch, three.engine)]
+    assert errors[1] <= TIMES * errors[0] + 1e-3, errors
+    worst = [float((x.log_probs - definition).abs().max()) for x in (three.torch, three.engine)]
+    assert worst[1] <= TIMES * worst[0] + MORE, worst
+
+
+def test_loss(three: Three) -> None:
+    """Transformer Engine is as near to float32 as torch."""
+    errors = [abs(x.loss - three.definition.loss) for x in (three.torch, three.engine)]
+    assert errors[1] <= TIMES * errors[0] + MORE, errors
+
+
+@pytest.mark.parametrize("part", ["gradients", "weights"])
+def test_every_gradient_and_weight(three: Three, part: str) -> None:
+    """Transformer Engine is as near to float32 as torch, in the first update's gradients and after three updates."""
+    assert _worse(three, part) == [], _side_by_side(three, part)
+
+
+def test_grouped_experts(tmp_path: Path) -> None:
+    """Products of all experts at once are as near to float32 as one by one, at the median token: a few tokens go to
+    another expert, where two are rated alike."""
+    path = make_checkpoint(tmp_path, "qwen3_moe", num_hidden_layers=2)
+    definition = experts_by_definition(path)
+    errors = []
+    for choice in ("off", "on"):
+        found = experts(path, dtype="bfloat16", transformer_engine=choice)
+        errors.append(((found - definition).norm(dim=1) / definition.norm(dim=1)).median().item())
+    assert errors[0] < 0.02
+    assert errors[1] <= TIMES * errors[0] + 1e-3, errors
+
+
+def test_rounded_bounds_change_nothing(tmp_path: Path) -> None:
+    """The bound on sequences' lengths is rounded up for its kernels: the exact one gives the same log-probabilities."""
+    from megatron_fipo.model import policy
+
+    path = make_qwen2(tmp_path, layers=2)
+    _, old = reference(path)
+    model = {"dtype": "bfloat16", "transformer_engine": "on"}
+    rounded = trained(path, old, model=model).log_probs
+    step, policy._LENGTH_STEP = policy._LENGTH_STEP, 1
     try:
-        expected, actual = _train(path, "off"), _train(path, "on")
+        exact = trained(path, old, model=model).log_probs
     finally:
-        dist.destroy_process_group()
-    torch.testing.assert_close(actual[0], expected[0], atol=0.1, rtol=0)
-    assert actual[1] == pytest.approx(expected[1], abs=0.02)
-    for name, gradient in expected[2].items():
-        error = (actual[2][name] - gradient).norm() / gradient.norm()
-        assert error < 0.05, f"{name}: relative error {error:.1e}"
+        policy._LENGTH_STEP = step
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=1e-2)
+    assert first_log_ratio(path, model=model) == 0

@@ -1,0 +1,68 @@
+"""On a GPU: attention of packed sequences and the LM head against float32 on the CPU, and which kernels they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from tests.gpu.kernels import HIDDEN, VOCAB, HeadAndLoss, attend, attend_by_definition
+from tests.gpu.updates import relative_error
+from tests.gpu.world import needs_gpu, one_rank
+
+pytestmark = needs_gpu
+FIFTY = [1, *(5 + 37 * i % 400 for i in range(48)), 1]  # all but the ends different
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (7, 1)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 130], FIFTY], ids=["one token", "short", "fifty lengths"])
+def test_attention(lengths: list[int], dtype: torch.dtype, error: float, heads: int, kv_heads: int) -> None:
+    """Output and gradients of packed sequences, one token long or more, with grouped queries."""
+    actual = attend("cuda", dtype, lengths, heads, kv_heads)
+    for a, b in zip(actual, attend_by_definition(lengths, heads, kv_heads), strict=True):
+        # A single token's query and key have no gradient at all.
+        assert float(b.norm()) == 0 or relative_error(a, b) < error
+
+
+def test_attention_makes_no_plans() -> None:
+    """cuDNN, which makes a plan for every new length, is not among the kernels of fifty lengths; flash is."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        attend("cuda", torch.bfloat16, FIFTY, 4, 2)
+        torch.cuda.synchronize()
+    names = [event.name.lower() for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert any("flash" in name for name in names), sorted(set(names))
+    assert not any("cudnn" in name for name in names), sorted(set(names))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_head_and_loss(dtype: torch.dtype, error: float, chunk: int) -> None:
+    """Log-probabilities, entropies and gradients of the head with the loss behind it, whatever the chunk."""
+    expected, actual = HeadAndLoss("cpu", torch.float32, 512), HeadAndLoss("cuda", dtype, chunk)
+    for head in (expected, actual):
+        head.run()
+    for a, b in zip(actual.results(), expected.results(), strict=True):
+        assert relative_error(a, b) < error
+
+
+def test_head_needs_no_memory_for_whole_logits() -> None:
+    """40,000 tokens in chunks of 64 hold less than a quarter of the logits beside inputs and gradients."""
+    head = HeadAndLoss("cuda", torch.bfloat16, 64, lengths=[40_000])
+    head.run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    head.run()
+    logits = 40_000 * VOCAB * 4
+    assert torch.cuda.max_memory_allocated() - before < logits / 4
+    assert head.hidden.shape == (40_000, HIDDEN)

@@ -1,0 +1,173 @@
+"""Three updates of a small policy: by `transformers`, autograd and torch's AdamW on the CPU in float32, and by this
+package on the device that there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from megatron_fipo.actor import FIPOActor
+from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
+from megatron_fipo.batch import Rollouts, TrainBatch
+from megatron_fipo.convert.modules import published_parameters
+from tests.actor import references
+from tests.actor.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
+from tests.policies import make_rollouts
+
+Tensors = dict[str, torch.Tensor]
+COUNT, UPDATES = 8, 3
+# With Adam's usual eps, a weight whose gradient is nearly 0 moves by its sign: rounding would decide.
+ADAM = {"lr": 5e-3, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "grad_clip": 0.05}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All on the CPU in float32.
+
+    Attributes:
+        log_probs: [R], before the first update; of this data-parallel replica's sequences.
+        loss, gradients: of the first update.
+        grad_norms: of each update, before clipping.
+        weights: after the last update.
+    """
+
+    log_probs: torch.Tensor
+    loss: float
+    gradients: Tensors
+    grad_norms: list[float]
+    weights: Tensors
+
+
+def rollouts_of(vocab: int = 250) -> Rollouts:
+    return make_rollouts(COUNT, vocab=vocab)
+
+
+def reference(path: Path, vocab: int = 250, noise: float = 0.1) -> tuple[Trained, list[torch.Tensor]]:
+    """Train by the definition. Returns the results, and the old log-probabilities of each sequence that were given.
+
+    These are the policy's own, moved by `noise`. With 0.1 some tokens are clipped; where results are rounded, others
+    would be, and a single one changes the gradient by percents. With 0.01 none is.
+    """
+    model, rollouts = references.load(path), rollouts_of(vocab)
+    with torch.no_grad():
+        own = references.token_statistics(model, rollouts)[0]
+    generator = torch.Generator().manual_seed(1)
+    old = [values - noise * torch.randn(values.shape, generator=generator) for values in own]
+    losses: list[float] = []
+
+    def objective(log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        loss = _mean_loss(rollouts, log_probs, torch.cat(old))
+        losses.append(float(loss.detach()))
+        return loss
+
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=ADAM["lr"],
+        betas=ADAM["betas"],
+        eps=ADAM["eps"],
+        weight_decay=ADAM["weight_decay"],
+    )
+    first: Tensors = {}
+    norms = []
+    for _ in range(UPDATES):
+        gradients = references.gradients(model, rollouts, objective)
+        first = first or _published(model, gradients)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["grad_clip"])))
+        adamw.step()
+    weights = _published(model, {name: p.detach() for name, p in model.named_parameters()})
+    return Trained(torch.cat(own), losses[0], first, norms, weights), old
+
+
+def _published(model: PreTrainedModel, tensors: Tensors) -> Tensors:
+    """Return copies of tensors like a model's parameters, by their names in a checkpoint, each expert on its own."""
+    other = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        parameter.data = tensors[name].clone()
+    return {name: tensor.detach().clone() for name, tensor in published_parameters(other).items()}
+
+
+def _mean_loss(rollouts: Rollouts, log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    masks = rollouts.loss_mask.split(rollouts.lengths.tolist())
+    mask = torch.cat([m[p:] for m, p in zip(masks, rollouts.prompt_lengths.tolist(), strict=True)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), rollouts.response_lengths.cumsum(0)])
+    out = fipo_loss(log_probs, old, rollouts.advantages, mask, offsets, FIPOLossConfig(), backend="reference")
+    return out.loss_sum / out.num_tokens
+
+
+def trained(path: Path, old: list[torch.Tensor], vocab: int = 250, **sections: dict[str, Any]) -> Trained:
+    """Train the same by this package, on the ranks of this process group; `sections` as for `make_config`."""
+    with actor_of(path, **{"optimizer": ADAM, **sections}) as actor:
+        batch = batch_of(actor, rollouts_of(vocab))
+        own = in_order(batch, actor.log_probs(batch))
+        batch = batch.with_token_values(old_log_probs=per_micro_batch(batch, old))
+        losses, norms, first = [], [], {}
+        with actor.training():
+            for _ in range(UPDATES):
+                with actor.training_step():
+                    losses.append(actor.get_loss_and_metrics(batch, forward_only=False)[0])
+                    first = first or _on_cpu(gradients_of(actor))
+                assert actor.last_update is not None
+                norms.append(actor.last_update.grad_norm)
+        log_probs = torch.cat([own[i] for i in sorted(own)])
+        return Trained(log_probs, losses[0], first, norms, _on_cpu(weights_of(actor)))
+
+
+def first_log_ratio(path: Path, vocab: int = 250, **sections: dict[str, Any]) -> float:
+    """Return the largest |log-ratio| of an update's first forward pass to the policy's own log-probabilities."""
+    with actor_of(path, **sections) as actor, actor.training():
+        batch = _own_batch(actor, vocab=vocab)
+        with actor.training_step():
+            return actor.get_loss_and_metrics(batch, forward_only=False)[1]["log_ratio_abs_max"]
+
+
+def repeated_gradients(path: Path, **sections: dict[str, Any]) -> tuple[Tensors, Tensors]:
+    """Return the gradients of one mini-batch, computed twice."""
+    with actor_of(path, **sections) as actor:
+        batch = _own_batch(actor, shift=0.1)
+        found = []
+        for _ in range(2):
+            actor.prepare_for_training_step()
+            actor.get_loss_and_metrics(batch, forward_only=False)
+            found.append(_on_cpu(gradients_of(actor)))
+        return found[0], found[1]
+
+
+def memory_after_updates(path: Path, count: int, **sections: dict[str, Any]) -> list[int]:
+    """Return the bytes allocated on the GPU after each of `count` updates on batches of other numbers and lengths."""
+    found = []
+    with actor_of(path, **sections) as actor, actor.training():
+        for seed in range(count):
+            batch = batch_of(actor, make_rollouts(3 + seed % 7, seed=seed))
+            batch = batch.with_token_values(old_log_probs=actor.log_probs(batch))
+            with actor.training_step():
+                actor.get_loss_and_metrics(batch, forward_only=False)
+            del batch
+            found.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+    return found
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the L2 norm of the difference over that of `expected`."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def relative_errors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    assert actual.keys() == expected.keys()
+    return {name: relative_error(actual[name], tensor) for name, tensor in expected.items()}
+
+
+def _own_batch(actor: FIPOActor, shift: float = 0.0, vocab: int = 250) -> TrainBatch:
+    batch = batch_of(actor, rollouts_of(vocab))
+    return batch.with_token_values(old_log_probs=[values - shift for values in actor.log_probs(batch)])
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
