@@ -20,7 +20,7 @@ import torch
 from tests.gpu.world import needs_gpu
 from tests.policies import make_task
 
-pytestmark = [*needs_gpu, pytest.mark.timeout(400)]
+pytestmark = [*needs_gpu, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 GPU_NAME = "H100-80"  # any that the planner knows
 
@@ -65,7 +65,7 @@ class _Jobs:
                 "eval.pass_k=null",
             ),
             *("rollout.prompts_per_step=8", "rollout.prompts_per_round=8", "trainer.mini_batch_prompts=4"),
-            *("rollout.group_size=4", "checkpoint.every=1"),
+            *("rollout.group_size=4", "rollout.max_response_tokens=32", "checkpoint.every=1"),
         ]
 
     def train(self) -> dict[str, Any]:
