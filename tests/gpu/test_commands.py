@@ -76,7 +76,7 @@ class _Jobs:
             _cli("train", "examples/quickstart.yaml", *given)
         checkpoint = run / "checkpoints" / "step_2"
         evaluated = _cli("eval", "examples/quickstart.yaml", f"checkpoint={checkpoint}", *self.settings)
-        _cli("convert", "to-hf", "--megatron", checkpoint, "--out", self.directory / "hf")
+        _cli("convert", "to-hf", "--megatron", checkpoint, "--out", self.directory / "hf", "--config", self.model)
         return {"run": run, "evaluated": json.loads(evaluated.splitlines()[-1]), "report": _cli("report", run)}
 
     def dry_run(self) -> str:
