@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+# Each starts the command, which imports everything and measures for ten seconds and more.
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 LOSS = {

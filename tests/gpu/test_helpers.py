@@ -134,6 +134,7 @@ def test_generation(path: Path) -> None:
     assert found.tokens > 100
 
 
+@pytest.mark.slow  # an interpreter of its own
 def test_process_without_a_gpu(path: Path, tmp_path: Path) -> None:
     """It loads a checkpoint and writes the same numbers again."""
     sections = {"optimizer": {"distributed": True}}
@@ -150,6 +151,7 @@ def test_process_without_a_gpu(path: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow  # an interpreter of its own
 def test_weights_over_a_process_group() -> None:
     """A receiver in a process of its own has every bit of 20 broadcasts."""
     assert wire.broadcasts("gloo", ["cpu", "cpu"], 20) == [True] * 20
