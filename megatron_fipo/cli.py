@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_fipo.config import Config, ParallelConfig, load_config
+from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.scaling.command import app as scaling
 
@@ -32,6 +32,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", metavar="[KEY=VALUE]...")
 ]
 
+Seed = Annotated[
+    int | None,
+    typer.Option(help="run.seed of one of several repeats; -seedN is appended to the run's name and directory.", min=0),
+]
+
 
 @app.command(epilog=EXIT_CODES)
 def train(
@@ -41,11 +46,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, layout, data and tokenizer, and run one made-up update.")
     ] = False,
+    seed: Seed = None,
 ) -> None:
     """Train a policy. Starts its own ranks unless torchrun or srun already did."""
     from megatron_fipo import launch
 
-    settings = load_config(*_config_and_overrides(config, overrides or [], recipe))
+    settings = with_seed(load_config(*_config_and_overrides(config, overrides or [], recipe)), seed)
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
         _check(settings, dry_run)
     if dry_run and (obstacle := _obstacle_to_update(settings)):
@@ -81,6 +87,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Directory for every sample and the figures; runs/NAME/evaluation/CHECKPOINT if not given."),
     ] = None,
+    seed: Seed = None,
 ) -> None:
     """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object.
 
@@ -92,7 +99,7 @@ def evaluate(
     from megatron_fipo.evaluation import command
     from megatron_fipo.evaluation.store import Store
 
-    settings = load_config(config, [_checkpoint_setting(text) for text in overrides or ()])
+    settings = with_seed(load_config(config, [_checkpoint_setting(text) for text in overrides or ()]), seed)
     if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or command.default_directory(settings)

@@ -3,6 +3,9 @@
 #
 #   sbatch slurm/convert.sh to-megatron --hf DIR --out DIR
 #   sbatch slurm/convert.sh to-hf --megatron DIR --out DIR
+#   sbatch --array=1-4 slurm/convert.sh to-hf --megatron runs/fipo-7b-seed%a/checkpoints/step_100 --out seed%a
+#
+# In arguments, %a stands for the number of the array's task, as in sbatch's own --output.
 #
 #SBATCH --job-name=fipo-convert
 #SBATCH --nodes=1
@@ -14,4 +17,5 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 source "${FIPO_SITE:-slurm/site.env}"
-srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" megatron-fipo convert "$@"
+srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" megatron-fipo convert \
+  "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"

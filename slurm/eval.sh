@@ -6,6 +6,11 @@
 # One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is told
 # to stop 3 minutes before its time is up, puts itself back into the queue, and goes on; after a node failure as well.
 #
+#   sbatch --array=1-4 slurm/eval.sh CONFIG.yaml checkpoint=runs/fipo-7b-seed%a/policy     a checkpoint a task
+#
+# In arguments, %a stands for the number of the array's task, as in sbatch's own --output. It is also run.seed, by which
+# answers are sampled, and ends the run's name, so that each task has a directory of its own: -seed1.
+#
 #SBATCH --job-name=fipo-eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -21,4 +26,4 @@
 set -euo pipefail
 source "${FIPO_SITE:-slurm/site.env}"
 srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
-  megatron-fipo eval "$@"
+  megatron-fipo eval "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"}

@@ -7,6 +7,10 @@
 # parallel.world_size must be their number. The job is told to stop 10 minutes before its time is up, writes a
 # checkpoint, and puts itself back into the queue; it goes on after a node failure as well.
 #
+#   sbatch --array=1-4 slurm/fipo_32b.sh     one run a seed: run.seed is the task's number, and ends the run's name: -seed1
+#
+# In arguments, %a stands for the number of the array's task, as in sbatch's own --output.
+#
 #SBATCH --job-name=fipo-32b
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8
@@ -22,4 +26,5 @@
 set -euo pipefail
 source "${FIPO_SITE:-slurm/site.env}"
 srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
-  megatron-fipo train --recipe examples/fipo_32b.yaml "$@"
+  megatron-fipo train --recipe examples/fipo_32b.yaml "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" \
+  ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"}

@@ -4,7 +4,7 @@
 own config are in `model/`.
 """
 
-from megatron_fipo.config.load import load_config, to_yaml
+from megatron_fipo.config.load import load_config, to_yaml, with_seed
 from megatron_fipo.config.problems import validate
 from megatron_fipo.config.sections import (
     AlgorithmConfig,
@@ -41,4 +41,5 @@ __all__ = [
     "load_config",
     "to_yaml",
     "validate",
+    "with_seed",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ def _name_switches(given: Any) -> None:
     value = OmegaConf.select(given, "model.transformer_engine")
     if isinstance(value, bool):
         OmegaConf.update(given, "model.transformer_engine", "on" if value else "off")
+
+
+def with_seed(config: Config, seed: int | None) -> Config:
+    """Return one of several repeats of a run, in a directory of its own; None: the config as it is."""
+    if seed is None:
+        return config
+    ending, directory = f"-seed{seed}", config.run.directory and config.run.directory.rstrip("/")
+    name = config.run.name.removesuffix(ending) + ending
+    directory = directory and directory.removesuffix(ending) + ending
+    return replace(config, run=replace(config.run, seed=seed, name=name, directory=directory))
 
 
 def _typed(given: Any) -> Any:

@@ -97,6 +97,8 @@ def run(
         rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic)
         return
     first, alone = is_first_process(), not slurm.is_task(os.environ)
+    if slurm.is_interactive(os.environ):
+        print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
     progress = progress or partial(training_progress, run_directory or Path())
     attempt = Attempt(run_directory, max_requeues, first, alone, progress)
     attempt.begin()

@@ -118,7 +118,7 @@ class Attempt:
         """Requeue the job unless there is a reason against it; says what came of it."""
         if self.job is None:
             return "the same command goes on from what is finished"
-        name = f"job {self.job.number}"
+        name = f"job {self.job.name}"
         reason = reason or self.job.requeue()
         return f"{name} is requeued" if reason is None else f"{name} is not requeued: {reason}"
 

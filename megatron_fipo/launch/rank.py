@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch import preflight
+from megatron_fipo.launch import preflight, slurm
 from megatron_fipo.launch.failure import Failure, host, kind_of
 from megatron_fipo.launch.supervisor import RankTask
 from megatron_fipo.outcome import FAILED, RUN_AGAIN, Interrupted
@@ -111,8 +111,8 @@ def _set_threads(parallel: ParallelConfig) -> None:
 def _open_log(task: RankTask) -> TextIO:
     """Send what this process prints to its log, by way of the supervisor on rank 0, and on request Python's stacks."""
     log = task.log.open("a", buffering=1)
-    attempt = f"job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
-    attempt += f"restart {os.environ.get('SLURM_RESTART_COUNT', '0')}, " if attempt else ""
+    job = slurm.job(os.environ)
+    attempt = f"job {job.name}, restart {job.restarts}, " if job else ""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     log.write(f"--- {now} rank {task.rank} of {task.environment['WORLD_SIZE']}, {attempt}{host()}, pid {os.getpid()}\n")
     targets = [pipe.fileno() for pipe in task.output] if task.output else [log.fileno()] * 2

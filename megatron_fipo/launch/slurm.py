@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,8 +14,45 @@ _ANSWER_SECONDS = 30.0  # a busy controller
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks."""
+    """Return whether srun started this process as one of several tasks."""
+    return _is_in_step(environment) and not is_interactive(environment)
+
+
+def is_interactive(environment: Mapping[str, str]) -> bool:
+    """Return whether this command was typed in a shell of a step, as in `srun --ntasks=8 --pty bash`.
+
+    Such a shell has task 0's variables, but the other tasks' shells have ended at once, and no task is this command.
+    Only `--pty` gives a task a terminal. A command typed there has a process group of its own; a task that is this
+    command, or a script that runs it, has not.
+    """
+    if not _is_in_step(environment) or environment.get("SLURM_TASK_PID") == str(os.getpid()):
+        return False
+    session = os.getsid(0)
+    is_typed = os.getpgrp() != session or os.getpid() == session
+    return is_typed and _has_terminal()
+
+
+def interactive_advice(environment: Mapping[str, str], world_size: int) -> str:
+    """Return what to tell the user about ranks that are started from a shell of a step."""
+    tasks, nodes = _num_tasks(environment), environment.get("SLURM_STEP_NODELIST", "")
+    return (
+        f"this is an interactive step (srun --pty) with {tasks} tasks{f' on {nodes}' if nodes else ''}, of which only "
+        f"the shell is left: {world_size} {'rank is' if world_size == 1 else 'ranks are'} started on this node. For a "
+        f"rank in each of {tasks} tasks, type `srun --overlap --ntasks={tasks} megatron-fipo ...` here"
+    )
+
+
+def _is_in_step(environment: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _num_tasks(environment) > 1
+
+
+def _has_terminal() -> bool:
+    """Return whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -86,30 +124,61 @@ class Job:
     """The Slurm job that this process is part of.
 
     Attributes:
-        restarts: times that it was put back into the queue before.
+        number: Slurm's job ID, which no other job has.
+        restarts: restart count; requeues before this attempt.
         step: srun's number for this launch; "" without srun.
-        nodes: Slurm's short form of their list.
+        nodes: node list in Slurm's short form.
+        array_task: `1234_4` for task 4 of the array 1234, "" for a job outside of an array. Slurm's commands take the
+            job ID of an array's last task for the whole array. A job that was submitted by an array's task has this
+            variable from there.
     """
 
     number: str
     restarts: int
     step: str = ""
     nodes: str = ""
+    array_task: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of this job alone in Slurm's commands."""
+        return self.array_task or self.number
 
     def requeue(self) -> str | None:
-        """Put the job back into the queue, which ends it here; returns why not, or None when it was done."""
+        """Requeue the job, which ends it here; returns why not, or None when it was done."""
         if shutil.which("scontrol") is None:
-            return f"there is no scontrol here to requeue it: run `scontrol requeue {self.number}` or submit it again"
-        reason = _reason_against(self.number)
-        return reason or _run("scontrol", "requeue", self.number)[1]
+            return f"there is no scontrol here to requeue it: run `scontrol requeue {self.name}` or submit it again"
+        found, error = self._record()
+        if error or not found:
+            return error or f"`scontrol show job {self.number}` has no record with this JobId"
+        array, task = found.get("ArrayJobId"), found.get("ArrayTaskId")
+        return _reason_against(found) or _run("scontrol", "requeue", f"{array}_{task}" if task else self.number)[1]
+
+    def _record(self) -> tuple[dict[str, str], str | None]:
+        """Return the fields of Slurm's record of this job, and what went wrong if anything did.
+
+        Slurm shows the other tasks of an array and the other components of a heterogeneous job as well.
+        """
+        fields: dict[str, str] = {}
+        error: str | None = None
+        for name in dict.fromkeys((self.name, self.number)):
+            answer, error = _run("scontrol", "show", "job", name, "--oneliner")
+            records = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in answer.splitlines()]
+            fields = next((r for r in records if r.get("JobId") == self.number), {})
+            if fields:
+                break
+        return fields, error
 
 
 def job(environment: Mapping[str, str]) -> Job | None:
+    """Return the job that the environment describes; None outside of Slurm."""
     number = environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID")
     if not number:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", ""), nodes)
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    array_task = f"{array}_{task}" if array and task else ""
+    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", ""), nodes, array_task)
 
 
 def lost_nodes(nodes: str) -> str:
@@ -120,16 +189,12 @@ def lost_nodes(nodes: str) -> str:
     return ", ".join(f"{name} is {state}" for name, state in states if re.search("DOWN|NOT_RESPONDING|FAIL", state))
 
 
-def _reason_against(number: str) -> str | None:
+def _reason_against(record: Mapping[str, str]) -> str | None:
     """Only a running batch job, or one at its time limit, is requeued: scancel and preemption have their own way."""
-    answer, error = _run("scontrol", "show", "job", number, "--oneliner")
-    if error:
-        return error
-    found = dict(re.findall(r"(\S+?)=(\S*)", answer))
-    state = "TIMEOUT" if found.get("Reason") == "TimeLimit" else found.get("JobState", "unknown")
+    state = "TIMEOUT" if record.get("Reason") == "TimeLimit" else record.get("JobState", "unknown")
     if state not in ("RUNNING", "TIMEOUT"):
         return f"its state is {state}"
-    return None if found.get("BatchFlag") == "1" else "it is no batch job"
+    return None if record.get("BatchFlag", "0") != "0" else "it is no batch job"  # counts up with a job's requeues
 
 
 def _run(*command: str) -> tuple[str, str | None]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_fipo.launch import slurm
@@ -37,6 +43,16 @@ def test_tasks_on_each_node(node: str, tasks: str) -> None:
     assert slurm.torch_environment({**TASK, "SLURM_NODEID": node})["LOCAL_WORLD_SIZE"] == tasks
 
 
+@pytest.mark.parametrize(
+    ("text", "node", "tasks"),
+    [("8(x16)", "0", "8"), ("8(x16)", "15", "8"), ("8", "0", "8"), ("3,8(x15)", "0", "3"), ("3,8(x15)", "15", "8")],
+)
+def test_tasks_per_node(text: str, node: str, tasks: str) -> None:
+    """One number for all nodes, or the first node's own."""
+    environment = {**TASK, "SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": node}
+    assert slurm.torch_environment(environment)["LOCAL_WORLD_SIZE"] == tasks
+
+
 def test_an_address_that_is_set_wins() -> None:
     """MASTER_ADDR and MASTER_PORT of the environment are used as they are."""
     found = slurm.torch_environment({**TASK, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"})
@@ -66,6 +82,9 @@ def test_ports_differ() -> None:
         ("gpu[9,11-12],n[1,3]x", ["gpu9", "gpu11", "gpu12", "n1x", "n3x"]),
         ("rack[0-1]n[01-02]", ["rack0n01", "rack0n02", "rack1n01", "rack1n02"]),
         ("n[098-101]", ["n098", "n099", "n100", "n101"]),
+        ("linux[1,2]", ["linux1", "linux2"]),
+        ("b04-[09-10]", ["b04-09", "b04-10"]),
+        ("a-[1-2]-[3,5],c", ["a-1-3", "a-1-5", "a-2-3", "a-2-5", "c"]),
     ],
 )
 def test_node_lists(text: str, hosts: list[str]) -> None:
@@ -85,3 +104,166 @@ def test_node_lists(text: str, hosts: list[str]) -> None:
 def test_one_of_several_tasks(environment: dict[str, str], is_task: bool) -> None:
     """Only then is this process given a rank by srun."""
     assert slurm.is_task(environment) is is_task
+
+
+# Array tasks, components of heterogeneous jobs
+
+
+ARRAY = {"SLURM_JOB_ID": "1234", "SLURM_ARRAY_JOB_ID": "1234", "SLURM_ARRAY_TASK_ID": "4"}
+FOUR = "JobId=1234 ArrayJobId=1234 ArrayTaskId=4 JobState=RUNNING Reason=None BatchFlag=1"
+TWO = "JobId=1236 ArrayJobId=1234 ArrayTaskId=2 JobState=COMPLETED Reason=None BatchFlag=1"
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with `scontrol` on the PATH: `show job NAME` prints the file NAME there, or fails as Slurm does."""
+    script = tmp_path / "scontrol"
+    script.write_text(
+        f'#!/bin/sh\ncd {tmp_path}\necho "$1 $3$2" >> calls\n[ "$1" = show ] || exit 0\n'
+        '[ -e "$3" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }\nwhile read -r l; do '
+        'echo "$l"; done < "$3"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def _requeue(environment: dict[str, str], directory: Path) -> tuple[str | None, list[str]]:
+    """Why not, and what was asked of Slurm."""
+    job = slurm.job(environment)
+    assert job is not None
+    reason = job.requeue()
+    return reason, (directory / "calls").read_text().splitlines()
+
+
+def test_only_the_array_s_own_task_is_requeued(scontrol: Path) -> None:
+    """Slurm takes an array's job ID, which is also that of one of its tasks, for the whole array."""
+    (scontrol / "1234").write_text(f"{FOUR}\n{TWO}\n")
+    (scontrol / "1234_4").write_text(f"{FOUR}\n")
+    assert _requeue(ARRAY, scontrol) == (None, ["show 1234_4job", "requeue 1234_4"])
+
+
+@pytest.mark.parametrize("lines", [(FOUR, TWO), (TWO, FOUR)])
+def test_the_state_is_the_own_task_s(lines: tuple[str, str], scontrol: Path) -> None:
+    """Whatever order Slurm shows tasks in, and where it shows all of them for one."""
+    (scontrol / "1234_4").write_text("\n".join(lines) + "\n")
+    assert _requeue(ARRAY, scontrol)[0] is None
+    (scontrol / "1234_4").write_text(
+        "\n".join(lines).replace("RUNNING", "CANCELLED").replace("COMPLETED", "RUNNING") + "\n"
+    )
+    assert _requeue(ARRAY, scontrol)[0] == "its state is CANCELLED"
+
+
+def test_a_task_with_a_job_id_of_its_own(scontrol: Path) -> None:
+    """All tasks but an array's last have one."""
+    (scontrol / "1234_2").write_text(TWO.replace("COMPLETED", "RUNNING") + "\n")
+    environment = {**ARRAY, "SLURM_JOB_ID": "1236", "SLURM_ARRAY_TASK_ID": "2"}
+    assert _requeue(environment, scontrol) == (None, ["show 1234_2job", "requeue 1234_2"])
+
+
+@pytest.mark.parametrize("parent_is_known", [True, False])
+def test_a_job_that_an_array_s_task_submitted(parent_is_known: bool, scontrol: Path) -> None:
+    """It inherits the array's variables, and is requeued itself, not that task."""
+    if parent_is_known:
+        (scontrol / "1234_4").write_text(f"{FOUR}\n")
+    (scontrol / "1300").write_text("JobId=1300 JobState=RUNNING Reason=None BatchFlag=1\n")
+    calls = ["show 1234_4job", "show 1300job", "requeue 1300"]
+    assert _requeue({**ARRAY, "SLURM_JOB_ID": "1300"}, scontrol) == (None, calls)
+
+
+def test_a_heterogeneous_job(scontrol: Path) -> None:
+    """Slurm shows all components; the first one stands for the job."""
+    component = "HetJobId=7 JobState=RUNNING Reason=None BatchFlag"
+    (scontrol / "7").write_text(f"JobId=7 {component}=1\nJobId=8 {component}=0\n")
+    environment = {"SLURM_JOB_ID": "8", "SLURM_HET_JOB_ID": "7"}
+    assert _requeue(environment, scontrol) == (None, ["show 7job", "requeue 7"])
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("JobState=RUNNING Reason=None BatchFlag=2", None),  # requeued by Slurm after a failure before
+        ("JobState=RUNNING Reason=None BatchFlag=0", "it is no batch job"),
+        ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1", None),
+        ("JobState=PREEMPTED Reason=None BatchFlag=1", "its state is PREEMPTED"),
+    ],
+)
+def test_which_jobs_are_requeued(record: str, reason: str | None, scontrol: Path) -> None:
+    (scontrol / "9").write_text(f"JobId=9 {record}\n")
+    assert _requeue({"SLURM_JOB_ID": "9"}, scontrol)[0] == reason
+
+
+def test_a_job_that_slurm_does_not_know(scontrol: Path) -> None:
+    reason, calls = _requeue({"SLURM_JOB_ID": "9"}, scontrol)
+    assert "Invalid job id specified" in str(reason)
+    assert calls == ["show 9job"]
+
+
+def test_two_jobs_of_an_array_are_two() -> None:
+    """Records of attempts are told apart by the job ID, which a job that inherits the array's variables has not."""
+    jobs = [slurm.job({**ARRAY, "SLURM_JOB_ID": number}) for number in ("1234", "1300")]
+    assert [job and job.number for job in jobs] == ["1234", "1300"]
+
+
+# A shell of a step
+
+
+def _asked_in(environment: dict[str, str], terminal: bool, typed: bool) -> bool:
+    """Whether a process calls itself a task of a step.
+
+    With a terminal it is, if `typed`, a command of a shell with job control, otherwise the terminal's first process.
+    """
+    code = "import os; from megatron_fipo.launch import slurm; print('IS', slurm.is_task(os.environ))"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **environment}
+    if not terminal:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+        return "IS True" in done.stdout
+    shell = (
+        ["bash", "-ic", '"$@"', "bash", *command] if typed else ["bash", "-c", 'SLURM_TASK_PID=$$ exec "$@"', "bash"]
+    )
+    output = bytearray()
+
+    def read(descriptor: int) -> bytes:
+        data = os.read(descriptor, 1024)
+        output.extend(data)
+        return data
+
+    child, descriptor = pty.fork()
+    if child == 0:
+        os.execvpe("bash", shell if typed else [*shell, *command], environment)
+    try:
+        while read(descriptor):
+            pass
+    except OSError:  # the last process has closed the terminal
+        pass
+    os.close(descriptor)
+    os.waitpid(child, 0)
+    assert b"IS " in output, output
+    return b"IS True" in output
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "42225"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "typed", "is_task"),
+    [
+        (STEP, True, True, False),  # srun --ntasks=8 --pty bash, then the command
+        ({**STEP, "SLURM_STEP_ID": "4294967290"}, True, True, False),  # the shell that salloc starts
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, True, True, False),
+        (STEP, True, False, True),  # srun --ntasks=8 --pty megatron-fipo: a task as any other
+        (STEP, False, False, True),  # srun in such a shell: its tasks inherit SLURM_PTY_PORT, and no terminal
+    ],
+)
+def test_a_command_in_a_step_s_shell(environment: dict[str, str], terminal: bool, typed: bool, is_task: bool) -> None:
+    """It is none of the step's tasks, though it has the variables of the first."""
+    assert _asked_in(environment, terminal, typed) is is_task
+
+
+def test_advice_in_a_step_s_shell() -> None:
+    """What is started, and how to start a rank a task."""
+    advice = slurm.interactive_advice({**STEP, "SLURM_STEP_NODELIST": "gpu[1-2]"}, 4)
+    assert "interactive step (srun --pty) with 8 tasks on gpu[1-2]" in advice
+    assert "4 ranks are started on this node" in advice
+    assert "srun --overlap --ntasks=8 megatron-fipo" in advice
