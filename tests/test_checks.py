@@ -72,14 +72,15 @@ def test_everything_that_is_wrong_with_the_model_is_listed(task: Path) -> None:
     """Heads, layers and length in one message, each with its numbers."""
     config = _config(
         task,
-        parallel={"world_size": 12, "tensor": 4, "pipeline": 3},
+        parallel={"world_size": 9, "tensor": 3, "pipeline": 3},
         rollout={"max_response_tokens": 1024},
         trainer={"tokens_per_micro_batch": 2048},
     )
     with pytest.raises(ValueError, match="does not fit the configuration") as error:
         check_run(config)
     assert str(error.value).splitlines()[1:] == [
-        "  - 2 key/value heads cannot be split over parallel.tensor 4; possible: [1, 2]",
+        "  - 4 attention heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
+        "  - 2 key/value heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
         "  - data.max_prompt_tokens 64 + rollout.max_response_tokens 1024 = 1088 exceeds the model's "
         "max_position_embeddings 512; shorten them or set model.overrides.max_position_embeddings",
         "  - 2 layers = 2 over 3 pipeline stages leaves 2: set parallel.first_stage_layers / last_stage_layers so that "

@@ -66,7 +66,7 @@ def validate(config: Config) -> None:
     problems = [
         *_required(config),
         *_benchmarks(config.data),
-        *_layout(config.parallel),
+        *layout_problems(config.parallel),
         *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
         *_ranges(config),
         *_servers(config),
@@ -105,7 +105,8 @@ def _benchmarks(d: DataConfig) -> list[str]:
     return problems
 
 
-def _layout(p: ParallelConfig) -> list[str]:
+def layout_problems(p: ParallelConfig) -> list[str]:
+    """Return what is wrong with a layout whatever the model; [] if nothing."""
     sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "virtual_pipeline": p.virtual_pipeline}
     sizes["expert"] = p.expert
     problems = [

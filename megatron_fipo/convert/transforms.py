@@ -100,9 +100,16 @@ class GateUp(Transform):
 
 @dataclass(frozen=True)
 class FusedQKV(Transform):
-    """Query, key and value rows interleaved by key/value group: [its Q query heads, its key head, its value head]."""
+    """Query, key and value rows interleaved by key/value group: [its Q query heads, its key head, its value head].
+
+    The rows are cut evenly: where there are fewer groups than ranks, a rank's shard is a part of one group.
+    """
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
+        if size > arch.num_kv_heads:
+            ranks = size // arch.num_kv_heads
+            group = self.shard(sources, arch, rank // ranks, arch.num_kv_heads)
+            return group.chunk(ranks)[rank % ranks]
         groups = arch.num_kv_heads // size
         parts = [_rows(source, rank, size) for source in sources]
         fused = torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1)

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.config import Config
+from megatron_fipo.model.layout import layout_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral")
 _VOCABULARY_MULTIPLE = 64  # rows of each tensor-parallel vocabulary shard; keeps GEMM shapes aligned
@@ -160,63 +161,24 @@ def _rope(hf: PretrainedConfig) -> dict[str, Any]:
 
 def _experts(hf: PretrainedConfig) -> Experts | None:
     if hf.model_type == "mixtral":
-        return Experts(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size, normalized=True)
-    if hf.model_type != "qwen3_moe":
+        experts = Experts(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size, normalized=True)
+    elif hf.model_type == "qwen3_moe":
+        if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
+            raise ValueError(
+                f"decoder_sparse_step {hf.decoder_sparse_step} and mlp_only_layers {hf.mlp_only_layers} make some "
+                "layers dense, which is not supported: every layer must have experts"
+            )
+        experts = Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
+    else:
         return None
-    if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
+    if not 1 <= experts.active <= experts.count:
+        raise ValueError(f"num_experts_per_tok {experts.active} must be between 1 and the {experts.count} experts")
+    if experts.active == 1 and experts.normalized:
         raise ValueError(
-            f"decoder_sparse_step {hf.decoder_sparse_step} and mlp_only_layers {hf.mlp_only_layers} make some layers "
-            "dense, which is not supported: every layer must have experts"
+            "num_experts_per_tok 1 with normalized weights is not supported: the one weight is always 1, which leaves "
+            "the router without a gradient, and Megatron-Core does not build it"
         )
-    return Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
-
-
-def stage_layers(num_layers: int, p: ParallelConfig) -> list[int]:
-    """Layers of each pipeline stage, first to last.
-
-    Raises:
-        ValueError: the layers cannot be dealt out; the message shows the arithmetic.
-    """
-    fixed = [n for n in (p.first_stage_layers, p.last_stage_layers) if n is not None]
-    left, stages = num_layers - sum(fixed), p.pipeline - len(fixed)
-    per_stage, rest = divmod(left, stages) if stages else (0, left)
-    uneven = f" - {' - '.join(map(str, fixed))} (first/last stage)" if fixed else ""
-    arithmetic = f"{num_layers} layers{uneven} = {left} over {stages} pipeline stages"
-    if rest or left < 0 or (stages and per_stage < 1) or min(fixed, default=1) < 1:
-        raise ValueError(
-            f"{arithmetic} leaves {rest}: set parallel.first_stage_layers / last_stage_layers so that "
-            f"the other stages are equal and hold at least one layer, or change parallel.pipeline"
-        )
-    first = [p.first_stage_layers] if p.first_stage_layers is not None else []
-    last = [p.last_stage_layers] if p.last_stage_layers is not None else []
-    layers = [*first, *[per_stage] * stages, *last]
-    if any(n % p.virtual_pipeline for n in layers):
-        raise ValueError(
-            f"stages of {layers} layers cannot be cut into parallel.virtual_pipeline {p.virtual_pipeline} equal chunks"
-        )
-    return layers
-
-
-def _experts_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
-    """What is wrong with the layout of the MLPs: split over tensor-parallel ranks, or whole experts over ranks."""
-    if arch.experts is None:
-        problems = []
-        if arch.ffn_hidden_size % p.tensor:
-            problems.append(f"MLP width {arch.ffn_hidden_size} cannot be split over parallel.tensor {p.tensor}")
-        if p.expert > 1:
-            problems.append(f"parallel.expert {p.expert}: a {arch.model_type} model has no experts")
-        return problems
-    problems = []
-    if arch.experts.count % p.expert:
-        legal = [e for e in range(1, arch.experts.count + 1) if arch.experts.count % e == 0]
-        problems.append(
-            f"{arch.experts.count} experts cannot be dealt to parallel.expert {p.expert} ranks; possible: {legal}"
-        )
-    if p.tensor > 1 and not p.sequence:
-        problems.append("a model with experts needs parallel.sequence=true with parallel.tensor > 1")
-    if p.tensor > 1 and p.expert == 1:  # Megatron-Core would not add up an expert's gradients over these ranks
-        problems.append(f"a model with experts needs parallel.expert > 1 with parallel.tensor {p.tensor}")
-    return problems
+    return experts
 
 
 def check_model(config: Config) -> Architecture:
@@ -226,23 +188,32 @@ def check_model(config: Config) -> Architecture:
         ValueError: one message that lists all of it.
     """
     arch = architecture(load_hf_config(config.model.hf_path, config.model.overrides))
-    p, problems = config.parallel, []
-    for name, heads in (("attention heads", arch.num_heads), ("key/value heads", arch.num_kv_heads)):
-        if heads % p.tensor:
-            legal = [t for t in range(1, heads + 1) if heads % t == 0]
-            problems.append(f"{heads} {name} cannot be split over parallel.tensor {p.tensor}; possible: {legal}")
-    problems += _experts_problems(arch, p)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    problems = layout_problems(arch, config.parallel)
+    if config.rollout.engine == "vllm":
+        problems += _rollout_problems(arch, config.rollout.tensor_parallel)
     if longest > arch.max_position_embeddings:
         problems.append(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
             f"{config.rollout.max_response_tokens} = {longest} exceeds the model's max_position_embeddings "
             f"{arch.max_position_embeddings}; shorten them or set model.overrides.max_position_embeddings"
         )
-    try:
-        stage_layers(arch.num_layers, p)
-    except ValueError as error:
-        problems.append(str(error))
     if problems:
         raise ValueError("the model does not fit the configuration:\n" + "\n".join(f"  - {x}" for x in problems))
     return arch
+
+
+def _rollout_problems(arch: Architecture, tensor: int) -> list[str]:
+    """Return what prevents vLLM from splitting the attention over a server's GPUs."""
+    legal = [t for t in range(1, arch.num_heads + 1) if _vllm_splits(arch, t)]
+    if tensor in legal:
+        return []
+    return [
+        f"rollout.tensor_parallel {tensor} does not fit {arch.num_heads} attention heads and {arch.num_kv_heads} "
+        f"key/value heads; possible: {legal}"
+    ]
+
+
+def _vllm_splits(arch: Architecture, tensor: int) -> bool:
+    kv_heads = arch.num_kv_heads
+    return arch.num_heads % tensor == 0 and max(kv_heads, tensor) % min(kv_heads, tensor) == 0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.model.layout import both_ends_interleaved, kv_heads_split
 from megatron_fipo.scaling.flops import attention_weights, mlp_weights
 from megatron_fipo.scaling.footprint import Footprint, footprint
 from megatron_fipo.scaling.hardware import Hardware
@@ -52,7 +53,7 @@ def _nearest_factors(model: ModelShape, p: ParallelConfig) -> str:
 
 
 def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
-    parts = [("attention heads", model.num_heads), ("key/value heads", model.num_kv_heads)]
+    parts = [("attention heads", model.num_heads)]
     if model.experts is None:
         parts.append(("MLP columns", model.ffn_hidden_size))
     for name, size in parts:
@@ -62,6 +63,14 @@ def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
                 f"{size} {name} / tp {p.tensor} = {size / p.tensor:.2f}: not whole; the nearest legal tp: "
                 f"{' or '.join(map(str, legal))}"
             )
+    if not kv_heads_split(model, p.tensor):
+        legal = _around([t for t in _divisors(model.num_heads) if kv_heads_split(model, t)], p.tensor)
+        yield (
+            f"{model.num_kv_heads} key/value heads are neither a multiple nor a divisor of tp {p.tensor}; the nearest "
+            f"legal tp: {' or '.join(map(str, legal))}"
+        )
+    if p.sequence and p.tensor == 1:
+        yield "sequence parallelism needs tp > 1"
 
 
 def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
@@ -77,6 +86,8 @@ def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
         yield f"ep {p.expert} does not divide the {stage} GPUs of a stage ({p.world_size} / pp {p.pipeline})"
     if p.tensor > 1 and p.expert == 1:
         yield f"a model with experts needs ep > 1 with tp {p.tensor}"
+    if p.tensor > 1 and not p.sequence:
+        yield f"a model with experts needs sequence parallelism with tp {p.tensor}"
 
 
 def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
@@ -84,10 +95,14 @@ def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
     if p.pipeline == 1:
         if p.virtual_pipeline > 1:
             yield f"vpp {p.virtual_pipeline} needs pp > 1"
+        if fixed:
+            yield "first_stage_layers and last_stage_layers need pp > 1"
         return
     rest, stages, chunks = layers - sum(fixed), p.pipeline - len(fixed), p.virtual_pipeline
     if any(n < 1 or n % chunks for n in fixed):
         yield f"first or last stage of {fixed} layers cannot be cut into {chunks} equal chunks of at least 1"
+    if both_ends_interleaved(p):
+        yield f"pp 2 x vpp {chunks} takes first_stage_layers or last_stage_layers, not both: the other follows from it"
     if rest >= stages * chunks and not (rest % (stages * chunks) if stages else rest):
         return
     uneven = f" - {' - '.join(map(str, fixed))}" if fixed else ""
@@ -188,8 +203,7 @@ def enumerate_layouts(
 
 
 def _parallel_configs(model: ModelShape, gpus: int, most_tensor: int) -> Iterator[ParallelConfig]:
-    heads = [size for size in (model.num_heads, model.num_kv_heads) if size]
-    tensors = [t for t in _divisors(gpus) if t <= most_tensor and not any(size % t for size in heads)]
+    tensors = [t for t in _divisors(gpus) if t <= most_tensor and model.num_heads % t == 0 and kv_heads_split(model, t)]
     for t in tensors:
         if model.experts is None and model.ffn_hidden_size % t:
             continue

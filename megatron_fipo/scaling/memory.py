@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.architecture import Architecture, stage_layers
+from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.layout import stage_layers
 
 Kernels = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.model.architecture import stage_layers
+from megatron_fipo.model.layout import stage_layers
 from megatron_fipo.scaling.flops import attention_weights, mlp_weights
 from megatron_fipo.scaling.lengths import Sequences
 from megatron_fipo.scaling.models import ModelShape
