@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_fipo.config import Config
 from megatron_fipo.model.layout import layout_problems
+from megatron_fipo.model.rope import check_spellings, checked_rope, overridden_rope
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral")
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 _VOCABULARY_MULTIPLE = 64  # rows of each tensor-parallel vocabulary shard; keeps GEMM shapes aligned
-# Megatron-Core computes Llama 3's rope with these constants; only the factor can be chosen.
-_LLAMA3_ROPE = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_ROPE_NEEDS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *_LLAMA3_ROPE}}
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,54 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
     Raises:
         ValueError: no such checkpoint, a broken config, an unsupported model type, or an override it does not know.
     """
-    if not (Path(path) / "config.json").is_file():
+    file = Path(path) / "config.json"
+    if not file.is_file():
         raise ValueError(
             f"model.hf_path {path!r} has no config.json: it must be the directory of a checkpoint; "
             f"`hf download ORGANIZATION/NAME --local-dir {path}` fetches a published one"
         )
+    config = read_json(file)
+    if config.get("model_type") in SUPPORTED_MODEL_TYPES:
+        check_spellings(config, str(file))
     try:
         hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}/config.json cannot be read: {error}") from None
+    except (OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise ValueError(f"model type {hf.model_type!r} of {path} is not supported; supported: {supported}")
+    _override(hf, overrides)
+    return hf
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} cannot be read: expected an object of names and values")
+    return content
+
+
+def _override(hf: PretrainedConfig, overrides: dict[str, Any]) -> None:
+    """Replace fields; those of rotary embeddings work in either spelling."""
     for key, value in overrides.items():
+        if key in _ROPE_FIELDS:
+            continue
         if not hasattr(hf, key):
             raise ValueError(f"model.overrides.{key}: the {hf.model_type} config has no such field")
-        setattr(hf, key, value)
-    return hf
+        try:
+            setattr(hf, key, value)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ValueError(f"model.overrides.{key}: {error}") from None
+    if not overrides.keys().isdisjoint(_ROPE_FIELDS):
+        hf.rope_parameters = overridden_rope(hf.rope_parameters or {}, overrides)
 
 
 def architecture(hf: PretrainedConfig) -> Architecture:
@@ -103,7 +135,7 @@ def architecture(hf: PretrainedConfig) -> Architecture:
             of rope, or experts in some layers only.
     """
     _refuse_other_models(hf)
-    rope = _rope(hf)
+    rope = checked_rope(hf.rope_parameters)
     factor = {rope["rope_type"]: float(rope.get("factor", 1.0))}
     return Architecture(
         model_type=hf.model_type,
@@ -141,22 +173,6 @@ def _refuse_other_models(hf: PretrainedConfig) -> None:
             f"sliding_window {window} is below max_position_embeddings {hf.max_position_embeddings}: attention within "
             f"a window is not supported; contexts of up to {window} tokens would be"
         )
-
-
-def _rope(hf: PretrainedConfig) -> dict[str, Any]:
-    """The config's rope parameters, with the kind always named."""
-    rope = {"rope_type": "default", **(hf.rope_parameters or {})}
-    kind = rope["rope_type"]
-    if kind not in _ROPE_NEEDS:
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
-    if missing := sorted(({"rope_theta"} | _ROPE_NEEDS[kind]) - rope.keys()):
-        raise ValueError(f"rope_parameters {rope} lacks {' and '.join(missing)}; an override replaces all of it")
-    for name, value in _LLAMA3_ROPE.items():
-        if kind == "llama3" and rope[name] != value:
-            raise ValueError(f"llama3 rope with {name} {rope[name]} is not supported: Megatron-Core computes {value}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
-    return rope
 
 
 def _experts(hf: PretrainedConfig) -> Experts | None:

@@ -8,8 +8,9 @@ import itertools
 import pytest
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.config.problems import _layout
-from megatron_fipo.model.architecture import _experts_problems, stage_layers
+from megatron_fipo.config.problems import layout_problems as world_problems
+from megatron_fipo.model.layout import layout_problems as model_problems
+from megatron_fipo.model.layout import stage_layers
 from megatron_fipo.scaling.hardware import find_hardware
 from megatron_fipo.scaling.layouts import enumerate_layouts, layout_problems, memory_problem, uneven_stages
 from megatron_fipo.scaling.models import PUBLISHED, ModelShape
@@ -30,14 +31,7 @@ def _combinations() -> list[ParallelConfig]:
 
 def _is_legal(model: ModelShape, p: ParallelConfig) -> bool:
     """By the checks of the trainer itself."""
-    if _layout(p) or _experts_problems(model, p):
-        return False
-    if model.num_heads % p.tensor or model.num_kv_heads % p.tensor:
-        return False
-    try:
-        return bool(stage_layers(model.num_layers, p))
-    except ValueError:
-        return False
+    return not world_problems(p) and not model_problems(model, p)
 
 
 @pytest.mark.parametrize("model", [dataclasses.replace(SMALL, num_layers=12), MOE], ids=["dense", "moe"])
