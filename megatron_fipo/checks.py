@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from transformers import AutoTokenizer
 
@@ -16,6 +16,7 @@ from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
 from megatron_fipo.model.architecture import Architecture, check_model
+from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.reward import make_reward
 from megatron_fipo.trackers import check_trackers
 
@@ -71,7 +72,7 @@ def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> _Problems:
     if architecture is not None:
         if config.model.megatron_path:
             problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
-        problems.attempt(_check_tokenizer, config.model.hf_path, architecture.vocab_size)
+        problems.attempt(_check_tokenizer, config.model.hf_path, architecture.vocab_size, config.model.overrides)
     problems.attempt(_check_reward, config.reward)
     return problems
 
@@ -105,7 +106,7 @@ def _check_reward(config: RewardConfig) -> None:
     make_reward(config).close()
 
 
-def _check_tokenizer(path: str, vocab_size: int) -> None:
+def _check_tokenizer(path: str, vocab_size: int, overrides: dict[str, Any]) -> None:
     if not any((Path(path) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
     try:
@@ -117,6 +118,7 @@ def _check_tokenizer(path: str, vocab_size: int) -> None:
             f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model's embedding only {vocab_size} rows"
         )
     check_chat_template(tokenizer)
+    stop_token_ids(path, tokenizer, overrides)
 
 
 def _no_op_warnings(config: Config) -> list[str]:

@@ -78,7 +78,7 @@ class Trainer:
         self.hf_config = hf_config
         self.topology = topologies.initialize(config.parallel, config.run.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
-        self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer)
+        self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer, config.model.overrides)
         self.prompts = load_prompts(config.data.train, self.tokenizer, config.data.max_prompt_tokens)
         self.benchmarks = load_benchmarks(config, self.tokenizer)
         self.reward = make_reward(config.reward)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.convert import tables
+from megatron_fipo.convert.companions import copy_companions, export_companions, stop_tokens_of
 from megatron_fipo.convert.distributed import (
     DistributedCheckpoint,
     flush,
@@ -23,10 +24,10 @@ from megatron_fipo.convert.distributed import (
     write_metadata,
 )
 from megatron_fipo.convert.export import FILE_BYTES
-from megatron_fipo.convert.huggingface import Checkpoint, CheckpointWriter, copy_companions
+from megatron_fipo.convert.huggingface import Checkpoint, CheckpointWriter
 from megatron_fipo.convert.tables import Parameter
 from megatron_fipo.convert.unfinished import Unfinished
-from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
+from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config, read_json
 
 DISTRIBUTED_FILE_BYTES = 512 << 20  # what is flushed at once, and what --resume may have to repeat
 Progress = Callable[[int, int], None]  # (bytes of weights just done, bytes in all)
@@ -185,6 +186,7 @@ def to_huggingface(
     config = config or source
     arch, checkpoint = read_architecture(config), DistributedCheckpoint(source)
     checkpoint.check(arch)
+    settings, stops = read_json(config / "config.json"), stop_tokens_of(config)
     parameters = list(tables.parameters(arch))
     tensors = {name: (shape, dtype or checkpoint.dtype(p)) for p in parameters for name, shape in p.huggingface.items()}
     size = sum(num_bytes(*tensor) for tensor in tensors.values())
@@ -198,7 +200,7 @@ def to_huggingface(
             _export(parameter, checkpoint, arch, tensors, writer, with_nan)
             progress(sum(num_bytes(*tensors[name]) for name in parameter.huggingface), size)
         writer.close()
-        copy_companions(config, work.path, dtype)
+        export_companions(config, work.path, stops, settings, dtype)
         tables.check_tensors(Checkpoint(work.path).shapes, arch, str(out))
         done = Converted(size, with_nan)
         work.publish(_manifest(source, arch, dtype, done))

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_fipo.convert import tables
-from megatron_fipo.convert.huggingface import CheckpointWriter, copy_companions
+from megatron_fipo.convert.companions import export_companions, exported_config, stop_tokens_of
+from megatron_fipo.convert.huggingface import CheckpointWriter
 from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture
@@ -122,8 +123,9 @@ def save_checkpoint(
         for name, tensor in chain([first], weights):
             writer.write(name, tensor)
         writer.close()
-        copy_companions(Path(source), unfinished.path)
-        hf_config.save_pretrained(unfinished.path)
+        config = exported_config(hf_config, Path(source))
+        stops = stop_tokens_of(Path(source), config)
+        export_companions(Path(source), unfinished.path, stops, config, first[1].dtype)
         unfinished.publish()
     except BaseException:
         unfinished.discard()

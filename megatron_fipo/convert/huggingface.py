@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: safetensors files, their index, and the small files beside them.
+"""Weights of Hugging Face checkpoints on disk: safetensors files and their index.
 
 Reading and writing both go tensor by tensor, so that a checkpoint of any size passes through little memory.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,10 +27,6 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_COMPANIONS = (
-    *("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.*", "*.model", "*.tiktoken"),
-)
 
 
 class Checkpoint:
@@ -210,16 +205,3 @@ def _write_all(stream: Any, data: memoryview) -> None:
     """A raw write may stop half-way, as at 2 GiB."""
     while data:
         data = data[stream.write(data) :]
-
-
-def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what belongs to a checkpoint beside its weights: config, generation config, tokenizer, chat template.
-
-    `dtype` replaces the type that the config names.
-    """
-    for file in sorted({f for pattern in _COMPANIONS for f in source.glob(pattern) if f.is_file()}):
-        shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        config = json.loads((target / "config.json").read_text())
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -90,7 +90,7 @@ def _evaluate(
             progress.tell()
 
     try:
-        stops = stop_token_ids(config.model.hf_path, tokenizer)
+        stops = stop_token_ids(config.model.hf_path, tokenizer, config.model.overrides)
         return evaluate(benchmarks, engine, reward, tokenizer, config, stops, finished=finished, keep=keep)
     finally:
         reward.close()

@@ -18,6 +18,7 @@ from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.reward.equivalence import answer_classes
 from megatron_fipo.rollout import Response, RolloutEngine, Sampling
+from megatron_fipo.rollout.stop_tokens import without_stop_token
 
 Benchmarks: TypeAlias = Mapping[str, PromptSet]
 
@@ -65,7 +66,7 @@ def evaluate(
     def draw() -> list[Sample]:
         drawn: list[Sample] = []
         for some in responses(engine, chunks, sampling):
-            judged = list(_judged(some, reward, tokenizer))
+            judged = list(_judged(some, reward, tokenizer, stop_token_ids))
             keep(judged)
             drawn += judged
         return drawn
@@ -76,8 +77,11 @@ def evaluate(
     return _from_rank_0(result), samples
 
 
-def _judged(drawn: Sequence[tuple[Draw, Response]], reward: RewardFunction, tokenizer: Any) -> Iterator[Sample]:
-    texts = tokenizer.batch_decode([r.token_ids for _, r in drawn], skip_special_tokens=True)
+def _judged(
+    drawn: Sequence[tuple[Draw, Response]], reward: RewardFunction, tokenizer: Any, stops: Sequence[int]
+) -> Iterator[Sample]:
+    tokens = [without_stop_token(response.token_ids, stops) for _, response in drawn]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     prompts = [draw.prompt for draw, _ in drawn]
     scores = reward(texts, [p.ground_truth for p in prompts], [p.data_source for p in prompts])
     for (draw, response), text, score in zip(drawn, texts, scores, strict=True):

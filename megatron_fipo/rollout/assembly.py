@@ -20,6 +20,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction, Score
+from megatron_fipo.rollout.stop_tokens import without_stop_token
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,15 @@ class Collected:
 
 
 def verdicts(
-    reward: RewardFunction, tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
+    reward: RewardFunction,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[int]],
+    stops: Sequence[int],
 ) -> list[Score]:
-    """Of one response a prompt. The stop token is no part of the text."""
-    texts = tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
+    """Return the score of one response a prompt. The stop token, special or not, is no part of the text."""
+    tokens = [without_stop_token(response, stops) for response in responses]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return reward(texts, [p.ground_truth for p in prompts], [p.data_source for p in prompts])
 
 

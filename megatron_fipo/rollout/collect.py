@@ -50,7 +50,8 @@ def generate_and_score(
         return [], []
     requests = [Request(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     responses = engine.generate(requests, sampling)
-    return responses, verdicts(reward, tokenizer, prompts, [r.token_ids for r in responses])
+    drawn = [response.token_ids for response in responses]
+    return responses, verdicts(reward, tokenizer, prompts, drawn, sampling.stop_token_ids)
 
 
 class RolloutCollector(Collector):

@@ -296,7 +296,8 @@ class StreamingCollector(Collector):
 
     def _score(self, group: Group) -> Rollouts:
         responses = [draft.tokens for draft in group.drafts]
-        scores = verdicts(self.reward, self.tokenizer, [group.prompt] * len(responses), responses)
+        prompts, stops = [group.prompt] * len(responses), self.sampling.stop_token_ids
+        scores = verdicts(self.reward, self.tokenizer, prompts, responses, stops)
         return with_rewards(group.rollouts(), scores, self.config)
 
     def _informative(self, rollouts: Rollouts) -> bool:

@@ -1,0 +1,81 @@
+"""Tokens that end a response, by everything in a checkpoint that names some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_fipo.model.architecture import read_json
+
+GENERATION_CONFIG = "generation_config.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def stop_token_ids(path: str | Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens of the generation config, the config and the tokenizer together.
+
+    vLLM and transformers each stop at some of them; a token that either takes for the end is one.
+
+    Args:
+        overrides: replacements of fields of config.json.
+
+    Raises:
+        ValueError: there is none, so that no response would ever end; or a file that names some is broken.
+    """
+    stops = declared_stop_tokens(path, tokenizer, overrides)
+    if not stops:
+        raise ValueError(
+            f"{path} names no end-of-sequence token (eos_token_id), neither in its tokenizer nor in "
+            f"{GENERATION_CONFIG} or config.json"
+        )
+    return stops
+
+
+def declared_stop_tokens(
+    path: str | Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Return the same as `stop_token_ids`, nothing where there is none; `tokenizer` may be None.
+
+    Raises:
+        ValueError: a file is broken, or names something else than tokens.
+    """
+    stops: set[int] = set()
+    config, generation = Path(path) / "config.json", Path(path) / GENERATION_CONFIG
+    if config.is_file():
+        stops |= _ids({**read_json(config), **(overrides or {})}, config)
+    if generation.is_file():
+        stops |= _ids(read_json(generation), generation)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    return tuple(sorted(stops))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Return the tokenizer beside a checkpoint's weights; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not any((path / name).is_file() for name in VOCABULARIES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
+
+
+def without_stop_token(token_ids: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """Return a response without the token that ended it, which is no part of what the model says."""
+    tokens = list(token_ids)
+    return tokens[:-1] if tokens and tokens[-1] in stops else tokens
+
+
+def _ids(settings: Mapping[str, Any], file: Path) -> set[int]:
+    named = settings.get("eos_token_id")
+    ids = named if isinstance(named, list | tuple) else [] if named is None else [named]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id of {file} is {named!r}; expected a token id, or a list of them")
+    return set(ids)
