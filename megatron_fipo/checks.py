@@ -12,6 +12,7 @@ from megatron_fipo import vllm_environment
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, RewardConfig
 from megatron_fipo.convert.distributed import DistributedCheckpoint
+from megatron_fipo.convert.load import check_weights
 from megatron_fipo.data.prompts import check_chat_template
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
@@ -72,6 +73,8 @@ def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> _Problems:
     if architecture is not None:
         if config.model.megatron_path:
             problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
+        elif any(Path(config.model.hf_path).glob("*.safetensors*")):
+            problems.attempt(check_weights, config.model.hf_path, architecture)
         problems.attempt(_check_tokenizer, config.model.hf_path, architecture.vocab_size, config.model.overrides)
     problems.attempt(_check_reward, config.reward)
     return problems

@@ -20,6 +20,7 @@ _COPIED = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.*", "*.model", "*.tiktoken"),
 )
+_EXPERTS = ("num_experts", "num_local_experts")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -67,17 +68,28 @@ def stop_tokens_of(directory: Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def readable_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return a config.json that transformers 4 and 5 and vLLM read alike: rotary embeddings and type in both spellings.
+    """Return a config.json that transformers 4 and 5 and vLLM read alike.
+
+    What they spell in two ways is there in both: rotary embeddings, the weights' type, the number of experts.
 
     Raises:
-        ValueError: it names two types.
+        ValueError: the two contradict each other.
     """
-    named = {config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
-    if len(named) > 1 and dtype is None:
-        raise ValueError(f"config.json has dtype {config['dtype']} and torch_dtype {config['torch_dtype']}: keep one")
-    spelled = in_both_spellings(config)
-    name = str(dtype).removeprefix("torch.") if dtype else next(iter(named), None)
-    return spelled if name is None else {**spelled, "dtype": name, "torch_dtype": name}
+    written = in_both_spellings(config)
+    named = dtype if dtype is not None else _agreed(config, "dtype", "torch_dtype")
+    if named is not None:
+        written["dtype"] = written["torch_dtype"] = str(named).removeprefix("torch.")
+    if (experts := _agreed(config, *_EXPERTS)) is not None:
+        written |= dict.fromkeys(_EXPERTS, experts)
+    return written
+
+
+def _agreed(config: Mapping[str, Any], *names: str) -> Any:
+    """Return the value that fields of these names have; None: none of them is there."""
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    if len(set(values.values())) > 1:
+        raise ValueError(f"config.json has {' and '.join(f'{n} {v}' for n, v in values.items())}: keep one")
+    return next(iter(values.values()), None)
 
 
 def exported_config(config: PretrainedConfig, source: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from megatron_fipo.convert.distributed import (
     write_metadata,
 )
 from megatron_fipo.convert.export import FILE_BYTES
-from megatron_fipo.convert.huggingface import Checkpoint, CheckpointWriter
+from megatron_fipo.convert.huggingface import CheckpointWriter
+from megatron_fipo.convert.stored import StoredCheckpoint, block_of, stored_tensors
 from megatron_fipo.convert.tables import Parameter
 from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config, read_json
@@ -77,7 +78,8 @@ def to_megatron(
     Raises:
         ValueError: the source is not supported or damaged, `out` is there already, or the disk is full.
     """
-    arch, checkpoint = read_architecture(source), Checkpoint(source)
+    arch = read_architecture(source)
+    checkpoint = StoredCheckpoint(source, arch)
     tables.check_tensors(checkpoint.shapes, arch, str(source))
     dtypes = _dtypes(checkpoint, arch, dtype)
     files = plan_files(arch, dtypes, DISTRIBUTED_FILE_BYTES)
@@ -96,7 +98,7 @@ def to_megatron(
         copy_companions(source, work.path, dtype)
         DistributedCheckpoint(work.path).check(arch)
         done = Converted(size, [name for note in work.finished.values() for name in note["with_nan"]])
-        work.publish(_manifest(source, arch, dtype, done))
+        work.publish({**_manifest(source, arch, dtype, done), "fused_experts": checkpoint.block})
     return done
 
 
@@ -126,7 +128,7 @@ class _Flusher:
         self._thread.shutdown()
 
 
-def _dtypes(checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(checkpoint: StoredCheckpoint, arch: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """The type of each Megatron tensor, which holds a parameter of all layers."""
     dtypes: dict[str, torch.dtype] = {}
     for parameter in tables.parameters(arch):
@@ -141,7 +143,7 @@ def _dtypes(checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype | Non
 
 
 def _read(
-    checkpoint: Checkpoint,
+    checkpoint: StoredCheckpoint,
     parameters: list[Parameter],
     arch: Architecture,
     dtypes: Mapping[str, torch.dtype],
@@ -192,16 +194,19 @@ def to_huggingface(
     size = sum(num_bytes(*tensor) for tensor in tensors.values())
     with _work(out, source, dtype, resume, size) as work:
         with_nan: list[str] = []
-        writer = CheckpointWriter(work.path, tensors, FILE_BYTES, lambda file: work.record(file, list(with_nan)))
+        stored, parts, renamed = stored_tensors(tensors, arch, block_of(config))
+        writer = CheckpointWriter(
+            work.path, stored, FILE_BYTES, lambda file: work.record(file, list(with_nan)), parts=parts
+        )
         for file, names in work.finished.items():
             writer.skip(file)
             with_nan = list(names)
         for parameter in parameters:
-            _export(parameter, checkpoint, arch, tensors, writer, with_nan)
+            _export(parameter, checkpoint, arch, tensors, renamed, writer, with_nan)
             progress(sum(num_bytes(*tensors[name]) for name in parameter.huggingface), size)
         writer.close()
         export_companions(config, work.path, stops, settings, dtype)
-        tables.check_tensors(Checkpoint(work.path).shapes, arch, str(out))
+        tables.check_tensors(StoredCheckpoint(work.path, arch).shapes, arch, str(out))
         done = Converted(size, with_nan)
         work.publish(_manifest(source, arch, dtype, done))
     return done
@@ -212,11 +217,12 @@ def _export(
     checkpoint: DistributedCheckpoint,
     arch: Architecture,
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    renamed: Mapping[str, str],
     writer: CheckpointWriter,
     with_nan: list[str],
 ) -> None:
     """Write those of the parameter's tensors that no earlier process wrote."""
-    wanted = [name for name in parameter.huggingface if writer.wants(name)]
+    wanted = [name for name in parameter.huggingface if writer.wants(renamed.get(name, name))]
     if not wanted:
         return
     parts = parameter.transform.merge([checkpoint.read(parameter)], arch)
@@ -224,7 +230,7 @@ def _export(
         if name in wanted:
             if has_nan(part):
                 with_nan.append(name)
-            writer.write(name, part.to(tensors[name][1]))
+            writer.write(renamed.get(name, name), part.to(tensors[name][1]))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from megatron_fipo.convert import tables
 from megatron_fipo.convert.companions import export_companions, exported_config, stop_tokens_of
 from megatron_fipo.convert.huggingface import CheckpointWriter
 from megatron_fipo.convert.load import named_parameters
+from megatron_fipo.convert.stored import block_of, stored_tensors
 from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture
 from megatron_fipo.model.policy import PolicyModel
@@ -116,12 +117,12 @@ def save_checkpoint(
     unfinished = Unfinished(out, {"source": source})
     try:
         first = next(weights)
-        tensors = {
-            n: (shape, first[1].dtype) for n, shape in tables.huggingface_shapes(architecture(hf_config)).items()
-        }
-        writer = CheckpointWriter(unfinished.path, tensors, FILE_BYTES)
+        arch = architecture(hf_config)
+        tensors = {n: (shape, first[1].dtype) for n, shape in tables.huggingface_shapes(arch).items()}
+        stored, parts, renamed = stored_tensors(tensors, arch, block_of(Path(source)))
+        writer = CheckpointWriter(unfinished.path, stored, FILE_BYTES, parts=parts)
         for name, tensor in chain([first], weights):
-            writer.write(name, tensor)
+            writer.write(renamed.get(name, name), tensor)
         writer.close()
         config = exported_config(hf_config, Path(source))
         stops = stop_tokens_of(Path(source), config)

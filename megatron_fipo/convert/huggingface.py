@@ -26,6 +26,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+Place = tuple[str, int, tuple[int, ...]]  # a part's tensor, the elements before it there, and its shape
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -109,6 +110,7 @@ class _File:
     header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
     size: int = 0
     missing: set[str] = field(default_factory=set)
+    begun: bool = False
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         end = self.size + torch.Size(shape).numel() * dtype.itemsize
@@ -135,9 +137,14 @@ class CheckpointWriter:
         tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         file_bytes: int,
         finished: Callable[[str], None] = lambda file: None,
+        parts: Mapping[str, Place] | None = None,
     ) -> None:
         """Plan files of at most `file_bytes`, tensors in the given order; `finished(file)` is called once one is whole
-        and on disk."""
+        and on disk.
+
+        Args:
+            parts: of tensors that are written part by part, by the part's name; together they are all of the tensor.
+        """
         self.directory = directory
         self._finished = finished
         files = [_File()]
@@ -149,7 +156,19 @@ class CheckpointWriter:
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
         self._plan = dict(zip(names if len(files) > 1 else [_SINGLE], files, strict=True))
         self._file_of = {name: file for file, plan in self._plan.items() for name in plan.places}
+        self._index = dict(self._file_of)
         self._tensors = dict(tensors)
+        for name, (whole, offset, shape) in (parts or {}).items():
+            self._add_part(name, whole, offset, shape)
+
+    def _add_part(self, name: str, whole: str, offset: int, shape: tuple[int, ...]) -> None:
+        file, dtype = self._index[whole], self._tensors[whole][1]
+        plan = self._plan[file]
+        plan.places[name] = plan.places[whole] + offset * dtype.itemsize
+        plan.missing.add(name)
+        plan.missing.discard(whole)
+        self._file_of[name], self._tensors[name] = file, (shape, dtype)
+        self._file_of.pop(whole, None)
 
     def skip(self, file: str) -> None:
         """Take a file for written, by an earlier process."""
@@ -174,10 +193,10 @@ class CheckpointWriter:
             )
         file = self._file_of[name]
         plan, path, head = self._plan[file], self.directory / file, self._plan[file].header_bytes()
-        fresh = len(plan.missing) == len(plan.places)
-        with open(path, "wb" if fresh else "r+b", buffering=0) as stream:
-            if fresh:
+        with open(path, "r+b" if plan.begun else "wb", buffering=0) as stream:
+            if not plan.begun:
                 _write_all(stream, memoryview(head))
+                plan.begun = True
             stream.seek(len(head) + plan.places[name])
             _write_all(stream, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             plan.missing.discard(name)
@@ -197,7 +216,7 @@ class CheckpointWriter:
             raise ValueError(f"the export lacks tensors: {', '.join(missing[:5])}{more}")
         if len(self._plan) > 1:
             total = sum(plan.size for plan in self._plan.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            index = {"metadata": {"total_size": total}, "weight_map": self._index}
             (self.directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 

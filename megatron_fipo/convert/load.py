@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.convert import tables
-from megatron_fipo.convert.huggingface import Checkpoint
+from megatron_fipo.convert.stored import StoredCheckpoint
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
@@ -24,6 +24,18 @@ def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, torch
             yield tables.renumber(name, first_layer, first_expert), parameter
 
 
+def check_weights(path: str | Path, arch: Architecture) -> StoredCheckpoint:
+    """Return a Hugging Face checkpoint of which the headers are read, and found to be the architecture's.
+
+    Raises:
+        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than the config says.
+    """
+    checkpoint = StoredCheckpoint(path, arch)
+    # Slicing would cut a tensor that is too large, and fill up a vocabulary that is too small, and say nothing.
+    tables.check_tensors(checkpoint.shapes, arch, str(path))
+    return checkpoint
+
+
 @torch.no_grad()
 def load_weights(chunks: Sequence[PolicyModel], path: str | Path, arch: Architecture, topology: Topology) -> None:
     """Fill this rank's parameters from a Hugging Face checkpoint.
@@ -31,9 +43,7 @@ def load_weights(chunks: Sequence[PolicyModel], path: str | Path, arch: Architec
     Raises:
         ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than the config says.
     """
-    checkpoint = Checkpoint(path)
-    # Slicing would cut a tensor that is too large, and fill up a vocabulary that is too small, without a word.
-    tables.check_tensors(checkpoint.shapes, arch, str(path))
+    checkpoint = check_weights(path, arch)
     for name, local in named_parameters(chunks):
         parameter = tables.find(name, arch)
         rank, size = (0, 1) if parameter.is_expert else (topology.tp.rank(), topology.tp.size())

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.convert import tables
 from megatron_fipo.convert.conversion import Progress, has_nan, no_progress, num_bytes, read_architecture
 from megatron_fipo.convert.distributed import DistributedCheckpoint
-from megatron_fipo.convert.huggingface import Checkpoint
+from megatron_fipo.convert.stored import StoredCheckpoint
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 24  # numbers compared at a time
@@ -45,7 +45,7 @@ def verify(huggingface: Path, megatron: Path, progress: Progress = no_progress) 
         ValueError: a checkpoint is damaged, or names or shapes do not fit.
     """
     arch = read_architecture(huggingface)
-    source, converted = Checkpoint(huggingface), DistributedCheckpoint(megatron)
+    source, converted = StoredCheckpoint(huggingface, arch), DistributedCheckpoint(megatron)
     tables.check_tensors(source.shapes, arch, str(huggingface))
     converted.check(arch)
     result = Verification([], [])

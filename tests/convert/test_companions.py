@@ -209,3 +209,18 @@ def test_a_broken_file_stops_a_conversion_at_once(name: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="cannot be read"):
         to_huggingface(tmp_path / "megatron", tmp_path / "out", config=source)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize(("family", "experts"), [("qwen3_moe", 6), ("mixtral", 4)])
+def test_number_of_experts(export: str, family: str, experts: int, tmp_path: Path) -> None:
+    """transformers 5 writes num_local_experts for all; older readers of Qwen3-MoE want num_experts, else take 128."""
+    source = make_checkpoint(tmp_path / "hf", family, num_hidden_layers=1)
+    config = EXPORTS[export](source, tmp_path / "out")
+    assert (config["num_experts"], config["num_local_experts"]) == (experts, experts)
+    assert architecture(load_hf_config(str(tmp_path / "out"), {})) == architecture(load_hf_config(str(source), {}))
+
+
+def test_two_numbers_of_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_experts 4 and num_local_experts 8: keep one"):
+        readable_config({"num_experts": 4, "num_local_experts": 8}, None)
