@@ -81,10 +81,11 @@ def test_everything_that_is_wrong_with_the_model_is_listed(task: Path) -> None:
     assert str(error.value).splitlines()[1:] == [
         "  - 4 attention heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
         "  - 2 key/value heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
-        "  - data.max_prompt_tokens 64 + rollout.max_response_tokens 1024 = 1088 exceeds the model's "
-        "max_position_embeddings 512; shorten them or set model.overrides.max_position_embeddings",
+        "  - MLP width 256 cannot be split over parallel.tensor 3",
         "  - 2 layers = 2 over 3 pipeline stages leaves 2: set parallel.first_stage_layers / last_stage_layers so that "
         "the other stages are equal and hold at least one layer, or change parallel.pipeline",
+        "  - data.max_prompt_tokens 64 + rollout.max_response_tokens 1024 = 1088 exceeds the model's "
+        "max_position_embeddings 512; shorten them or set model.overrides.max_position_embeddings",
     ]
 
 

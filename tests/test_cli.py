@@ -115,6 +115,46 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
         ["parallel.pipeline=4", "parallel.world_size=4"],
         "2 layers = 2 over 4 pipeline stages",
     ),
+    "two ends without a stage between, interleaved": (
+        lambda t: _edit_model(t, num_hidden_layers=8, layer_types=["full_attention"] * 8),
+        [
+            *("parallel.pipeline=2", "parallel.world_size=2", "parallel.virtual_pipeline=2"),
+            *("parallel.first_stage_layers=2", "parallel.last_stage_layers=6"),
+        ],
+        "parallel.first_stage_layers 2 and last_stage_layers 6 leave no stage between them",
+    ),
+    "old config of llama3's rope, incomplete": (
+        lambda t: _edit_model(t, rope_parameters=None, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        [],
+        "lacks high_freq_factor and low_freq_factor",
+    ),
+    "yarn": (
+        lambda t: _edit_model(t, rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 8.0}),
+        [],
+        "rope type 'yarn' is not supported",
+    ),
+    "override that is no number": (
+        lambda t: 0,
+        ["model.overrides.rope_theta=many"],
+        "model.overrides.rope_theta is 'many'; expected a positive number",
+    ),
+    "truncated generation config": (
+        lambda t: (t / "base" / "generation_config.json").write_text('{"eos_token_id": [1,'),
+        [],
+        "generation_config.json cannot be read",
+    ),
+    "index that names absent shards": (
+        lambda t: (t / "base" / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'
+        ),
+        [],
+        "names model-00002-of-00002.safetensors, which is not there",
+    ),
+    "tied output layer that differs": (
+        lambda t: _edit_model(t, tie_word_embeddings=True),
+        [],
+        "has tie_word_embeddings true in config.json, but lm_head.weight differs",
+    ),
     "longer than the model's positions": (
         lambda t: _edit_model(t, max_position_embeddings=40),
         [],

@@ -36,6 +36,19 @@ def test_resumes_exactly(size, before, after):
     assert new.state_dict() == old.state_dict()
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resumes_at_an_epoch_s_end(epochs):
+    """The last prompt of an epoch was handed out and none of the next: that one begins, in its own order."""
+    old, new = PromptStream(prompt_set(7), seed=5), PromptStream(prompt_set(7), seed=5)
+    before = indices(old, 7 * epochs)
+    new.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    following = indices(new, 7)
+    assert new.epoch == epochs + 1
+    assert sorted(following) == list(range(7))
+    assert following != before[-7:]
+    assert following == indices(old, 7)
+
+
 def test_going_back_within_a_run():
     """A state of an earlier epoch brings that epoch's order back."""
     stream = PromptStream(prompt_set(10), seed=0)
