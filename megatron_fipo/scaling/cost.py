@@ -133,9 +133,11 @@ class CostModel:
         gathered = _ITEM if self.precision == "bfloat16" else 1  # narrow inputs travel as such, sums do not
         all_reduce = self._collective(n * m.hidden_size * (gathered + _ITEM), p.tensor, p.tensor)
         tensor = soft.tensor_exposed * all_reduce * (1 if sparse else 2)
+        if m.num_kv_heads < p.tensor:  # ranks that share a key/value head gather what all of them have projected
+            tensor += self._collective(n * (m.query_size + 2 * m.key_size) * _ITEM, p.tensor, p.tensor)
         context = 0.0
         if p.context > 1:
-            keys = n * 2 * m.key_size / p.tensor * _ITEM * (p.context - 1)
+            keys = n * 2 * m.key_size_over(p.tensor) / p.tensor * _ITEM * (p.context - 1)
             context = soft.context_exposed * keys / self._bandwidth(p.tensor * p.context, p.tensor)
             context += n * m.query_size / p.tensor * p.context * _MERGE_BYTES / self._memory_rate()
         expert = self._all_to_all(layout, n) if sparse else 0.0
@@ -204,7 +206,7 @@ class CostModel:
         if sparse:
             assert m.experts is not None
             width += m.experts.active * (m.mlp_matrices * m.experts.ffn_hidden_size + 4 * h)  # permuted, and back
-        split = (2 * (m.query_size + m.key_size) + width) * _ITEM / t
+        split = (2 * (m.query_size + m.key_size_over(t)) + width) * _ITEM / t
         seconds = n * (whole + split) / self._memory_rate()
         if self.precision == "bfloat16":
             return seconds, 2 * seconds

@@ -76,7 +76,7 @@ def layer_bytes(
     """What backward needs of one layer: inputs and outputs of norms, projections, attention and the MLP."""
     p = layout.parallel
     whole = model.hidden_size * _NORM_BYTES[soft.fused_norms] / (p.tensor if p.sequence else 1)
-    width = 2 * (model.query_size + model.key_size)
+    width = 2 * (model.query_size + model.key_size_over(p.tensor))
     if model.latent is not None:
         width += model.num_heads * (model.latent.plain_dim + model.latent.rope_dim) * 2
     width += model.mlp_matrices * (model.shared_ffn_hidden_size if sparse else model.ffn_hidden_size)

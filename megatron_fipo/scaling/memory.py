@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megatron_fipo.config import Config, ParallelConfig
@@ -167,9 +167,11 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
     """Bytes a token of one layer that backward needs, where nothing is recomputed.
 
     In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
-    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's layers keep more: see `_torch_parts`.
+    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's layers keep more: see `_torch_parts`. Where
+    tensor-parallel ranks share key/value heads, each has a whole one.
     """
     p, item = config.parallel, _ITEM[config.model.dtype]
+    arch = replace(arch, num_kv_heads=max(arch.num_kv_heads, p.tensor))
     if kernels != "transformer_engine":
         norms, heads, mlp_width = _torch_parts(arch, item, fused_norms=kernels == "torch_gpu")
     else:

@@ -53,6 +53,10 @@ class ModelShape(Architecture):
     def key_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def key_size_over(self, tensor: int) -> int:
+        """Width of the keys on all of so many tensor-parallel ranks, which may share heads and then have copies."""
+        return max(self.num_kv_heads, tensor) * self.head_dim
+
     @property
     def mlp_matrices(self) -> int:
         return 3 if self.gated_mlp else 2
