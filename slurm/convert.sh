@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/convert.sh to-megatron --hf DIR --out DIR
 #   sbatch slurm/convert.sh to-hf --megatron DIR --out DIR
-#   sbatch --array=1-4 slurm/convert.sh to-hf --megatron runs/fipo-7b-seed%a/checkpoints/step_100 --out seed%a
+#   sbatch --array=1-4 slurm/convert.sh to-hf --megatron runs/x-seed%a/checkpoints/step_100 --config DIR --out seed%a
 #
 # In arguments, %a stands for the number of the array's task, as in sbatch's own --output.
 #

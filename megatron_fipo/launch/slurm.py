@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
+_INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
 _ANSWER_SECONDS = 30.0  # a busy controller
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
     """Return whether srun started this process as one of several tasks."""
-    return _is_in_step(environment) and not is_interactive(environment)
+    return _is_in_step(environment) and not _is_special(environment) and not is_interactive(environment)
 
 
 def is_interactive(environment: Mapping[str, str]) -> bool:
@@ -25,7 +26,11 @@ def is_interactive(environment: Mapping[str, str]) -> bool:
     Only `--pty` gives a task a terminal. A command typed there has a process group of its own; a task that is this
     command, or a script that runs it, has not.
     """
-    if not _is_in_step(environment) or environment.get("SLURM_TASK_PID") == str(os.getpid()):
+    if not _is_in_step(environment):
+        return False
+    if _is_special(environment):
+        return environment["SLURM_STEP_ID"] == _INTERACTIVE_STEP
+    if environment.get("SLURM_TASK_PID") == str(os.getpid()):
         return False
     session = os.getsid(0)
     is_typed = os.getpgrp() != session or os.getpid() == session
@@ -35,15 +40,21 @@ def is_interactive(environment: Mapping[str, str]) -> bool:
 def interactive_advice(environment: Mapping[str, str], world_size: int) -> str:
     """Return what to tell the user about ranks that are started from a shell of a step."""
     tasks, nodes = _num_tasks(environment), environment.get("SLURM_STEP_NODELIST", "")
+    where, ranks = f" on {nodes}" if nodes else "", "rank is" if world_size == 1 else "ranks are"
     return (
-        f"this is an interactive step (srun --pty) with {tasks} tasks{f' on {nodes}' if nodes else ''}, of which only "
-        f"the shell is left: {world_size} {'rank is' if world_size == 1 else 'ranks are'} started on this node. For a "
-        f"rank in each of {tasks} tasks, type `srun --overlap --ntasks={tasks} megatron-fipo ...` here"
+        f"this is a shell of an interactive step with {tasks} tasks{where}, of which only the shell is left: "
+        f"{world_size} {ranks} started on this node. For a rank in each of {tasks} tasks, type "
+        f"`srun --overlap --ntasks={tasks} megatron-fipo ...` here"
     )
 
 
 def _is_in_step(environment: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _num_tasks(environment) > 1
+
+
+def _is_special(environment: Mapping[str, str]) -> bool:
+    """Return whether the step is one that Slurm makes for a batch script or for salloc's shell; such have one task."""
+    return int(environment["SLURM_STEP_ID"]) >= _FIRST_SPECIAL_STEP
 
 
 def _has_terminal() -> bool:
@@ -97,7 +108,7 @@ def _expand(part: str) -> Iterator[str]:
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:
-    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
+    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
 
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int:

@@ -109,7 +109,7 @@ def test_both_spellings_load(export: str, tmp_path: Path) -> None:
 
 
 def test_overrides_are_exported(tmp_path: Path) -> None:
-    """What a run trained with is what its policy says."""
+    """The exported config has a run's overrides."""
     source = make_checkpoint(tmp_path / "hf", "qwen2", num_hidden_layers=1)
     hf_config = load_hf_config(str(source), {"rope_theta": 5e6, "max_position_embeddings": 512})
     weights = iter(load_file(source / "model.safetensors").items())

@@ -31,7 +31,7 @@ LAYER = "model.layers.1."
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Of each family: as published, and as transformers 5 writes a model in its own form."""
+    """Return each family's checkpoints: as published, and as transformers 5 writes a model in its own form."""
     root = tmp_path_factory.mktemp("fused")
     found = {}
     for family in FAMILIES:
@@ -211,7 +211,7 @@ def test_a_tied_output_layer_that_is_the_same_is_ignored(tmp_path: Path) -> None
 
 
 def test_untied_by_an_override(tmp_path: Path) -> None:
-    """What the refusal advises: the stored output layer is then the model's."""
+    """The refusal's advice: the stored output layer is then the model's."""
     path = _with_output_layer(make_checkpoint(tmp_path / "hf", "qwen2_tied", num_hidden_layers=1), _one_number)
     arch = architecture(load_hf_config(str(path), {"tie_word_embeddings": False}))
     assert not arch.tied_embeddings

@@ -99,6 +99,9 @@ def test_node_lists(text: str, hosts: list[str]) -> None:
         ({}, False),
         ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun -n 1: this command starts the ranks
         ({k: v for k, v in TASK.items() if k != "SLURM_STEP_ID"}, False),  # the batch script itself
+        ({**TASK, "SLURM_STEP_ID": "4294967291"}, False),  # it, where it has Slurm's number for batch scripts
+        ({**TASK, "SLURM_STEP_ID": "4294967290"}, False),  # salloc's shell, with or without a terminal
+        ({k: v for k, v in TASK.items() if not k.endswith(("NTASKS", "NUM_TASKS"))}, False),
     ],
 )
 def test_one_of_several_tasks(environment: dict[str, str], is_task: bool) -> None:
@@ -262,8 +265,8 @@ def test_a_command_in_a_step_s_shell(environment: dict[str, str], terminal: bool
 
 
 def test_advice_in_a_step_s_shell() -> None:
-    """What is started, and how to start a rank a task."""
+    """It says what is started, and how to start a rank in each task."""
     advice = slurm.interactive_advice({**STEP, "SLURM_STEP_NODELIST": "gpu[1-2]"}, 4)
-    assert "interactive step (srun --pty) with 8 tasks on gpu[1-2]" in advice
+    assert "a shell of an interactive step with 8 tasks on gpu[1-2]" in advice
     assert "4 ranks are started on this node" in advice
     assert "srun --overlap --ntasks=8 megatron-fipo" in advice

@@ -22,7 +22,7 @@ SCRIPTS = {
 
 
 def _arguments(script: str, directory: Path, *arguments: str, **environment: str) -> list[str]:
-    """What the script makes of its arguments, with an `srun` that prints what it is to start."""
+    """Return the command that the script starts with these arguments, by an `srun` that prints it."""
     srun = directory / "srun"
     srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
