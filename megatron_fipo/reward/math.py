@@ -1,8 +1,9 @@
 r"""Answers compared as mathematics: `\boxed{\frac12}` is `0.5`, decided by math-verify in processes of their own.
 
-The last `\boxed{}` or `Answer:` line counts, whichever comes later; a response with neither has no answer. What a
-model writes can take for ever to evaluate or fill the memory (`10^{10^{10}}`), so each comparison has a deadline and
-each process a memory limit. One that breaks either is ended and its answer is wrong; the next answer gets a new one.
+Which part of a response is its answer is told in `extraction`, what is equal in `math_comparison`. What a model writes
+can take for ever to evaluate or fill the memory (`10^{10^{10}}`), so each comparison has a deadline and each process a
+memory limit. One that breaks either is ended; the next answer gets a new one. An answer that could not be decided earns
+what a wrong one does, and its score says so.
 The signals that Slurm sends to every process of a job do not reach them: their parent ends them.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import select
 import signal
 import subprocess
@@ -19,20 +19,20 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_fipo.reward import dapo
 from megatron_fipo.reward.equivalence import group_equal
-from megatron_fipo.reward.score import Score, right_or_wrong
+from megatron_fipo.reward.extraction import extract_answer, unwrapped
+from megatron_fipo.reward.score import Failure, Score, right_or_wrong
 
 MAX_ANSWER_CHARACTERS = 2000  # a longer one is right only if it is the ground truth to the letter
 MEMORY_BYTES = 2 << 30  # of one process
+_EXIT_SECONDS = 10.0  # from closing its pipe to a worker's end
 START_SECONDS = 120.0  # importing sympy from a busy network file system
 _OF_THE_JOB = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(r"[\s,;$]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
-_WRAPPING = re.compile(r"^(?:[\s$*`]|\\[\[(])+|(?:[\s$*`.]|\\[\])])+$")
+_VERDICTS: dict[bytes, bool | Failure] = {b"1": True, b"0": False, b"e": "error"}
 
 
 class MathReward:
@@ -49,18 +49,15 @@ class MathReward:
     def __call__(
         self, responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]
     ) -> list[Score]:
-        truths = [_unwrapped(truth) for truth in ground_truths]
+        truths = [unwrapped(truth) for truth in ground_truths]
         answers = [extract_answer(response) for response in responses]
-        pairs = list(zip(answers, truths, strict=True))
+        pairs: list[tuple[str | None, str]] = list(zip(answers, truths, strict=True))
         # The responses of a group often agree: every different question is asked once.
         open_questions = [(a, t) for a, t in dict.fromkeys(pairs) if a is not None and a != t and _comparable(a, t)]
-        verdicts = dict(zip(open_questions, self._threads.map(self._ask, open_questions), strict=True))
-        return [
-            right_or_wrong(
-                answer == truth if answer is None else verdicts.get((answer, truth), answer == truth), answer
-            )
-            for answer, truth in pairs
-        ]
+        verdicts: dict[tuple[str | None, str], bool | Failure] = dict(
+            zip(open_questions, self._threads.map(self._verdict, open_questions), strict=True)
+        )
+        return [_score(answer, verdicts.get((answer, truth), answer == truth)) for answer, truth in pairs]
 
     def classes(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
         """See `equivalence.ComparesAnswers`."""
@@ -70,16 +67,16 @@ class MathReward:
         """End the worker processes."""
         self._finalizer()
 
-    def _ask(self, question: tuple[str, str]) -> bool:
-        return bool(self._verdict(*question))
-
     def _are_equal(self, answer: str, other: str) -> bool | None:
-        return self._verdict(answer, other) if _comparable(answer, other) else False
+        if not _comparable(answer, other):
+            return False
+        verdict = self._verdict((answer, other))
+        return verdict if isinstance(verdict, bool) else None
 
-    def _verdict(self, answer: str, truth: str) -> bool | None:
+    def _verdict(self, question: tuple[str, str]) -> bool | Failure:
         worker = self._idle.get()
         try:
-            return worker.ask(answer, truth)
+            return worker.ask(*question)
         finally:
             self._idle.put(worker)
 
@@ -91,16 +88,16 @@ class _Worker:
         self._timeout_seconds = timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, answer: str, ground_truth: str) -> bool | None:
-        """Whether the two are equal; None where that could not be decided within the limits."""
+    def ask(self, answer: str, ground_truth: str) -> bool | Failure:
+        """Return whether the two are equal, or why that could not be decided within the limits."""
         used = self._process is not None and self._process.poll() is None
-        reply, died = self._reply(answer, ground_truth)
-        if died and used:  # perhaps before it saw this answer, which a new one then judges
-            reply, _ = self._reply(answer, ground_truth)
-        return reply == b"1" if reply else None
+        verdict, died_early = self._reply(answer, ground_truth)
+        if died_early and used:  # perhaps before it saw this answer, which a new one then judges
+            verdict, _ = self._reply(answer, ground_truth)
+        return verdict
 
-    def _reply(self, answer: str, ground_truth: str) -> tuple[bytes, bool]:
-        """The worker's byte, empty if it gave none, and whether it died of something else than the time limit."""
+    def _reply(self, answer: str, ground_truth: str) -> tuple[bool | Failure, bool]:
+        """Return the worker's verdict, and whether it died of something else than the time limit."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         process = self._process
@@ -111,9 +108,22 @@ class _Worker:
             reply = _read_byte(process, self._timeout_seconds)
         except BrokenPipeError:
             reply = b""
-        if not reply:
-            self.stop()
-        return reply, not reply and time.monotonic() - started < self._timeout_seconds / 2
+        if reply:
+            return _VERDICTS[reply], False
+        seconds = time.monotonic() - started
+        # Its own alarm and the deadline here go off at the same time, and either may come first.
+        alarmed = seconds < self._timeout_seconds and self._exit_code(process) == -signal.SIGALRM
+        self.stop()
+        late = alarmed or seconds >= self._timeout_seconds
+        return "timeout" if late else "error", not late and seconds < self._timeout_seconds / 2
+
+    @staticmethod
+    def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+        """Return the exit code of a worker that has closed its pipe."""
+        try:
+            return process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         process, self._process = self._process, None
@@ -141,44 +151,10 @@ class _Worker:
         return process
 
 
-def extract_answer(response: str) -> str | None:
-    r"""The last `\boxed{}`, or the `Answer:` line after it; neighbours (`\boxed{1} and \boxed{2}`) are one list."""
-    start, boxed = _last_boxes(response)
-    tail_start = max(0, len(response) - dapo.SEARCHED_CHARACTERS)
-    lines = list(dapo.ANSWER.finditer(response, tail_start))
-    if lines and lines[-1].start() > start:
-        return _unwrapped(lines[-1][1])
-    return boxed
-
-
-def _last_boxes(text: str) -> tuple[int, str | None]:
-    """Where the last run of closed boxes starts, and what is in it; (-1, None) without one. Linear in the text."""
-    open_braces: list[tuple[int, int] | None] = []  # of a box: where it and its content start
-    boxes: list[tuple[int, int, int]] = []  # start, content start, content end
-    for match in _BRACES.finditer(text):
-        token = match[0]
-        if token == "{":
-            open_braces.append(None)
-        elif token == "}":
-            box = open_braces.pop() if open_braces else None
-            if box is not None:
-                while boxes and boxes[-1][0] > box[0]:  # the boxes inside this one
-                    boxes.pop()
-                boxes.append((*box, match.start()))
-        elif token.endswith("{") and len(token) > 2:
-            open_braces.append((match.start(), match.end()))
-    if not boxes:
-        return -1, None
-    first = len(boxes) - 1
-    while first > 0 and _BETWEEN_BOXES.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0]):
-        first -= 1
-    contents = dict.fromkeys(_unwrapped(text[begin:end]) for _, begin, end in boxes[first:])
-    return boxes[first][0], ", ".join(contents)
-
-
-def _unwrapped(text: str) -> str:
-    """Without the dollar signs, asterisks and the full stop around it."""
-    return _WRAPPING.sub("", text)
+def _score(answer: str | None, verdict: bool | Failure) -> Score:
+    if isinstance(verdict, bool):
+        return right_or_wrong(verdict and answer is not None, answer)
+    return replace(right_or_wrong(False, answer), failure=verdict)
 
 
 def _comparable(answer: str, truth: str) -> bool:

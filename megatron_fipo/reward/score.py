@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
+
+Failure: TypeAlias = Literal["timeout", "error"]  # of a verifier, which could not decide
 
 
 @dataclass(frozen=True)
@@ -12,8 +14,9 @@ class Score:
     """One response's verdict."""
 
     reward: float  # what the advantages are computed from
-    accuracy: float  # 0 or 1: what dynamic sampling and evaluation look at
+    accuracy: float  # 0 or 1: what metrics and evaluation count as right
     answer: str | None = None  # the extracted answer (Cons@k votes with it); None: none was found
+    failure: Failure | None = None  # why the verifier could not decide; such a response counts as wrong
 
 
 class RewardFunction(Protocol):

@@ -122,7 +122,7 @@ def test_worker_ends_itself_when_its_parent_cannot(reward: RewardFunction) -> No
         ("\\boxed{5}\nAnswer: 6", "6", 1),
         ("Answer: 6\nthat is, \\boxed{5}", "5", 1),
         ("Answer: 6\nthat is, \\boxed{5}", "6", 0),
-        (r"so \boxed{5} and then \boxed{6", "5", 1),  # cut off: the last whole one counts
+        (r"so \boxed{5} and then \boxed{6", "5", 0),  # cut off: the last answer is unfinished
         (r"so the answer is \boxed{\frac{1}{", "1", 0),
         ("\\boxed{7}" + "x" * 1_000_000, "7", 1),
         ("x" * 1_000_000, "7", 0),

@@ -1,0 +1,239 @@
+r"""Mathematical equality, exact first: rationals, symbols and irrational numbers are never compared by rounding.
+
+A decimal (`0.333333`) stands for every number that it is the rounding of: within its last digit, and within a relative
+1e-6. Anything else is equal or is not. The grader of math-verify walks through sets, intervals, matrices and relations;
+its comparisons of single expressions, which round at a fixed number of places, are replaced by these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from typing import Any
+
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify import grader
+from sympy import (
+    Eq,
+    Expr,
+    Float,
+    I,
+    Integer,
+    MatrixBase,
+    Mul,
+    Rational,
+    Symbol,
+    UnevaluatedExpr,
+    expand,
+    nan,
+    oo,
+    solveset,
+    zoo,
+)
+from sympy import simplify as sympy_simplify
+from sympy.core.relational import Relational
+
+RELATIVE_TOLERANCE = Rational(1, 10**6)  # of decimals
+_DIGITS = 60  # of irrational numbers that are compared
+_AGREEMENT = Float("1e-45", _DIGITS)  # relative difference of equal ones
+_UNKNOWN_PRECISION = 10  # bits: a number that evalf gives with no more than these is zero as far as it can tell
+_MAX_PRECISION = 4 * _DIGITS
+# Single letters that the library would drop as units (`2d`) are variables; `to_latex` has dropped real units.
+_NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+_EQUALS = re.compile(r"(?<!\\|\<|\!|\>)=")
+_PERCENT = UnevaluatedExpr(Rational(1, 100))
+# Values of variables: positive ones first, then of both signs.
+_POSITIVE = tuple(Rational(*pair) for pair in ((7, 5), (3, 7), (11, 4), (13, 9), (5, 3), (17, 8), (2, 11), (23, 6)))
+
+
+def parse(latex: str) -> Any:
+    """Return a SymPy object; of a chain of equations that cannot be read, its last part.
+
+    Raises:
+        Exception: it is not mathematics that the parser knows.
+    """
+    text = normalize_latex(latex, config=_NORMALIZATION)
+    try:
+        found = _sympy(text)
+    except Exception:
+        parts = _EQUALS.split(text)
+        if len(parts) <= 2 or "," in text or ";" in text:
+            raise
+        found = _sympy(parts[-1])
+    if found is None:
+        raise ValueError(f"not mathematics: {latex!r}")
+    if re.search(r"(?<![A-Za-z])i\s*=|(?<![A-Za-z])i\s*\\in", text):  # an index
+        return found
+    return found.xreplace({Symbol("i", real=True): I}) if hasattr(found, "xreplace") else found
+
+
+def _sympy(text: str) -> Any:
+    return latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
+
+
+def equal(truth: Any, answer: Any) -> bool:
+    """Return whether two parsed answers are the same.
+
+    Raises:
+        Exception: it could not be decided.
+    """
+    return bool(grader.verify(truth, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True))
+
+
+def _expressions_equal(one: Any, other: Any, *_: Any) -> bool:
+    if isinstance(one, MatrixBase) and isinstance(other, MatrixBase):
+        return one.shape == other.shape and all(map(_expressions_equal, one.flat(), other.flat()))
+    if not (isinstance(one, Expr) and isinstance(other, Expr)):
+        return False
+    if _numerator_of_percentage(one) == _numerator_of_percentage(other) is not None:
+        return True
+    return _scalars_equal(one.doit(), other.doit())
+
+
+def _numerator_of_percentage(value: Any) -> Any:
+    """9 for `9` and for `9%`, which are taken as equal; None for anything but integers."""
+    if isinstance(value, Mul) and len(value.args) == 2 and value.args[1] == _PERCENT:
+        value = value.args[0]
+    return value if isinstance(value, Integer) else None
+
+
+def _scalars_equal(one: Any, other: Any) -> bool:
+    if one == other:
+        return True
+    if any(value.has(oo, -oo, zoo, nan) for value in (one, other)):
+        return False
+    exact = [_without_floats(value) for value in (one, other)]
+    if _exactly_equal(exact[0], exact[1]):
+        return True
+    if not one.has(Float) and not other.has(Float):
+        return False
+    last_digit = max((_last_digit(e) for e, v in zip(exact, (one, other), strict=True) if _is_decimal(v)), default=None)
+    return _compare_values(exact[0], exact[1], _within(last_digit)) is True
+
+
+def _without_floats(value: Any) -> Any:
+    """The same with every decimal as the fraction that it is written as."""
+    return value.xreplace({number: Rational(str(number)) for number in value.atoms(Float)})
+
+
+def _is_decimal(value: Any) -> bool:
+    return bool(isinstance(value, Float) or (-value).is_Float)
+
+
+def _last_digit(value: Any) -> Any:
+    """The worth of a decimal's last digit, that of the first place at most: 1/1000 of 2.517."""
+    places = 1
+    while (value * 10**places).q != 1 and places < 100:
+        places += 1
+    return Rational(1, 10**places)
+
+
+def _exactly_equal(one: Any, other: Any) -> bool:
+    if one.is_Rational and other.is_Rational:
+        return bool(one == other)
+    difference = one - other
+    if difference.is_Rational:
+        return bool(difference == 0)
+    verdict = _compare_values(one, other, _agree)
+    if verdict is None:
+        return bool(sympy_simplify(difference) == 0)
+    if verdict and not difference.free_symbols:
+        difference = expand(difference)
+        return bool(difference == 0) if difference.is_Rational else True
+    return verdict
+
+
+def _compare_values(one: Any, other: Any, same: Callable[[Any, Any], bool]) -> bool | None:
+    """Compare for several values of the variables where both are real; None where that decides nothing."""
+    compared = 0
+    values_elsewhere = []
+    for point in _points(one.free_symbols | other.free_symbols):
+        pair = [_value(side, point) for side in (one, other)]
+        if any(value is None for value in pair):
+            continue
+        if all(value.is_real for value in pair):
+            compared += 1
+            if not same(*pair):
+                return False
+        else:
+            values_elsewhere.append(pair)
+    if compared:
+        return True
+    return all(same(*pair) for pair in values_elsewhere) if values_elsewhere else None
+
+
+def _points(symbols: set[Any]) -> Iterator[dict[Any, Any]]:
+    if not symbols:
+        yield {}
+        return
+    ordered = sorted(symbols, key=str)
+    for number in range(6):
+        values = list(islice(cycle(_POSITIVE), number, number + len(ordered)))
+        signs = [1 if number < 3 or (number + place) % 2 else -1 for place in range(len(ordered))]
+        scale = 1 + Rational(number, 13)
+        yield {s: sign * value * scale for s, sign, value in zip(ordered, signs, values, strict=True)}
+
+
+def _value(expression: Any, point: dict[Any, Any]) -> Any:
+    """A number, exact if it is rational; None where it has none."""
+    value = expression.subs(point) if point else expression
+    if not value.is_Rational:
+        value = value.evalf(_DIGITS, maxn=_MAX_PRECISION)
+        parts = [_known(part) for part in value.as_real_imag()] if value.is_number else [None]
+        if any(part is None for part in parts):
+            return None
+        value = parts[0] + I * parts[1]
+    return None if value.has(nan, zoo, oo, -oo) else value
+
+
+def _known(part: Any) -> Any:
+    """Zero where nothing of the number is known to differ from it; None for what is no number."""
+    if part.is_Rational:
+        return part
+    if not isinstance(part, Float):
+        return None
+    return Integer(0) if part._prec <= _UNKNOWN_PRECISION else part
+
+
+def _agree(one: Any, other: Any) -> bool:
+    if getattr(one, "is_Rational", False) and getattr(other, "is_Rational", False):
+        return bool(one == other)
+    return bool(abs(one - other) <= _AGREEMENT * max(abs(one), abs(other)))
+
+
+def _within(last_digit: Any) -> Callable[[Any, Any], bool]:
+    def close(one: Any, other: Any) -> bool:
+        difference = abs(one - other)
+        limit = RELATIVE_TOLERANCE * max(abs(one), abs(other))
+        return bool(difference <= limit and (last_digit is None or difference < last_digit))
+
+    return close
+
+
+def _relations_equal(truth: Any, answer: Any, *_: Any) -> bool:
+    """Return whether two relations have the same solutions: one is a multiple of the other, or both are solved."""
+    if truth.free_symbols != answer.free_symbols:
+        return False
+    sides = [relation.lhs - relation.rhs for relation in (truth, answer)]
+    ratio = sympy_simplify(sides[0] / sides[1])
+    if not ratio.free_symbols and type(truth) is type(answer):
+        return bool(ratio.is_finite and ratio.is_nonzero and (isinstance(truth, Eq) or ratio.is_positive))
+    if isinstance(truth, Eq) and isinstance(answer, Eq) and len(truth.free_symbols) == 1:
+        (symbol,) = truth.free_symbols
+        found = [solveset(relation, symbol) for relation in (truth, answer)]
+        return all(f.is_FiniteSet and not f.is_empty for f in found) and found[0] == found[1]
+    if isinstance(truth, Relational) and len(truth.free_symbols) == 1:
+        return bool(truth.as_set() == answer.as_set())
+    return False
+
+
+def _replace(name: str, function: Callable[..., bool]) -> None:
+    if not callable(getattr(grader, name, None)):
+        raise ImportError(f"math_verify.grader has no {name}: this version of math-verify is not supported")
+    setattr(grader, name, function)
+
+
+_replace("sympy_numeric_eq", _expressions_equal)
+_replace("sympy_symbolic_eq", lambda one, other: False)
+_replace("sympy_solve_and_compare", _relations_equal)

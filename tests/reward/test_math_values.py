@@ -1,0 +1,357 @@
+# ruff: noqa: RUF001 -- the look-alike characters are what is tested
+r"""Pairs of answers through the verifier's processes: what is equal, in many spellings, and what only looks so.
+
+Each line is one pair, judged in both directions: as answer and ground truth, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.reward import RewardFunction, Score, make_reward
+from megatron_fipo.reward.extraction import extract_answer
+from megatron_fipo.reward.math_notation import to_latex
+
+EQUAL = r"""
+pi/2 == \frac{\pi}{2}
+pi/2 == 1.5707963
+-2*pi == -2\pi
+-1 + exp(16) == -1+e^{16}
+14.0 + -1.0i == 14 - i
+14.0+-1.0i == 14 - i
+10\,080 == 10080
+10\;080 == 10080
+10 080 == 10080
+10{,}080 == 10080
+10,\!080 == 10080
+10'080 == 10080
+1\,234\,567 == 1234567
+90° == 90
+90° == 90^\circ
+90^{\circ} == 90
+90 degrees == 90
+90\text{ degrees} == 90^\circ
+90\degree == 90
+1/2^98 == \frac{1}{2^{98}}
+10^-30 == \frac{1}{10^{30}}
+1/2006! == \frac{1}{2006!}
+2516_8 == 2516_{8}
+2516_{8} == 1358
+(2516)_8 == 2516_8
+\text{2516}_8 == 2516_8
+2516_{\text{eight}} == 2516_8
+1A_{16} == 26
+\log_2(8) == 3
+\log_2 8 == 3
+log_2(8) == 3
+log2(8) == 3
+sqrt(2)/2 == \frac{\sqrt{2}}{2}
+2sqrt(3) == 2\sqrt{3}
+sqrt(2+sqrt(3)) == \sqrt{2+\sqrt{3}}
+sqrt2 == \sqrt{2}
+sqrt12 == 2\sqrt{3}
+√12 == 2\sqrt{3}
+2^(n+1) == 2^{n+1}
+x**2 == x^2
+x^2 - 1 == (x-1)(x+1)
+1e-5 == 0.00001
+1.5e3 == 1500
+2(3) == 6
+2(x+1) == 2x+2
+3 1/2 == 3.5
+3\frac{1}{2} == 3.5
+-3\frac{1}{2} == -3.5
+3½ == 3.5
+2x == 2x
+5\text{ cm} == 5
+5 cm == 5
+12\,\text{km/h} == 12
+\$5 == 5
+5\text{ cm}^2 == 5
+\text{13} == 13
+\textbf{13} == 13
+\mathbf{13} == 13
+50\% == 0.5
+50\% == 50
+0.333333 == 1/3
+1/3 == 0.3333333
+0.\overline{3} == \frac13
+0.1\overline{6} == \frac16
+0.30000000000000004 == 0.3
+sin(30°) == 1/2
+\sin 30^\circ == \frac{1}{2}
+\sin(\pi/6) == 0.5
+e^{2i} == \cos 2 + i\sin 2
+i^2 == -1
+2i == 2 i
+3+4j == 3+4i
+a+bi == a + b i
+exp(I*pi/3) == e^{i\pi/3}
+\{1,2\} == \{2,1\}
+(1,2) == (1, 2)
+\begin{pmatrix}1/2&2\end{pmatrix} == \begin{bmatrix}0.5&2\end{bmatrix}
+2x=4 == x=2
+y=2x+1 == 2x+1
+y=2x+1 == y-2x=1
+x>2 == 2<x
+(-\infty,2]\cup[3,\infty) == (-\infty, 2] \cup [3, \infty)
+(-\infty,2]\cup[3,\infty) == (-infinity, 2] U [3, infinity)
+oo == \infty
+\sqrt{x^2} == |x|
+abs(x) == |x|
+\ln x + \ln y == \ln(xy)
+\frac{x+1}{x-1} == (x+1)/(x-1)
+1/(2*pi) == \frac{1}{2\pi}
+1/2*pi == \frac{\pi}{2}
+(\sqrt2+1)^2 == 3+2\sqrt{2}
+\sqrt{2}\sqrt{3}-\sqrt{6} == 0
+1,000 == 1000
+1,000,000 == 10^6
+1,000\pi == 1000\pi
+1{,}000\pi == 1000\pi
+2^{3^2} == 512
+2^3^2 == 512
+\binom{5}{2} == 10
+5! == 120
+factorial(5) == 120
+n! == n!
+f(x)+1 == 1+f(x)
+f(x)=2x == 2x
+\text{Monday} == Monday
+\text{(B)} == B
+\text{no solution} == no solution
+x \in (1,2) == (1,2)
+1<x<2 == (1,2)
+\pm 3 == \{3,-3\}
+±3 == \pm 3
+1 \pm \sqrt2 == 1+\sqrt2, 1-\sqrt2
+theta/2 == \frac{\theta}{2}
+π/2 == \frac{\pi}{2}
+2π == 2\pi
+x² == x^2
+x⁻¹ == \frac1x
+−5 == -5
+3×4 == 12
+３７ == 37
+0.5 == \frac{1}{2}
+.5 == \frac{1}{2}
+2.50 == 2.5
+007 == 7
+1.23457\cdot 10^{6} == 1234570
+12:30 == 2:5
+e == 2.718281828
+\sum_{i=1}^{10} i == 55
+2\frac{\pi}{3} == \frac{2\pi}{3}
+\frac{\sqrt{2}}{2}3 == \frac{3\sqrt2}{2}
+--5 == 5
+1.2\times10^{-3} == 0.0012
+0.1234567890123456789 == 0.1234567890123456789
+2a+3b == 3b+2a
+acos(0) == \frac{\pi}{2}
+arctan(1) == \pi/4
+cos(x)^2+sin(x)^2 == 1
+2\cos^2 x - 1 == \cos 2x
+\tan 45^\circ == 1
+25^\circ C == 25^\circ C
+x \ge 3 == [3, \infty)
+1, 2, 3 == 3, 2, 1
+1 and 2 == 1, 2
+\frac{3}{4}\text{ inches} == 0.75
+8 \text{ or } 9 == 8, 9
+""".strip().splitlines()
+
+DIFFERENT = r"""
+pi/2 != \frac{\pi}{3}
+-2*pi != 2\pi
+-1 + exp(16) != 1+e^{16}
+14.0 + -1.0i != 14 + i
+10\,080 != 90
+1\,234\,567 != 1234568
+90° != 91
+\frac{1}{2^{98}} != \frac{1}{2^{99}}
+1/2^98 != 1/2^99
+10^{-30} != 10^{-31}
+1/2006! != 1/2004!
+2516 != 2516_8
+9_8 != 9
+x_1 != x_2
+sqrt(2)/2 != \frac{\sqrt{3}}{2}
+x^2 - 1 != (x-1)(x+2)
+2(3) != 5
+3 1/2 != 2
+1 2 != 3
+3 5 != 8
+2d != 2s
+2d != 2
+50\% != 5
+0.3333 != 1/3
+0.1\overline{6} != \frac15
+3.14 != \pi
+1000000.5 != 1000000.4
+1000000 != 1000000.4
+5 != 5.000001
+0.0000001 != 0.0000002
+(1,2) != (2,1)
+(1/2^98, 1) != (1/2^99, 1)
+\{\frac{1}{2^{98}}, 1\} != \{\frac{1}{2^{99}}, 1\}
+[1/2^98, 1] != [1/2^99, 1]
+x=\frac{1}{2^{98}} != x=\frac{1}{2^{99}}
+\begin{pmatrix}2^{-98}&1\end{pmatrix} != \begin{pmatrix}2^{-99}&1\end{pmatrix}
+x^2=-1 != x^2=-4
+y=2x+1 != y=2x+2
+x>2 != x\ge 2
+x>2 != x<2
+-\infty != \infty
+\sqrt{x^2} != x
+\pi + 10^{-60} != \pi
+\frac{\pi}{2006!} != \frac{\pi}{2004!}
+(1,000, 2) != (1000, 2)
+C(5,2) != 11
+n! != (n+1)!
+A != B
+\frac{1}{0} != 7
+x^2y != x^{2y}
+10^{10} != 10^{11}
+123456789012345678901234567890 != 123456789012345678901234567891
+\frac{123456789012345678901}{7} != \frac{123456789012345678902}{7}
+x/2^{98} != x/2^{99}
+\frac{a}{b} != \frac{b}{a}
+45^\circ != 46^\circ
+""".strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[RewardFunction]:
+    made = make_reward(RewardConfig(function="math", workers=2, timeout_seconds=60.0))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def verdicts(reward: RewardFunction) -> dict[tuple[str, str], Score]:
+    """Of (answer, ground truth); all are judged at once, which takes a second or two a hundred."""
+    pairs = [tuple(line.split(mark)) for mark, lines in ((" == ", EQUAL), (" != ", DIFFERENT)) for line in lines]
+    pairs += [(other, one) for one, other in pairs]
+    scores = reward([rf"\boxed{{{a}}}" for a, _ in pairs], [t for _, t in pairs], [""] * len(pairs))
+    return dict(zip(pairs, scores, strict=True))
+
+
+@pytest.mark.parametrize("line", EQUAL)
+def test_equal(verdicts: dict[tuple[str, str], Score], line: str) -> None:
+    """Two spellings of one value are right, whichever of them is the ground truth."""
+    one, other = line.split(" == ")
+    assert [verdicts[pair].accuracy for pair in ((one, other), (other, one))] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("line", DIFFERENT)
+def test_different(verdicts: dict[tuple[str, str], Score], line: str) -> None:
+    """Two values are wrong for each other, however near or alike."""
+    one, other = line.split(" != ")
+    assert [verdicts[pair].accuracy for pair in ((one, other), (other, one))] == [0.0, 0.0]
+
+
+FINISHED = (
+    ("\\boxed{6\nAnswer: 5", "5"),
+    ("\\boxed{6 no, \\boxed{5}", "5"),
+    ("\\boxed{5} \\] \\boxed{5}", "5"),
+    ("**Answer**: 73", "73"),
+    ("**Final Answer**: $73$", "73"),
+    ("**Final Answer:** $73$", "73"),
+    ("### Answer: 73", "73"),
+    ("__Answer__: 73", "73"),
+    ("<b>Answer</b>: 73", "73"),
+    ("\\textbf{Answer}: 73", "73"),
+    ("\\textbf{Answer:} 73", "73"),
+    ("Answer：73", "73"),
+    ("**Answer** : **73**", "73"),
+    ("*Answer*: *73*", "73"),
+    ("Answer: _73_", "73"),
+    ("**Final Answer**\n\n**Answer**:\n\n$$\n73\n$$\n", "73"),
+    ("Answer: \\[ 73 \\]", "73"),
+    ("Answer: \\(73\\).", "73"),
+    ("Answer: <b>73</b>", "73"),
+    ("## Final Answer:\n73", "73"),
+    ("Answer: `73`", "73"),
+    ("Answer: $\\frac{1}{2}$.", "\\frac{1}{2}"),
+    ("Answer: 73\n", "73"),
+    ("Answer: [1, 2)", "[1, 2)"),
+    ("Answer: (-\\infty, 3]", "(-\\infty, 3]"),
+    ("Answer: 2\\pi", "2\\pi"),
+    ("Answer: \\frac{1}{2}\n", "\\frac{1}{2}"),
+    ("Answer: \\{1,2\\}", "\\{1,2\\}"),
+    ("Answer: x_1", "x_1"),
+    ("Answer: 90^\\circ", "90^\\circ"),
+    ("Answer: \\alpha", "\\alpha"),
+    ("Answer: $x$ and $y$", "x$ and $y"),
+    ("Answer: \\$5", "\\$5"),
+    ("Answer: 50\\%", "50\\%"),
+    ("Answer: {5}", "{5}"),
+    ("$\\text{Answer: }73$", "73"),
+    ("Answer: 5}", "5}"),
+    ("My answer: \\boxed{5}", "5"),
+    ("\\[\\boxed{5}\\]", "5"),
+    ("Answer: $$5$$", "5"),
+)
+UNFINISHED = (
+    "First \\boxed{5}. Wait, so \\boxed{6",
+    "\\boxed{5} and \\box",
+    "\\boxed{5} so \\boxed",
+    "\\boxed{5}. \\boxed{\\frac{1}{2",
+    "Answer: 5\\nwait \\boxed{6",
+    "\\boxed{5}\nAnswer: \\frac{1}{",
+    "\\boxed{5}\nAnswer: $6",
+    "\\boxed{5}\nAnswer:",
+    "\\boxed{5}\n**Answer**: ",
+    "\\boxed{5}\nAnswer: \\(6",
+    "\\boxed{5}\nAnswer: (1, 2",
+    "answer: $5 dollars",
+    "Answer: -\\frac",
+    "Answer: 12\\",
+    "Answer: $5",
+)
+
+
+@pytest.mark.parametrize(("response", "answer"), FINISHED)
+def test_markup_around_the_answer(response: str, answer: str) -> None:
+    """Bold, headings, HTML, TeX and line breaks around `Answer:` and around its value are no part of the answer."""
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("response", UNFINISHED)
+def test_the_last_answer_must_be_finished(response: str) -> None:
+    """A response that ends within its last answer has none, although it gave another one before."""
+    assert extract_answer(response) is None
+
+
+def test_dapo_reads_markup_as_its_authors_do() -> None:
+    """`dapo` wants `Answer:` itself: markup between the word and the colon is no answer for it."""
+    dapo = make_reward(RewardConfig(function="dapo"))
+    assert [s.accuracy for s in dapo(["**Answer**: 73", "Answer: 73"], ["73", "73"], ["", ""])] == [0.0, 1.0]
+
+
+def test_numbers_side_by_side_are_refused() -> None:
+    """`3 5` is neither 35 nor 8 nor 15."""
+    with pytest.raises(ValueError, match="numbers side by side: '3 5'"):
+        to_latex("3 5")
+
+
+def test_failures_are_told_from_wrong_answers(reward: RewardFunction) -> None:
+    """A ground truth that cannot be read is the verifier's failure, an answer that cannot be is a wrong answer."""
+    responses = [r"\boxed{7}", r"\boxed{\frac{1}{}", r"\boxed{8}", "none"]
+    scores = reward(responses, [r"\frac{1}{", "7", "7", "7"], [""] * 4)
+    assert [s.failure for s in scores] == ["error", None, None, None]
+    assert [s.reward for s in scores] == [-1.0] * 4
+
+
+@pytest.mark.slow
+def test_time_outs_are_told_from_wrong_answers() -> None:
+    """An answer that takes for ever is counted as one, not as wrong mathematics."""
+    reward = make_reward(RewardConfig(function="math", workers=1, timeout_seconds=4.0))
+    try:
+        scores = reward([r"\boxed{\sum_{k=1}^{10^{9}} \frac{1}{k^k}}", r"\boxed{8}"], ["7", "7"], ["", ""])
+    finally:
+        reward.close()
+    assert [(s.accuracy, s.failure) for s in scores] == [(0.0, "timeout"), (0.0, None)]
