@@ -8,7 +8,7 @@ ranks.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ import torch
 
 MicroBatchOrder = Literal["longest_first", "shortest_first", "longest_middle"]
 
-PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", "rewards", "accuracy", "advantages")
+_OUTCOMES = ("rewards", "accuracy", "advantages", "scores", "failures")
+PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", *_OUTCOMES)
+FAILURES = (None, "timeout", "error")  # of a verifier
 PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
 
 
@@ -30,6 +32,8 @@ class Rollouts:
         lengths: [B] int64 tokens of prompt and response.
         truncated: [B] bool, the response hit the length limit.
         rewards, accuracy, advantages: [B] float32, zero until they are computed.
+        scores: [B] float32, rewards before the penalty for length.
+        failures: [B] int8, why the verifier could not decide: an index into `FAILURES`.
         tokens: [N] int64.
         loss_mask: [N] bool, the tokens that the policy is trained on: sampled ones, stop token included.
         rollout_log_probs: [N] float32, the engine's log-probability of each sampled token; 0 elsewhere.
@@ -43,6 +47,8 @@ class Rollouts:
     rewards: torch.Tensor
     accuracy: torch.Tensor
     advantages: torch.Tensor
+    scores: torch.Tensor
+    failures: torch.Tensor
     tokens: torch.Tensor
     loss_mask: torch.Tensor
     rollout_log_probs: torch.Tensor
@@ -50,6 +56,12 @@ class Rollouts:
 
     def __len__(self) -> int:
         return self.ids.numel()
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, torch.Tensor]) -> Rollouts:
+        """Return what `vars` gave, also of a version without scores and failures, whose rewards were right or wrong."""
+        added = {"scores": state["accuracy"], "failures": torch.zeros_like(state["ids"], dtype=torch.int8)}
+        return Rollouts(**{**added, **state})
 
     @property
     def offsets(self) -> torch.Tensor:
@@ -113,6 +125,8 @@ class Rollouts:
             rewards=torch.zeros(len(ids)),
             accuracy=torch.zeros(len(ids)),
             advantages=torch.zeros(len(ids)),
+            scores=torch.zeros(len(ids)),
+            failures=torch.zeros(len(ids), dtype=torch.int8),
             tokens=torch.tensor(tokens, dtype=torch.int64),
             loss_mask=torch.tensor(mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(log_prob, dtype=torch.float32),

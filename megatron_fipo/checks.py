@@ -1,8 +1,8 @@
-"""Everything that can be checked before ranks start, in one place for `train`, its --dry-run, `eval` and `doctor`."""
+"""What can be checked before ranks are started and the model is built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,7 +13,7 @@ from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, RewardConfig
 from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.convert.load import check_weights
-from megatron_fipo.data.prompts import check_chat_template
+from megatron_fipo.data.prompts import Prompt, TemplateOptions, check_chat_template, load_prompts
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
 from megatron_fipo.model.architecture import Architecture, check_model
@@ -27,61 +27,16 @@ R = TypeVar("R")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
-def check_run(config: Config, *, needs_gpu: bool = True) -> list[str]:
-    """Check installation, model, layout, loss, data files, tokenizer and reward; returns warnings.
+class Problems(list[str]):
+    """Messages of the checks that failed.
 
-    Args:
-        needs_gpu: this machine must have the GPU that the run asks for; False: only the installation must be in order.
-
-    Raises:
-        ValueError: everything that is wrong, and what to change.
+    Attributes:
+        warnings: what the user should know of a run that may start all the same.
     """
-    _raise(run_problems(config, needs_gpu=needs_gpu))
-    return _no_op_warnings(config)
 
-
-def check_evaluation(config: Config) -> None:
-    """Check what it takes to sample from a policy and to score it: nothing of training, nor its data.
-
-    Raises:
-        ValueError: everything that is wrong, and what to change.
-    """
-    _raise(evaluation_problems(config))
-
-
-def run_problems(config: Config, *, needs_gpu: bool = True) -> list[str]:
-    """List everything that keeps `train` from starting here."""
-    problems = evaluation_problems(config, needs_gpu=needs_gpu)
-    problems.attempt(loss_config, config.algorithm, config.rollout)
-    problems.attempt(check_trackers, config)
-    problems.attempt(_check_problem_file, config.data.train)
-    warnings = _no_op_warnings(config)
-    if warnings and config.trainer.strict:
-        problems.append(f"trainer.strict: {warnings[0]}")
-    return problems
-
-
-def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> _Problems:
-    """List everything that keeps `eval` from starting here."""
-    problems = _Problems(transformer_engine_problems(config.model.transformer_engine, needs_gpu=needs_gpu))
-    if not problems:
-        problems.attempt(check_context_parallelism, config)
-    architecture = problems.attempt(check_model, config)
-    problems.attempt(vllm_environment.check, config, None if architecture is None else architecture.head_dim)
-    for path in config.data.benchmarks.values():
-        problems.attempt(_check_problem_file, path)
-    if architecture is not None:
-        if config.model.megatron_path:
-            problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
-        elif any(Path(config.model.hf_path).glob("*.safetensors*")):
-            problems.attempt(check_weights, config.model.hf_path, architecture)
-        problems.attempt(_check_tokenizer, config.model.hf_path, architecture.vocab_size, config.model.overrides)
-    problems.attempt(_check_reward, config.reward)
-    return problems
-
-
-class _Problems(list[str]):
-    """Messages of the checks that failed."""
+    def __init__(self, messages: Sequence[str] = ()) -> None:
+        super().__init__(messages)
+        self.warnings: list[str] = []
 
     def attempt(self, check: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
         """Return what `check` returns, or note the ValueError that it raises."""
@@ -91,14 +46,109 @@ class _Problems(list[str]):
             self.append(str(error))
             return None
 
+    def raise_if_any(self) -> None:
+        """Raise a ValueError that lists all of them."""
+        if self:
+            raise ValueError("\n".join(self))
 
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("\n".join(problems))
+
+def check_run(config: Config, *, needs_gpu: bool = True) -> list[str]:
+    """Check installation, model, layout, loss, data files, tokenizer and reward; return warnings.
+
+    Args:
+        needs_gpu: this machine must have the GPU that the run asks for; False: only the installation must be in order.
+
+    Raises:
+        ValueError: everything that is wrong, and what to change.
+    """
+    problems = run_problems(config, needs_gpu=needs_gpu)
+    problems.raise_if_any()
+    return problems.warnings
 
 
-def _check_problem_file(path: str) -> None:
+def check_evaluation(config: Config) -> list[str]:
+    """Check what it takes to sample from a policy and to score it: nothing of training, nor its data; return warnings.
+
+    Raises:
+        ValueError: everything that is wrong, and what to change.
+    """
+    problems = evaluation_problems(config)
+    problems.raise_if_any()
+    return problems.warnings
+
+
+def run_problems(config: Config, *, needs_gpu: bool = True) -> Problems:
+    """List everything that keeps `train` from starting here."""
+    problems = _find_problems(config, [config.data.train, *config.data.benchmarks.values()], needs_gpu)
+    problems.attempt(loss_config, config.algorithm, config.rollout)
+    problems.attempt(check_trackers, config)
+    no_op = _no_op_warnings(config)
+    if no_op and config.trainer.strict:
+        problems.append(f"trainer.strict: {no_op[0]}")
+    problems.warnings[:0] = no_op
+    return problems
+
+
+def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> Problems:
+    """List everything that keeps `eval` from starting here."""
+    return _find_problems(config, list(config.data.benchmarks.values()), needs_gpu)
+
+
+def _find_problems(config: Config, files: Sequence[str], needs_gpu: bool) -> Problems:
+    """List what keeps responses to the prompts of these files from being generated and scored here."""
+    problems = Problems(transformer_engine_problems(config.model.transformer_engine, needs_gpu=needs_gpu))
+    if not problems:
+        problems.attempt(check_context_parallelism, config)
+    architecture = problems.attempt(check_model, config)
+    problems.attempt(vllm_environment.check, config, None if architecture is None else architecture.head_dim)
+    problems.attempt(_check_reward, config.reward)
+    tokenizer = problems.attempt(load_tokenizer, config.model.hf_path)
+    prompts = _prompts(config, files, tokenizer, problems)
+    if architecture is None:
+        return problems
+    if config.model.megatron_path:
+        problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
+    elif any(Path(config.model.hf_path).glob("*.safetensors*")):
+        problems.attempt(check_weights, config.model.hf_path, architecture)
+    if tokenizer is not None:
+        found = problems.attempt(_vocabulary_warnings, config, tokenizer, architecture.vocab_size, prompts)
+        problems.warnings += found or []
+    return problems
+
+
+def load_tokenizer(path: str) -> Any:
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it has none that can be used, or no chat template.
+    """
+    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
+    check_chat_template(tokenizer)
+    return tokenizer
+
+
+def _prompts(config: Config, files: Sequence[str], tokenizer: Any, problems: Problems) -> dict[str, Sequence[Prompt]]:
+    """Return the prompts of each file as the model will see them, without files that cannot be used."""
+    readable = [path for path in files if problems.attempt(_check_problem_file, path)]
+    if tokenizer is None:
+        return {}
+    options = (
+        config.data.max_prompt_tokens,
+        TemplateOptions(config.data.chat_template_kwargs),
+        config.reward.reads_data_source,
+    )
+    loaded = {path: problems.attempt(load_prompts, path, tokenizer, *options) for path in readable}
+    return {path: prompts for path, prompts in loaded.items() if prompts is not None}
+
+
+def _check_problem_file(path: str) -> bool:
     open_problems(path).close()
+    return True
 
 
 def _check_checkpoint(path: str, architecture: Architecture) -> None:
@@ -109,19 +159,31 @@ def _check_reward(config: RewardConfig) -> None:
     make_reward(config).close()
 
 
-def _check_tokenizer(path: str, vocab_size: int, overrides: dict[str, Any]) -> None:
-    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
-        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model's embedding only {vocab_size} rows"
-        )
-    check_chat_template(tokenizer)
-    stop_token_ids(path, tokenizer, overrides)
+def _vocabulary_warnings(
+    config: Config, tokenizer: Any, vocab_size: int, prompts: Mapping[str, Sequence[Prompt]]
+) -> list[str]:
+    """Return whether tokens have no row in the embedding: added ones that nothing uses may.
+
+    Raises:
+        ValueError: the vocabulary itself, a prompt or the end of a response has such tokens; or nothing ends one.
+    """
+    path = config.model.hf_path
+    stops = stop_token_ids(path, tokenizer, config.model.overrides)
+    if len(tokenizer) <= vocab_size:
+        return []
+    sizes = f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model's embedding only {vocab_size} rows"
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{sizes}; is it the tokenizer of another model?")
+    for token in stops:
+        if token >= vocab_size:
+            raise ValueError(f"{sizes}, and token {token}, which ends a response, is beyond them")
+    for file, some in prompts.items():
+        for prompt in some:
+            if max(prompt.token_ids, default=0) >= vocab_size:
+                token = max(prompt.token_ids)
+                name = tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"{sizes}, and {file}, row {prompt.index}, has the added token {token} ({name!r})")
+    return [f"{sizes}. No prompt has a token beyond them, so they do no harm here"]
 
 
 def _no_op_warnings(config: Config) -> list[str]:

@@ -104,7 +104,7 @@ def evaluate(
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or command.default_directory(settings)
     if launch.is_first_process():
-        check_evaluation(settings)
+        _warn(check_evaluation(settings))
         command.check(settings, directory)
     launch.run(
         command.run,
@@ -145,8 +145,7 @@ def _check(config: Config, dry_run: bool) -> None:
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
         warnings += check_memory(config, hardware)
-    for warning in warnings:
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    _warn(warnings)
     if not dry_run:
         check_directory(config)
 
@@ -157,6 +156,11 @@ def _obstacle_to_update(config: Config) -> str | None:
 
     obstacle = gpu_obstacle() if config.model.transformer_engine == "on" else None
     return obstacle and f"model.transformer_engine=on needs a GPU and {obstacle}"
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
 @data.command()
@@ -182,6 +186,19 @@ def prepare(
     )
     for name, file in done.files.items():
         typer.echo(f"{output.parent / name}: {file.rows} problems, sha256 {file.sha256}")
+
+
+@data.command("check")
+def check_data(
+    config: Annotated[Path, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(help="Number of prompts to show.")] = 3,
+) -> None:
+    """Show what the model will see of some prompts, where a response ends, and how the reward judges answers."""
+    from megatron_fipo.data_check import show
+
+    for line in show(load_config(config, overrides or []), prompts):
+        typer.echo(line)
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -185,6 +185,13 @@ def _later_share(row: Row) -> float:
     return share * updates / (updates - 1) if updates > 1 and moves else 0.0
 
 
+def _undecided(rows: Sequence[Row], limits: Limits) -> str | None:
+    late, failed = (rows[-1].get(f"reward/verifier_{name}", 0.0) for name in ("timeouts", "errors"))
+    if not late + failed:
+        return None
+    return f"{late:.0f} answers ran into the time limit, {failed:.0f} into the memory limit or an error"
+
+
 def _mean(rows: Sequence[Row], name: str) -> float | None:
     values = [row[name] for row in rows if name in row]
     return fmean(values) if values else None
@@ -236,6 +243,14 @@ RULES = (
         _mismatch,
     ),
     Rule(
+        "The verifier could not decide",
+        "Such answers earn what wrong ones do. The rows of rollouts/*.parquet whose failure is set have them: a slow "
+        "answer needs a larger reward.timeout_seconds or more reward.workers; an error can be a ground truth that is "
+        "no mathematics. (Any in a step: our choice.)",
+        "choice",
+        _undecided,
+    ),
+    Rule(
         "Influence weights are pinned",
         "Weights that are all at algorithm.influence_clip's upper bound tell tokens apart no more: a larger learning "
         "rate in disguise. A shorter half-life or fewer updates a step keep Future-KL smaller. "
@@ -250,5 +265,5 @@ _WATCHED = (
     *("policy/lr", "policy/updates", "policy/dual_clip_fraction", "policy/policy_kl", "policy/entropy"),
     *("policy/influence_clip_fraction_upper", "reward/accuracy", "response_length/q75", "response_length/mean"),
     *("sampling/prompts_generated", "sampling/groups_all_right", "sampling/groups_all_wrong"),
-    "mismatch/rollout_mismatch_abs",
+    *("mismatch/rollout_mismatch_abs", "reward/verifier_timeouts", "reward/verifier_errors"),
 )

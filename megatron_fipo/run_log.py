@@ -1,6 +1,7 @@
 """What a run leaves behind in its directory, written by rank 0; and what a person sees while it runs.
 
 config.yaml            the resolved configuration
+began.json             when the run began, as chat templates that write the date are told
 metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers; wandb/ too, where trainer.wandb_project is set
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
@@ -19,6 +20,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from megatron_fipo.batch import Rollouts, TrainBatch
+from megatron_fipo.batch import FAILURES, Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
@@ -42,13 +44,19 @@ _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 def clear(directory: Path) -> None:
     """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
     for name in (
-        *("metrics.jsonl", "summary.json", "report.html", "credit.html"),
+        *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
         *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces", "wandb"),
     ):
         _remove(directory / name)
     _remove(directory / "checkpoints")
     for failed in directory.glob("failed_step_*"):
         _remove(failed)
+
+
+def began(directory: Path) -> datetime:
+    """Return when the run in a directory began, now if there is none."""
+    path = directory / "began.json"
+    return datetime.fromisoformat(json.loads(path.read_text())["began"]) if path.exists() else datetime.now()
 
 
 def _rewind(directory: Path, step: int) -> int:
@@ -124,6 +132,12 @@ class RunLog:
         if self.writes:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._claim = _locked(self.directory / ".lock")
+
+    def keep_beginning(self, time: datetime) -> None:
+        """Keep the time at which the run began, for every later attempt."""
+        path = self.directory / "began.json"
+        if self.writes and not path.exists():
+            write_whole(path, json.dumps({"began": time.isoformat()}) + "\n")
 
     def open(self, step: int, seconds: float) -> None:
         """Start writing after `step` finished steps, which took `seconds`; what an attempt wrote of later ones goes."""
@@ -259,6 +273,7 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
             "weight_versions": [v[p:] for v, p in zip(versions, prompts, strict=True)],
             "reward": r.rewards.tolist(),
             "accuracy": r.accuracy.tolist(),
+            "failure": pa.array([FAILURES[i] for i in r.failures.tolist()], pa.string()),
             "advantage": r.advantages.tolist(),
             "truncated": r.truncated.tolist(),
         }

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
-from megatron_fipo.data import PromptStream, load_prompts
+from megatron_fipo.data import PromptStream, TemplateOptions, load_prompts
 from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.parallel import interrupt
@@ -45,7 +46,7 @@ from megatron_fipo.rollout.distribute import distribute
 from megatron_fipo.rollout.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
 from megatron_fipo.rollout.stop_tokens import stop_token_ids
 from megatron_fipo.rollout.stream import make_collector
-from megatron_fipo.run_log import RunLog, clear
+from megatron_fipo.run_log import RunLog, began, clear
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,15 @@ class Trainer:
         self.topology = topologies.initialize(config.parallel, config.run.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
         self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer, config.model.overrides)
-        self.prompts = load_prompts(config.data.train, self.tokenizer, config.data.max_prompt_tokens)
-        self.benchmarks = load_benchmarks(config, self.tokenizer)
+        self.began = _from_rank_0(datetime.now() if starts_over(config) else began(config.run_directory))
+        self.prompts = load_prompts(
+            config.data.train,
+            self.tokenizer,
+            config.data.max_prompt_tokens,
+            TemplateOptions(config.data.chat_template_kwargs, self.began),
+            config.reward.reads_data_source,
+        )
+        self.benchmarks = load_benchmarks(config, self.tokenizer, self.began)
         self.reward = make_reward(config.reward)
         self.engine = make_engine(config, hf_config, self.topology)
         self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
@@ -197,6 +205,7 @@ class Trainer:
             if self.topology.rank == 0:
                 clear(directory)
             dist.barrier()
+        self.log.keep_beginning(self.began)
         newest = self.checkpointer.newest()
         if newest is not None:
             complete = newest >= self.config.trainer.max_steps and (directory / "summary.json").exists()
@@ -388,6 +397,12 @@ class Trainer:
             "throughput/tokens_per_second": tokens / self._clock["step"],
             "throughput/tokens_per_second_per_rank": tokens / self._clock["step"] / self.topology.world_size,
         }
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _due(step: int, every: int) -> bool:

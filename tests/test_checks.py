@@ -194,7 +194,7 @@ def test_damaged_data_file_is_named(task: Path, which: str, damage: Any) -> None
 def test_data_file_of_another_schema(task: Path) -> None:
     """The missing columns and those that are there."""
     pq.write_table(pa.table({"prompt": ["1+1?"], "answer": ["2"]}), task / "train.parquet")
-    with pytest.raises(ValueError, match=r"lacks the column\(s\) data_source, reward_model; it has prompt, answer"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) reward_model; it has prompt, answer"):
         check_run(_config(task))
 
 

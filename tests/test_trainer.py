@@ -35,7 +35,7 @@ UNTRAINED = ("time/", "throughput/", "eval/")
 Layouts = Callable[[str], list[dict[str, torch.Tensor]]]
 COLUMNS = [
     *("id", "prompt", "response", "response_tokens", "rollout_log_probs", "weight_versions"),
-    *("reward", "accuracy", "advantage", "truncated"),
+    *("reward", "accuracy", "failure", "advantage", "truncated"),
     *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
 ]
 

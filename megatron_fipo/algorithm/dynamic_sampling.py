@@ -1,4 +1,5 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): only groups with right and wrong responses have a gradient.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): only groups with right and wrong responses have a gradient; where rewards
+are grades, those whose grades differ.
 
 Pure logic: where responses come from, and how counts cross ranks, is the trainer's business. B: responses.
 """
@@ -10,7 +11,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_fipo.algorithm.advantages import check_groups
+from megatron_fipo.algorithm.advantages import STD_EPSILON, check_groups
 
 Group = TypeVar("Group")
 
@@ -24,22 +25,30 @@ class GroupOutcomes(NamedTuple):
     all_wrong: Tensor  # [P] bool
 
 
-def informative_groups(accuracy: Tensor, group_index: Tensor) -> GroupOutcomes:
-    """Which groups are neither all right nor all wrong.
+def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | None = None) -> GroupOutcomes:
+    """Return which groups have responses of different scores; the others are all right or all wrong.
 
     Args:
-        accuracy: [B] floating point, 1 right and 0 wrong (not the shaped reward).
+        scores: [B] floating point, rewards before any shaping. A difference of less than `STD_EPSILON`, by which
+            advantages are kept finite, is rounding.
         group_index: [B] integers; equal ones form a group.
+        accuracy: [B] floating point, 1 right and 0 wrong. Groups of equal scores are all right if all of theirs is 1.
+            None: the scores themselves.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    check_groups("accuracy", accuracy, group_index)
+    check_groups("scores", scores, group_index)
+    accuracy = scores if accuracy is None else accuracy
     groups, group = group_index.unique(return_inverse=True)
-    blank = torch.zeros(groups.numel(), dtype=accuracy.dtype, device=accuracy.device)
-    all_right = blank.scatter_reduce(0, group, accuracy, "amin", include_self=False) >= 1
-    all_wrong = blank.scatter_reduce(0, group, accuracy, "amax", include_self=False) <= 0
-    return GroupOutcomes(groups, ~(all_right | all_wrong), all_right, all_wrong)
+
+    def extremum(values: Tensor, which: Literal["amin", "amax"]) -> Tensor:
+        blank = torch.zeros(groups.numel(), dtype=values.dtype, device=values.device)
+        return blank.scatter_reduce(0, group, values, which, include_self=False)
+
+    informative = extremum(scores, "amax") - extremum(scores, "amin") > STD_EPSILON
+    right = extremum(accuracy, "amin") >= 1
+    return GroupOutcomes(groups, informative, ~informative & right, ~informative & ~right)
 
 
 class DynamicSamplingExhausted(ValueError):

@@ -68,6 +68,8 @@ class DataConfig:
     validation: Any = None
     max_prompt_tokens: int = 2048  # longer prompts are left out and counted
     shuffle: bool = True
+    # Variables of the chat template, e.g. {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def benchmarks(self) -> dict[str, str]:
@@ -83,7 +85,7 @@ class RolloutConfig:
     prompts_per_step: int = 512  # groups in a training batch
     group_size: int = 16  # responses a prompt (G)
     prompts_per_round: int | None = None  # prompts a generation round; None: prompts_per_step
-    dynamic_sampling: bool = True  # drop groups that are all right or all wrong, generate until the batch is full
+    dynamic_sampling: bool = True  # drop groups whose rewards are all the same, generate until the batch is full
     max_rounds: int = 10  # 0: no limit
     when_exhausted: Literal["stop", "train"] = "stop"  # after max_rounds: end with an error, or train on what there is
     surplus_groups: Literal["drop", "keep"] = (
@@ -154,10 +156,18 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     function: str = "dapo"  # dapo | math | exact | package.module:function
+    # Numbers that a function of one's own returns count as right (accuracy, pass@k) from here on; None: 0.5, and a
+    # warning where they are other than 0, 1 and -1. What is trained on is the number itself.
+    accuracy_threshold: float | None = None
     overlong_buffer_tokens: int = 4096  # 0: no overlong shaping
     overlong_penalty_factor: float = 1.0
     workers: int = 2  # processes of the `math` verifier, on each data-parallel replica
     timeout_seconds: float = 10.0  # one answer's verification
+
+    @property
+    def reads_data_source(self) -> bool:
+        """Whether the function is one of the user's, which gets the data sources; the others judge without them."""
+        return ":" in self.function
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From parquet in the DAPO schema to prompts, in a shuffled, epoch-exact and resumable order."""
 
 from megatron_fipo.data.prepare import prepare
-from megatron_fipo.data.prompts import Prompt, PromptSet, load_prompts
+from megatron_fipo.data.prompts import Prompt, PromptSet, TemplateOptions, load_prompts
 from megatron_fipo.data.sampler import PromptStream
 
-__all__ = ["Prompt", "PromptSet", "PromptStream", "load_prompts", "prepare"]
+__all__ = ["Prompt", "PromptSet", "PromptStream", "TemplateOptions", "load_prompts", "prepare"]

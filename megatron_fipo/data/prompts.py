@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.data.schema import Problem, unique_problems
 
 TOKENIZED_AT_ONCE = 1024
+RESERVED = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "return_dict", "strftime_now", "padding", "truncation", "return_tensors"),
+)
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What the chat template is given besides the messages.
+
+    Attributes:
+        kwargs: variables of the template, as `data.chat_template_kwargs` has them.
+        now: the time that the template's `strftime_now` tells. A run keeps that of its start, so that the prompts of
+            a template which writes the date stay what they are; None: the present.
+    """
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime | None = None
+
+    def __post_init__(self) -> None:
+        taken = sorted(set(self.kwargs) & set(RESERVED))
+        if taken:
+            raise ValueError(
+                f"data.chat_template_kwargs has {', '.join(taken)}, which the recipe sets itself; it is for the "
+                "template's own variables, such as enable_thinking"
+            )
+
+    def variables(self) -> dict[str, Any]:
+        now = self.now
+        return {**self.kwargs, **({} if now is None else {"strftime_now": now.strftime})}
 
 
 @dataclass(frozen=True)
@@ -52,12 +83,24 @@ class PromptSet(Sequence[Prompt]):
         )
 
 
-def load_prompts(path: str | Path, tokenizer: Any, max_prompt_tokens: int) -> PromptSet:
+def load_prompts(
+    path: str | Path,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    template: TemplateOptions | None = None,
+    reads_data_source: bool = False,
+) -> PromptSet:
     """Read a parquet file in the DAPO schema. Prompts longer than `max_prompt_tokens` are left out and counted.
+
+    A prompt whose last message is the assistant's is continued where that message ends; otherwise the template opens
+    the assistant's turn.
+
+    Args:
+        reads_data_source: whether the reward function needs each problem's data source, which may else be blank.
 
     Raises:
         ValueError: the file breaks the schema, one prompt has two ground truths, the tokenizer has no chat template,
-            or no prompt is left.
+            the template refuses a prompt, or no prompt is left.
     """
     check_chat_template(tokenizer)
     unique = unique_problems(path)
@@ -66,7 +109,12 @@ def load_prompts(path: str | Path, tokenizer: Any, max_prompt_tokens: int) -> Pr
             f"{path}: {unique.contradictions[0]} ({len(unique.contradictions)} such prompts in all); "
             "`megatron-fipo data prepare` writes a file without them"
         )
-    prompts = _tokenize(unique.problems, tokenizer)
+    blank = next((p.row for p in unique.problems if not p.data_source.strip()), None) if reads_data_source else None
+    if blank is not None:
+        raise ValueError(
+            f"{path}, row {blank}: column data_source is blank or missing, and the reward function gets it; fill it in"
+        )
+    prompts = _tokenize(unique.problems, tokenizer, template or TemplateOptions(), path)
     kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
     if not kept:
         raise ValueError(
@@ -85,14 +133,43 @@ def check_chat_template(tokenizer: Any) -> None:
         )
 
 
-def _tokenize(problems: Sequence[Problem], tokenizer: Any) -> list[Prompt]:
+def render(messages: Sequence[Mapping[str, str]], tokenizer: Any, template: TemplateOptions) -> str:
+    """Return the text that the policy continues."""
+    prefilled = messages[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=not prefilled,
+        continue_final_message=prefilled,
+        **template.variables(),
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _tokenize(problems: Sequence[Problem], tokenizer: Any, template: TemplateOptions, path: str | Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     for start in range(0, len(problems), TOKENIZED_AT_ONCE):
         some = problems[start : start + TOKENIZED_AT_ONCE]
         chats = [[{"role": role, "content": content} for role, content in problem.messages] for problem in some]
-        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+        texts = [
+            _rendered(chat, tokenizer, template, f"{path}, row {p.row}") for chat, p in zip(chats, some, strict=True)
+        ]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
         prompts += [
             Prompt(problem.row, chat, list(token_ids), problem.data_source, problem.ground_truth)
             for problem, chat, token_ids in zip(some, chats, ids, strict=True)
         ]
     return prompts
+
+
+def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, template: TemplateOptions, where: str) -> str:
+    try:
+        return render(chat, tokenizer, template)
+    except Exception as error:  # a template may raise anything, on purpose (raise_exception) or by mistake
+        words = " ".join(str(error).split()) or type(error).__name__
+        roles = ", ".join(message["role"] for message in chat)
+        raise ValueError(
+            f"{where}: the chat template of {getattr(tokenizer, 'name_or_path', '')!r} refuses this prompt ({roles}): "
+            f"{words}. Change the messages, the template, or data.chat_template_kwargs"
+        ) from error

@@ -1,20 +1,22 @@
 """The DAPO schema: which columns a file of problems has, checked row by row, and each problem taken once.
 
 Columns, as published with DAPO-Math-17k and the AIME sets: `prompt`, a list of {role, content}; `data_source`, a
-string; `reward_model`, {ground_truth, style}. `ability` and `extra_info` are carried along and not looked into.
+string that may be missing; `reward_model`, {ground_truth, style}, where a ground truth may be a number. `ability` and
+`extra_info` are carried along and not looked into.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COLUMNS = ("prompt", "data_source", "reward_model")
+REQUIRED, OPTIONAL = ("prompt", "reward_model"), ("data_source",)
 ROWS_AT_ONCE = 2048  # DAPO-Math-17k has 1.79 million, nearly all of them repeats
 _READ_BYTES = 1 << 20  # of a column at once
 
@@ -61,7 +63,7 @@ def open_problems(path: str | Path) -> pq.ParquetFile:
         ValueError: not there, not parquet, or a column is missing.
     """
     file = open_parquet(path)
-    missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
+    missing = [column for column in REQUIRED if column not in file.schema_arrow.names]
     if missing:
         raise ValueError(
             f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}"
@@ -77,7 +79,8 @@ def read_problems(path: str | Path) -> Iterator[Problem]:
     """
     with open_problems(path) as file:
         row = 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(COLUMNS)):
+        columns = [column for column in (*REQUIRED, *OPTIONAL) if column in file.schema_arrow.names]
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
             for value in batch.to_pylist():
                 yield _problem(value, row, f"{path}, row {row}")
                 row += 1
@@ -111,8 +114,8 @@ def _problem(value: dict[str, Any], row: int, where: str) -> Problem:
     return Problem(
         row=row,
         messages=_messages(value["prompt"], where),
-        data_source=require_text(value["data_source"], f"{where}: column data_source"),
-        ground_truth=require_text(reward_model["ground_truth"], f"{where}: column reward_model.ground_truth"),
+        data_source=_optional_text(value.get("data_source"), f"{where}: column data_source"),
+        ground_truth=_ground_truth(reward_model["ground_truth"], f"{where}: column reward_model.ground_truth"),
     )
 
 
@@ -123,9 +126,33 @@ def _messages(prompt: Any, where: str) -> tuple[tuple[str, str], ...]:
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"{column} has {message!r}, which is not {{role, content}}")
-    return tuple(
-        (require_text(m["role"], f"{column}.role"), require_text(m["content"], f"{column}.content")) for m in prompt
-    )
+    return tuple(_message(message, column) for message in prompt)
+
+
+def _message(message: dict[str, Any], column: str) -> tuple[str, str]:
+    """Return role and content. A blank system message differs from none for templates that have a default one, and an
+    assistant's turn may begin with nothing."""
+    role, content = require_text(message["role"], f"{column}.role"), message["content"]
+    if role in ("system", "assistant") and isinstance(content, str):
+        return role, content
+    return role, require_text(content, f"{column}.content")
+
+
+def _optional_text(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {value!r}, not a text")
+    return value
+
+
+def _ground_truth(value: Any, column: str) -> str:
+    """Return a number as it is written: 3 for 3 and 3.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value == value:
+        return str(value)
+    return require_text(value, column)
 
 
 def require_text(value: Any, column: str) -> str:

@@ -51,7 +51,9 @@ def check(config: Config, out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give another --out")
-    Store(out).claim(settings_of(config, load_benchmarks(config, _tokenizer(config))), write=False)
+    store = Store(out)
+    began = store.began()
+    store.claim(settings_of(config, load_benchmarks(config, _tokenizer(config), began), began), write=False)
 
 
 def run(config: Config, out: Path) -> None:
@@ -61,9 +63,11 @@ def run(config: Config, out: Path) -> None:
         Interrupted: a rank was asked to stop; what is finished is kept, and the same command goes on.
     """
     tokenizer, store = _tokenizer(config), Store(out)
-    benchmarks = load_benchmarks(config, tokenizer)
+    began = [store.began()]
+    dist.broadcast_object_list(began, src=0)
+    benchmarks = load_benchmarks(config, tokenizer, began[0])
     if dist.get_rank() == 0:
-        store.claim(settings_of(config, benchmarks))
+        store.claim(settings_of(config, benchmarks, began[0]))
         finished = store.read()
     else:
         finished = []

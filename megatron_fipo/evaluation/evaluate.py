@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
 from megatron_fipo.config import Config
-from megatron_fipo.data import PromptSet, load_prompts
+from megatron_fipo.data import PromptSet, TemplateOptions, load_prompts
 from megatron_fipo.evaluation.drawing import Draw, responses, share, wanted
 from megatron_fipo.evaluation.estimators import RIGHT
 from megatron_fipo.evaluation.sample import Sample
@@ -23,14 +24,19 @@ from megatron_fipo.rollout.stop_tokens import without_stop_token
 Benchmarks: TypeAlias = Mapping[str, PromptSet]
 
 
-def load_benchmarks(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
-    """The problems of each file of data.validation, by its name.
+def load_benchmarks(config: Config, tokenizer: Any, now: datetime | None = None) -> dict[str, PromptSet]:
+    """Return the problems of each file of data.validation, by its name.
+
+    Args:
+        now: the time that chat templates are told; None: the present.
 
     Raises:
         ValueError: as `load_prompts`.
     """
-    limit = config.data.max_prompt_tokens
-    return {name: load_prompts(file, tokenizer, limit) for name, file in config.data.benchmarks.items()}
+    template = TemplateOptions(config.data.chat_template_kwargs, now)
+    limit, reads_data_source = config.data.max_prompt_tokens, config.reward.reads_data_source
+    files = config.data.benchmarks.items()
+    return {name: load_prompts(file, tokenizer, limit, template, reads_data_source) for name, file in files}
 
 
 def evaluate(
@@ -93,6 +99,7 @@ def _judged(
             accuracy=score.accuracy,
             length=len(response.token_ids),
             truncated=response.truncated,
+            failure=score.failure,
         )
 
 

@@ -25,6 +25,7 @@ class Sample:
         answer: what the verifier took from it; None: nothing.
         answer_class: answers of a problem that are equal share one, 0 are the right ones; None: no answer, or not
             compared yet.
+        failure: why the verifier could not decide; such a sample counts as wrong.
         length: tokens of the response.
         truncated: it hit the length limit.
     """
@@ -39,6 +40,7 @@ class Sample:
     length: int
     truncated: bool
     answer_class: int | None = None
+    failure: str | None = None
 
     @property
     def key(self) -> Key:
@@ -50,6 +52,7 @@ _SCHEMA = pa.schema(
         *[("benchmark", pa.string()), ("problem", pa.int32()), ("number", pa.int32()), ("seed", pa.int64())],
         *[("response", pa.large_string()), ("answer", pa.large_string()), ("accuracy", pa.float64())],
         *[("length", pa.int32()), ("truncated", pa.bool_()), ("answer_class", pa.int32())],
+        ("failure", pa.string()),
     ]
 )
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
@@ -60,8 +63,10 @@ def sample_table(samples: Sequence[Sample]) -> pa.Table:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """What a file of `sample_table`, or of more columns, holds."""
-    return [Sample(**row) for row in pq.read_table(path, columns=_SCHEMA.names).to_pylist()]
+    """Return what a file of `sample_table` holds, or one of more columns, or of a version without failures."""
+    held = pq.read_schema(path).names
+    columns = [name for name in _SCHEMA.names if name in held or name != "failure"]
+    return [Sample(**row) for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
 def full_table(samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> pa.Table:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.whole_file import write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file that are looked at: 32B parameters are 65 GB
+BEGAN = "the evaluation's beginning"
 _WEIGHT_FILES = ("*.safetensors", "*.distcp")
 
 
@@ -36,6 +38,12 @@ class Store:
         self.directory = directory
         self._drawn = directory / "drawn"
         self._rows: dict[Path, int] = {}
+
+    def began(self) -> datetime:
+        """Return the time that chat templates are told: of the evaluation's beginning, now if it has not begun."""
+        path = self.directory / "settings.json"
+        kept = json.loads(path.read_text()).get(BEGAN) if path.exists() else None
+        return datetime.fromisoformat(kept) if kept else datetime.now()
 
     def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
         """Make this the directory of samples that depend on `settings`. More benchmarks may come later.
@@ -86,9 +94,10 @@ class Store:
         return sorted(self._drawn.glob("[!.]*.parquet"))
 
 
-def settings_of(config: Config, benchmarks: Mapping[str, PromptSet]) -> dict[str, Any]:
+def settings_of(config: Config, benchmarks: Mapping[str, PromptSet], began: datetime | None = None) -> dict[str, Any]:
     """What a sample depends on, by the names that a user knows; the layout and k are not among it."""
     settings = {
+        **({BEGAN: began.isoformat()} if began else {}),
         "the weights": weights_fingerprint(Path(config.model.megatron_path or config.model.hf_path)),
         "model.dtype": config.model.dtype,
         "model.overrides": config.model.overrides,

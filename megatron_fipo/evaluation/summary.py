@@ -6,6 +6,7 @@ all samples together.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -34,6 +35,7 @@ class Evaluation:
         intervals: of every score, by its name: the ends of the 95 % bootstrap interval over problems.
         lengths: quantiles of the response length, and mean and median of the right and of the wrong ones, where any.
         benchmarks: each one's own figures where there are several.
+        verifier_failures: answers that the verifier could not decide, by their reasons; they count as wrong.
     """
 
     samples: int
@@ -47,6 +49,7 @@ class Evaluation:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     lengths: Mapping[str, float] = field(default_factory=dict)
     benchmarks: Mapping[str, Evaluation] = field(default_factory=dict)
+    verifier_failures: Mapping[str, int] = field(default_factory=dict)
 
     def scores(self) -> dict[str, float]:
         return {"avg@k": self.avg, "cons@k": self.cons, "pass@k": self.pass_}
@@ -61,6 +64,7 @@ class Evaluation:
     def _figures(self) -> Iterator[tuple[str, float]]:
         yield from {**self.scores(), **self.pass_at, "length": self.length, "truncated": self.truncated}.items()
         yield from ((f"length/{name}", value) for name, value in self.lengths.items())
+        yield from ((f"verifier_{name}s", float(count)) for name, count in self.verifier_failures.items())
         for name, (low, high) in self.intervals.items():
             yield f"{name}/low", low
             yield f"{name}/high", high
@@ -156,6 +160,7 @@ def _evaluation(
         intervals={name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
         lengths=_lengths(samples),
         benchmarks=benchmarks or {},
+        verifier_failures=dict(Counter(s.failure for s in samples if s.failure)),
     )
 
 

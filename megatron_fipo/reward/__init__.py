@@ -25,6 +25,6 @@ def make_reward(config: RewardConfig) -> RewardFunction:
         case "math":
             return MathReward(workers=config.workers, timeout_seconds=config.timeout_seconds)
         case path if ":" in path:
-            return UserReward(path)
+            return UserReward(path, config.accuracy_threshold)
         case other:
             raise ValueError(f"reward.function {other!r} is none of dapo, math, exact, package.module:function")

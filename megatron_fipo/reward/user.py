@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_fipo.reward.score import Score
 
+logger = logging.getLogger(__name__)
+
+DEFAULT_THRESHOLD = 0.5
+
 
 class UserReward:
     """Calls `function(responses, ground_truths, data_sources)`, which returns one `Score` or number a response.
 
-    A number is the reward; a positive one counts as accuracy 1.
+    A number is the reward. It counts as right from `accuracy_threshold` on; None: from 0.5 on, and the first number
+    that is neither 0, 1 nor -1 is warned of.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, accuracy_threshold: float | None = None) -> None:
         self._path = path
+        self._threshold = accuracy_threshold
+        self._warned = accuracy_threshold is not None
         self._function = _import(path)
 
     def __call__(
@@ -38,7 +47,7 @@ class UserReward:
 
     def _checked(self, i: int, result: Any) -> Score:
         try:
-            score = result if isinstance(result, Score) else _from_number(float(result))
+            score = result if isinstance(result, Score) else self._from_number(float(result))
         except (TypeError, ValueError):
             raise ValueError(
                 f"reward function {self._path} returned {result!r} for response {i}: neither a number nor a Score"
@@ -51,9 +60,18 @@ class UserReward:
             )
         return score
 
-
-def _from_number(reward: float) -> Score:
-    return Score(reward=reward, accuracy=1.0 if reward > 0 else 0.0)
+    def _from_number(self, reward: float) -> Score:
+        threshold = DEFAULT_THRESHOLD if self._threshold is None else self._threshold
+        if not self._warned and math.isfinite(reward) and reward not in (-1.0, 0.0, 1.0):
+            self._warned = True
+            if os.environ.get("RANK", "0") == "0":  # the others would say the same
+                logger.warning(
+                    "reward function %s returned the grade %g. Grades are trained on as they are; accuracy, Avg@k and "
+                    "pass@k count those from %g on as right. Set reward.accuracy_threshold, or return "
+                    "Score(reward, accuracy)",
+                    *(self._path, reward, threshold),
+                )
+        return Score(reward=reward, accuracy=1.0 if reward >= threshold else 0.0)
 
 
 def _import(path: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from megatron_fipo.algorithm import (
     length_weighted_mean_advantage,
     overlong_penalty,
 )
-from megatron_fipo.batch import Rollouts
+from megatron_fipo.batch import FAILURES, Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
 from megatron_fipo.parallel.topology import Topology
@@ -52,22 +52,27 @@ def verdicts(
 
 
 def with_rewards(rollouts: Rollouts, scores: Sequence[Score], config: Config) -> Rollouts:
-    """Rewards with the penalty for length, and accuracies without."""
+    """Return the responses with rewards, less the penalty for length, and with scores and accuracies without it."""
     penalty = overlong_penalty(
         rollouts.response_lengths,
         config.rollout.max_response_tokens,
         config.reward.overlong_buffer_tokens,
         config.reward.overlong_penalty_factor,
     )
+    unshaped = torch.tensor([s.reward for s in scores], dtype=torch.float32)
     return rollouts.replace(
-        rewards=torch.tensor([s.reward for s in scores], dtype=torch.float32) + penalty,
+        rewards=unshaped + penalty,
+        scores=unshaped,
+        failures=torch.tensor([FAILURES.index(s.failure) for s in scores], dtype=torch.int8),
         accuracy=torch.tensor([s.accuracy for s in scores], dtype=torch.float32),
     )
 
 
 def response_rows(rollouts: Rollouts) -> torch.Tensor:
-    """[B, 5] float64: id, reward, accuracy, response length, truncated. What replicas tell each other."""
-    columns = (rollouts.ids, rollouts.rewards, rollouts.accuracy, rollouts.response_lengths, rollouts.truncated)
+    """Return what replicas tell each other, [B, 7] float64: id, reward, accuracy, response length, truncated, score,
+    failure."""
+    r = rollouts
+    columns = (r.ids, r.rewards, r.accuracy, r.response_lengths, r.truncated, r.scores, r.failures)
     return torch.stack([c.double() for c in columns], dim=1)
 
 
@@ -107,12 +112,13 @@ def train_batch(
 
 def _response_metrics(rows: torch.Tensor) -> dict[str, float]:
     """Rewards and lengths of all generated responses, dropped groups included."""
-    _, reward, accuracy, length, truncated = rows.unbind(1)
+    _, reward, accuracy, length, truncated, _, failure = rows.unbind(1)
     quantiles = torch.quantile(length, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
     right, wrong = length[accuracy > 0], length[accuracy <= 0]
     return {
         "reward/mean": float(reward.mean()),
         "reward/accuracy": float(accuracy.mean()),
+        **{f"reward/verifier_{name}s": float((failure == i).sum()) for i, name in enumerate(FAILURES) if name},
         "response_length/mean": float(length.mean()),
         **{f"response_length/{n}": q for n, q in zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True)},
         "response_length/right": float(right.mean()) if len(right) else 0.0,

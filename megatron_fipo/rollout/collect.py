@@ -117,7 +117,7 @@ class RolloutCollector(Collector):
         # On as many replicas as before each gets its own back, so that sums over replicas round as they would have.
         # What another engine's collector keeps is of no use here.
         mine = kept_rollouts[replica::replicas] if state["kept"] else []
-        rollouts = Rollouts.concatenate([no_rollouts(), *(Rollouts(**part) for part in mine)])
+        rollouts = Rollouts.concatenate([no_rollouts(), *(Rollouts.from_state_dict(part) for part in mine)])
         groups = self._groups(rollouts.ids)
         self._held = {int(g): rollouts.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
 
@@ -134,7 +134,7 @@ class RolloutCollector(Collector):
             self._held[group] = rollouts.select((self._groups(rollouts.ids) == group).nonzero().squeeze(1))
         rows = self._over_replicas(rollouts)
         rows = rows[rows[:, 0].argsort()]
-        outcomes = informative_groups(rows[:, 2], self._groups(rows[:, 0].long()))
+        outcomes = informative_groups(rows[:, 5], self._groups(rows[:, 0].long()), rows[:, 2])
         self.collector.add_round(list(groups), outcomes)
         kept = set(self.collector.pending)
         self._held = {g: r for g, r in self._held.items() if g in kept}

@@ -28,7 +28,7 @@ def unpacked(parts: Sequence[dict[str, Any]], group_size: int, prompts: Iterator
     """What is among `prompts`, numbered and in order, of the groups that `packed` made into parts."""
     found: dict[int, tuple[list[Draft], Rollouts | None]] = {}
     for part in parts:
-        rollouts = Rollouts(**part["rollouts"])
+        rollouts = Rollouts.from_state_dict(part["rollouts"])
         drafts = _drafts(rollouts, part["finished"])
         for place, scored in enumerate(part["scored"]):
             rows = torch.arange(place * group_size, (place + 1) * group_size)

@@ -195,7 +195,8 @@ class StreamingCollector(Collector):
             if rows is None:
                 return False
             self._seen.append(rows)
-            self.collector.add([self._upto], informative_groups(rows[:, 2], torch.full((len(rows),), self._upto)))
+            group = torch.full((len(rows),), self._upto)
+            self.collector.add([self._upto], informative_groups(rows[:, 5], group, rows[:, 2]))
             self._upto += 1
             if self.collector.generated_prompts % self.round_size == 0:
                 self.collector.end_round()
@@ -241,7 +242,7 @@ class StreamingCollector(Collector):
         self._rows.update(news)
         replicas = self.topology.dp.size()
         for group, rows in news.items():
-            self._good[group % replicas] += self._may_train_on(rows[:, 2])
+            self._good[group % replicas] += self._may_train_on(rows[:, 5])
         if self._source is not None:
             others = sum(self._good) - self._good[self.topology.dp.rank()]
             if self.config.rollout.partial:
@@ -301,13 +302,13 @@ class StreamingCollector(Collector):
         return with_rewards(group.rollouts(), scores, self.config)
 
     def _informative(self, rollouts: Rollouts) -> bool:
-        return self._may_train_on(rollouts.accuracy)
+        return self._may_train_on(rollouts.scores)
 
-    def _may_train_on(self, accuracy: torch.Tensor) -> bool:
-        """[G] accuracies of one group."""
+    def _may_train_on(self, scores: torch.Tensor) -> bool:
+        """Return whether one group's [G] scores give it a gradient."""
         if not self.config.rollout.dynamic_sampling:
             return True
-        return bool(informative_groups(accuracy, torch.zeros(len(accuracy), dtype=torch.int64)).informative)
+        return bool(informative_groups(scores, torch.zeros(len(scores), dtype=torch.int64)).informative)
 
     def _gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.topology.world_size
@@ -344,7 +345,7 @@ class StreamingCollector(Collector):
         if "settled" not in state:  # another engine's
             return
         if state["settled"]:
-            rollouts = Rollouts.concatenate([Rollouts(**part["settled"]) for part in kept_rollouts])
+            rollouts = Rollouts.concatenate([Rollouts.from_state_dict(part["settled"]) for part in kept_rollouts])
             self._settled = Collected(self._own(rollouts), **state["settled"])
         if self._source is not None:
             size = self.config.rollout.group_size

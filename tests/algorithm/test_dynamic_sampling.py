@@ -94,3 +94,39 @@ def test_errors():
         GroupCollector(0)
     with pytest.raises(ValueError, match="2 groups were added with the outcomes of 1"):
         GroupCollector[str](1).add_round(["a", "b"], outcomes(MIXED))
+
+
+def test_grades_are_informative_where_they_differ():
+    """Grades of 0.2, 0.9 and 0.5 teach something; equal ones, and ones that differ by rounding, do not."""
+    scores = torch.tensor([0.2, 0.9, 0.5, 0.7, 0.7, 0.7, 0.1 + 0.2, 0.3, 0.3], dtype=torch.float64)
+    right = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    found = informative_groups(scores, torch.arange(3).repeat_interleave(3), right)
+    assert found.informative.tolist() == [True, False, False]
+    assert found.all_right.tolist() == [False, True, False]
+    assert found.all_wrong.tolist() == [False, False, True]
+
+
+def test_grades_of_right_responses_that_differ_are_informative():
+    """Responses that all count as right, or all as wrong, but have different grades have a gradient."""
+    scores, right = torch.tensor([0.6, 0.9, 0.1, 0.3]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    found = informative_groups(scores, torch.tensor([0, 0, 1, 1]), right)
+    assert found.informative.tolist() == [True, True]
+    assert not (found.all_right | found.all_wrong).any()
+
+
+def test_accuracies_that_differ_at_equal_rewards_teach_nothing():
+    """Advantages come from rewards: a group of equal rewards has none, whatever its accuracies."""
+    found = informative_groups(torch.tensor([0.25, 0.25]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+    assert (found.informative.item(), found.all_right.item(), found.all_wrong.item()) == (False, False, True)
+
+
+def test_accepted_groups_stay_when_rounds_are_exhausted():
+    """With when_exhausted = train the groups of all rounds are there, in prompt order, and the counts of all rounds."""
+    collector = GroupCollector[str](prompts_per_step=4, max_rounds=3, when_exhausted="train")
+    for name in "abc":
+        assert collector.needs_round()
+        collector.add_round([name, name.upper()], outcomes(MIXED, WRONG))
+    assert not collector.needs_round()
+    batch = collector.take()
+    assert batch.groups == ["a", "b", "c"]
+    assert (batch.rounds, batch.generated_prompts, batch.dropped_all_wrong) == (3, 6, 3)

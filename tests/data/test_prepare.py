@@ -107,7 +107,7 @@ def test_errors(tmp_path, arguments, message):
 
 def test_failure_leaves_no_file(tmp_path):
     """A broken row ends the preparation before anything appears."""
-    source = write([row("a"), {**row("b"), "data_source": None}], tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match=r"in\.parquet, row 1: column data_source"):
+    source = write([row("a"), {**row("b"), "prompt": None}], tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match=r"in\.parquet, row 1: column prompt"):
         prepare(source, tmp_path / "out" / "train.parquet")
     assert not (tmp_path / "out").exists()

@@ -65,7 +65,6 @@ def test_tokenizer_without_chat_template(tmp_path):
         ({"prompt": []}, "row 1: column prompt is []"),
         ({"prompt": [{"role": "user", "content": " "}]}, "row 1: column prompt.content is ' ', not a text"),
         ({"prompt": [{"role": None, "content": "a"}]}, "row 1: column prompt.role is None"),
-        ({"data_source": None}, "row 1: column data_source is None"),
         ({"reward_model": None}, "row 1: column reward_model is None"),
         ({"reward_model": {"ground_truth": None, "style": "rule"}}, "row 1: column reward_model.ground_truth is None"),
     ],
@@ -81,8 +80,9 @@ def test_columns_of_another_type(tmp_path):
     """A prompt that is plain text, a ground truth that is a number or absent: each is named."""
     for change, message in [
         ({"prompt": "1+2?"}, "column prompt is '1+2?', not a list"),
-        ({"reward_model": {"ground_truth": 3}}, "column reward_model.ground_truth is 3, not a text"),
+        ({"reward_model": {"ground_truth": True}}, "column reward_model.ground_truth is True, not a text"),
         ({"reward_model": {"style": "rule"}}, "column reward_model is {'style': 'rule'}"),
+        ({"data_source": 3}, "row 0: column data_source is 3, not a text"),
         ({"prompt": [{"role": "user", "text": "a"}]}, "which is not {role, content}"),
     ]:
         path = write([{**row("a"), **change}], tmp_path / "p.parquet")
@@ -99,7 +99,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="is not a parquet file"):
         load_prompts(tmp_path / "text.parquet", tokenizer, 100)
     pq.write_table(pa.table({"prompt": ["a"], "answer": ["1"]}), tmp_path / "columns.parquet")
-    with pytest.raises(ValueError, match=r"lacks the column\(s\) data_source, reward_model; it has prompt, answer"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) reward_model; it has prompt, answer"):
         load_prompts(tmp_path / "columns.parquet", tokenizer, 100)
     empty = pa.Table.from_pylist([row("a")]).slice(0, 0)
     pq.write_table(empty, tmp_path / "empty.parquet")

@@ -52,7 +52,7 @@ def call(name):
 
 @pytest.mark.usefixtures("module")
 def test_numbers_become_scores():
-    """A number is the reward, and a positive one counts as right."""
+    """A number is the reward, and counts as right from 0.5 on."""
     assert call("lengths") == [Score(2.0, 1.0), Score(0.0, 0.0)]
 
 
@@ -103,3 +103,48 @@ def test_close_reaches_the_users_object():
     make_reward(RewardConfig(function="user_rewards:closing")).close()
     assert user_rewards.closing.closed
     make_reward(RewardConfig(function="user_rewards:lengths")).close()
+
+
+GRADES = """
+def grades(responses, ground_truths, data_sources):
+    return [0.2, 0.9, 0.5]
+
+def binary(responses, ground_truths, data_sources):
+    return [0, 1, -1]
+"""
+
+
+@pytest.fixture
+def graded(tmp_path, monkeypatch):
+    """A module of functions that give grades."""
+    (tmp_path / "user_grades.py").write_text(GRADES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def _graded(name, **settings):
+    reward = make_reward(RewardConfig(function=f"user_grades:{name}", **settings))
+    return reward(["", "", ""], ["1"] * 3, [""] * 3)
+
+
+@pytest.mark.usefixtures("graded")
+def test_grades_count_as_right_from_a_threshold_on():
+    """The reward is the grade itself; accuracy asks whether it reaches reward.accuracy_threshold, 0.5 if not given."""
+    assert _graded("grades") == [Score(0.2, 0.0), Score(0.9, 1.0), Score(0.5, 1.0)]
+    assert [s.accuracy for s in _graded("grades", accuracy_threshold=0.8)] == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.usefixtures("graded")
+@pytest.mark.parametrize(
+    ("name", "settings", "warnings"),
+    [("grades", {}, 1), ("grades", {"accuracy_threshold": 0.5}, 0), ("binary", {}, 0)],
+)
+def test_grades_without_a_threshold_are_warned_of_once(caplog, name, settings, warnings):
+    """The warning names the function, the grade and the setting; 0, 1 and -1 are no grades."""
+    _graded(name, **settings)
+    found = [r.getMessage() for r in caplog.records]
+    assert len(found) == warnings
+    assert all(
+        text in message
+        for message in found
+        for text in ("user_grades:grades", "the grade 0.2", "reward.accuracy_threshold")
+    )
