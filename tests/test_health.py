@@ -77,6 +77,10 @@ def pinned(rows: list[Row]) -> None:
         row["policy/influence_clip_fraction_upper"] = 0.6  # of four updates; 0.8 of the later three
 
 
+def undecided(rows: list[Row]) -> None:
+    rows[12] |= {"reward/verifier_timeouts": 2.0, "reward/verifier_errors": 1.0}
+
+
 FAULTS = {
     "FIPO does nothing": (one_update, 15),
     "Collapse begins": (collapse, 43),
@@ -85,6 +89,7 @@ FAULTS = {
     "Hardly any group teaches": (equal_groups, 35),
     "The engine drifts from the trainer": (mismatch, 33),
     "Influence weights are pinned": (pinned, 25),
+    "The verifier could not decide": (undecided, 13),
 }
 
 

@@ -215,10 +215,11 @@ def _relations_equal(truth: Any, answer: Any, *_: Any) -> bool:
     """Return whether two relations have the same solutions: one is a multiple of the other, or both are solved."""
     if truth.free_symbols != answer.free_symbols:
         return False
-    sides = [relation.lhs - relation.rhs for relation in (truth, answer)]
-    ratio = sympy_simplify(sides[0] / sides[1])
-    if not ratio.free_symbols and type(truth) is type(answer):
-        return bool(ratio.is_finite and ratio.is_nonzero and (isinstance(truth, Eq) or ratio.is_positive))
+    if all(isinstance(relation, Eq) and relation.lhs.is_Symbol for relation in (truth, answer)):
+        return False  # each side by itself was compared before
+    ratio = _constant_ratio(truth.lhs - truth.rhs, answer.lhs - answer.rhs)
+    if ratio is not None and type(truth) is type(answer):
+        return isinstance(truth, Eq) or bool(ratio > 0)
     if isinstance(truth, Eq) and isinstance(answer, Eq) and len(truth.free_symbols) == 1:
         (symbol,) = truth.free_symbols
         found = [solveset(relation, symbol) for relation in (truth, answer)]
@@ -226,6 +227,23 @@ def _relations_equal(truth: Any, answer: Any, *_: Any) -> bool:
     if isinstance(truth, Relational) and len(truth.free_symbols) == 1:
         return bool(truth.as_set() == answer.as_set())
     return False
+
+
+def _constant_ratio(one: Any, other: Any) -> Any:
+    """Return the number by which two expressions differ as factors, None where there is none but zero.
+
+    By values: SymPy's `simplify` would make `30^{10^{20}}` of `10^{20} \\ln 30`.
+    """
+    ratio = None
+    for point in _points(one.free_symbols | other.free_symbols):
+        values = [_value(side, point) for side in (one, other)]
+        if any(value is None or not value.is_real or value == 0 for value in values):
+            continue
+        here = values[0] / values[1]
+        if ratio is not None and not _agree(ratio, here):
+            return None
+        ratio = here
+    return ratio
 
 
 def _replace(name: str, function: Callable[..., bool]) -> None:

@@ -77,6 +77,10 @@ _SPACES = re.compile(
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\\!|\{\\,\}|\\!)\s*(?=\d{3})")
 _GROUPED = re.compile(r"(?<![\d.,^_])\d{1,3}(?:(?P<mark>[ '_])\d{3})(?:(?P=mark)\d{3})*(?![\d'_])")
 _GROUPED_BY_COMMA = re.compile(r"(?<![\d.,(\[{^_])[1-9]\d{0,2}(?:,\d{3})+(?![\d,]|\s*,)")
+_GROUPED_AFTER_BRACKET = re.compile(r"(?<=[(\[])[1-9]\d{0,2}(?:,\d{3})+(?!\d|\s*,)")
+_BEFORE_ONE_NUMBER = re.compile(
+    r"(?:[-+*/^]|\\cdot|\\times|(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs)|\{)\s*(?:\\left\s*)?\($"
+)
 _GROUPED_DECIMALS = re.compile(r"(?<=\.)\d{3}(?: \d{3})*(?: \d{1,3})(?!\d)")
 _REPEATING = re.compile(r"(?<!\d)(\d+)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\\(?:bar|dot) ?(\d))")
 _REPEATING_IN_PARENTHESES = re.compile(r"(?<!\d)(\d+)\.()\((\d+)\)()")
@@ -146,6 +150,7 @@ _UNITS = re.compile(rf"(?<=[\d}})\s])\s*{_UNIT}(?:[\s/*]+{_UNIT})*$")
 _UNITS_IN_TEXT = re.compile(
     rf"(?<=[\d}})\s])\s*(?:\\(?:{_STYLES})\s*\{{\s*(?!and|or)[^{{}}\d=]*\}}(?:\s*\^\s*\{{?[-\d]+\}}?)?[\s/]*)+$"
 )
+_UNIT_AFTER_LETTER = re.compile(rf"(?<=[A-Za-z])\s*\\(?:{_STYLES})\s*\{{\s*{_UNIT}(?:[\s/*]+{_UNIT})*\s*\}}$")
 _CURRENCY = re.compile(r"^\s*(?:\\\$|[$€£¥])\s*(?=[-\d.])")
 _MIXED = re.compile(r"^\s*(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)\s*$")
 _MIXED_IN_LATEX = re.compile(r"^\s*(-?)\s*(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}\s*$")
@@ -204,7 +209,16 @@ def _joined_digits(text: str) -> str:
     text = _SPACES.sub(" ", text).replace(r"\!", "")
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = _GROUPED_BY_COMMA.sub(lambda m: m[0].replace(",", ""), text)
+    text = _GROUPED_AFTER_BRACKET.sub(_joined_unless_in_tuple, text)
     return _GROUPED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text)
+
+
+def _joined_unless_in_tuple(found: re.Match[str]) -> str:
+    """`(1,234)` is a pair, but `(1,234 + x)`, `2(1,234)`, `(1,234)^2` and `sin(1,234)` have one number."""
+    before, after = found.string[max(0, found.start() - 30) : found.start()], found.string[found.end() :].lstrip()
+    is_factor = after.startswith(")") and after[1:].lstrip()[:1] in ("+", "-", "*", "/", "^", "!")
+    one = after[:1] in ("+", "-", "*", "/", "^", "!") or (after[:1] and is_factor) or _BEFORE_ONE_NUMBER.search(before)
+    return found[0].replace(",", "") if one else found[0]
 
 
 def _without_units(text: str) -> str:
@@ -213,7 +227,7 @@ def _without_units(text: str) -> str:
     if not _TRIGONOMETRY.search(text) and not re.search(rf"(?:{'|'.join(_TRIGONOMETRIC)})\s*\(", text):
         text = re.sub(r"(\d\s*)(?:degrees?|deg)(?![A-Za-z])", r"\1", text)
         text = _DEGREES.sub("", text)
-    for pattern in (_UNITS_IN_TEXT, _UNITS):
+    for pattern in (_UNITS_IN_TEXT, _UNIT_AFTER_LETTER, _UNITS):
         shorter = pattern.sub("", text).strip()
         text = shorter or text
     return text
