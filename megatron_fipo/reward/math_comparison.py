@@ -35,10 +35,9 @@ from sympy import simplify as sympy_simplify
 from sympy.core.relational import Relational
 
 RELATIVE_TOLERANCE = Rational(1, 10**6)  # of decimals
-_DIGITS = 60  # of irrational numbers that are compared
-_AGREEMENT = Float("1e-45", _DIGITS)  # relative difference of equal ones
+_DIGITS = (60, 400)  # of irrational numbers that are compared: few to tell them apart, many to call them equal
+_AGREEMENT = {digits: Float(f"1e-{digits * 3 // 4}", digits) for digits in _DIGITS}  # relative difference of equal ones
 _UNKNOWN_PRECISION = 10  # bits: a number that evalf gives with no more than these is zero as far as it can tell
-_MAX_PRECISION = 4 * _DIGITS
 # Single letters that the library would drop as units (`2d`) are variables; `to_latex` has dropped real units.
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _EQUALS = re.compile(r"(?<!\\|\<|\!|\>)=")
@@ -145,7 +144,7 @@ def _exactly_equal(one: Any, other: Any) -> bool:
 
 
 def _compare_values(one: Any, other: Any, same: Callable[[Any, Any], bool]) -> bool | None:
-    """Compare for several values of the variables where both are real; None where that decides nothing."""
+    """Compare for several values of the variables, where both are real; None where that decides nothing."""
     compared = 0
     values_elsewhere = []
     for point in _points(one.free_symbols | other.free_symbols):
@@ -154,7 +153,7 @@ def _compare_values(one: Any, other: Any, same: Callable[[Any, Any], bool]) -> b
             continue
         if all(value.is_real for value in pair):
             compared += 1
-            if not same(*pair):
+            if not same(*pair) or (same is _agree and not _agree_in_detail(one, other, point)):
                 return False
         else:
             values_elsewhere.append(pair)
@@ -175,11 +174,17 @@ def _points(symbols: set[Any]) -> Iterator[dict[Any, Any]]:
         yield {s: sign * value * scale for s, sign, value in zip(ordered, signs, values, strict=True)}
 
 
-def _value(expression: Any, point: dict[Any, Any]) -> Any:
+def _agree_in_detail(one: Any, other: Any, point: dict[Any, Any]) -> bool:
+    r"""Return whether many more digits agree: `\sqrt{10^{60}+1}` and `10^{30}` differ in the 61st."""
+    pair = [_value(side, point, _DIGITS[1]) for side in (one, other)]
+    return any(value is None for value in pair) or _agree(pair[0], pair[1], _DIGITS[1])
+
+
+def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS[0]) -> Any:
     """A number, exact if it is rational; None where it has none."""
     value = expression.subs(point) if point else expression
     if not value.is_Rational:
-        value = value.evalf(_DIGITS, maxn=_MAX_PRECISION)
+        value = value.evalf(digits, maxn=3 * digits)
         parts = [_known(part) for part in value.as_real_imag()] if value.is_number else [None]
         if any(part is None for part in parts):
             return None
@@ -196,10 +201,10 @@ def _known(part: Any) -> Any:
     return Integer(0) if part._prec <= _UNKNOWN_PRECISION else part
 
 
-def _agree(one: Any, other: Any) -> bool:
+def _agree(one: Any, other: Any, digits: int = _DIGITS[0]) -> bool:
     if getattr(one, "is_Rational", False) and getattr(other, "is_Rational", False):
         return bool(one == other)
-    return bool(abs(one - other) <= _AGREEMENT * max(abs(one), abs(other)))
+    return bool(abs(one - other) <= _AGREEMENT[digits] * max(abs(one), abs(other)))
 
 
 def _within(last_digit: Any) -> Callable[[Any, Any], bool]:

@@ -28,6 +28,7 @@ _WORDS = {
     "binomial": r"\binom",
     "log2": r"\log_{2}",
     "log10": r"\log_{10}",
+    "lg": r"\log_{10}",
 }
 _CALLS = ("abs", "floor", "ceil", "ceiling", "factorial")
 
@@ -85,6 +86,8 @@ _GROUPED_DECIMALS = re.compile(r"(?<=\.)\d{3}(?: \d{3})*(?: \d{1,3})(?!\d)")
 _REPEATING = re.compile(r"(?<!\d)(\d+)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\\(?:bar|dot) ?(\d))")
 _REPEATING_IN_PARENTHESES = re.compile(r"(?<!\d)(\d+)\.()\((\d+)\)()")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,9})(?![\d.A-Za-z_])")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_PLAIN_FRACTION = re.compile(r"(?<![\d./^_{}])(\d+)/(\d+)(?=\s+(?:[A-Za-z]|\\[A-Za-z]))")  # `1/2 pi` is half of pi
 _WORD = re.compile(rf"\\(?:{_STYLES}|operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]+(?:10|2(?=\())?")
 _DIGITS_IN_BASE = re.compile(
     r"(?<![A-Za-z\d^_.\\])(?:\((?P<round>[\dA-F]+)\)|(?P<bare>[\dA-F]*\d[\dA-F]*))\s*"
@@ -107,6 +110,7 @@ _DEGREES = re.compile(
     r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z])))"
 )
 _NUMBER_OF_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
+_POWER_OF_FUNCTION = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)\s*\^\s*\d+)\\cdot \(")
 _TRIGONOMETRY = re.compile(rf"\\(?:{'|'.join(_TRIGONOMETRIC)})(?![A-Za-z])")
 
 _UNIT_WORDS = (
@@ -171,6 +175,7 @@ def to_latex(text: str) -> str:
     text = _mixed_number(text) or text
     text = _in_decimal(text)
     text = _REPEATING.sub(_repeating, _REPEATING_IN_PARENTHESES.sub(_repeating, text))
+    text = _TIMES_TEN.sub(r"\\cdot ", _PLAIN_FRACTION.sub(r"\\frac{\1}{\2}", text))
     text = _SCIENTIFIC.sub(r"\1\\cdot 10^{\2}", text)
     text = text.replace("**", "^").replace("*", r"\cdot ")
     text = _with_words(_UNION.sub(r"\\cup ", text))
@@ -179,7 +184,9 @@ def to_latex(text: str) -> str:
     text = re.sub(r"(?<=[\d)}])\s*i(?![A-Za-z])", " i", text)
     text = re.sub(r"(?<=\d)j(?![A-Za-z])", " i", text)
     text = re.sub(r"(?<![_\d])(\d+(?:\.\d+)?)\s*(?=\()", r"\1\\cdot ", text)  # `2(3)` is 6
+    text = _POWER_OF_FUNCTION.sub(r"\1(", text)
     text = re.sub(r"\)\s*(?=\d)", r")\\cdot ", text)
+    text = text.replace(r"\varnothing", r"\emptyset").replace(r"\lg", r"\log_{10}")
     text = text.strip()
     if _SIDE_BY_SIDE.search(re.sub(r"\\[dt]?frac\s*\d\s*\d", "", text)):
         raise ValueError(f"numbers side by side: {text!r}")
@@ -207,10 +214,10 @@ def _is_balanced(text: str) -> bool:
 def _joined_digits(text: str) -> str:
     text = _COMMA_IN_NUMBER.sub("", text)
     text = _SPACES.sub(" ", text).replace(r"\!", "")
+    text = _GROUPED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text)
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = _GROUPED_BY_COMMA.sub(lambda m: m[0].replace(",", ""), text)
-    text = _GROUPED_AFTER_BRACKET.sub(_joined_unless_in_tuple, text)
-    return _GROUPED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text)
+    return _GROUPED_AFTER_BRACKET.sub(_joined_unless_in_tuple, text)
 
 
 def _joined_unless_in_tuple(found: re.Match[str]) -> str:

@@ -161,6 +161,111 @@ x \ge 3 == [3, \infty)
 1 and 2 == 1, 2
 \frac{3}{4}\text{ inches} == 0.75
 8 \text{ or } 9 == 8, 9
+2*pi*r == 2\pi r
+pi^2/6 == \frac{\pi^2}{6}
+(1/2)*pi == \frac{\pi}{2}
+1/2 pi == \frac{\pi}{2}
+log(2)/log(3) == \frac{\log 2}{\log 3}
+ln(2)/ln(3) == \frac{\ln 2}{\ln 3}
+3 + 4*I == 3+4i
+2*sqrt(2)*i == 2\sqrt{2}i
+e^(i*pi) == -1
+45 degrees == 45^\circ
+2 ^ 10 == 1024
+x = pi/4 == \frac{\pi}{4}
+[0, pi/2] == [0, \frac{\pi}{2}]
+(0, 2*pi) == (0, 2\pi)
+{pi/2, -pi/2} == \{\frac{\pi}{2}, -\frac{\pi}{2}\}
+{1, 2} == \{1,2\}
+pi/2 + k*pi == \frac{\pi}{2}+k\pi
+2*pi/3, 4*pi/3 == \frac{2\pi}{3}, \frac{4\pi}{3}
+n(n+1)/2 == \frac{n^2+n}{2}
+x^(1/3) == \sqrt[3]{x}
+cbrt(2) == \sqrt[3]{2}
+|x-1| == \left|x-1\right|
+x >= 3 == x \ge 3
+x >= 3 == [3, \infty)
+1/sqrt(2) == \frac{\sqrt2}{2}
+a*b/c == \frac{ab}{c}
+5 * 10^6 == 5000000
+6.02 x 10^23 == 6.02\times 10^{23}
+6.02 × 10^23 == 6.02\cdot 10^{23}
+tan(pi/4) == 1
+arcsin(1/2) == \frac{\pi}{6}
+sin^2(x) + cos^2(x) == 1
+sin^2 x == (\sin x)^2
+sqrt(x^2+1) == \sqrt{x^2+1}
+sqrt(x)/2 == \frac12\sqrt{x}
+sqrt 2 == \sqrt{2}
+2 sqrt 3 == 2\sqrt{3}
+3/4 pi r^3 == \frac34\pi r^3
+(a+b)/(c+d) == \frac{a+b}{c+d}
+-x/2 == -\frac{x}{2}
+2^-3 == \frac18
+2^{-3} == 0.125
+10^(-3) == 0.001
+e^-1 == \frac1e
+e^(-x) == e^{-x}
+e^x^2 == e^{x^2}
+floor(7/2) == 3
+ceil(7/2) == 4
+1 000 000 == 10^6
+12 345.67 == 12345.67
+3.141 592 653 == 3.141592653
+0.5e1 == 5
+-1.5E+3 == -1500
+3:4 == \frac34
+5 : 2 == 2.5
+1011_2 == 11
+3F_{16} == 63
+a_1 + a_2 == a_2+a_1
+\frac{3}{4} + \frac{1}{4} == 1
+180^\circ - \theta == 180-\theta
+\frac{\pi}{2} \text{ radians} == \frac{\pi}{2}
+5\,\mathrm{m} == 5
+5\ \mathrm{m/s}^2 == 5
+5 \text{m/s} == 5
+20\% == 20
+20 percent == 20\%
+20 percent == 0.2
+$5.00 == 5
+\$1,234.50 == 1234.5
+€5 == 5
+100 dollars == 100
+\mathbb{R} == \mathbb{R}
+\emptyset == \varnothing
+x\in\mathbb{R} == \mathbb{R}
+True == \text{True}
+yes == \text{Yes}
+(A) == A
+\text{A} == A
+\textbf{(A)} == A
+A and B == A, B
+7.0 == 7
+7. == 7
++7 == 7
+\boxed{7} == 7
+$7$ == 7
+\left\{1,2\right\} == \{1,2\}
+\langle 1,2\rangle == \langle 1, 2\rangle
+\begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+(3, \pi/2) == (3, \frac{\pi}{2})
+y = -2x + 3 == 2x + y = 3
+y = -2x + 3 == y=3-2x
+x^2 + y^2 = 4 == x^2+y^2-4=0
+f(x) = x^2 == x^2
+\sqrt{-4} == 2i
+\log_{10} 100 == 2
+\lg 100 == 2
+\sum_{k=1}^{n} k == \frac{n(n+1)}{2}
+\int_0^1 x dx == \frac12
+\lim_{x\to 0} x == 0
+5 + 3 \sqrt{2} == 3\sqrt2+5
+\frac{2\sqrt{3}}{3} == \frac{2}{\sqrt{3}}
+0 == -0
+\pi == 3.141593
+2^{1000} == 2^{1000}
+90° == 90.0
 """.strip().splitlines()
 
 DIFFERENT = r"""
@@ -220,6 +325,31 @@ x^2y != x^{2y}
 x/2^{98} != x/2^{99}
 \frac{a}{b} != \frac{b}{a}
 45^\circ != 46^\circ
+e^(i*pi) != 1
+x <= 3 != x < 3
+x/2pi != \frac{x}{2\pi}y
+1.234.567 != 1
+1011_2 != 1011
+FF_{16} != 255x
+x_{12} != x_{13}
+\text{The answer is } 5 != 6
+yes != no
+\text{yes} != \text{no}
+\begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix} 1 \\ 3 \end{pmatrix}
+x^2 + y^2 = 4 != x^2+y^2=5
+\frac{1}{3} != 0.33
+0 != 10^{-100}
+\pi != 3.1415
+2006! != 2005!
+2^{1000} != 2^{1000}+1
+\frac{10^{50}+1}{10^{50}} != 1
+\sqrt{10^{60}+1} != 10^{30}
+e^{\pi\sqrt{163}} != 640320^3+744
+\frac{1}{998001} != \frac{1}{998002}
+1.0000001 != 1
+x + 10^{-30} != x
+-\frac{1}{2} != \frac{1}{2}
+90° != 90.5
 """.strip().splitlines()
 
 
