@@ -1,10 +1,12 @@
 r"""The `math` verifier beside bare math-verify: verdicts on known pairs, agreement, and speed.
 
-    python benchmarks/verifier.py [--pairs 10000] [--answers 8192] [--workers 2] [--step-seconds 600]
+    python benchmarks/verifier.py [--pairs 10000] [--answers 8192] [--workers 2] [--step-seconds 600] [--samples FILE]
 
 Pairs are random expressions against themselves rewritten and against perturbed ones, in several notations (see
 `expressions.py`), nine in ten of them, and decimals against fractions. Their truth is known from values computed with
 60 digits. Task answers are those of the quickstart's arithmetic, right and wrong ones, in the forms that models give.
+`--samples` takes the recorded answers of an evaluation (its samples.parquet) instead; whether they are right is known
+for whole numbers, which the quickstart's are.
 Bare math-verify gets the same two answers as boxes, its time limit 5 s. Speed: `--answers` different answers through
 the pool at once, as of one training batch; its share of a step is of a step of `--step-seconds`.
 A table is printed, and as the last line one JSON object with the same figures.
@@ -23,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +53,27 @@ def task_answers(count: int, seed: int = 0) -> list[Case]:
         form = rng.choice(forms)
         cases.append(Case(str(truth), form.format(said), said == truth, f"task, as {form}"))
     return cases
+
+
+def recorded_answers(path: Path) -> list[Case]:
+    """Return the answers of an evaluation against its ground truths; those without one are left out.
+
+    Raises:
+        ValueError: a ground truth is no whole number.
+    """
+    rows = pq.read_table(path, columns=["answer", "ground_truth"]).to_pylist()
+    return [
+        Case(row["ground_truth"], row["answer"], _same_integer(row["answer"], int(row["ground_truth"])), "recorded")
+        for row in rows
+        if row["answer"] is not None
+    ]
+
+
+def _same_integer(answer: str, truth: int) -> bool:
+    try:
+        return int(answer) == truth
+    except ValueError:
+        return False
 
 
 def ours(reward: RewardFunction, cases: Sequence[Case]) -> list[Score]:
@@ -135,13 +159,15 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--step-seconds", type=float, default=600.0)
+    parser.add_argument("--samples", type=Path)
     options = parser.parse_args()
     console = Console(width=140)
     table = Table("verifier, pairs", "pairs", "different called equal", "equal called different")
     figures: dict[str, object] = {}
     reward = make_reward(RewardConfig(function="math", workers=options.workers))
     listed: list[tuple[str, list[Case]]] = []
-    for name, cases in (("random", corpus(options.pairs)), ("task", task_answers(options.tasks))):
+    task = recorded_answers(options.samples) if options.samples else task_answers(options.tasks)
+    for name, cases in (("random", corpus(options.pairs)), ("recorded" if options.samples else "task", task)):
         mine = ours(reward, cases)
         theirs = bare(cases, options.workers)
         figures[f"{name}_ours"] = _row(table, f"math, {name}", cases, [s.accuracy > 0 for s in mine])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.evaluation import summarize
+from megatron_fipo.evaluation import Evaluation, summarize
 from megatron_fipo.evaluation.summary import powers_of_two
 from tests.evaluation.samples import samples
 
@@ -104,3 +105,15 @@ def test_names_of_several_benchmarks() -> None:
     assert (metrics["eval/a/avg@k"], metrics["eval/b/avg@k"], metrics["eval/avg@k"]) == (1.0, 0.0, 0.5)
     assert metrics["eval/a/length"] == 15.0
     assert "eval/a/length/wrong" not in metrics
+
+
+def test_failures_of_the_verifier_are_counted() -> None:
+    """By their reasons, among all samples; metrics have those that there were."""
+    drawn = samples("rrx", "rxx")
+    drawn[2] = replace(drawn[2], failure="timeout")
+    drawn[5] = replace(drawn[5], failure="timeout")
+    result = summarize(drawn)
+    assert result.verifier_failures == {"timeout": 2}
+    assert result.metrics()["eval/verifier_timeouts"] == 2.0
+    assert Evaluation.from_state_dict(asdict(result)) == result
+    assert not any("verifier" in name for name in summarize(samples("rx")).metrics())
