@@ -7,8 +7,9 @@ Pairs are random expressions against themselves rewritten and against perturbed 
 60 digits. Task answers are those of the quickstart's arithmetic, right and wrong ones, in the forms that models give.
 `--samples` takes the recorded answers of an evaluation (its samples.parquet) instead; whether they are right is known
 for whole numbers, which the quickstart's are.
-Bare math-verify gets the same two answers as boxes, its time limit 5 s. Speed: `--answers` different answers through
-the pool at once, as of one training batch; its share of a step is of a step of `--step-seconds`.
+Bare math-verify gets the same two answers as boxes, its time limit 5 s. Speed: `--answers` answers through the pool at
+once, as of one training batch, seven in eight of them task answers and the others random expressions; its share of a
+step is of a step of `--step-seconds`.
 A table is printed, and as the last line one JSON object with the same figures.
 """
 
@@ -48,7 +49,7 @@ def task_answers(count: int, seed: int = 0) -> list[Case]:
     forms = ("{}", "{}.0", "{}.", r"\text{{{}}}", "{}^\\circ", "0{}", "+{}", "x = {}", r"{}\text{{ units}}", "{}/1")
     cases = []
     for _ in range(count):
-        truth = rng.randint(2, 5000)
+        truth = rng.randint(2, 10**6)
         said = truth if rng.random() < 0.5 else truth + rng.choice((-10, -1, 1, 9, 1000))
         form = rng.choice(forms)
         cases.append(Case(str(truth), form.format(said), said == truth, f"task, as {form}"))
@@ -100,8 +101,9 @@ def _bare(case: Case) -> bool:
 
 
 def speed(workers: int, answers: int) -> tuple[float, int]:
-    """Return seconds for `answers` different questions to running workers, and how many could not be decided."""
-    cases = corpus(answers, first=10**6)
+    """Return seconds for `answers` questions to running workers, and how many could not be decided."""
+    cases = [*task_answers(answers - answers // 8, seed=1), *corpus(answers // 8, first=10**6)]
+    random.Random(0).shuffle(cases)
     reward = make_reward(RewardConfig(function="math", workers=workers))
     try:
         reward([rf"\boxed{{{i}.5}}" for i in range(8 * workers)], ["0"] * 8 * workers, [""] * 8 * workers)  # all are up
@@ -188,7 +190,7 @@ def main() -> None:
         figures |= {"answers": options.answers, "workers": options.workers, "undecided": undecided}
         figures |= {"answers_per_second": options.answers / seconds, "share_of_step": seconds / options.step_seconds}
         console.print(
-            f"{options.answers} different answers, {options.workers} workers: {seconds:.1f} s, "
+            f"{options.answers} answers, {options.workers} workers: {seconds:.1f} s, "
             f"{options.answers / seconds:.0f} a second, {seconds / options.step_seconds:.1%} of a step of "
             f"{options.step_seconds:.0f} s; {undecided} not decided",
             highlight=False,
