@@ -150,9 +150,9 @@ _UNIT_WORDS = (
     *("square", "squared", "cubic", "cubed", "per", "sq", "cu"),
 )
 _UNIT = rf"(?:{'|'.join(sorted(_UNIT_WORDS, key=len, reverse=True))})(?:\s*\^\s*\{{?[-\d]+\}}?)?"
-_UNITS = re.compile(rf"(?<=[\d}})\s])\s*{_UNIT}(?:[\s/*]+{_UNIT})*$")
+_UNITS = re.compile(rf"(?<=[\d}})\s!|\]])\s*{_UNIT}(?:[\s/*]+{_UNIT})*$")
 _UNITS_IN_TEXT = re.compile(
-    rf"(?<=[\d}})\s])\s*(?:\\(?:{_STYLES})\s*\{{\s*(?!and|or)[^{{}}\d=]*\}}(?:\s*\^\s*\{{?[-\d]+\}}?)?[\s/]*)+$"
+    rf"(?<=[\d}})\s!|\]])\s*(?:\\(?:{_STYLES})\s*\{{\s*(?!and|or)[^{{}}\d=]*\}}(?:\s*\^\s*\{{?[-\d]+\}}?)?[\s/]*)+$"
 )
 _UNIT_AFTER_LETTER = re.compile(rf"(?<=[A-Za-z])\s*\\(?:{_STYLES})\s*\{{\s*{_UNIT}(?:[\s/*]+{_UNIT})*\s*\}}$")
 _CURRENCY = re.compile(r"^\s*(?:\\\$|[$€£¥])\s*(?=[-\d.])")
