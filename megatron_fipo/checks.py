@@ -94,6 +94,19 @@ def evaluation_problems(config: Config, *, needs_gpu: bool = True) -> Problems:
     return _find_problems(config, list(config.data.benchmarks.values()), needs_gpu)
 
 
+def check_data(config: Config) -> list[str]:
+    """Check the model's config, tokenizer, problem files and reward, not what it takes to run them; return warnings.
+
+    Raises:
+        ValueError: everything that is wrong, and what to change.
+    """
+    problems = Problems()
+    architecture = problems.attempt(check_model, config)
+    _add_data_problems(problems, config, [config.data.train, *config.data.benchmarks.values()], architecture)
+    problems.raise_if_any()
+    return problems.warnings
+
+
 def _find_problems(config: Config, files: Sequence[str], needs_gpu: bool) -> Problems:
     """List what keeps responses to the prompts of these files from being generated and scored here."""
     problems = Problems(transformer_engine_problems(config.model.transformer_engine, needs_gpu=needs_gpu))
@@ -101,19 +114,23 @@ def _find_problems(config: Config, files: Sequence[str], needs_gpu: bool) -> Pro
         problems.attempt(check_context_parallelism, config)
     architecture = problems.attempt(check_model, config)
     problems.attempt(vllm_environment.check, config, None if architecture is None else architecture.head_dim)
+    if architecture is not None and config.model.megatron_path:
+        problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
+    elif architecture is not None and any(Path(config.model.hf_path).glob("*.safetensors*")):
+        problems.attempt(check_weights, config.model.hf_path, architecture)
+    _add_data_problems(problems, config, files, architecture)
+    return problems
+
+
+def _add_data_problems(
+    problems: Problems, config: Config, files: Sequence[str], architecture: Architecture | None
+) -> None:
     problems.attempt(_check_reward, config.reward)
     tokenizer = problems.attempt(load_tokenizer, config.model.hf_path)
     prompts = _prompts(config, files, tokenizer, problems)
-    if architecture is None:
-        return problems
-    if config.model.megatron_path:
-        problems.attempt(_check_checkpoint, config.model.megatron_path, architecture)
-    elif any(Path(config.model.hf_path).glob("*.safetensors*")):
-        problems.attempt(check_weights, config.model.hf_path, architecture)
-    if tokenizer is not None:
+    if architecture is not None and tokenizer is not None:
         found = problems.attempt(_vocabulary_warnings, config, tokenizer, architecture.vocab_size, prompts)
         problems.warnings += found or []
-    return problems
 
 
 def load_tokenizer(path: str) -> Any:

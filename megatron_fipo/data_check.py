@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_fipo.checks import check_evaluation, load_tokenizer
+from megatron_fipo.checks import check_data, load_tokenizer
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt, TemplateOptions, load_prompts
+from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.reward import Score, make_reward
-from megatron_fipo.rollout.stop_tokens import stop_token_ids
 from megatron_fipo.run_log import began
 
 _WRONG = ("-987654321", "123456789")  # the first one that is not the ground truth
@@ -19,11 +19,11 @@ def show(config: Config, count: int = 3) -> Iterator[str]:
     """Yield lines about `count` prompts of data.train, from its beginning to its end.
 
     Raises:
-        ValueError: as `checks.check_run`, of model, tokenizer, data and reward; `count` is below 1.
+        ValueError: as `checks.check_data`; `count` is below 1.
     """
     if count < 1:
         raise ValueError(f"--prompts {count} must be at least 1")
-    for warning in check_evaluation(config, training=True):
+    for warning in check_data(config):
         yield f"warning: {warning}"
     tokenizer = load_tokenizer(config.model.hf_path)
     template = TemplateOptions(config.data.chat_template_kwargs, began(config.run_directory))

@@ -35,6 +35,7 @@ from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import PromptStream, TemplateOptions, load_prompts
 from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
@@ -44,7 +45,6 @@ from megatron_fipo.rollout import make_engine
 from megatron_fipo.rollout.assembly import Collected
 from megatron_fipo.rollout.distribute import distribute
 from megatron_fipo.rollout.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
-from megatron_fipo.rollout.stop_tokens import stop_token_ids
 from megatron_fipo.rollout.stream import make_collector
 from megatron_fipo.run_log import RunLog, began, clear
 

@@ -25,11 +25,11 @@ from megatron_fipo.evaluation.store import Store, settings_of
 from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.evaluation.table import show
 from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import RolloutEngine, make_engine
-from megatron_fipo.rollout.stop_tokens import stop_token_ids
 
 _REPORT_SECONDS = 10.0
 

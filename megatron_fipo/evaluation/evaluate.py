@@ -15,11 +15,11 @@ from megatron_fipo.evaluation.drawing import Draw, responses, share, wanted
 from megatron_fipo.evaluation.estimators import RIGHT
 from megatron_fipo.evaluation.sample import Sample
 from megatron_fipo.evaluation.summary import Evaluation, summarize
+from megatron_fipo.model.stop_tokens import without_stop_token
 from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.reward.equivalence import answer_classes
 from megatron_fipo.rollout import Response, RolloutEngine, Sampling
-from megatron_fipo.rollout.stop_tokens import without_stop_token
 
 Benchmarks: TypeAlias = Mapping[str, PromptSet]
 

@@ -18,9 +18,9 @@ from megatron_fipo.algorithm import (
 from megatron_fipo.batch import FAILURES, Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
+from megatron_fipo.model.stop_tokens import without_stop_token
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction, Score
-from megatron_fipo.rollout.stop_tokens import without_stop_token
 
 
 @dataclass(frozen=True)
