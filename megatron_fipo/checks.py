@@ -143,7 +143,7 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it reads config.json, too
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
     check_chat_template(tokenizer)
     return tokenizer
