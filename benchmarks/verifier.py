@@ -19,6 +19,7 @@ import argparse
 import json
 import logging
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -134,7 +135,7 @@ def _about(case: Case) -> str:
         return "a difference below its 15 digits or 6 places"
     if "decimal" in case.kind:
         return "decimals, which it rounds to 6 places"
-    if any(mark in text for mark in (r"\,", r"\;", "{,}", r",\!")) or "," in text:
+    if re.search(r"\d(?:\\,|\\;|\{,\}|,\\!|,| )\d{3}", text):
         return "digit groups"
     if any(word in text for word in ("sqrt(", "exp(", "ln(", "sin(", "pi", "*")):
         return "plain text"

@@ -23,7 +23,9 @@ from sympy import (
     MatrixBase,
     Mul,
     Rational,
+    S,
     Symbol,
+    Tuple,
     UnevaluatedExpr,
     expand,
     nan,
@@ -43,6 +45,7 @@ _NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_op
 _EQUALS = re.compile(r"(?<!\\|\<|\!|\>)=")
 _INTEGER, _DECIMAL = re.compile(r"[-+]?\d{1,2000}", re.ASCII), re.compile(r"[-+]?\d+\.\d+", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", re.ASCII)
+_PAIR = re.compile(r"\s*[(\[](.*,.*)[)\]]\s*", re.DOTALL)
 _PERCENT = UnevaluatedExpr(Rational(1, 100))
 # Values of variables: positive ones first, then of both signs.
 _POSITIVE = tuple(Rational(*pair) for pair in ((7, 5), (3, 7), (11, 4), (13, 9), (5, 3), (17, 8), (2, 11), (23, 6)))
@@ -65,6 +68,8 @@ def parse(latex: str) -> Any:
         if len(parts) <= 2 or "," in text or ";" in text:
             raise
         found = _sympy(parts[-1])
+    if found is S.EmptySet and (pair := _PAIR.fullmatch(text)):  # an interval that ends before it begins is a pair
+        found = Tuple(*_sympy(pair[1])._unsorted_args)
     if found is None:
         raise ValueError(f"not mathematics: {latex!r}")
     if re.search(r"(?<![A-Za-z])i\s*=|(?<![A-Za-z])i\s*\\in", text):  # an index
