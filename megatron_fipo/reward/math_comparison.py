@@ -282,6 +282,15 @@ def _replace(name: str, function: Callable[..., bool]) -> None:
     setattr(grader, name, function)
 
 
+_compare_symbols = grader.sympy_compare_symbols
+
+
+def _symbols_equal(one: Any, other: Any) -> bool:
+    """Return whether a symbol is the other's value, `x` of `2x - x`, or its letters."""
+    return _expressions_equal(one, other) or bool(_compare_symbols(one, other))
+
+
+_replace("sympy_compare_symbols", _symbols_equal)
 _replace("sympy_numeric_eq", _expressions_equal)
 _replace("sympy_symbolic_eq", lambda one, other: False)
 _replace("sympy_solve_and_compare", _relations_equal)

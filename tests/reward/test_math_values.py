@@ -276,6 +276,8 @@ sin(10,080) == \sin\left(10080\right)
 [-10,080, \infty) == [-10080, \infty)
 [10*3,794,874, \infty) == [37948740, \infty)
 (0 \times n + 100 \times 2006,\ 7) == (2006*100 + n*0,\ 7)
+x == 2x - x
+z = x×1×0×n == z = 0\times n
 """.strip().splitlines()
 
 DIFFERENT = r"""
