@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +46,8 @@ def test_only_what_srun_starts_is_a_task(cluster: Cluster, tmp_path: Path) -> No
                 break
         shell.wait(60)
     finally:
-        shell.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)  # srun has a child of its own
         shell.wait()
         os.close(controller)
     assert (tmp_path / "typed0").read_text() == "('4', True, False)"
