@@ -112,7 +112,7 @@ def test_a_login_node(task: Path, command: Command) -> None:
     assert "not installed" not in outcome.stdout.partition("config.yaml: not ready")[2]
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "OSError"])
+@pytest.mark.parametrize("error", ["RuntimeError", pytest.param("OSError", marks=pytest.mark.slow)])
 def test_a_broken_transformer_engine(task: Path, command: Command, error: str) -> None:
     """Named with what it raises by the table and the verdict, on a login node as well; never a traceback."""
     install_transformer_engine(task / "site", error)
@@ -128,9 +128,10 @@ def test_a_broken_transformer_engine(task: Path, command: Command, error: str) -
     ("arguments", "error"),
     [
         (["train"], "RuntimeError"),
-        (["train"], "OSError"),
-        (["train", "--dry-run"], "ImportError"),
-        (["eval"], "OSError"),
+        # Each tries the import in an interpreter of its own.
+        pytest.param(["train"], "OSError", marks=pytest.mark.slow),
+        pytest.param(["train", "--dry-run"], "ImportError", marks=pytest.mark.slow),
+        pytest.param(["eval"], "OSError", marks=pytest.mark.slow),
     ],
 )
 def test_train_says_the_same_before_ranks_start(task: Path, command: Command, arguments: list[str], error: str) -> None:

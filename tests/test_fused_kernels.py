@@ -45,7 +45,9 @@ def test_found_where_pip_puts_it(on_path: Path) -> None:
     assert (found.version, found.error, found.installation_problem) == (VERSION, None, None)
 
 
-@pytest.mark.parametrize("error", BROKEN)
+@pytest.mark.parametrize(
+    "error", [error if error == "RuntimeError" else pytest.param(error, marks=pytest.mark.slow) for error in BROKEN]
+)
 def test_a_broken_installation_is_named(on_path: Path, error: str) -> None:
     """Whatever its import raises is told, with its message; an ImportError that the package hides as well."""
     install_transformer_engine(on_path, error)
@@ -60,6 +62,7 @@ def test_a_broken_installation_is_named(on_path: Path, error: str) -> None:
     ("code", "told"),
     [("import os; os.kill(os.getpid(), 11)", "ended by signal 11"), ("raise SystemExit(7)", "exit code 7")],
 )
+@pytest.mark.slow  # two more interpreters
 def test_an_import_that_ends_python(on_path: Path, code: str, told: str) -> None:
     """It ends a process of its own, not this one."""
     install_transformer_engine(on_path)
@@ -133,15 +136,15 @@ print(json.dumps([seen, chosen, fused_kernels.find_transformer_engine().error]))
 @pytest.mark.parametrize(
     ("machine", "error", "seen"),
     [
-        ("cpu", "OSError", False),
-        ("gpu", "RuntimeError", False),
+        ("cpu", "RuntimeError", False),
         # Each imports torch and Megatron-Core in an interpreter of its own, which takes seven seconds.
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 ("cpu", None, False),
                 ("gpu", None, True),
-                *(("gpu", error, False) for error in BROKEN if error != "RuntimeError"),
+                ("cpu", "OSError", False),
+                *(("gpu", error, False) for error in BROKEN),
             ]
         ),
     ],

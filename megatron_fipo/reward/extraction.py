@@ -18,12 +18,12 @@ _ANSWER = re.compile(
     re.IGNORECASE,
 )
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(r"[\s,;$]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
+# Possessive: it would else try every way to share out a long gap between the two repetitions.
+_BETWEEN_BOXES = re.compile(r"[\s,;$]*+(?:and|or|\\text\{\s*+(?:and|or)\s*\})?[\s,;$]*")
 _BROKEN_COMMAND = re.compile(r"\\(?:bo|box|boxe|boxed|fb|fbo|fbox)\s*$")
-_WRAPPING = re.compile(
-    r"^(?:[\s$*`_]|\\[\[(]|</?(?:b|i|u|em|strong|code|p|span)>)+"
-    r"|(?:[\s$*`_.]|\\[\])]|</?(?:b|i|u|em|strong|code|p|span|s)>)+$"
-)
+_TAGS = ("b", "i", "u", "em", "strong", "code", "p", "span")
+_LEADING = re.compile(rf"(?:[\s$*`_]|\\[\[(]|</?(?:{'|'.join(_TAGS)})>)*")
+_TRAILING = (r"\]", r"\)", *(f"{start}{tag}>" for tag in (*_TAGS, "s") for start in ("<", "</")))
 _NEEDS_MORE = re.compile(
     r"(?:\\(?:[dt]?frac|sqrt|text|mathbf|mathrm|binom|left|right|cdot|times|begin)?|[-+*/^_=])\s*$"
 )
@@ -48,8 +48,18 @@ def extract_answer(response: str) -> str | None:
 
 
 def unwrapped(text: str) -> str:
-    """Return the text without the dollar signs, the markup and the full stop around it."""
-    return _WRAPPING.sub("", text)
+    """Return the text without the dollar signs, the markup and the full stop around it. Linear in the text."""
+    leading = _LEADING.match(text)
+    assert leading is not None
+    start, end = leading.end(), len(text)
+    while end > start:
+        if text[end - 1].isspace() or text[end - 1] in "$*`_.":
+            end -= 1
+        elif trailing := next((t for t in _TRAILING if text.endswith(t, start, end)), None):
+            end -= len(trailing)
+        else:
+            break
+    return text[start:end]
 
 
 def _is_finished(line: re.Match[str]) -> bool:

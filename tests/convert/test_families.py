@@ -33,7 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_tp4": {"expert": 2, "tensor": 4, "sequence": True},
     "ep2_tp2_pp2": {"expert": 2, "tensor": 2, "pipeline": 2, "sequence": True},
 }
-PARTS_OF_OTHERS = ("tp2", "pp2", "ep2", "ep2_pp2")  # each three seconds, and in tp2_pp2 or ep2_tp2_pp2, too
+# Each takes three seconds, and is in tp2_pp2, tp4 or ep2_tp2_pp2, too.
+PARTS_OF_OTHERS = ("tp2", "pp2", "ep2", "ep2_pp2", "ep2_tp4")
 TOKENS = torch.randint(0, 60, (4, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -141,5 +142,5 @@ def test_every_layout_is_the_model_that_transformers_loads(
 def test_tensor_parallel_ranks_that_do_not_fit_the_heads(checkpoints: dict[str, tuple[Path, Path]]) -> None:
     """Refused before any rank starts, with the possible sizes."""
     config = make_config(checkpoints["qwen2"][0], parallel={"tensor": 8, "world_size": 8})
-    with pytest.raises(ValueError, match=r"4 attention heads cannot be .* tensor 8; possible: \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"4 attention heads cannot be .* parallel\.tensor 8; possible: \[1, 2, 4\]"):
         check_model(config)

@@ -42,7 +42,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
     return run
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+EVERY_DAY = ("two_ranks_a_head", "one_head_sp", "one_head_pp2_vpp2")  # the others take as long, and differ by one part
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
 def test_equals_one_process(name: str, reference: Callable[[str], Reference]) -> None:
     """Loss, every gradient (relative error 2e-5), metrics, gradient norm and the weights after two updates; each
     key/value head is exported once, with the gradient that all of its ranks add up."""

@@ -75,6 +75,9 @@ def test_extraction_is_linear():
     assert extract_answer(r"\boxed{" * 150_000) is None
     assert extract_answer(r"\boxed{" * 120_000 + "1" + "}" * 120_000).endswith("}")
     assert extract_answer("{" * 1_000_000) is None
+    assert extract_answer(r"\boxed{a" + "." * 500_000 + "b}") == "a" + "." * 500_000 + "b"
+    assert extract_answer(r"\boxed{1}" + " " * 500_000 + r"x\boxed{2}") == "2"
+    assert extract_answer(r"\boxed{" + r"\] " * 200_000 + "x}").endswith("x")
     assert time.process_time() - started < 5.0
 
 
