@@ -16,7 +16,12 @@ from megatron_fipo.reward import RewardFunction, make_reward
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from expressions import Case, decimal_case, make_case
 
-CASES = st.integers(0, 2**48).map(lambda seed: decimal_case(seed) if seed % 10 == 9 else make_case(seed))
+
+def _case(seed: int) -> Case:
+    return decimal_case(seed) if seed % 10 == 9 else make_case(seed)
+
+
+CASES = st.integers(0, 2**48).map(_case)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +36,10 @@ def _check(reward: RewardFunction, cases: list[Case]) -> None:
     """All of them at once, and as they are judged in training: answer against ground truth."""
     responses = [rf"so \boxed{{{case.answer}}}" for case in cases]
     scores = reward(responses, [case.truth for case in cases], [""] * len(cases))
-    for case, score in zip(cases, scores, strict=True):
-        assert score.failure is None, case
-        assert score.accuracy == float(case.equal), case
+    judged = [(score.accuracy, score.failure) for score in scores]
+    assert [
+        (case, *found) for case, found in zip(cases, judged, strict=True) if found != (float(case.equal), None)
+    ] == []
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -45,8 +51,6 @@ def test_random_pairs(reward: RewardFunction, cases: list[Case]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(CASES, min_size=100, max_size=100))
-def test_ten_thousand_random_pairs(reward: RewardFunction, cases: list[Case]) -> None:
-    """Ten thousand pairs, other ones at each run, none misjudged, none undecided."""
-    _check(reward, cases)
+def test_ten_thousand_random_pairs(reward: RewardFunction) -> None:
+    """None misjudged, none undecided."""
+    _check(reward, [_case(seed) for seed in range(10_000)])
