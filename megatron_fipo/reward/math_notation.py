@@ -78,8 +78,8 @@ _SPACES = re.compile(
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\\!|\{\\,\}|\\!)\s*(?=\d{3})")
 _GROUPED = re.compile(r"(?<![\d.,^_])\d{1,3}(?:(?P<mark>[ '_])\d{3})(?:(?P=mark)\d{3})*(?![\d'_])")
 _GROUPED_BY_COMMA = re.compile(r"(?<![\d.,(\[{^_])[1-9]\d{0,2}(?:,\d{3})+(?!\d|\s*,\S)")  # `1,000, 2`
+_OPERATORS = ("+", "-", "*", "/", "^", "!", r"\cdot", r"\times", r"\div")
 _GROUPED_AFTER_BRACKET = re.compile(r"(?<=[(\[])[1-9]\d{0,2}(?:,\d{3})+(?!\d|\s*,\S)")
-_OPERATORS = frozenset("+-*/^!")
 _BEFORE_ONE_NUMBER = re.compile(
     r"(?:[-+*/^]|\\cdot|\\times|(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs)|\{)\s*(?:\\left\s*)?\($"
 )
@@ -224,12 +224,8 @@ def _joined_digits(text: str) -> str:
 def _joined_unless_in_tuple(found: re.Match[str]) -> str:
     """`(1,234)` is a pair, but `(1,234 + x)`, `2(1,234)`, `(1,234)^2` and `sin(1,234)` have one number."""
     before, after = found.string[max(0, found.start() - 30) : found.start()], found.string[found.end() :].lstrip()
-    is_factor = after.startswith(")") and after[1:].lstrip()[:1] in ("+", "-", "*", "/", "^", "!")
-    one = (
-        after[:1] in ("+", "-", "*", "/", "^", "!", ",")
-        or (after[:1] and is_factor)
-        or _BEFORE_ONE_NUMBER.search(before)
-    )
+    is_factor = after.startswith(")") and after[1:].lstrip().startswith(_OPERATORS)
+    one = after.startswith((*_OPERATORS, ",")) or is_factor or _BEFORE_ONE_NUMBER.search(before)
     return found[0].replace(",", "") if one else found[0]
 
 
