@@ -19,9 +19,9 @@ export OMP_WAIT_POLICY ?= passive
 
 # pytest's workers, each with ranks of its own: one more than cores, since some wait for a time limit; at most 8, since each
 # has torch in memory. Workers take whole files, whose fixtures are made once. `make test-all` has as many kinds of tests at
-# work at the same time as there are lanes: those on Slurm mostly wait.
+# work at the same time as there are lanes, since those on Slurm mostly wait; vLLM's servers need the cores for themselves.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 7 ? n + 1 : 8)))
-LANES ?= 3
+LANES ?= 2
 PYTEST = $(BIN)/python -m pytest -q
 WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile
 
@@ -80,7 +80,8 @@ durations: install  ## rewrite the table of the longest tests in docs/developmen
 	$(BIN)/python -m tests.durations
 
 test-all: $(if $(TESTED),,test)  ## those, and the slow ones, on a real Slurm, a real vLLM, in a browser, under sanitizers
-	$(MAKE) --output-sync=target --jobs=$(LANES) test-slurm test-slow test-servers test-browser sanitize
+	$(MAKE) test-servers
+	$(MAKE) --output-sync=target --jobs=$(LANES) test-slurm test-slow test-browser sanitize
 
 test-slow: test-tools
 	$(PYTEST) $(WORKERS_SHARE_FILES) -m "slow and not gpu and not vllm and not browser"
