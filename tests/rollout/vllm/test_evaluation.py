@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[3]
 PROBLEMS, HANDED_ON = 128, 64  # in all; responses that are judged and kept together
 SECONDS = 600.0  # for a command to come so far, whatever else the machine does
-GONE_SECONDS = 10.0  # for Python's resource trackers to clean up behind the processes of a server
+GONE_SECONDS = 120.0  # for Python's resource trackers to clean up behind the processes of a server
 VLLM = ("rollout.engine=vllm", "rollout.kv_cache_gb=0.0625")
 
 
