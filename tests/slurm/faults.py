@@ -1,7 +1,7 @@
 """Rewards that break a run at a chosen point, named in the config: the code under test stays as it is.
 
-A step is known by the rows of metrics.jsonl when the process began and its calls since, one a step where sampling is
-not dynamic; an evaluation, which has no such rows, breaks at its ranks' third chunks. FIPO_TEST_RUN is the run's
+A step is known by the newest whole checkpoint when the process began, which it goes on from, and its calls since, one a
+step where sampling is not dynamic; an evaluation, which has none, breaks at its ranks' third chunks. FIPO_TEST_RUN is the run's
 directory. What an attempt was asked to judge is counted in FIPO_TEST_COUNTS, if that is set.
 """
 
@@ -70,8 +70,8 @@ def _run() -> Path:
 
 @cache
 def _steps_before() -> int:
-    metrics = _run() / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    whole = (_run() / "checkpoints").glob("step_*/complete.json")
+    return max((int(marker.parent.name.removeprefix("step_")) for marker in whole), default=0)
 
 
 def _in_broken_step() -> bool:
