@@ -1,8 +1,8 @@
 """Rewards that break a run at a chosen point, named in the config: the code under test stays as it is.
 
 A step is known by the newest whole checkpoint when the process began, which it goes on from, and its calls since, one a
-step where sampling is not dynamic; an evaluation, which has none, breaks at its ranks' third chunks. FIPO_TEST_RUN is the run's
-directory. What an attempt was asked to judge is counted in FIPO_TEST_COUNTS, if that is set.
+step where sampling is not dynamic; an evaluation, which has none, breaks at its ranks' third chunks. FIPO_TEST_RUN is
+the run's directory. What an attempt was asked to judge is counted in FIPO_TEST_COUNTS, if that is set.
 """
 
 from __future__ import annotations
