@@ -13,6 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "convert.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # gigabytes are written and read, in processes of their own
 def test_peak_memory_stays_below_its_limit(tmp_path: Path) -> None:
     """2 x the largest fused tensor + 600 MB, in either direction, for a model of several times that tensor."""
     command = [sys.executable, str(BENCHMARK), "--layers", "6", "--rounds", "1", "--directory", str(tmp_path)]
