@@ -17,14 +17,12 @@ from megatron_fipo.data.prompts import Prompt, TemplateOptions, check_chat_templ
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
 from megatron_fipo.model.architecture import Architecture, check_model
-from megatron_fipo.model.stop_tokens import stop_token_ids
+from megatron_fipo.model.stop_tokens import VOCABULARIES, stop_token_ids
 from megatron_fipo.reward import make_reward
 from megatron_fipo.trackers import check_trackers
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 class Problems(list[str]):
@@ -139,8 +137,8 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: it has none that can be used, or no chat template.
     """
-    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
-        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(_VOCABULARIES)} is there")
+    if not any((Path(path) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
+        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it reads config.json, too
