@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", default="p50=750,p90=2000,p100=8000", help="of the sequences")
     parser.add_argument("--steps", type=int, default=3, help="timed repetitions of an update, after one to warm up")
     parser.add_argument("--seconds", type=float, default=1.0, help="time given to each measurement of the loss")
-    parser.add_argument("--lm-head-chunk", type=int, default=512, help="model.lm_head_chunk_tokens")
+    parser.add_argument("--lm-head-chunk", type=int, default=4096, help="model.lm_head_chunk_tokens")
     parser.add_argument("--transports", nargs="+", help="of weights to vLLM: ipc or file, on the CPU file or gloo")
     parser.add_argument("--directory", type=Path, default=None, help="for a checkpoint of 14 bytes a parameter; /tmp")
     parser.add_argument("--toy", action="store_true", help="a tiny model, on the CPU unless --device says otherwise")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "fipo.h"
+#include "lm_head.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -78,14 +79,44 @@ void bind_outputs(py::module_& module) {
            py::kw_only(), "future_kl"_a = 0, "carry_out"_a = 0, "dual_clipped"_a = 0, "loss_tokens"_a = 0);
 
   py::class_<fipo::LossOutput>(module, "LossOutput")
-      .def(py::init([](Address gradient, Address future_kl, Address influence_weights, Address metrics,
-                       Address histograms, Address vetoed) {
+      .def(py::init([](Address gradient, Address future_kl, Address influence_weights, Address loss_sum,
+                       Address metrics, Address histograms, Address vetoed) {
              return fipo::LossOutput{pointer<float>(gradient),          pointer<float>(future_kl),
-                                     pointer<float>(influence_weights), pointer<double>(metrics),
-                                     pointer<int64_t>(histograms),      pointer<uint8_t>(vetoed)};
+                                     pointer<float>(influence_weights), pointer<float>(loss_sum),
+                                     pointer<double>(metrics),          pointer<int64_t>(histograms),
+                                     pointer<uint8_t>(vetoed)};
            }),
-           py::kw_only(), "gradient"_a, "future_kl"_a = 0, "influence_weights"_a = 0, "metrics"_a, "histograms"_a,
-           "vetoed"_a);
+           py::kw_only(), "gradient"_a, "future_kl"_a = 0, "influence_weights"_a = 0, "loss_sum"_a, "metrics"_a,
+           "histograms"_a, "vetoed"_a);
+}
+
+void bind_lm_head(py::module_& module) {
+  const auto dtype = [](bool bfloat16) { return bfloat16 ? fipo::Float::kBFloat16 : fipo::Float::kFloat32; };
+  py::class_<fipo::Logits>(module, "Logits")
+      .def(py::init([dtype](Address values, Address targets, int64_t rows, int64_t columns, int64_t stride,
+                            float inverse_temperature, bool bfloat16) {
+             return fipo::Logits{pointer<const void>(values), pointer<const int64_t>(targets), rows, columns, stride,
+                                 inverse_temperature,         dtype(bfloat16)};
+           }),
+           py::kw_only(), "values"_a, "targets"_a, "rows"_a, "columns"_a, "stride"_a, "inverse_temperature"_a,
+           "bfloat16"_a);
+
+  py::class_<fipo::LogitStatistics>(module, "LogitStatistics")
+      .def(py::init([](Address maximum, Address sum_exp, Address sum_exp_shifted, Address target) {
+             return fipo::LogitStatistics{pointer<float>(maximum), pointer<float>(sum_exp),
+                                          pointer<float>(sum_exp_shifted), pointer<float>(target)};
+           }),
+           py::kw_only(), "maximum"_a, "sum_exp"_a, "sum_exp_shifted"_a, "target"_a);
+
+  py::class_<fipo::LogitGradient>(module, "LogitGradient")
+      .def(py::init([dtype](Address values, int64_t stride, bool bfloat16, Address logsumexp, Address log_prob,
+                            Address slope, Address offset) {
+             return fipo::LogitGradient{pointer<void>(values),          stride,
+                                        dtype(bfloat16),                pointer<const float>(logsumexp),
+                                        pointer<const float>(log_prob), pointer<const float>(slope),
+                                        pointer<const float>(offset)};
+           }),
+           py::kw_only(), "values"_a, "stride"_a, "bfloat16"_a, "logsumexp"_a, "log_prob"_a, "slope"_a, "offset"_a);
 }
 
 void bind_metrics(py::module_& module) {
@@ -130,6 +161,7 @@ PYBIND11_MODULE(_extension, module) {
   module.doc() = "Compiled kernels of FIPO; use megatron_fipo.ops instead.";
   bind_inputs(module);
   bind_outputs(module);
+  bind_lm_head(module);
   bind_metrics(module);
 
   module.attr("BUILD") = MEGATRON_FIPO_BUILD;
@@ -141,6 +173,11 @@ PYBIND11_MODULE(_extension, module) {
       py::call_guard<py::gil_scoped_release>(), "tokens"_a, "constants"_a, "carry_in"_a, "out"_a, "threads"_a);
   module.def("loss_cpu", &fipo::loss_cpu, py::call_guard<py::gil_scoped_release>(), "tokens"_a, "constants"_a,
              "shard"_a, "out"_a, "threads"_a);
+  module.attr("LOGIT_ALIGNMENT") = fipo::kLogitAlignment;
+  module.def("logit_statistics_cpu", &fipo::logit_statistics_cpu, py::call_guard<py::gil_scoped_release>(),
+             "logits"_a, "out"_a, "threads"_a);
+  module.def("logit_gradient_cpu", &fipo::logit_gradient_cpu, py::call_guard<py::gil_scoped_release>(), "logits"_a,
+             "out"_a, "threads"_a);
 
 #ifdef MEGATRON_FIPO_CUDA
   module.attr("HAS_CUDA") = true;
@@ -163,6 +200,18 @@ PYBIND11_MODULE(_extension, module) {
       },
       py::call_guard<py::gil_scoped_release>(), "tokens"_a, "constants"_a, "shard"_a, "out"_a, "workspace"_a,
       "stream"_a);
+  module.def(
+      "logit_statistics_cuda",
+      [](const fipo::Logits& logits, const fipo::LogitStatistics& out, Address stream) {
+        fipo::logit_statistics_cuda(logits, out, pointer<void>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>(), "logits"_a, "out"_a, "stream"_a);
+  module.def(
+      "logit_gradient_cuda",
+      [](const fipo::Logits& logits, const fipo::LogitGradient& out, Address stream) {
+        fipo::logit_gradient_cuda(logits, out, pointer<void>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>(), "logits"_a, "out"_a, "stream"_a);
 #else
   module.attr("HAS_CUDA") = false;
 #endif

@@ -132,6 +132,7 @@ struct LossOutput {
   float* gradient;           // [N] d(loss sum) / d(logp_t); 0 where masked, clipped or vetoed
   float* future_kl;          // [N] optional
   float* influence_weights;  // [N] optional
+  float* loss_sum;           // [1] metrics[kLossSum], rounded: what autograd takes, without a conversion of its own
   double* metrics;           // [kNumMetrics]
   int64_t* histograms;       // [2][kHistogramBins]
   uint8_t* vetoed;           // [S] 0 or 1

@@ -45,7 +45,7 @@ class Settings:
     seconds: float
     directory: Path
     transports: tuple[str, ...]
-    lm_head_chunk: int = 512
+    lm_head_chunk: int = 4096
 
     @property
     def dtype(self) -> str:

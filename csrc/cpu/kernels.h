@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../fipo.h"
+#include "../lm_head.h"
 
 namespace fipo {
 namespace cpu {
@@ -79,6 +80,8 @@ struct RunResult {
 struct Kernels {
   PieceSummary (*scan)(const ScanJob& job, const Piece& piece);
   void (*loss)(const LossJob& job, const Run& run, RunResult* result);
+  void (*logit_statistics)(const Logits& logits, int64_t row, const LogitStatistics& out);
+  void (*logit_gradient)(const Logits& logits, int64_t row, const LogitGradient& out);
 };
 
 extern const Kernels kScalarKernels;

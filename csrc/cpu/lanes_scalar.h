@@ -23,6 +23,14 @@ struct Lanes {
     return x;
   }
   static void store(float* p, F x) { memcpy(p, &x, sizeof x); }
+  static F load_bfloat16(const uint16_t* p) { return (F)(U{p[0], p[1], p[2], p[3]} << 16); }
+  // To the nearest, halves to the even one; a NaN stays one.
+  static void store_bfloat16(uint16_t* p, F x) {
+    const U bits = (U)x;
+    const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const U result = (U)is_number(x) ? rounded : bits >> 16 | 0x40;
+    for (int i = 0; i < kWidth; ++i) p[i] = (uint16_t)result[i];
+  }
   static M load_mask(const uint8_t* p) { return M{p[0], p[1], p[2], p[3]} != 0; }
 
   static F add(F a, F b) { return a + b; }

@@ -93,6 +93,7 @@ void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& sha
   }
   for (const RunResult& result : results) merge(out.metrics, result.metrics);
   finish(out.metrics, constants);
+  *out.loss_sum = static_cast<float>(out.metrics[kLossSum]);
 }
 
 }  // namespace fipo

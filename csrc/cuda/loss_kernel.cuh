@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) loss_kernel(const __grid_c
 
     task.metrics.write_block(work.of_blocks + static_cast<int64_t>(blockIdx.x) * kNumMetrics, place.lane, place.warp);
     if (is_last_block(&work.head->blocks_done, &metrics_memory.is_last_block))
-      finish_metrics<Shape>(work.of_blocks, work.out.metrics, place.lane, place.warp);
+      finish_metrics<Shape>(work.of_blocks, work.out, place.lane, place.warp);
   }
 }
 

@@ -243,7 +243,7 @@ class Metrics {
 
 // All blocks' metrics [blocks][kNumMetrics] together, in the order of the blocks; by the block that comes last.
 template <class Shape>
-__device__ void finish_metrics(const double* of_blocks, double* metrics, int lane, int warp) {
+__device__ void finish_metrics(const double* of_blocks, const LossOutput& out, int lane, int warp) {
   const int num_blocks = gridDim.x;
   for (int metric = warp; metric < kNumMetrics; metric += Shape::kWarps) {
     double value = no_data(metric);
@@ -252,7 +252,8 @@ __device__ void finish_metrics(const double* of_blocks, double* metrics, int lan
     value = warp_reduce(value, [metric](double a, double b) { return combine(metric, a, b); });
     const bool is_raw = metric == kInfluenceRawMin || metric == kInfluenceRawMax;
     if (is_raw && value != no_data(metric)) value = exp(fmin(value, kMaxLogWeight));
-    if (lane == 0) metrics[metric] = value;
+    if (lane == 0) out.metrics[metric] = value;
+    if (lane == 0 && metric == kLossSum) *out.loss_sum = static_cast<float>(value);
   }
 }
 

@@ -56,7 +56,10 @@ class ParameterState:
 def wrap_for_training(
     chunks: Sequence[PolicyModel], config: settings.OptimizerConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's DDP: float32 gradient buffers, reduced once after the last micro-batch."""
+    """Wrap each chunk in Megatron's DDP: float32 gradient buffers, reduced once after the last micro-batch.
+
+    `overlap_grad_reduce` stays off: DDP would wait for the LM head's gradient from autograd, which gets none.
+    """
     megatron_config = chunks[0].config
     megatron_config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)

@@ -27,11 +27,19 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)  # replace fields of config.json, e.g. the context length
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     fp32_logits: bool = False  # multiply the LM head in float32 instead of `dtype`; softmax is float32 either way
-    lm_head_chunk_tokens: int = 512  # response tokens whose float32 logits exist at the same time
+    lm_head_chunk_tokens: int | None = None  # response tokens whose logits exist at once; None: 4096 on GPUs, else 512
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation
     transformer_engine: Literal["auto", "on", "off"] = (
         "auto"  # auto: where it and a GPU are; off: torch's layers and AdamW
     )
+
+    def chunk_tokens(self, on_gpu: bool) -> int:
+        """Return `lm_head_chunk_tokens`, or the default of the device.
+
+        On a GPU each chunk reads and writes the float32 gradient of the head once, which 4096 rows make small beside
+        their matrix products; a CPU has less to gain, and its logits may be float32.
+        """
+        return self.lm_head_chunk_tokens or (4096 if on_gpu else 512)
 
 
 @dataclass(frozen=True)

@@ -137,5 +137,5 @@ def _build_chunk(
     model.vocab_size_unpadded = arch.vocab_size
     model.temperature = config.rollout.temperature
     model.fp32_logits = config.model.fp32_logits
-    model.lm_head_chunk_tokens = config.model.lm_head_chunk_tokens
+    model.lm_head_chunk_tokens = config.model.chunk_tokens(on_gpu=topology.device.type == "cuda")
     return model.to(topology.device)

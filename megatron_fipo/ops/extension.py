@@ -82,6 +82,11 @@ def is_built() -> bool:
     return _extension is not None
 
 
+def module() -> Any:
+    """Return the compiled module; None where it was not built."""
+    return _extension
+
+
 def has_cuda() -> bool:
     return _extension is not None and bool(_extension.HAS_CUDA)
 
@@ -304,6 +309,7 @@ def fipo_loss(
         counts_sequence=_address(counts_sequence),
     )
     gradient, vetoed_out = inputs.token_output(), inputs.segment_output(torch.bool)
+    loss_sum = torch.empty((), dtype=torch.float32, device=log_probs.device)
     metrics = torch.empty(_extension.NUM_METRICS, dtype=torch.float64, device=log_probs.device)
     histograms = torch.empty(2, _extension.HISTOGRAM_BINS, dtype=torch.int64, device=log_probs.device)
     weights = [inputs.token_output() if with_weights else log_probs.new_empty(0, dtype=torch.float32) for _ in range(2)]
@@ -311,9 +317,10 @@ def fipo_loss(
         gradient=_address(gradient),
         future_kl=_address(weights[0]) if with_weights else 0,
         influence_weights=_address(weights[1]) if with_weights else 0,
+        loss_sum=_address(loss_sum),
         metrics=_address(metrics),
         histograms=_address(histograms),
         vetoed=_address(vetoed_out),
     )
     _run_loss(inputs, constants, shard, out)
-    return metrics[0].float(), gradient, metrics, histograms, vetoed_out, *weights
+    return loss_sum, gradient, metrics, histograms, vetoed_out, *weights

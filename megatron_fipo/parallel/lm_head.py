@@ -7,15 +7,14 @@ For one row with hidden state h, head W, temperature T and target y, over the tr
 
 Logits are multiplied `chunk_tokens` rows at a time into one reused buffer, once in forward and again in
 backward: four matrix products instead of three buy memory that does not grow with the number of rows.
-Within a chunk the element-wise passes run over a few rows at a time, so that they stay in a CPU's cache and
-float32 copies of low-precision logits stay small.
+What else a chunk's logits need is one pass over them in forward and one in backward, `megatron_fipo.ops.logits`.
 
-Shapes: R rows (response tokens), H hidden size, V this rank's rows of the head, c rows of one chunk,
-b rows of one element-wise block.
+Shapes: R rows (response tokens), H hidden size, V this rank's rows of the head, c rows of one chunk.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,9 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of one element-wise block: about a CPU core's L2 cache; on a GPU enough to fill the device.
-_BLOCK_BYTES_CPU = 4 << 20
-_BLOCK_BYTES_CUDA = 64 << 20
+from megatron_fipo.ops.logits import RowTerms, empty_logits, logit_gradient, logit_statistics
+
 # Rows of the head converted, or of its gradient held in low precision, at once.
 _VOCAB_BLOCK_ROWS = 16384
 
@@ -69,7 +67,8 @@ def token_log_probs_and_entropy(
             The gradient of `weight` is complete for these rows.
 
     Only `hidden`, `weight`, `targets`, logsumexp and entropy are saved for backward. The gradient of `weight`
-    is accumulated over chunks in float32 (one float32 [V, H] while backward runs, if the head is narrower).
+    is accumulated over chunks in float32: where Megatron-Core's data parallelism gave `weight` a float32
+    `main_grad`, into that, and `weight` gets no gradient from autograd; else into a float32 [V, H] of its own.
     Forward gives the same bits with and without autograd recording. Other `chunk_tokens` may give other last
     bits, because a matrix product's blocking depends on its shape.
 
@@ -120,10 +119,10 @@ class _LMHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
-        maximum, sums = _shard_statistics(hidden, weight, targets, head)
+        statistics = _shard_statistics(hidden, weight, targets, head)
         if hidden.shape[0] > 0 and group is not None and dist.get_world_size(group) > 1:
-            maximum, sums = _reduce_statistics(maximum, sums, group)
-        sum_exp, sum_exp_shifted, target_logit = sums
+            _reduce_statistics(statistics, group)
+        maximum, sum_exp, sum_exp_shifted, target_logit = statistics
         log_sum = sum_exp.log()
         log_probs = target_logit - maximum - log_sum
         entropy = log_sum - sum_exp_shifted / sum_exp
@@ -138,145 +137,139 @@ class _LMHead(torch.autograd.Function):
         hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None, None, None
-        rows = _RowGradients.of(grad_log_probs, grad_entropy, logsumexp, entropy, ctx.head.temperature)
-        grads = _shard_gradients(hidden, weight, targets, rows, ctx.head, ctx.needs_input_grad)
+        terms = _row_terms(grad_log_probs, grad_entropy, logsumexp, entropy, ctx.head.temperature)
+        grads = _shard_gradients(hidden, weight, targets, terms, ctx.head, ctx.needs_input_grad)
         return *grads, None, None, None
 
 
-def _shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-    """Of this rank's shard: max z [R], and [3, R] = sum exp(z - max), sum exp(z - max) (z - max), z of the target.
+def _shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> Tensor:
+    """Return `logit_statistics` of all rows over this rank's shard, [4, R].
 
     A shard that is wholly padding gives the lowest finite maximum and zeros, which the reduction ignores. (-inf
     would turn into NaN there.)
     """
     compute = _compute_dtype(weight.dtype)
-    maximum = hidden.new_full((hidden.shape[0],), torch.finfo(compute).min, dtype=compute)  # [R]
-    sums = hidden.new_zeros((3, hidden.shape[0]), dtype=compute)  # [3, R]
+    statistics = hidden.new_zeros((4, hidden.shape[0]), dtype=compute)
     if head.true_rows == 0:
-        return maximum, sums
-    columns, owned = _local_columns(targets, head)
+        statistics[0] = torch.finfo(compute).min
+        return statistics
     logits = _ChunkLogits(hidden, weight, head)
+    columns = targets - head.vocab_start
     for rows in _slices(0, hidden.shape[0], head.chunk_tokens):
-        logits.multiply(rows)
-        for at, z, scratch in logits.blocks(rows):
-            target = z.gather(1, columns[at, None]).squeeze(1)
-            sums[2, at] = torch.where(owned[at], target, 0.0)
-            torch.amax(z, dim=1, out=maximum[at])
-            z.sub_(maximum[at, None])
-            torch.exp(z, out=scratch)
-            torch.sum(scratch, dim=1, out=sums[0, at])
-            torch.sum(scratch.mul_(z), dim=1, out=sums[1, at])
-    return maximum, sums
+        logit_statistics(logits.multiply(rows), columns[rows], head.temperature, statistics[:, rows])
+    return statistics
 
 
-def _reduce_statistics(maximum: Tensor, sums: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Statistics of the whole vocabulary from those of each shard, [R] and [3, R].
+def _reduce_statistics(statistics: Tensor, group: dist.ProcessGroup) -> None:
+    """Turn the statistics of a shard, [4, R], into those of the whole vocabulary.
 
     Collectives: all-reduce MAX [R], then all-reduce SUM [3, R], over `group`. Each shard's sums are first moved
     to the common maximum, which is why one of each serves all chunks.
     """
-    overall = maximum.clone()
-    dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
-    shift = maximum - overall
+    maximum, sums = statistics[0], statistics[1:]
+    of_shard = maximum.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    shift = of_shard - maximum
     scale = shift.exp()
     sums[1].add_(shift * sums[0]).mul_(scale)
     sums[0].mul_(scale)
     dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
-    return overall, sums
 
 
-class _RowGradients(NamedTuple):
-    """What backward needs of each row, [R] each: d loss / d z_j = log_prob [j = y] - p_j (slope log p_j + offset)."""
-
-    log_prob: Tensor
-    slope: Tensor | None  # None: the entropy has no gradient and slope is 0
-    offset: Tensor
-    logsumexp: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        grad_log_probs: Tensor | None,
-        grad_entropy: Tensor | None,
-        lse: Tensor,
-        entropy: Tensor,
-        temperature: float,
-    ) -> _RowGradients:
-        log_prob = torch.zeros_like(lse) if grad_log_probs is None else grad_log_probs / temperature
-        if grad_entropy is None:
-            return cls(log_prob, None, log_prob, lse)
-        slope = grad_entropy / temperature
-        return cls(log_prob, slope, log_prob + slope * entropy, lse)
+def _row_terms(
+    grad_log_probs: Tensor | None, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor, temperature: float
+) -> RowTerms:
+    """Return the terms of d loss / d (undivided logits): the chain rule's 1 / temperature is in them. [R] each."""
+    log_prob = torch.zeros_like(lse) if grad_log_probs is None else grad_log_probs / temperature
+    if grad_entropy is None:
+        return RowTerms(lse, log_prob, None, log_prob)
+    slope = grad_entropy / temperature
+    return RowTerms(lse, log_prob, slope, log_prob + slope * entropy)
 
 
 def _shard_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rows: _RowGradients, head: _Head, needed: tuple[bool, ...]
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: RowTerms, head: _Head, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `hidden` [R, H] (this shard's part) and `weight` [V, H], recomputing logits chunk by chunk."""
     grad_hidden = torch.zeros_like(hidden) if needed[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=_compute_dtype(weight.dtype)) if needed[1] else None
+    grad_weight = _WeightGradient(weight, head.true_rows) if needed[1] else None
     if head.true_rows > 0:
-        columns, owned = _local_columns(targets, head)
+        columns = targets - head.vocab_start
         logits = _ChunkLogits(hidden, weight, head)
-        for chunk in _slices(0, hidden.shape[0], head.chunk_tokens):
-            logits.multiply(chunk)
-            grad_logits = logits.gradient_buffer(chunk)  # [c, true_rows]
-            for at, z, scratch in logits.blocks(chunk):
-                _block_gradient_(z, scratch, at, rows, columns, owned)
-                logits.store_gradient(at, chunk, z)
+        for rows in _slices(0, hidden.shape[0], head.chunk_tokens):
+            gradient = logits.gradient_buffer(rows)
+            logit_gradient(logits.multiply(rows), columns[rows], terms.at(rows), head.temperature, gradient)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight[: head.true_rows], out=grad_hidden[chunk])
+                torch.mm(gradient, weight[: head.true_rows], out=grad_hidden[rows])
             if grad_weight is not None:
-                _add_weight_gradient_(grad_weight[: head.true_rows], grad_logits, hidden[chunk])
-    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+                grad_weight.add(gradient, hidden[rows])
+    return grad_hidden, None if grad_weight is None else grad_weight.for_autograd()
 
 
-def _block_gradient_(
-    z: Tensor, scratch: Tensor, at: slice, rows: _RowGradients, columns: Tensor, owned: Tensor
-) -> None:
-    """Turns logits z [b, true_rows] of rows `at` into the gradient of the undivided logits, in place."""
-    z.sub_(rows.logsumexp[at, None])  # log p
-    if rows.slope is None:
-        z.exp_().mul_(-rows.offset[at, None])
-    else:
-        torch.exp(z, out=scratch)
-        z.mul_(-rows.slope[at, None]).sub_(rows.offset[at, None]).mul_(scratch)
-    column = columns[at, None]
-    # gather and scatter, since scatter_add_ has no deterministic form on CUDA
-    at_target = z.gather(1, column) + torch.where(owned[at], rows.log_prob[at], 0.0)[:, None]
-    z.scatter_(1, column, at_target)
+class _WeightGradient:
+    """Float32 sum of the gradients of the head's rows: Megatron-Core's `main_grad` where there is one.
+
+    Its data parallelism then has nothing to add, so autograd gets no gradient and no [V, H] is made. Where an
+    embedding shares the weight, it adds the embedding's part, since Megatron-Core marks such weights `zero_out_wgrad`.
+    """
+
+    def __init__(self, weight: Tensor, true_rows: int) -> None:
+        self.weight = weight
+        compute = _compute_dtype(weight.dtype)
+        main: Tensor | None = getattr(weight, "main_grad", None)
+        self.in_main = main is not None and main.dtype == compute
+        self.sum = main if main is not None and self.in_main else torch.zeros_like(weight, dtype=compute)
+        self.true_rows = true_rows
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add grad_logits^T [V, c] @ hidden [c, H]."""
+        target = self.sum[: self.true_rows]
+        if target.dtype == hidden.dtype:
+            target.addmm_(grad_logits.T, hidden)
+        elif target.is_cuda and _adds_products_in_float32(target.device, hidden.dtype):
+            torch.addmm(target, grad_logits.T, hidden, out_dtype=target.dtype, out=target)
+        else:
+            for vocab in _slices(0, target.shape[0], _VOCAB_BLOCK_ROWS):
+                target[vocab].add_(grad_logits[:, vocab].T @ hidden)
+
+    def for_autograd(self) -> Tensor | None:
+        """Return the gradient for autograd; None where Megatron-Core's buffer holds it already."""
+        if not self.in_main:
+            return self.sum.to(self.weight.dtype)
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return None
 
 
-def _add_weight_gradient_(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight [true_rows, H] += grad_logits^T [true_rows, c] @ hidden [c, H], summed in grad_weight's dtype."""
-    if grad_weight.dtype == hidden.dtype:
-        grad_weight.addmm_(grad_logits.T, hidden)
-        return
-    for vocab in _slices(0, grad_weight.shape[0], _VOCAB_BLOCK_ROWS):
-        grad_weight[vocab].add_(grad_logits[:, vocab].T @ hidden)
+@functools.cache
+def _adds_products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this torch adds a product of narrow matrices to a float32 one in place: 2.11 may not yet."""
+    total = torch.ones(16, 16, device=device)
+    narrow = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _ChunkLogits:
     """Logits of one chunk of rows at a time, in buffers allocated once.
 
-    Alive: one [c, true_rows] buffer in the dtype of the product, and two float32 scratch blocks of a few rows
-    (one if the product is float32 already: its blocks are then worked on in place). `fp32_logits` with a narrower
-    head adds a [c, true_rows] buffer of the head's dtype in backward.
+    Alive: one [c, true_rows] buffer in the dtype of the product; `fp32_logits` with a narrower head adds one of the
+    head's dtype in backward.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, head: _Head) -> None:
-        self.hidden, self.weight, self.temperature = hidden, weight[: head.true_rows], head.temperature
-        compute = _compute_dtype(weight.dtype)
-        self.in_place = head.fp32_logits or weight.dtype == compute
-        chunk = min(head.chunk_tokens, hidden.shape[0])
-        self.logits = hidden.new_empty((chunk, head.true_rows), dtype=compute if self.in_place else weight.dtype)
+        self.hidden, self.weight = hidden, weight[: head.true_rows]
+        dtype = _compute_dtype(weight.dtype) if head.fp32_logits else weight.dtype
+        self.logits = self._empty(min(head.chunk_tokens, hidden.shape[0]), dtype)
         self.grad_logits: Tensor | None = None
-        limit = _BLOCK_BYTES_CUDA if hidden.is_cuda else _BLOCK_BYTES_CPU
-        self.block_rows = max(1, min(chunk, limit // (head.true_rows * compute.itemsize)))
-        self.scratch = hidden.new_empty((1 if self.in_place else 2, self.block_rows, head.true_rows), dtype=compute)
 
-    def multiply(self, chunk: slice) -> None:
-        """Fills the buffer with hidden[chunk] @ weight^T."""
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return empty_logits(rows, self.weight.shape[0], dtype, self.hidden.device)
+
+    def multiply(self, chunk: slice) -> Tensor:
+        """Return hidden[chunk] @ weight^T, [c, true_rows], in the buffer."""
         hidden, out = self.hidden[chunk], self.logits[: chunk.stop - chunk.start]
         if out.dtype == hidden.dtype:
             torch.mm(hidden, self.weight.T, out=out)
@@ -287,36 +280,14 @@ class _ChunkLogits:
             wide = hidden.to(out.dtype)
             for vocab in _slices(0, self.weight.shape[0], _VOCAB_BLOCK_ROWS):
                 out[:, vocab] = wide @ self.weight[vocab].to(out.dtype).T
-
-    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields (rows of R, float32 logits / temperature [b, true_rows] to overwrite, scratch of that shape)."""
-        for at in _slices(chunk.start, chunk.stop, self.block_rows):
-            scratch = self.scratch[:, : at.stop - at.start]
-            z = self.logits[at.start - chunk.start : at.stop - chunk.start]
-            if not self.in_place:
-                z = scratch[1].copy_(z)
-            if self.temperature != 1.0:
-                z.div_(self.temperature)
-            yield at, z, scratch[0]
+        return out
 
     def gradient_buffer(self, chunk: slice) -> Tensor:
-        """[c, true_rows] in the head's dtype, to be filled by `store_gradient`: the logits' own memory if it fits."""
+        """Return [c, true_rows] in the head's dtype to write a gradient to: the logits' own memory if it fits."""
         if self.grad_logits is None:
             same = self.logits.dtype == self.weight.dtype
-            self.grad_logits = self.logits if same else torch.empty_like(self.logits, dtype=self.weight.dtype)
+            self.grad_logits = self.logits if same else self._empty(self.logits.shape[0], self.weight.dtype)
         return self.grad_logits[: chunk.stop - chunk.start]
-
-    def store_gradient(self, at: slice, chunk: slice, z: Tensor) -> None:
-        """Keeps block z [b, true_rows] of rows `at` as part of the chunk's gradient buffer."""
-        if z.dtype != self.weight.dtype:
-            self.gradient_buffer(chunk)[at.start - chunk.start : at.stop - chunk.start] = z
-
-
-def _local_columns(targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-    """Column of each target in this shard [R] (0 where another shard owns it), and whether this one does [R] bool."""
-    columns = targets - head.vocab_start
-    owned = (columns >= 0) & (columns < head.true_rows)
-    return columns.where(owned, 0), owned
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

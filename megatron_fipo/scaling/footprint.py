@@ -18,7 +18,7 @@ _STATE = 12  # Adam's moments and the float32 parameter
 # Bytes kept for each attention score where no flash kernel drops them: softmax's output, and its float32 input
 _SCORE_BYTES = {"fused": 4, "unfused": 12}
 _NORM_BYTES = {True: 8, False: 24}  # of a layer's two norms and residuals for each hidden element: kept inputs, outputs
-CHUNK_TOKENS = 512  # model.lm_head_chunk_tokens
+CHUNK_TOKENS = 4096  # model.lm_head_chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -108,4 +108,4 @@ def _head(model: ModelShape, soft: Software, layout: Layout, tokens: float) -> f
     if not soft.chunked_head:
         return tokens * soft.logit_bytes * (model.vocab_size if soft.whole_logits else vocabulary)
     hidden = tokens * model.hidden_size * _ITEM * (3 if p.sequence else 2)
-    return hidden + vocabulary * model.hidden_size * 6 + CHUNK_TOKENS * vocabulary * _ITEM + 2 * (64 << 20)
+    return hidden + min(CHUNK_TOKENS, tokens) * vocabulary * _ITEM

@@ -26,7 +26,6 @@ _FLOAT32 = 4
 # Megatron's distributed optimizer aligns each tensor in its buffers, and the end of each buffer so that it can be
 # shared out evenly; in elements.
 _TENSOR_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
-_LM_HEAD_SCRATCH = 2 * (64 << 20)  # parallel.lm_head's float32 blocks on a GPU
 
 
 @dataclass(frozen=True)
@@ -229,9 +228,9 @@ def _lm_head(arch: Architecture, config: Config) -> int:
     tokens = config.trainer.tokens_per_micro_batch // p.context
     vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor
     hidden = tokens * arch.hidden_size * item * (3 if p.sequence else 2)  # gathered, selected, and its gradient
-    weight_gradient = vocabulary * arch.hidden_size * (_FLOAT32 + (item if item < _FLOAT32 else 0))  # sum, then cast
-    logits = config.model.lm_head_chunk_tokens * vocabulary * (_FLOAT32 + item if config.model.fp32_logits else item)
-    return hidden + weight_gradient + logits + _LM_HEAD_SCRATCH
+    chunk = min(config.model.chunk_tokens(on_gpu=True), tokens)
+    logits = chunk * vocabulary * (_FLOAT32 + item if config.model.fp32_logits else item)
+    return hidden + logits  # the weight's gradient is added to the gradient buffer
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -92,6 +92,13 @@ def _terms(path: Path, parallel: dict[str, int]) -> dict[str, Any]:
     return seen
 
 
+def _plain(path: Path) -> dict[str, Any]:
+    """Gradients of two micro-batches and more, whose LM head adds to the buffer that the embedding adds to."""
+    with actor_of(path) as actor:
+        batch = _batch(actor)
+        return {"old": _old(batch), "gradient": _gradient(actor, batch), "micro_batches": len(batch.micro_batches)}
+
+
 def _adam(path: Path) -> dict[str, Any]:
     with actor_of(path, optimizer=ADAM) as actor:
         batch = _batch(actor)
@@ -271,6 +278,14 @@ def _same(a: Tensors, b: Tensors) -> bool:
 def test_gradient_equals_autograd(path: Path, terms: dict[str, Any]) -> None:
     """The gradient of every weight is autograd's through transformers and `fipo_loss` (relative error 1e-4)."""
     _assert_equal(terms["plain"], _reference_gradient(path, terms["old"]), 1e-4)
+
+
+def test_gradient_of_a_shared_weight_equals_autograd(tmp_path: Path) -> None:
+    """Where embedding and LM head are one weight, it has both parts of its gradient (relative error 1e-4)."""
+    path = make_qwen2(tmp_path, layers=2, tied=True)
+    seen = run_ranks(_plain, 1, path)[0]
+    assert seen["micro_batches"] > 1
+    _assert_equal(seen["gradient"], _reference_gradient(path, seen["old"]), 1e-4)
 
 
 def test_entropy_bonus(path: Path, terms: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 // csrc/fipo.h served by the emulated CUDA kernels, its CPU functions included: they run on the host's memory.
 // FIPO_EMULATED_SHAPE names the kernel's shape, small ones so that little data crosses every border.
+#include "../../csrc/cuda/lm_head_kernel.cuh"
 #include "../../csrc/cuda/loss_kernel.cuh"
 #include "../../csrc/cuda/scan_kernel.cuh"
 
@@ -72,6 +73,30 @@ void scan_cpu(const Tokens& tokens, const Constants& constants, const float* car
 void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& shard, const LossOutput& out, int) {
   loss_cuda(tokens, constants, shard, out, nullptr, nullptr);
 }
+
+// Rows of logits have a shape of their own: two warps with little in flight, or what GPUs run.
+template <class Small, class OfGpus, class Run>
+void with_row_shape(Run run) {
+  const char* const name = getenv("FIPO_EMULATED_SHAPE");
+  if (name && strcmp(name, "gpu rows") == 0) return run(OfGpus());
+  run(Small());
+}
+
+void logit_statistics_cuda(const Logits& logits, const LogitStatistics& out, void*) {
+  with_row_shape<RowShape<64, 2>, StatisticsShape>(
+      [&](auto shape) { cuda::logit_statistics<decltype(shape)>(logits, out, nullptr); });
+}
+void logit_gradient_cuda(const Logits& logits, const LogitGradient& out, void*) {
+  with_row_shape<RowShape<64, 2>, GradientShape>(
+      [&](auto shape) { cuda::logit_gradient<decltype(shape)>(logits, out, nullptr); });
+}
+void logit_statistics_cpu(const Logits& logits, const LogitStatistics& out, int) {
+  logit_statistics_cuda(logits, out, nullptr);
+}
+void logit_gradient_cpu(const Logits& logits, const LogitGradient& out, int) {
+  logit_gradient_cuda(logits, out, nullptr);
+}
+
 const char* cpu_isa() { return "emulated CUDA"; }
 
 }  // namespace fipo

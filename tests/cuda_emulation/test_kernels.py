@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.ops import extension
 from megatron_fipo.ops.reference import future_kl_loop
+from tests import logit_cases
 from tests.kernel_cases import check_loss, check_same_bits, check_shards, random_case
 
 pytestmark = pytest.mark.slow  # the build alone takes 15 s
@@ -144,3 +145,37 @@ def test_a_nan_under_the_mask_changes_nothing_and_one_outside_shows(emulated):
     mask[10] = False
     future_kl, _ = scan(log_ratio, None, mask, case.cu_seqlens, 32.0, 20.0, 2.3)
     assert torch.equal(future_kl, torch.zeros(80))
+
+
+# The LM head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 3, 8, 511, 512, 513, 1024, 3001])
+def test_logits_of_any_number_of_columns(emulated, columns, dtype):
+    """Rows that end anywhere in a thread's pack, in a block's stride or before its first."""
+    emulated("rows")
+    for seed, temperature in enumerate((1.0, 0.6, 1.7)):
+        logit_cases.check_case(logit_cases.make_case(3, columns, dtype, temperature, seed=seed))
+    logit_cases.check_case(logit_cases.make_case(3, columns, dtype, entropy=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 30.0, 1e4, 1e37])
+def test_tiny_and_huge_logits(emulated, scale, dtype):
+    emulated("rows")
+    logit_cases.check_case(logit_cases.make_case(3, 2000, dtype, scale=scale))
+
+
+def test_special_logits(emulated):
+    emulated("rows")
+    logit_cases.check_special_values()
+
+
+def test_the_row_shapes_that_gpus_run(emulated):
+    """Rows of several strides of a GPU's block, the same bits twice."""
+    emulated("gpu rows")
+    for dtype in (torch.float32, torch.bfloat16):
+        case = logit_cases.make_case(2, 40_003, dtype, 0.8)
+        logit_cases.check_case(case)
+        assert torch.equal(logit_cases.statistics(case), logit_cases.statistics(case))

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from tests import logit_cases
 from tests.gpu.kernels import HIDDEN, VOCAB, HeadAndLoss, attend, attend_by_definition
 from tests.gpu.updates import relative_error
 from tests.gpu.world import needs_gpu, one_rank
@@ -66,3 +67,45 @@ def test_head_needs_no_memory_for_whole_logits() -> None:
     logits = 40_000 * VOCAB * 4
     assert torch.cuda.max_memory_allocated() - before < logits / 4
     assert head.hidden.shape == (40_000, HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 7, 8, 4096, 151_643])
+def test_logit_kernels(columns: int, dtype: torch.dtype) -> None:
+    """Statistics and gradients of rows of any length equal float64, the same bits twice."""
+    for seed, temperature in enumerate((1.0, 0.6)):
+        case = logit_cases.make_case(5, columns, dtype, temperature, seed=seed).to("cuda")
+        logit_cases.check_case(case)
+        assert torch.equal(logit_cases.statistics(case), logit_cases.statistics(case))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e37])
+def test_logit_kernels_at_extremes(scale: float) -> None:
+    """Logits of any size give finite, right results."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logit_cases.check_case(logit_cases.make_case(5, 3000, dtype, scale=scale).to("cuda"))
+
+
+def test_one_pass_over_logits_each_way() -> None:
+    """A chunk of logits costs one kernel of ours in forward and one in backward; nothing else is as large as logits."""
+    head = HeadAndLoss("cuda", torch.bfloat16, 4096, lengths=[200])
+    head.run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        head.run()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert sum("statistics_kernel" in name for name in names) == 1, names
+    assert sum("gradient_kernel" in name for name in names) == 1, names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_adds_to_the_main_gradient(dtype: torch.dtype) -> None:
+    """With Megatron-Core's float32 buffer beside the weight, its gradient is added there, chunk by chunk."""
+    plain, buffered = HeadAndLoss("cuda", dtype, 64), HeadAndLoss("cuda", dtype, 64)
+    plain.run()
+    buffered.weight.main_grad = torch.ones(VOCAB, HIDDEN, device="cuda")  # type: ignore[attr-defined]
+    buffered.run()
+    assert buffered.weight.grad is None
+    assert plain.weight.grad is not None
+    actual = buffered.weight.main_grad - 1  # type: ignore[attr-defined]
+    assert relative_error(actual.cpu(), plain.weight.grad.float().cpu()) < (1e-4 if dtype == torch.float32 else 0.01)

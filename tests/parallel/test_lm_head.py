@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from megatron_fipo.ops import logits
 from megatron_fipo.parallel import lm_head
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy, token_log_probs_and_entropy_reference
 
@@ -60,7 +61,7 @@ def test_values_and_gradients_equal_the_reference(temperature: float, chunk_toke
 
 def test_many_blocks_in_a_chunk_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Element-wise blocks of three rows and vocabulary blocks of ten give the result of whole chunks."""
-    monkeypatch.setattr(lm_head, "_BLOCK_BYTES_CPU", 3 * 4 * VOCAB)
+    monkeypatch.setattr(logits, "_BLOCK_BYTES_CPU", 3 * 4 * VOCAB)
     monkeypatch.setattr(lm_head, "_VOCAB_BLOCK_ROWS", 10)
     case = make_case()
     actual, expected = chunked(case), token_log_probs_and_entropy_reference(*case, vocab_size=VOCAB, temperature=1.0)
@@ -173,6 +174,22 @@ def test_bfloat16_head(fp32_logits: bool, monkeypatch: pytest.MonkeyPatch) -> No
     for mine, theirs in zip(gradients(case, actual), gradients(case, expected), strict=True):
         assert mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine, theirs, atol=2**-8 * theirs.abs().max().item(), rtol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_goes_into_megatrons_buffer(dtype: torch.dtype) -> None:
+    """A weight with a float32 main_grad has its gradient added there, unrounded, and gets none from autograd."""
+    case, exact = make_case(dtype), make_case(torch.float64)
+    expected = gradients(exact, chunked(exact))[1].float()
+    case[1].main_grad = torch.ones(PADDED, HIDDEN)  # type: ignore[attr-defined]
+    of_log_probs, of_entropy = row_weights(ROWS)
+    for _ in range(2):
+        log_probs, entropy = chunked(case)
+        ((of_log_probs * log_probs).sum() + (of_entropy * entropy).sum()).backward()
+    assert case[1].grad is None
+    assert case[1].grad_added_to_main_grad  # type: ignore[attr-defined]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7 * expected.abs().max().item()}[dtype]
+    torch.testing.assert_close(case[1].main_grad, 1 + 2 * expected, atol=2 * tolerance, rtol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_wrong_arguments_are_named() -> None:
