@@ -5,8 +5,8 @@
 
 Counted, not timed, so that it needs no GPU: every torch operation on a small case is seen by a dispatch mode, with the
 bytes of what it reads and writes, and scaled up to the size asked for, in bfloat16. Views and empty tensors launch
-nothing. The compiled kernels read each logit once; forward and backward are one launch a chunk. Matrix products are left
-out: both ways have the same four.
+nothing. The compiled kernels read each logit once; forward and backward are one launch a chunk. Matrix products are
+left out: both ways have the same four.
 The last column is the time that the bytes take at the memory bandwidth given (3.35 TB/s: an H100 SXM's data sheet).
 """
 
@@ -91,7 +91,7 @@ def count(call: Callable[[], Any]) -> Traffic:
 def plain_torch() -> Iterator[None]:
     """Let one element-wise block hold all rows of the small case, in plain torch."""
     with (
-        mock.patch.object(logit_ops, "serves", lambda logits: False),
+        mock.patch.object(logit_ops, "serves", return_value=False),
         mock.patch.object(logit_ops, "_BLOCK_BYTES_CPU", 4 * ROWS * COLUMNS),
     ):
         yield

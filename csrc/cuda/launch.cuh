@@ -39,7 +39,9 @@ inline int current_device() {
   return device;
 }
 
-inline bool has_clusters() {
+// Whether a cluster of blocks works at each segment, or one block. What one cluster holds, it takes in one go.
+inline bool takes_clusters(const Tokens& tokens) {
+  if (tokens.num_segments >= kManySegments && total_weight(tokens) > ClusterShape::kClusterTokens) return false;
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current_device()), "cudaDeviceGetAttribute");
   return major >= 9;

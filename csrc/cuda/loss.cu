@@ -8,7 +8,7 @@ int64_t loss_cuda_workspace(int64_t num_tokens, int64_t num_segments) {
 
 void loss_cuda(const Tokens& tokens, const Constants& constants, const Shard& shard, const LossOutput& out,
                void* workspace, void* stream) {
-  const auto loss = cuda::has_clusters() ? cuda::loss<cuda::ClusterShape> : cuda::loss<cuda::BlockShape>;
+  const auto loss = cuda::takes_clusters(tokens) ? cuda::loss<cuda::ClusterShape> : cuda::loss<cuda::BlockShape>;
   loss(tokens, constants, shard, out, workspace, static_cast<cudaStream_t>(stream));
 }
 

@@ -24,13 +24,18 @@ struct Shape {
 };
 
 using ClusterShape = Shape<8, 4, 8>;  // sm_90 and later
-using BlockShape = Shape<8, 4, 1>;    // before clusters
+using BlockShape = Shape<8, 4, 1>;
 
-// Whether this pass of the compiler needs kernels of a shape: each architecture has one of the two.
+// From so many segments on, one block each keeps a GPU busier than one cluster each: a block waits for no other, and
+// about 264 of them are at work on an H100, but only 33 clusters. Reckoned from the latencies of a tile, which is what
+// bounds both, not measured.
+constexpr int64_t kManySegments = 64;
+
+// Whether this pass of the compiler needs kernels of a shape.
 template <class Shape>
 constexpr bool kIsCompiled =
 #ifdef __CUDA_ARCH__
-    (Shape::kBlocks > 1) == (__CUDA_ARCH__ >= 900);
+    Shape::kBlocks == 1 || __CUDA_ARCH__ >= 900;
 #else
     true;
 #endif

@@ -17,7 +17,7 @@ MAX_REGISTERS = 128
 MAX_SPILLS = {"scan": 0, "loss": 160, "lm_head": 0}
 
 pytestmark = [
-    pytest.mark.slow,  # nine compilations of about 4 s
+    pytest.mark.slow,  # nine compilations of 4 to 9 s
     pytest.mark.skipif(
         shutil.which("nvcc") is None, reason="nvcc is not on PATH: NO CUDA KERNEL IS COMPILED OR CHECKED"
     ),
