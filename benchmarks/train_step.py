@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fipo import launch
@@ -35,6 +34,7 @@ from megatron_fipo.actor.optimizer import wrap_for_training
 from megatron_fipo.batch import MicroBatch, TrainBatch
 from megatron_fipo.config import Config
 from megatron_fipo.model.architecture import Architecture, check_model
+from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.build import transformer_config, use_transformer_engine
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.parallel import topology as topologies
@@ -49,13 +49,7 @@ class CrossEntropyModel(GPTModel):
     """Megatron's model with Megatron's loss, taking the same micro-batches as the policy."""
 
     def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=micro_batch.cu_seqlens,
-            cu_seqlens_kv=micro_batch.cu_seqlens,
-            max_seqlen_q=micro_batch.max_seqlen,
-            max_seqlen_kv=micro_batch.max_seqlen,
-        )
+        packed = PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths)
         labels = micro_batch.input_ids.roll(-1)
         return super().forward(
             micro_batch.input_ids[None],

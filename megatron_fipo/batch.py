@@ -141,7 +141,7 @@ class MicroBatch:
     Model inputs (this context-parallel rank's share, padded):
         input_ids, position_ids: [N / C] int64; a sequence's last token is no input, since it predicts nothing.
         cu_seqlens: [S + 1] int32, whole padded sequences, over all context-parallel ranks.
-        max_seqlen: tokens of the longest padded sequence.
+        padded_lengths: S tokens of each padded sequence, as numbers of the host: reading them waits for no device.
         hidden_index: [R_local] int64, positions whose hidden state predicts a response token.
         targets: [R_local] int64, those response tokens.
         places: [R_local] int64, where they stand among the R response positions.
@@ -156,7 +156,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
-    max_seqlen: int
+    padded_lengths: tuple[int, ...]
     hidden_index: torch.Tensor
     targets: torch.Tensor
     places: torch.Tensor
@@ -169,6 +169,11 @@ class MicroBatch:
     old_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest padded sequence."""
+        return max(self.padded_lengths)
 
     @property
     def num_response_positions(self) -> int:
@@ -254,7 +259,7 @@ def pack(
         input_ids=torch.cat(inputs),
         position_ids=torch.cat(positions),
         cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(torch.int32),
-        max_seqlen=max(padded),
+        padded_lengths=tuple(padded),
         hidden_index=torch.cat(hidden),
         targets=torch.cat(targets),
         places=torch.cat(places),
@@ -281,7 +286,7 @@ def _padding_micro_batch(empty: Rollouts, alignment: int, context_size: int) -> 
         input_ids=torch.zeros(local, dtype=torch.int64),
         position_ids=torch.arange(local),
         cu_seqlens=torch.tensor([0, alignment], dtype=torch.int32),
-        max_seqlen=alignment,
+        padded_lengths=(alignment,),
         hidden_index=nothing,
         targets=nothing,
         places=nothing,

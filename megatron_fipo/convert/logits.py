@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config import Config, ModelConfig
 from megatron_fipo.convert.distributed import load_distributed
 from megatron_fipo.model.architecture import architecture, load_hf_config
+from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
@@ -65,7 +65,7 @@ def _megatron_logits(huggingface: Path, megatron: Path, tokens: torch.Tensor, to
     load_distributed(chunks, megatron)
     tokens = tokens.to(topology.device)
     ends = torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=topology.device)
-    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=tokens.shape[1], max_seqlen_kv=tokens.shape[1])
+    packed = PackedSequences.of(ends, (tokens.shape[1],))
     positions = torch.arange(tokens.shape[1], device=topology.device).unsqueeze(0)
     return GPTModel.forward(chunks[0].eval(), tokens, positions, None, packed_seq_params=packed).float().cpu()
 

@@ -1,12 +1,22 @@
-"""Attention of packed sequences by torch's scaled_dot_product_attention, with context parallelism.
+"""Causal attention inside each sequence of a packed micro-batch, by torch's kernels, with context parallelism.
 
 Megatron-Core's own torch attention takes neither packed sequences nor context parallelism; Transformer Engine's
-takes both and is used where it is installed. Letters: N packed tokens on this rank, H query heads, K key/value
-heads, D head width, C context-parallel ranks.
+takes both and is used where it is installed. Which kernel is taken here:
+
+| device | precision, heads | kernel |
+|---|---|---|
+| GPU since sm_80 | 16 bits, width a multiple of 8 up to 192 | torch's flash attention, one call for all sequences |
+| any other | any | `scaled_dot_product_attention`, sequence by sequence |
+
+Letters: N packed tokens on this rank, H query heads, K key/value heads, D head width, S sequences, C context-parallel
+ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +28,32 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import zigzag_positions
+
+_FLASH_CAPABILITY = (8, 0)  # of the GPU, at least
+_FLASH_HEAD_WIDTHS = range(8, 193, 8)  # wider heads have no backward pass on some of those GPUs
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a packed micro-batch, and what the host knows of it.
+
+    Attributes:
+        lengths: tokens of each whole sequence, padding included.
+    """
+
+    lengths: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(ends: torch.Tensor, lengths: Sequence[int]) -> PackedSequences:
+        """Describe sequences of these lengths; `ends` [S + 1] int32 is their cumulative sum from 0, on the device."""
+        return PackedSequences(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            lengths=tuple(lengths),
+        )
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -65,15 +101,17 @@ class PackedAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:  # [N, H * D]
         assert packed_seq_params is not None
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()  # whole sequences, padding included
-        if self.context_group.size() == 1:
+        lengths = list(packed_seq_params.lengths)
+        if self.context_group.size() > 1:
+            outputs = self._attend_over_ranks(query, key, value, lengths)
+        elif flash_takes(query):
+            return flash(query, key, value, packed_seq_params, self.scale).flatten(1)
+        else:
             pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
             outputs = [self._attend(q, k, v, None) for q, k, v in pieces]
-        else:
-            outputs = self._attend_over_ranks(query, key, value, lengths)
         return torch.cat(outputs).flatten(1)
 
     def _attend_over_ranks(
@@ -99,3 +137,37 @@ class PackedAttention(MegatronModule):
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
         return out.squeeze(0).transpose(0, 1)
+
+
+def flash_takes(query: torch.Tensor) -> bool:
+    """Return whether torch's flash attention has kernels for queries like this, `[N, H, D]`."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] in _FLASH_HEAD_WIDTHS
+        and _gpu_has_flash(query.device)
+    )
+
+
+@cache
+def _gpu_has_flash(device: torch.device) -> bool:
+    built: bool = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+
+
+def flash(
+    query: torch.Tensor,  # [N, H, D]
+    key: torch.Tensor,  # [N, K, D]
+    value: torch.Tensor,  # [N, K, D]
+    packed: PackedSequences,
+    scale: float | None,
+) -> torch.Tensor:  # [N, H, D]
+    """Attend inside all sequences by one call; differentiable.
+
+    The operator behind torch's varlen_attn, whose arguments differ between torch 2.11 and 2.13; this one's do not.
+    """
+    ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scale
+    )
+    return output

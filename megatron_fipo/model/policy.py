@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -12,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import MicroBatch
+from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 
 _LENGTH_STEP = 512  # tokens
@@ -43,13 +43,8 @@ class PolicyModel(GPTModel):
         float32: the log-probability of each response token on this context-parallel rank, and the entropy of the
         distribution it was drawn from, both at the sampling temperature."""
         longest = kernel_max_seqlen(micro_batch.max_seqlen, self.config)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=micro_batch.cu_seqlens,
-            cu_seqlens_kv=micro_batch.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        packed = PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths)
+        packed.max_seqlen_q = packed.max_seqlen_kv = longest
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=micro_batch.input_ids.unsqueeze(0),
             position_ids=micro_batch.position_ids.unsqueeze(0),

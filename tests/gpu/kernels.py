@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
-from megatron_fipo.model.attention import PackedAttention
+from megatron_fipo.model.attention import PackedAttention, PackedSequences
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 from tests.actor import references
 from tests.actor.actors import actor_of
@@ -32,8 +31,7 @@ def attend(device: str, dtype: torch.dtype, lengths: Sequence[int], heads: int, 
     config: Any = SimpleNamespace()
     groups: Any = SimpleNamespace(cp=dist.group.WORLD)
     attention = PackedAttention(config, 1, None, "self", softmax_scale=None, pg_collection=groups)
-    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
-    out = attention(q, k, v, None, packed_seq_params=packed)
+    out = attention(q, k, v, None, packed_seq_params=PackedSequences.of(ends, lengths))
     weights = torch.randn(out.shape, generator=generator)
     (out.float() * weights.to(device)).sum().backward()
     return [tensor.detach().float().cpu() for tensor in (out, q.grad, k.grad, v.grad)]

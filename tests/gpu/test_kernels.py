@@ -45,6 +45,16 @@ def test_attention_makes_no_plans() -> None:
     assert not any("cudnn" in name for name in names), sorted(set(names))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fifty_sequences_are_one_call(dtype: torch.dtype) -> None:
+    """The forward pass of all sequences is one kernel, whatever their number."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        attend("cuda", dtype, FIFTY, 4, 2)
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert sum("flash_fwd" in name for name in names) == 1, names
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 def test_head_and_loss(dtype: torch.dtype, error: float, chunk: int) -> None:
