@@ -183,8 +183,15 @@ class MicroBatch:
         return replace(self, **changes)
 
     def to(self, device: torch.device) -> MicroBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return self.replace(**{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        """Return it on the device, without a wait for a GPU: copies are queued, from pinned memory.
+
+        torch reuses a pinned block only after the copies from it have ended.
+        """
+        pinned = device.type == "cuda" and self.input_ids.device.type == "cpu"
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return self.replace(
+            **{k: v.pin_memory().to(device, non_blocking=True) if pinned else v.to(device) for k, v in tensors.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +260,7 @@ def pack(
         local_start += len(here)
         response_start += responses
     if not padded:
-        return _padding_micro_batch(chosen, max(alignment, 1), context_size)
+        return _padding_micro_batch(chosen, alignment, zigzag_positions(alignment, context_size, context_rank))
     in_response = _response_positions(chosen)
     return MicroBatch(
         input_ids=torch.cat(inputs),
@@ -278,13 +285,12 @@ def _response_positions(rollouts: Rollouts) -> torch.Tensor:
     return within >= torch.repeat_interleave(rollouts.prompt_lengths, rollouts.lengths)
 
 
-def _padding_micro_batch(empty: Rollouts, alignment: int, context_size: int) -> MicroBatch:
+def _padding_micro_batch(empty: Rollouts, alignment: int, positions: torch.Tensor) -> MicroBatch:
     """One sequence of padding and no response: keeps a rank in step with the others of its pipeline schedule."""
     nothing = torch.zeros(0, dtype=torch.int64)
-    local = alignment // context_size
     return MicroBatch(
-        input_ids=torch.zeros(local, dtype=torch.int64),
-        position_ids=torch.arange(local),
+        input_ids=torch.zeros_like(positions),
+        position_ids=positions,
         cu_seqlens=torch.tensor([0, alignment], dtype=torch.int32),
         padded_lengths=(alignment,),
         hidden_index=nothing,

@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import zigzag_positions
+from megatron_fipo.model.rotation import Rotation, rotate
 
 _FLASH_CAPABILITY = (8, 0)  # of the GPU, at least
 _FLASH_HEAD_WIDTHS = range(8, 193, 8)  # wider heads have no backward pass on some of those GPUs
@@ -39,12 +40,14 @@ class PackedSequences(PackedSeqParams):
 
     Attributes:
         lengths: tokens of each whole sequence, padding included.
+        rotation: of this rank's tokens, for queries and keys; None: they come rotated.
     """
 
     lengths: tuple[int, ...] = ()
+    rotation: Rotation | None = None
 
     @staticmethod
-    def of(ends: torch.Tensor, lengths: Sequence[int]) -> PackedSequences:
+    def of(ends: torch.Tensor, lengths: Sequence[int], rotation: Rotation | None = None) -> PackedSequences:
         """Describe sequences of these lengths; `ends` [S + 1] int32 is their cumulative sum from 0, on the device."""
         return PackedSequences(
             qkv_format="thd",
@@ -53,6 +56,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
             lengths=tuple(lengths),
+            rotation=rotation,
         )
 
 
@@ -75,7 +79,10 @@ class _GatherRanks(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each packed sequence; a core-attention module for Megatron's layer specs."""
+    """Causal attention inside each packed sequence; a core-attention module for Megatron's layer specs.
+
+    Rotary embeddings are applied here, where Megatron has left them out.
+    """
 
     def __init__(
         self,
@@ -104,6 +111,8 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:  # [N, H * D]
         assert packed_seq_params is not None
+        if packed_seq_params.rotation is not None:
+            query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
         lengths = list(packed_seq_params.lengths)
         if self.context_group.size() > 1:
             outputs = self._attend_over_ranks(query, key, value, lengths)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import Config
-from megatron_fipo.fused_kernels import check_context_parallelism, use_transformer_engine
+from megatron_fipo.fused_kernels import check_context_parallelism, compile_activation, use_transformer_engine
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.model.policy import PolicyModel
@@ -71,7 +71,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         batch_p2p_comm=p.virtual_pipeline == 1,
         batch_p2p_sync=False,  # waiting for a request orders the streams; the device need not be idle
         deallocate_pipeline_outputs=on_gpu,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused or compile_activation(),  # torch.compile, with Transformer Engine too
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.model.attention import PackedSequences
+from megatron_fipo.model.rotation import rotation
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 
 _LENGTH_STEP = 512  # tokens
 
 
-def kernel_max_seqlen(longest: int, config: TransformerConfig) -> int:
-    """Return the bound on a packed sequence's tokens that attention and RoPE are given.
+def kernel_max_seqlen(longest: int) -> int:
+    """Return the bound on a packed sequence's tokens that Transformer Engine's attention and RoPE are given.
 
-    cuDNN's fused attention, one of Transformer Engine's, makes a plan for every new bound, so it is rounded up where
-    RoPE is fused too. Megatron's unfused RoPE must have it exact: it takes a table of angles that is as long as all
-    sequences together for one that numbers the tokens through, and a rounded bound can be just that long.
+    cuDNN's fused attention, one of Transformer Engine's, makes a plan for every new bound, so it is rounded up.
     """
-    return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if config.apply_rope_fusion else longest
+    return -(-longest // _LENGTH_STEP) * _LENGTH_STEP
 
 
 class PolicyModel(GPTModel):
@@ -37,26 +36,47 @@ class PolicyModel(GPTModel):
     temperature: float
     fp32_logits: bool
     lm_head_chunk_tokens: int
+    _table: torch.Tensor | None = None
 
     def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, and on the last stage `[2, R_local]`
         float32: the log-probability of each response token on this context-parallel rank, and the entropy of the
         distribution it was drawn from, both at the sampling temperature."""
-        longest = kernel_max_seqlen(micro_batch.max_seqlen, self.config)
-        packed = PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths)
-        packed.max_seqlen_q = packed.max_seqlen_kv = longest
-        decoder_input, rotary_pos_emb, *_ = self._preprocess(
-            input_ids=micro_batch.input_ids.unsqueeze(0),
-            position_ids=micro_batch.position_ids.unsqueeze(0),
-            packed_seq_params=packed,
-        )
+        fused = self.config.apply_rope_fusion
+        packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch)
         hidden = self.decoder(
-            hidden_states=decoder_input,
+            hidden_states=self._embedded(micro_batch) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_pos_emb,
+            rotary_pos_emb=self._angles(packed.max_seqlen_q) if fused else None,
             packed_seq_params=packed,
         )
         return self._token_statistics(hidden, micro_batch) if self.post_process else hidden
+
+    def _embedded(self, micro_batch: MicroBatch) -> torch.Tensor:
+        ids, positions = micro_batch.input_ids.unsqueeze(0), micro_batch.position_ids.unsqueeze(0)
+        return self.embedding(input_ids=ids, position_ids=positions)
+
+    def _packed(self, micro_batch: MicroBatch) -> PackedSequences:
+        """Describe the micro-batch to `PackedAttention`, which also applies RoPE."""
+        bound, dtype = micro_batch.max_seqlen, self.config.params_dtype
+        turned = rotation(self.rotary_pos_emb, micro_batch.position_ids, bound, dtype)
+        return PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths, turned)
+
+    def _packed_for_fused_kernels(self, micro_batch: MicroBatch) -> PackedSeqParams:
+        bound = kernel_max_seqlen(micro_batch.max_seqlen)
+        ends = micro_batch.cu_seqlens
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=bound, max_seqlen_kv=bound
+        )
+
+    def _angles(self, bound: int) -> torch.Tensor:
+        """Return `[bound, 1, 1, head width]` float32, the table that fused RoPE takes.
+
+        One is kept, of the longest bound so far: Megatron would keep 32 of them on the GPU, and this module with them.
+        """
+        if self._table is None or self._table.shape[0] < bound:
+            self._table = self.rotary_pos_emb.get_emb(bound)
+        return self._table[:bound]
 
     def _token_statistics(self, hidden: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """LM head on the response positions only.

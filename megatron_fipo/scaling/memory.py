@@ -172,7 +172,7 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
     p, item = config.parallel, _ITEM[config.model.dtype]
     arch = replace(arch, num_kv_heads=max(arch.num_kv_heads, p.tensor))
     if kernels != "transformer_engine":
-        norms, heads, mlp_width = _torch_parts(arch, item, fused_norms=kernels == "torch_gpu")
+        norms, heads, mlp_width = _torch_parts(arch, item, on_gpu=kernels == "torch_gpu")
     else:
         norms, mlp_width = 4 * arch.hidden_size * item, 3
         heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim * item
@@ -180,27 +180,26 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
         mlp = arch.experts.active * (2 * arch.hidden_size + mlp_width * arch.experts.ffn_hidden_size)
     else:
         mlp = mlp_width * arch.ffn_hidden_size
-    split = (heads + mlp * item) // p.tensor
-    # Each rank has the angles of all positions.
-    angles = 0 if kernels == "transformer_engine" else 4 * arch.head_dim * item
-    return split + angles + (norms // p.tensor if p.sequence else norms)
+    return (heads + mlp * item) // p.tensor + (norms // p.tensor if p.sequence else norms)
 
 
-def _torch_parts(arch: Architecture, item: int, fused_norms: bool) -> tuple[int, int, int]:
+def _torch_parts(arch: Architecture, item: int, on_gpu: bool) -> tuple[int, int, int]:
     """Bytes a token of both norms and of attention, and the MLP's elements in units of f.
 
     A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it;
     torch's kernel for GPUs keeps its input as it is, the scale, and the output.
     Attention keeps the projection's output, rotated queries and keys, its own output, each head's log-sum-exp, and the
-    output once more, put together of all sequences. SwiGLU is five tensors: both halves of the input, the gate's
-    activation, a copy of the other half, and the product.
+    output once more, put together of all sequences, unless flash attention, in 16 bits on a GPU, gives all at once.
+    SwiGLU is five tensors: both halves of the input, the gate's activation, a copy of the other half, and the product;
+    compiled, as on GPUs, both halves of the input and the product.
     """
     q, k = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    norm = arch.hidden_size * (2 * item if fused_norms else 2 * _FLOAT32 + item) + _FLOAT32
-    heads = ((q + 2 * k) + (q + k) + 2 * q) * item + arch.num_heads * _FLOAT32
+    norm = arch.hidden_size * (2 * item if on_gpu else 2 * _FLOAT32 + item) + _FLOAT32
+    outputs = q if on_gpu and item < _FLOAT32 else 2 * q
+    heads = ((q + 2 * k) + (q + k) + outputs) * item + arch.num_heads * _FLOAT32
     if arch.qk_norm:
-        heads += 2 * (q + k) * (item if fused_norms else _FLOAT32) + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
-    return 2 * norm, heads, 5
+        heads += 2 * (q + k) * (item if on_gpu else _FLOAT32) + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
+    return 2 * norm, heads, 3 if on_gpu else 5
 
 
 def _activations(arch: Architecture, config: Config, stage: int, kernels: Kernels) -> int:
@@ -208,11 +207,14 @@ def _activations(arch: Architecture, config: Config, stage: int, kernels: Kernel
     p = config.parallel
     tokens = config.trainer.tokens_per_micro_batch // p.context
     layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
-    one_layer = layer_activations(arch, config, kernels) * tokens
+    one_layer, in_flight = layer_activations(arch, config, kernels) * tokens, chunks_in_flight(p, stage)
+    item = _ITEM[config.model.dtype]
+    # Cosines and sines of all tokens, which torch's layers share.
+    angles = 0 if kernels == "transformer_engine" else 2 * arch.head_dim * item * tokens * in_flight
     if config.model.recompute != "full":  # flash attention has next to nothing left for `selective` to drop
-        return layers * chunks_in_flight(p, stage) * one_layer
-    layer_input = arch.hidden_size * _ITEM[config.model.dtype] * tokens // (p.tensor if p.sequence else 1)
-    return layers * chunks_in_flight(p, stage) * layer_input + one_layer  # the one that is being recomputed
+        return layers * in_flight * one_layer + angles
+    layer_input = arch.hidden_size * item * tokens // (p.tensor if p.sequence else 1)
+    return layers * in_flight * layer_input + one_layer + angles  # of the one that is being recomputed
 
 
 def chunks_in_flight(p: ParallelConfig, stage: int) -> int:

@@ -75,7 +75,7 @@ def recipe_problems(config: Config, hardware: Hardware) -> list[str]:
 def torch_layers_problem(model: ModelShape, config: Config, hardware: Hardware) -> str | None:
     """Return why an update does not fit although it would with Transformer Engine, which the planner reckons with.
 
-    torch's layers keep more for backward: SwiGLU's intermediate results, and queries and keys before their rotation.
+    torch's layers keep more for backward: queries and keys before their rotation.
     None where it fits, or where the ranks use Transformer Engine.
     """
     if not _uses_torch_layers(config):

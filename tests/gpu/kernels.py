@@ -1,4 +1,4 @@
-"""Parts of the policy on a device of choice: packed attention, and the LM head with the loss behind it."""
+"""Parts of the policy on a device of choice: attention, rotary embeddings, and the LM head with the loss behind it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
+from megatron_fipo.batch import zigzag_positions
 from megatron_fipo.model.attention import PackedAttention, PackedSequences
+from megatron_fipo.model.rotation import rotate, rotation
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 from tests.actor import references
 from tests.actor.actors import actor_of
 
 VOCAB, HIDDEN = 1000, 64
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"seq_len_interpolation_factor": 2.5},
+    "llama3": {"rope_scaling": True, "rope_scaling_factor": 8.0},
+}
 
 
 def attend(device: str, dtype: torch.dtype, lengths: Sequence[int], heads: int, kv_heads: int) -> list[torch.Tensor]:
@@ -52,6 +63,50 @@ def attend_by_definition(lengths: Sequence[int], heads: int, kv_heads: int) -> l
     weights = torch.randn(out.shape, generator=generator)
     (out * weights).sum().backward()
     return [tensor.detach() for tensor in (out, q.grad, k.grad, v.grad)]
+
+
+def rotated_both_ways(
+    device: str, lengths: Sequence[int], rope: str, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pairs (Megatron's, ours) of this context-parallel rank's rotated tokens and of their gradients.
+
+    Needs a process group, whose ranks share the sequences.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    generator = torch.Generator().manual_seed(rank)
+    shape = (sum(lengths) // size, 3, 16)
+    tokens, weights = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    options: dict[str, Any] = {"rotary_base": 1_000_000, "use_cpu_initialization": device == "cpu", **ROPE[rope]}
+    embedding, results = RotaryEmbedding(16, 1.0, cp_group=dist.group.WORLD, **options), []
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        table = embedding.get_emb(max(lengths))
+        return _apply_rotary_pos_emb_thd(x, ends, table, cp_group=dist.group.WORLD)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        positions = torch.cat([zigzag_positions(length, size, rank) for length in lengths]).to(device)
+        return rotate(x, rotation(embedding, positions, max(lengths), dtype))
+
+    for function in (theirs, ours):
+        x = tokens.clone().requires_grad_()
+        out = function(x)
+        out.backward(weights)
+        assert x.grad is not None
+        results.append((out.detach(), x.grad))
+    return list(zip(*results, strict=True))
+
+
+def swiglu(device: str, dtype: torch.dtype, tokens: int, fused: bool) -> list[torch.Tensor]:
+    """Return output and gradient of Megatron's SwiGLU or of the plain formula, as float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(tokens, 1, width, generator=generator).to(device, dtype) for width in (96, 48))
+    x.requires_grad_()
+    gate, other = x.chunk(2, -1)
+    out = bias_swiglu_impl(x, None) if fused else F.silu(gate) * other
+    out.backward(weights)
+    assert x.grad is not None
+    return [tensor.detach().float().cpu() for tensor in (out, x.grad)]
 
 
 class HeadAndLoss:

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_fipo.fused_kernels import compile_activation
 from tests import logit_cases
-from tests.gpu.kernels import HIDDEN, VOCAB, HeadAndLoss, attend, attend_by_definition
+from tests.gpu.kernels import HIDDEN, ROPE, VOCAB, HeadAndLoss, attend, attend_by_definition, rotated_both_ways, swiglu
 from tests.gpu.updates import relative_error
 from tests.gpu.world import needs_gpu, one_rank
 
@@ -53,6 +54,30 @@ def test_fifty_sequences_are_one_call(dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
     names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
     assert sum("flash_fwd" in name for name in names) == 1, names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", sorted(ROPE))
+@pytest.mark.parametrize("lengths", [[1], [300, 212], FIFTY], ids=["one token", "512 tokens", "fifty lengths"])
+def test_rotary_embeddings(lengths: list[int], rope: str, dtype: torch.dtype) -> None:
+    """Megatron's of packed sequences, bit for bit, output and gradients."""
+    for theirs, ours in rotated_both_ways("cuda", lengths, rope, dtype):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.skipif(not compile_activation(), reason="needs Triton, a C compiler and Python's headers")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_compiled_swiglu(dtype: torch.dtype, error: float) -> None:
+    """Output and gradient of any number of tokens, one kernel each, against float32 on the CPU."""
+    for tokens in (1, 2, 300, 301, 4096):
+        found = swiglu("cuda", dtype, tokens, fused=True)
+        for a, b in zip(found, swiglu("cpu", torch.float32, tokens, fused=False), strict=True):
+            assert relative_error(a, b) < error
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        swiglu("cuda", dtype, 302, fused=True)
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert sum("triton" in name for name in names) == 2, names
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 4096])

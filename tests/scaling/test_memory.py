@@ -230,14 +230,18 @@ def test_rollout_phase() -> None:
     assert rollout_memory(QWEN_32B, stays, 0).kept == rollout.kept + training.gradients + training.optimizer
 
 
-def test_torch_layers_on_a_gpu_as_measured() -> None:
-    """Qwen2.5-1.5B on an H200, largest micro-batch 16,000 tokens: a peak of 82.1 GB was measured, 62.6 with Transformer
-    Engine and 16,384 tokens."""
+def test_layers_on_a_gpu_as_measured() -> None:
+    """Qwen2.5-1.5B on an H200: with torch's layers, attention in one call, compiled SwiGLU and a chunk of 4,096 tokens
+    a peak of 65.7 GB was measured for 16,000 tokens, 62.6 with Transformer Engine for 16,384."""
     model, base = find_model("qwen2.5-1.5b"), Config()
 
-    def total(tokens: int, kernels: Any) -> float:
-        config = dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, tokens_per_micro_batch=tokens))
+    def total(tokens: int, kernels: Any, chunk: int) -> float:
+        config = dataclasses.replace(
+            base,
+            trainer=dataclasses.replace(base.trainer, tokens_per_micro_batch=tokens),
+            model=dataclasses.replace(base.model, lm_head_chunk_tokens=chunk),
+        )
         return training_memory(model, config, 0, kernels).total / 1e9
 
-    assert total(16_000, "torch_gpu") == pytest.approx(82.1, rel=0.01)
-    assert total(16_384, "transformer_engine") == pytest.approx(62.6, rel=0.01)
+    assert total(16_000, "torch_gpu", 4096) == pytest.approx(65.7, rel=0.01)
+    assert total(16_384, "transformer_engine", 512) == pytest.approx(62.6, rel=0.01)
