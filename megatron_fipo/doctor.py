@@ -166,6 +166,15 @@ def _transformer_engine() -> str:
     return found.version if found.usable else f"{found.version}, not used: {found.gpu_obstacle}"
 
 
+def _gpu_compiler() -> str:
+    from megatron_fipo.fused_kernels import gpu_compiler_problem
+
+    problem = gpu_compiler_problem()
+    if problem is not None:
+        raise Missing(problem)
+    return "Triton, a C compiler and Python's headers"
+
+
 def _apex() -> str:
     """NVIDIA's apex has optimizers and compiled kernels (amp_C); PyPI's package of this name is a web library."""
     spec = util.find_spec("apex")
@@ -285,8 +294,9 @@ COMPONENTS = (
     Component(
         "Transformer Engine",
         _transformer_engine,
-        "torch attention, one sequence at a time; unfused layers; no fused rotary embedding",
+        "torch's layers: flash attention, but unfused norms and rotary embedding",
     ),
+    Component("torch.compile for GPUs", _gpu_compiler, "SwiGLU of torch's layers is not fused and keeps more memory"),
     Component("NVIDIA apex", _apex, "without Transformer Engine too: torch's Adam instead of a fused one"),
     Component("vLLM", _vllm, "no rollout.engine=vllm: rollouts by the embedded hf engine, for small models"),
     Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -130,6 +135,26 @@ def check_context_parallelism(config: Config) -> None:
             f"(model.transformer_engine={config.model.transformer_engine}): install transformer-engine and leave the "
             "setting at auto, or set parallel.context=1 and, for long sequences, raise parallel.tensor"
         )
+
+
+def gpu_compiler_problem() -> str | None:
+    """Return why torch.compile cannot make kernels for a GPU here; None: it can.
+
+    Triton, which it takes, compiles a C function that starts each kernel.
+    """
+    if find_spec("triton") is None:
+        return "Triton is not installed: it comes with torch's CUDA builds"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+        return "there is no C compiler: install gcc, or set CC"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        return f"{header} is missing: install Python's headers"
+    return None
+
+
+def compile_activation() -> bool:
+    """Return whether SwiGLU of torch's layers is one compiled kernel: on GPUs where a compiler is there."""
+    return gpu_obstacle() is None and gpu_compiler_problem() is None
 
 
 def gpu_obstacle() -> str | None:

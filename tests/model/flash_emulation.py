@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ Tensor = torch.Tensor
 def _sequences(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None) -> Iterator[tuple[Any, ...]]:
     """Yield of each sequence: its slice, queries, keys and values [n, H, D], and scaled scores [H, n, n]."""
     factor = scale or 1 / math.sqrt(q.shape[-1])
-    for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+    for a, b in pairwise(int(end) for end in ends):
         keys, values = (x[a:b].float().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", q[a:b].float(), keys) * factor
         yield slice(a, b), keys, values, scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -torch.inf)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 
 from megatron_fipo import checks, fused_kernels
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model import build
 from megatron_fipo.model.architecture import check_model
 from megatron_fipo.model.policy import kernel_max_seqlen
+from tests.gpu.kernels import swiglu
+from tests.gpu.updates import relative_error
 from tests.policies import make_config, make_qwen2, make_task
 
 
@@ -85,32 +83,51 @@ def test_deterministic_kernels(deterministic: bool, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(("longest", "bound"), [(1, 512), (512, 512), (513, 1024), (20480, 20480)])
 def test_the_bound_is_rounded_up_for_fused_kernels(longest: int, bound: int) -> None:
     """To multiples of 512 tokens, so that kernels see few different ones."""
-    fused: Any = SimpleNamespace(apply_rope_fusion=True)
-    assert kernel_max_seqlen(longest, fused) == bound
+    assert kernel_max_seqlen(longest) == bound
 
 
-@pytest.mark.parametrize("longest", [1, 511, 700])
-def test_the_bound_is_exact_for_unfused_rope(longest: int) -> None:
-    """A rounded one could be the sequences' total."""
-    unfused: Any = SimpleNamespace(apply_rope_fusion=False)
-    assert kernel_max_seqlen(longest, unfused) == longest
+@pytest.mark.parametrize(
+    ("gpu", "problem", "fused"), [(None, None, True), (None, "no compiler", False), ("no GPU", None, False)]
+)
+def test_activation_is_compiled_on_gpus(
+    gpu: str | None, problem: str | None, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Transformer Engine too, where torch can compile for the GPU; never on the CPU."""
+    config = make_config(make_qwen2(tmp_path), model={"transformer_engine": "off"})
+    arch = check_model(config)
+    monkeypatch.setattr(fused_kernels, "gpu_obstacle", lambda: gpu)
+    monkeypatch.setattr(fused_kernels, "gpu_compiler_problem", lambda: problem)
+    assert build.transformer_config(arch, config).bias_activation_fusion == fused
 
 
-def test_unfused_rope_with_a_rounded_bound_has_wrong_positions() -> None:
-    """Why: Megatron takes a table as long as all sequences together for one that numbers the tokens through."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        lengths = [300, 212]  # 512 in all
-        ends = torch.tensor([0, *lengths]).cumsum(0).int()
-        tokens = torch.randn(512, 2, 8, generator=torch.Generator().manual_seed(0))
-        angles = torch.outer(torch.arange(512.0), torch.logspace(0, -2, 4)).repeat(1, 2)[:, None, None]
+def test_what_compiling_for_a_gpu_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton, a C compiler and Python's headers, each named where it is missing."""
+    monkeypatch.setattr(fused_kernels, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused_kernels.shutil, "which", lambda name: "/usr/bin/cc" if name == "clang" else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fused_kernels.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert str(tmp_path / "Python.h") in str(fused_kernels.gpu_compiler_problem())
+    (tmp_path / "Python.h").touch()
+    assert fused_kernels.gpu_compiler_problem() is None
+    monkeypatch.setattr(fused_kernels.shutil, "which", lambda name: None)
+    assert "no C compiler" in str(fused_kernels.gpu_compiler_problem())
+    monkeypatch.setenv("CC", "icx")
+    assert fused_kernels.gpu_compiler_problem() is None
+    monkeypatch.setattr(fused_kernels, "find_spec", lambda name: None)
+    assert "Triton" in str(fused_kernels.gpu_compiler_problem())
 
-        def rotated(bound: int) -> torch.Tensor:
-            return _apply_rotary_pos_emb_thd(tokens, ends, angles[:bound], cp_group=dist.group.WORLD)
 
-        exact, rounded, longer = rotated(300), rotated(512), rotated(511)
-    finally:
-        dist.destroy_process_group()
-    assert torch.equal(exact, longer)
-    assert torch.equal(exact[:300], rounded[:300])
-    assert (exact[300:] - rounded[300:]).abs().max() > 0.5
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_fused_swiglu_is_the_plain_one(dtype: torch.dtype, error: float) -> None:
+    """Megatron's formulas, run as plain torch: output and gradient, and nothing is kept but the input."""
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.compiler.set_stance("force_eager"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        fused = swiglu("cpu", dtype, 5, fused=True)
+    assert kept == [5 * 96]
+    for a, b in zip(fused, swiglu("cpu", dtype, 5, fused=False), strict=True):
+        assert relative_error(a, b) < error
