@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -18,6 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_fipo import config as settings
+from megatron_fipo.actor.gradients import clip, finalize_gradients, global_norm
+from megatron_fipo.actor.offload import HostState, Slot
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.cpu_backend import cuda_type_names
 from megatron_fipo.parallel.topology import Topology
@@ -61,7 +64,7 @@ def wrap_for_training(
     `overlap_grad_reduce` stays off: DDP would wait for the LM head's gradient from autograd, which gets none.
     """
     megatron_config = chunks[0].config
-    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.finalize_model_grads_func = finalize_gradients
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
     inner = [Float16Module(megatron_config, c) if megatron_config.bf16 else c for c in chunks]
     return [
@@ -82,6 +85,8 @@ class PolicyOptimizer:
         self.config = config
         self.wrapped = list(wrapped)
         self.consecutive_skips = 0
+        self.device = topology.device
+        self._host = HostState(topology.device)
         dtype = wrapped[0].config.params_dtype
         with cuda_type_names(), _adam_of(wrapped[0].config.transformer_impl):
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(
@@ -121,12 +126,15 @@ class PolicyOptimizer:
         Raises:
             GradientError: `max_consecutive_skips` updates in a row were skipped.
         """
+        self._host.wait()
         with cuda_type_names():
             self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm())
+            grad_norm = global_norm(self.optimizer.chained_optimizers)
             skipped = not math.isfinite(grad_norm) or grad_norm > (self.config.spike_threshold or math.inf)
             if not skipped:
-                self.optimizer.step()
+                if self.config.grad_clip > 0:
+                    clip((p for part in self._parts() for p in part.get_parameters()), self.config.grad_clip, grad_norm)
+                self.optimizer.step_with_ready_grads()
         statistics = UpdateStatistics(grad_norm, self.lr, skipped)
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         if self._advance_per_update:
@@ -146,6 +154,7 @@ class PolicyOptimizer:
     def parameter_states(self) -> Iterator[ParameterState]:
         """Adam's state on this rank, made as zeros where no update has made it yet: the first update then finds what
         it would have made itself."""
+        self._host.wait()
         for optimizer in self._parts():
             for parameter, start, main in _updated(optimizer):
                 state = optimizer.optimizer.state[main]
@@ -191,25 +200,33 @@ class PolicyOptimizer:
 
     def offload_state(self) -> None:
         """Adam's state to host memory; gradient buffers, empty between two phases of updates, are freed."""
-        self.optimizer.offload_to_cpu()
-        on_gpu = torch.cuda.is_available()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            self._host.offload(list(self._slots()))
         for chunk in self.wrapped:
             chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=on_gpu)
 
     def restore_state(self) -> None:
-        """Bring back what `offload_state` moved.
+        """Begin to bring back what `offload_state` moved; the next update waits for it on the device."""
+        if self.device.type == "cuda":
+            self._host.restore(list(self._slots()))
+        for chunk in self.wrapped:
+            chunk.restore_grad_buffers(synchronize=False)
+
+    def _slots(self) -> Iterator[Slot]:
+        """Adam's moments and the float32 parameters that it updates, unless they are the model's own.
 
         Counts of updates stay in host memory, where torch's Adam keeps and reads them: on the GPU each read would wait
         for the device, twice a parameter.
         """
-        states = [s for o in self._parts() if _counts_by_parameter(o) for s in o.optimizer.state.values()]
-        counts = [state.get("step") for state in states]
-        self.optimizer.restore_from_cpu()
-        for state, count in zip(states, counts, strict=True):
-            if count is not None:
-                state["step"] = count
-        for chunk in self.wrapped:
-            chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())
+        own = {p.untyped_storage().data_ptr() for chunk in self.wrapped for p in chunk.parameters()}
+        for part in self._parts():
+            for main in (p for group in part.optimizer.param_groups for p in group["params"]):
+                if main.untyped_storage().data_ptr() not in own:
+                    yield Slot(partial(getattr, main, "data"), partial(setattr, main, "data"))
+                state = part.optimizer.state.get(main, {})
+                for name in (n for n, value in state.items() if isinstance(value, torch.Tensor) and n != "step"):
+                    yield Slot(partial(state.__getitem__, name), partial(state.__setitem__, name))
 
 
 def _constant_after_warmup(optimizer: Any, config: settings.OptimizerConfig) -> OptimizerParamScheduler:

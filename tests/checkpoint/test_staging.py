@@ -18,6 +18,7 @@ import torch
 
 from megatron_fipo.checkpoint import Checkpointer, staging, writing
 from megatron_fipo.checkpoint.staging import Staging
+from megatron_fipo.parallel import pinned
 from tests.actor.actors import actor_of, weights_of
 from tests.checkpoint.runs import ASYNCHRONOUS, differing, update
 from tests.policies import make_qwen2
@@ -54,15 +55,15 @@ class _Forgetful(Staging):
 
     def copy(self, tensors: Any) -> list[torch.Tensor]:
         copies = super().copy(tensors)
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block = pinned.PinnedBlock("GB for checkpoints")
         return copies
 
 
 def _save_beside_pinning(path: Path, directory: Path, kind: type[Staging]) -> Any:
     """Save in the background, let others pin memory and training go on before the writer begins, and load."""
-    cache = _PinnedCache(staging.shared_memory)
-    staging.shared_memory = cache.take
-    staging.is_on_device = lambda tensor: tensor.dtype == torch.float32  # but for random states, all there is
+    cache = _PinnedCache(pinned.shared_memory)
+    pinned.shared_memory = cache.take
+    staging.must_be_copied = lambda tensor: tensor.dtype == torch.float32  # but for random states, all there is
     write = writing._write_files
     with actor_of(path) as actor:
         checkpointer = Checkpointer(directory, ASYNCHRONOUS, actor, actor.topology)
@@ -116,7 +117,7 @@ def test_memory_that_is_given_back_early_is_overwritten(path: Path, tmp_path: Pa
 
 @pytest.fixture
 def _all_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "is_on_device", lambda tensor: True)
+    monkeypatch.setattr(staging, "must_be_copied", lambda tensor: True)
 
 
 TENSORS = [
@@ -209,3 +210,14 @@ def test_memory_that_cannot_be_pinned(runtime: _Runtime) -> None:
         (copy,) = memory.copy([torch.arange(10.0)])
     assert torch.equal(copy, torch.arange(10.0))
     memory.close()
+
+
+def test_reused_memory_is_copied() -> None:
+    """Tensors in pinned memory that others will write to, such as Adam's state between two steps, are copied."""
+    block, memory = pinned.PinnedBlock("GB for tests"), Staging()
+    (state,) = block.views([torch.empty(100)])
+    state.fill_(1.0)
+    copy, other = memory.copy([state, TENSORS[0]])
+    state.zero_()
+    assert torch.equal(copy, torch.ones(100))
+    assert other is TENSORS[0]

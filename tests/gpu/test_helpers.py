@@ -20,11 +20,13 @@ from tests.gpu.states import continued, differing, offload_and_restore, save_bes
 from tests.gpu.updates import (
     first_log_ratio,
     memory_after_updates,
+    micro_batches_moved,
     reference,
     relative_error,
     relative_errors,
     repeated_gradients,
     trained,
+    update_without_waiting,
 )
 from tests.gpu.world import GPUS, one_rank
 from tests.policies import make_qwen2
@@ -82,6 +84,8 @@ def test_first_log_ratio_and_memory(path: Path) -> None:
     """Exactly 0; one figure of memory an update."""
     assert first_log_ratio(path) == 0
     assert memory_after_updates(path, 3) == [0, 0, 0]
+    assert 0 < update_without_waiting(path) < 10
+    assert micro_batches_moved(path, 5) == []
 
 
 @pytest.mark.usefixtures("_world")

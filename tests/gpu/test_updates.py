@@ -14,10 +14,12 @@ from tests.gpu.updates import (
     Trained,
     first_log_ratio,
     memory_after_updates,
+    micro_batches_moved,
     reference,
     relative_error,
     relative_errors,
     trained,
+    update_without_waiting,
 )
 from tests.gpu.world import LAYERS, needs_gpu, one_rank
 from tests.policies import make_qwen2
@@ -80,6 +82,24 @@ def test_memory_does_not_grow(path: Path, layers: str) -> None:
     """After 20 updates on batches of changing lengths as much lives on the GPU as after the third."""
     found = memory_after_updates(path, 20, model={"transformer_engine": layers, "dtype": "bfloat16"})
     assert max(found[3:]) - found[2] < MIB, found
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_update_never_waits_for_the_device(path: Path, layers: str) -> None:
+    """Forward and backward passes of a mini-batch queue everything and read nothing back."""
+    norm = update_without_waiting(path, model={"transformer_engine": layers, "dtype": "bfloat16"})
+    assert 0 < norm < float("inf")
+
+
+def test_float32_never_waits_for_the_device(path: Path) -> None:
+    """Nor where attention goes sequence by sequence."""
+    norm = update_without_waiting(path, model={"transformer_engine": "off", "dtype": "float32"})
+    assert 0 < norm < float("inf")
+
+
+def test_micro_batches_arrive_whole(path: Path) -> None:
+    """Whatever is pinned while their copies are still queued."""
+    assert micro_batches_moved(path, 200) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

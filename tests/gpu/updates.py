@@ -4,7 +4,8 @@ package on the device that there is."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,50 @@ def memory_after_updates(path: Path, count: int, **sections: dict[str, Any]) -> 
             del batch
             found.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
     return found
+
+
+def update_without_waiting(path: Path, **sections: dict[str, Any]) -> float:
+    """Return the gradient norm of an update whose forward and backward passes may not wait for the GPU."""
+    with actor_of(path, **sections) as actor, actor.training():
+        batch = _own_batch(actor, shift=0.1)
+        with actor.training_step():  # what only a first one does
+            actor.get_loss_and_metrics(batch, forward_only=False)
+        actor.prepare_for_training_step()
+        with _no_waiting():
+            actor._run(batch.micro_batches, actor._loss_step, forward_only=False)
+        actor.finish_training_step()
+        assert actor.last_update is not None
+        return actor.last_update.grad_norm
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def micro_batches_moved(path: Path, count: int) -> list[str]:
+    """Return the fields that `count` micro-batches, moved to the device one after another, do not have as they were."""
+    with actor_of(path) as actor:
+        sizes = [[i % 8, *range(i % 5)] for i in range(count)]
+        before = [actor.pack(rollouts_of(), index) for index in sizes]
+        after = [m.to(actor.topology.device) for m in before]
+        for size in range(1, 20):  # what is pinned now takes the memory that is free
+            torch.full((1000 * size,), 7, pin_memory=torch.cuda.is_available())
+        differ = []
+        for a, b in zip(before, after, strict=True):
+            for name, value in vars(a).items():
+                moved = getattr(b, name)
+                same = torch.equal(value, moved.cpu()) if isinstance(value, torch.Tensor) else value == moved
+                differ += [] if same else [name]
+        return differ
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
