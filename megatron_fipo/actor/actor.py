@@ -29,6 +29,7 @@ from megatron_fipo.convert.policy import load_policy
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.context import gather_tokens
+from megatron_fipo.parallel.known_shapes import KnownShapes
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -277,17 +278,29 @@ class FIPOActor(AlignableGenerativeInterface):
         collect_only = step == self._log_prob_step
         iterators = [iter(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
+        messages = self._messages(micro_batches)
         with torch.set_grad_enabled(not forward_only), self.recorder(len(micro_batches), forward_only):
             return get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iterators if interleaved else iterators[0],
                 model=self.wrapped if interleaved else self.wrapped[0],
                 num_microbatches=len(micro_batches),
-                seq_length=1,  # shapes travel with each micro-batch (variable_seq_lengths)
+                seq_length=1,  # each micro-batch has another
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=collect_only,
+                **messages,
             )
+
+    def _messages(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """What tells Megatron's schedule the shapes of the pipeline's messages."""
+        topology, config = self.topology, self.chunks[0].config
+        if topology.pp.size() == 1:
+            return {}
+        share = topology.tp.size() if config.sequence_parallel else 1
+        tokens = [micro_batch.input_ids.numel() // share for micro_batch in micro_batches]
+        communicator = KnownShapes(topology.pp, config, tokens, len(self.chunks))
+        return {"p2p_communicator": communicator, "pg_collection": topology.groups}
 
     def _loss_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         micro_batch = next(micro_batches).to(self.topology.device)

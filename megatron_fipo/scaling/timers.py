@@ -97,13 +97,14 @@ class PipelineRecorder:
     runs' timelines, those of all stages on every rank.
     """
 
-    def __init__(self, model_config: Any, group: dist.ProcessGroup) -> None:
+    def __init__(self, model_config: Any, group: dist.ProcessGroup, sends_shapes: bool = False) -> None:
         """
         Args:
             model_config: the TransformerConfig of the model that will be run.
             group: the pipeline's ranks.
+            sends_shapes: messages are preceded by their shapes, as by Megatron's own communicator.
         """
-        self._config, self._group = model_config, group
+        self._config, self._group, self._sends_shapes = model_config, group, sends_shapes
         self._runs: list[_Timers] = []
         self._clock = self._common_clock()
 
@@ -133,9 +134,10 @@ class PipelineRecorder:
         dist.all_gather_object(gathered, (socket.gethostname(), self._clock.zero, mine), group=self._group)
         zeros = _zeros([(host, zero) for host, zero, _ in gathered])
         stages = [[_shift(s, zero) for s in spans] for (_, _, spans), zero in zip(gathered, zeros, strict=True)]
-        shapes_vary = bool(self._config.variable_seq_lengths)
         runs, self._runs, self._clock = self._runs, [], self._common_clock()
-        return [_timeline(run.schedule, [spans[i] for spans in stages], shapes_vary) for i, run in enumerate(runs)]
+        return [
+            _timeline(run.schedule, [spans[i] for spans in stages], self._sends_shapes) for i, run in enumerate(runs)
+        ]
 
     def _common_clock(self) -> Any:
         """On another machine its zero is as exact as a barrier."""
@@ -201,9 +203,9 @@ def _fill_waits(spans: list[Span]) -> list[Span]:
     return spans
 
 
-def _timeline(schedule: Schedule, stages: list[list[Span]], shapes_vary: bool) -> Timeline:
+def _timeline(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool) -> Timeline:
     """From the first stage's beginning on, with the time in which messages moved."""
-    transfers = _transfers(schedule, stages, shapes_vary)
+    transfers = _transfers(schedule, stages, sends_shapes)
     zero = min(spans[0].start for spans in stages)
     return Timeline(
         tuple(
@@ -217,7 +219,7 @@ def _timeline(schedule: Schedule, stages: list[list[Span]], shapes_vary: bool) -
 _Call = tuple[int, int]  # stage, place in its program
 
 
-def _transfers(schedule: Schedule, stages: list[list[Span]], shapes_vary: bool) -> dict[_Call, float]:
+def _transfers(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool) -> dict[_Call, float]:
     """Seconds of each call in which all its neighbours had come to take part, so that messages could move."""
     programs = [schedule.program(stage) for stage in range(schedule.stages)]
     ends: dict[Message, list[_Call]] = defaultdict(list)  # a message's sender's and receiver's call
@@ -232,7 +234,7 @@ def _transfers(schedule: Schedule, stages: list[list[Span]], shapes_vary: bool) 
 
     def met(call: _Call) -> float:
         """When the messages themselves could start: shapes go ahead, to and from all neighbours of the call."""
-        return max(map(began, _neighbours(programs, ends, call))) if shapes_vary else began(call)
+        return max(map(began, _neighbours(programs, ends, call))) if sends_shapes else began(call)
 
     transfers = {}
     for stage, program in enumerate(programs):

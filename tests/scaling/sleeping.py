@@ -105,7 +105,7 @@ def _pipeline(stages: int, chunks: int) -> Iterator[tuple[Any, Topology]]:
 def run_sleeping(cases: Sequence[Case], stages: int, chunks: int) -> list[tuple[Timeline, list[Pass]]]:
     """For each case the measured timeline, and the passes of this rank in their order."""
     with _pipeline(stages, chunks) as (config, topology):
-        recorder = PipelineRecorder(config, topology.pp)
+        recorder = PipelineRecorder(config, topology.pp, sends_shapes=True)
         orders = [_run(case, config, topology, recorder) for case in cases]
         return list(zip(recorder.timelines(), orders, strict=True))
 
