@@ -187,11 +187,8 @@ class MicroBatch:
 
         torch reuses a pinned block only after the copies from it have ended.
         """
-        pinned = device.type == "cuda" and self.input_ids.device.type == "cpu"
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
-        return self.replace(
-            **{k: v.pin_memory().to(device, non_blocking=True) if pinned else v.to(device) for k, v in tensors.items()}
-        )
+        return self.replace(**{name: _moved(tensor, device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -204,6 +201,12 @@ class TrainBatch:
         """A copy whose micro-batches carry the given per-token tensors, e.g. `old_log_probs=[...]`."""
         columns = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
         return TrainBatch(tuple(m.replace(**c) for m, c in zip(self.micro_batches, columns, strict=True)))
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:

@@ -38,6 +38,7 @@ from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.resume import Progress, starts_over
 from megatron_fipo.reward import make_reward
@@ -129,10 +130,12 @@ class Trainer:
 
     def _run(self) -> None:
         try:
-            self._conclude_step()
-            while self.progress.step < self.config.trainer.max_steps:
-                self._advance()
+            with collected_by_hand() as collect_garbage:
                 self._conclude_step()
+                while self.progress.step < self.config.trainer.max_steps:
+                    self._advance()
+                    self._conclude_step()
+                    collect_garbage()
         except (Interrupted, DynamicSamplingExhausted) as stopped:
             # Raised before the weights of an unfinished step change: they are those of the last finished one.
             self._save(wait=True)

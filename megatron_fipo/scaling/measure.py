@@ -20,6 +20,7 @@ from megatron_fipo.launch.failure import host
 from megatron_fipo.outcome import Interrupted
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measured_actor import MeasuredActor, make_batch
 from megatron_fipo.scaling.measurement import Measurement
@@ -95,8 +96,9 @@ def _noted(notes: Notes, memory: PeakMemory) -> Iterator[None]:
 def _run(measurement: Measurement, actor: MeasuredActor, batch: TrainBatch, notes: Notes) -> _Measured:
     recorder = PipelineRecorder(actor.chunks[0].config, actor.topology.pp)
     seconds, loss = [], 0.0
-    with actor.training():
+    with actor.training(), collected_by_hand() as collect_garbage:
         for step in range(measurement.warmup + measurement.steps):
+            collect_garbage()  # between steps, as in training
             if interrupt.agreed():
                 raise Interrupted
             if step == measurement.warmup:
@@ -178,7 +180,7 @@ def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
     forward, backward = (_mean_passes(timelines, schedule, name) for name in ("forward", "backward"))
     moving = [s.transfer for t in timelines for spans in t.stages for s in spans if not s.is_pass and s.name != "wait"]
     backend: Any = "nccl" if torch.cuda.is_available() else "gloo"
-    messages = Communication(median(moving) if moving else 0.0, backend=backend)
+    messages = Communication(median(moving) if moving else 0.0, shape_seconds=None, backend=backend)
     simulated = simulate(schedule, forward, backward, messages)
     return {"simulated_seconds": simulated.step, "simulated_bubble_fraction": simulated.bubble_fraction}
 

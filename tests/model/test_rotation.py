@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +78,37 @@ def _cached(path: Path) -> int:
 def test_megatron_caches_no_tables(tmp_path: Path) -> None:
     """A forward pass leaves nothing in Megatron's cache, which would hold tensors of the GPU, and the model."""
     assert run_ranks(_cached, 1, make_qwen2(tmp_path, layers=1)) == [0]
+
+
+def _given_to_fused_kernels(path: Path) -> dict[str, object]:
+    """What a decoder of fused kernels gets of a micro-batch, and what Megatron would have given it."""
+    given: dict[str, Any] = {}
+
+    def decoder(**arguments: Any) -> torch.Tensor:
+        given.update(arguments)
+        return arguments["hidden_states"]
+
+    with actor_of(path) as actor:
+        (model,) = actor.chunks
+        model.config.apply_rope_fusion, model.post_process = True, False
+        del model.decoder
+        object.__setattr__(model, "decoder", decoder)
+        micro_batch = actor.pack(make_rollouts(3), [0, 1, 2])
+        model(micro_batch)
+        packed = given["packed_seq_params"]
+        ends = micro_batch.cu_seqlens
+        embedded = model.embedding(micro_batch.input_ids[None], micro_batch.position_ids[None])
+        return {
+            "bounds": [packed.max_seqlen_q, packed.max_seqlen_kv],
+            "ends": all(torch.equal(x, ends) for x in (packed.cu_seqlens_q, packed.cu_seqlens_kv)),
+            "format": packed.qkv_format,
+            "angles": torch.equal(given["rotary_pos_emb"], model.rotary_pos_emb(512, packed_seq=True)),
+            "embedded": torch.equal(given["hidden_states"], embedded),
+        }
+
+
+@pytest.mark.distributed
+def test_fused_kernels_get_what_megatron_gives_them(tmp_path: Path) -> None:
+    """The table of angles, bounds rounded up, and the embedded tokens."""
+    (given,) = run_ranks(_given_to_fused_kernels, 1, make_qwen2(tmp_path, layers=1))
+    assert given == {"bounds": [512, 512], "ends": True, "format": "thd", "angles": True, "embedded": True}
