@@ -175,7 +175,8 @@ def flash(
 
     The operator behind torch's varlen_attn, whose arguments differ between torch 2.11 and 2.13; this one's do not.
     """
-    ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    # A bound of 1 would take a path for decoding, which rearranges heads; padding alone is one token.
+    ends, longest = packed.cu_seqlens_q, max(2, packed.max_seqlen_q)
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scale
     )

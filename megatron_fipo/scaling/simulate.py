@@ -35,7 +35,8 @@ class Communication:
     Attributes:
         seconds: of an activation or gradient, latency and bytes over bandwidth; broadcast to [V - 1, m], so one number,
             `[m]` for each micro-batch, or `[V - 1, 1]` for each boundary.
-        shape_seconds: of the shapes sent ahead of it; None: all micro-batches have the same shape and none are sent.
+        shape_seconds: of the shapes sent ahead of it; None: none are sent, since all stages know them, as in this
+            package's trainer, or since all micro-batches have the same.
         backend: "nccl" sends shapes without waiting for the receiver, and then waits for all that the device has still
             to do, overlapped messages included. "gloo" does neither.
     """

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from megatron_fipo.actor import FIPOActor
+from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss, grpo_loss
 from tests.actor.actors import actor_of, batch_of
+from tests.gpu.kernels import HeadAndLoss
 from tests.model.flash_emulation import flash_on_the_cpu
 from tests.policies import make_qwen2, make_rollouts
 from tests.ranks import run_ranks
@@ -96,3 +98,16 @@ def test_forward_and_backward_wait_for_nothing(layout: str, tmp_path: Path) -> N
         assert update.keys() <= ON_THE_CPU_ONLY
         assert not log_probs
         assert end == {"gradients.py _local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("loss", [fipo_loss, grpo_loss])
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_losses_wait_for_nothing(loss: Any, backend: str) -> None:
+    """Where there are no CUDA kernels, they run in plain torch."""
+    head = HeadAndLoss("cpu", torch.float32, 64)
+    with counted_syncs() as found:
+        log_probs, entropy = head.statistics()
+        old = log_probs.detach() - head.noise
+        out = loss(log_probs, old, head.advantages, head.mask, head.offsets, FIPOLossConfig(), backend=backend)
+        (out.loss_sum / out.num_tokens + 0.01 * entropy.mean()).backward()
+    assert found.keys() <= ON_THE_CPU_ONLY
