@@ -40,9 +40,14 @@ class RowTerms(NamedTuple):
 
 
 def empty_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return uninitialized [rows, columns] whose rows begin at aligned addresses, as the kernels need."""
+    """Return uninitialized [rows, columns] whose rows begin at aligned addresses, as the kernels need.
+
+    What lies between two rows is 0: oneDNN's bfloat16 products read it as well, and multiply it by zeros of their own.
+    """
     stride = -(-columns // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
-    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :columns]
+    memory = torch.empty(rows, stride, dtype=dtype, device=device)
+    memory[:, columns:].zero_()
+    return memory[:, :columns]
 
 
 def logit_statistics(

@@ -146,32 +146,6 @@ def _skips(path: Path, distributed: bool) -> dict[str, Any]:
     return {"updates": [first, second, expected], "weights": weights}
 
 
-def _restored_counts(path: Path) -> list[tuple[str, float]]:
-    """Return device and value of the parameters' counts of updates after each of two round trips, on which Megatron is
-    made to move them to a device that is not the host: `meta`, which has no values at all."""
-    found = []
-    with actor_of(path, optimizer={"offload_state": True, "distributed": True}) as actor:
-        batch, optimizer = _batch(actor), actor.optimizer.optimizer
-        states = [s for part in actor.optimizer._parts() for s in part.optimizer.state.values()]
-
-        def restore() -> None:
-            states[:] = [s for part in actor.optimizer._parts() for s in part.optimizer.state.values()]
-            for state in states:
-                state["step"] = state["step"].to("meta")
-
-        optimizer.restore_from_cpu = restore
-        with actor.training():
-            _update(actor, batch)
-            _update(actor, batch)
-        for _ in range(2):
-            actor.onload_adam_states()
-            counts = {(s["step"].device.type, float(s["step"])) for s in states}
-            assert len(counts) == 1
-            found += counts
-            actor.offload_adam_states()
-    return found
-
-
 def _deterministic(path: Path) -> dict[str, Any]:
     """Run `_variant` with everything that run.deterministic switches on in a rank."""
     device.set_up(None, deterministic=True)
@@ -187,7 +161,6 @@ def _all_on_one_rank(path: Path) -> dict[str, Any]:
         "adam": _adam(path),
         "plain": _variant(path),
         "deterministic": _deterministic(path),
-        "restored_counts": _restored_counts(path),
         "offloaded": _variant(path, optimizer={"offload_state": True}),
         "small_budget": _variant(path, trainer={"tokens_per_micro_batch": 80}),
         "spikes": _variant(path, steps=1, optimizer={"spike_threshold": 1e-3, "max_consecutive_skips": 3}),
@@ -399,11 +372,6 @@ def test_deterministic_changes_nothing_on_the_cpu(seen: dict[str, Any]) -> None:
     """run.deterministic is accepted there, and gives the same bits."""
     assert _same(seen["deterministic"]["weights"], seen["plain"]["weights"])
     assert seen["deterministic"]["updates"] == seen["plain"]["updates"]
-
-
-def test_counts_of_updates_stay_in_host_memory(seen: dict[str, Any]) -> None:
-    """Megatron moves torch Adam's whole state to the GPU; the counts are kept out of that and still count updates."""
-    assert seen["restored_counts"] == [("cpu", 2.0)] * 2
 
 
 def test_micro_batching_changes_nothing(seen: dict[str, Any]) -> None:

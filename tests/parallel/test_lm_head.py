@@ -163,6 +163,23 @@ def test_recording_gradients_does_not_change_a_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(recorded, plain, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_memory_held_before_changes_nothing(dtype: torch.dtype) -> None:
+    """With NaN in all memory that is allocated without being written, every bit is the same."""
+    case = make_case(dtype, rows=300)
+    settings: Any = torch.utils.deterministic
+    results = []
+    for fill in (False, True):
+        torch.use_deterministic_algorithms(fill)
+        settings.fill_uninitialized_memory = True
+        try:
+            outputs = chunked(case, chunk_tokens=128)
+            results.append((*outputs, *gradients(case, outputs)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("fp32_logits", [False, True])
 def test_bfloat16_head(fp32_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 head gives the reference of the same rounding: values to 1e-5, gradients to bfloat16's 2^-8."""
