@@ -245,8 +245,8 @@ RULES = (
     Rule(
         "The verifier could not decide",
         "Such answers earn what wrong ones do. The rows of rollouts/*.parquet whose failure is set have them: a slow "
-        "answer needs a larger reward.timeout_seconds or more reward.workers; an error can be a ground truth that is "
-        "no mathematics. (Any in a step: our choice.)",
+        "answer needs a larger reward.timeout_seconds, many need more reward.workers or reward.batch_seconds; an error "
+        "can be a ground truth that is no mathematics. (Any in a step: our choice.)",
         "choice",
         _undecided,
     ),

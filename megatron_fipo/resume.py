@@ -22,7 +22,7 @@ _FREE = (
     *("rollout.servers", "rollout.vllm_python", "rollout.weight_transport", "rollout.weight_bucket_mb"),
     *("rollout.weight_directory", "rollout.verify_weights", "rollout.deadline_seconds", "rollout.start_seconds"),
     *("rollout.max_concurrency", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization", "rollout.prefix_cache"),
-    *("reward.accuracy_threshold", "reward.workers", "reward.timeout_seconds"),
+    *("reward.accuracy_threshold", "reward.workers", "reward.timeout_seconds", "reward.batch_seconds"),
     *("optimizer.distributed", "optimizer.offload_state"),
     *("trainer.max_steps", "trainer.tokens_per_micro_batch", "trainer.micro_batch_order"),
     *("trainer.strict", "trainer.export_policy", "trainer.tensorboard", "trainer.wandb_project"),

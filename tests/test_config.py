@@ -275,6 +275,17 @@ def test_illegal_value_is_named(file: Path, override: str) -> None:
     assert problem.startswith(override.split("=")[0])
 
 
+def test_verification_ends_before_the_collective(file: Path) -> None:
+    """The other ranks wait in a collective for a replica that verifies; only the `math` verifier takes time."""
+    limits = ["reward.batch_seconds=55", "parallel.timeout_minutes=1"]
+    load_config(file, limits)
+    load_config(file, [*limits, "reward.function=math", "reward.timeout_seconds=4"])
+    (problem,) = _refused(file, *limits, "reward.function=math", "reward.timeout_seconds=5")
+    assert problem == (
+        "reward.batch_seconds 55 + reward.timeout_seconds 5 = 60 s must be less than parallel.timeout_minutes 1 (60 s)"
+    )
+
+
 def test_micro_batch_holds_the_longest_sequence_after_alignment(file: Path) -> None:
     """With context parallelism the longest sequence is padded, and it is the padded one that must fit."""
     lengths = ["data.max_prompt_tokens=10", "rollout.max_response_tokens=20", "reward.overlong_buffer_tokens=0"]

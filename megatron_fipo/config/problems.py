@@ -39,6 +39,7 @@ _POSITIVE = (
     "eval.max_problems",
     "reward.workers",
     "reward.timeout_seconds",
+    "reward.batch_seconds",
     "checkpoint.keep_last",
 )
 # Zero is legal
@@ -71,6 +72,7 @@ def validate(config: Config) -> None:
         *_ranges(config),
         *_servers(config),
         *_staleness(config.rollout),
+        *_verification(config),
     ]
     if problems:
         raise ValueError("illegal configuration:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -197,6 +199,17 @@ def _servers(c: Config) -> list[str]:
     if r.placement == "colocated" and not c.optimizer.offload_state:
         problems.append("rollout.placement=colocated needs optimizer.offload_state=true: ranks and servers take turns")
     return problems
+
+
+def _verification(c: Config) -> list[str]:
+    """Return what is wrong with the time for a batch's verification, while the other ranks wait in a collective."""
+    seconds, limit = c.reward.batch_seconds + c.reward.timeout_seconds, 60 * c.parallel.timeout_minutes
+    if c.reward.function != "math" or seconds < limit:
+        return []
+    return [
+        f"reward.batch_seconds {c.reward.batch_seconds:g} + reward.timeout_seconds {c.reward.timeout_seconds:g} = "
+        f"{seconds:g} s must be less than parallel.timeout_minutes {c.parallel.timeout_minutes:g} ({limit:g} s)"
+    ]
 
 
 def _staleness(r: RolloutConfig) -> list[str]:

@@ -171,6 +171,7 @@ class RewardConfig:
     overlong_penalty_factor: float = 1.0
     workers: int = 2  # processes of the `math` verifier, on each data-parallel replica
     timeout_seconds: float = 10.0  # one answer's verification
+    batch_seconds: float = 600.0  # that of a batch by one replica; answers that are left then count as timed out
 
     @property
     def reads_data_source(self) -> bool:

@@ -23,7 +23,7 @@ def make_reward(config: RewardConfig) -> RewardFunction:
         case "exact":
             return PerResponse(exact.score)
         case "math":
-            return MathReward(workers=config.workers, timeout_seconds=config.timeout_seconds)
+            return MathReward(config.workers, config.timeout_seconds, config.batch_seconds)
         case path if ":" in path:
             return UserReward(path, config.accuracy_threshold)
         case other:

@@ -27,10 +27,9 @@ _REMOVED = (
     *("\\text{\n}", r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
 )
 
-_REWRITTEN = (
-    (re.compile(r"^.*?\$(.*?)\$.*$"), r"\1"),  # what stands between the first two dollar signs
-    (re.compile(r"\\(?:text|textbf|overline)\{(.*?)\}"), r"\1"),
-    (re.compile(r"\\boxed\{(.*)\}"), r"\1"),
+_STYLE = re.compile(r"\\(?:text|textbf|overline)\{")
+_BOX = r"\boxed{"
+_SHORTHANDS = (
     (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
     (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
 )
@@ -53,11 +52,40 @@ def normalize(answer: str) -> str:
     answer = answer.replace(r"\text{m}", r"\text{}")
     for expression in _REMOVED:
         answer = answer.replace(expression, "")
-    for pattern, replacement in _REWRITTEN:
+    answer = _between_dollar_signs(answer)
+    answer = "\n".join(_without_box(_without_styles(line)) for line in answer.split("\n"))
+    for pattern, replacement in _SHORTHANDS:
         answer = pattern.sub(replacement, answer)
     answer = answer.replace("$", "")
     digits = answer.replace(",", "")
     return (digits if digits.isdigit() else answer).strip()
+
+
+# Not regular expressions: `.*?\$(.*?)\$.*$` tries every pair of dollar signs of a text that it does not match.
+
+
+def _between_dollar_signs(answer: str) -> str:
+    """Return what is between the first two dollar signs of a single line; anything else as it is."""
+    line = answer.removesuffix("\n")
+    parts = line.split("$", 2)
+    return parts[1] + answer[len(line) :] if len(parts) == 3 and "\n" not in line else answer
+
+
+def _without_styles(line: str) -> str:
+    """Return the line without `\\text{` and its like, each with the next closing brace."""
+    kept, start, last = [], 0, line.rfind("}")
+    while (found := _STYLE.search(line, start)) and found.end() <= last:
+        end = line.index("}", found.end())
+        kept += [line[start : found.start()], line[found.end() : end]]
+        start = end + 1
+    return "".join(kept) + line[start:]
+
+
+def _without_box(line: str) -> str:
+    """Return the line without its first `\\boxed{` and its last closing brace."""
+    start, end = line.find(_BOX), line.rfind("}")
+    content = start + len(_BOX)
+    return line[:start] + line[content:end] + line[end + 1 :] if start >= 0 and content <= end else line
 
 
 def score(response: str, ground_truth: str) -> Score:

@@ -2,8 +2,9 @@ r"""Answers compared as mathematics: `\boxed{\frac12}` is `0.5`, decided by math
 
 Which part of a response is its answer is told in `extraction`, what is equal in `math_comparison`. What a model writes
 can take for ever to evaluate or fill the memory (`10^{10^{10}}`), so each comparison has a deadline and each process a
-memory limit. One that breaks either is ended; the next answer gets a new one. An answer that could not be decided earns
-what a wrong one does, and its score says so.
+memory limit. One that breaks either is ended; the next answer gets a new one. A batch has a deadline as well: other
+ranks wait for it in a collective, and what a model writes may be slow in every response. An answer that could not be
+decided earns what a wrong one does, and its score says so.
 The signals that Slurm sends to every process of a job do not reach them: their parent ends them.
 """
 
@@ -38,7 +39,13 @@ _VERDICTS: dict[bytes, bool | Failure] = {b"1": True, b"0": False, b"e": "error"
 class MathReward:
     """+1 / -1 by mathematical equivalence. The worker processes start with the first answer that needs one."""
 
-    def __init__(self, workers: int, timeout_seconds: float) -> None:
+    def __init__(self, workers: int, timeout_seconds: float, batch_seconds: float = 600.0) -> None:
+        """
+        Args:
+            timeout_seconds: of one comparison.
+            batch_seconds: of one call. What is left of it then is not compared any more, and counts as timed out.
+        """
+        self._batch_seconds = batch_seconds
         self._workers = [_Worker(timeout_seconds) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -54,29 +61,33 @@ class MathReward:
         pairs: list[tuple[str | None, str]] = list(zip(answers, truths, strict=True))
         # The responses of a group often agree: every different question is asked once.
         open_questions = [(a, t) for a, t in dict.fromkeys(pairs) if a is not None and a != t and _comparable(a, t)]
+        deadline = time.monotonic() + self._batch_seconds
         verdicts: dict[tuple[str | None, str], bool | Failure] = dict(
-            zip(open_questions, self._threads.map(self._verdict, open_questions), strict=True)
+            zip(open_questions, self._threads.map(lambda q: self._verdict(q, deadline), open_questions), strict=True)
         )
         return [_score(answer, verdicts.get((answer, truth), answer == truth)) for answer, truth in pairs]
 
     def classes(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
-        """See `equivalence.ComparesAnswers`."""
-        return list(self._threads.map(lambda some: group_equal(some, self._are_equal), answers))
+        """See `equivalence.ComparesAnswers`. What is not compared within the time of a batch is a class of its own."""
+        deadline = time.monotonic() + self._batch_seconds
+        return list(
+            self._threads.map(lambda some: group_equal(some, lambda a, b: self._are_equal(a, b, deadline)), answers)
+        )
 
     def close(self) -> None:
         """End the worker processes."""
         self._finalizer()
 
-    def _are_equal(self, answer: str, other: str) -> bool | None:
+    def _are_equal(self, answer: str, other: str, deadline: float) -> bool | None:
         if not _comparable(answer, other):
             return False
-        verdict = self._verdict((answer, other))
+        verdict = self._verdict((answer, other), deadline)
         return verdict if isinstance(verdict, bool) else None
 
-    def _verdict(self, question: tuple[str, str]) -> bool | Failure:
+    def _verdict(self, question: tuple[str, str], deadline: float) -> bool | Failure:
         worker = self._idle.get()
         try:
-            return worker.ask(*question)
+            return worker.ask(*question) if time.monotonic() < deadline else "timeout"
         finally:
             self._idle.put(worker)
 

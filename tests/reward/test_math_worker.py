@@ -144,6 +144,39 @@ def test_verdicts(reward: RewardFunction, response: str, truth: str, expected: i
     assert reward([response], [truth], ["test"])[0].accuracy == expected
 
 
+class Clock:
+    """Time that passes only while an answer is compared, `seconds` for each."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.seconds, self.asked = 0.0, seconds, 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def ask(self, answer: str, truth: str) -> str:
+        self.now += self.seconds
+        self.asked += 1
+        return "timeout"
+
+
+def test_batch_of_slow_answers_ends_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2000 answers that take 10 s each, those that fit 35 s are compared; all others count as timed out, and what is
+    right to the letter stays right."""
+    clock = Clock(10.0)
+    monkeypatch.setattr(verifier, "time", clock)
+    monkeypatch.setattr(verifier._Worker, "ask", lambda worker, *question: clock.ask(*question))
+    reward = make_reward(RewardConfig(function="math", workers=1, batch_seconds=35.0))
+    try:
+        scores = reward([rf"\boxed{{{i}!!}}" for i in range(2000)] + [r"\boxed{7}"], ["7"] * 2001, ["test"] * 2001)
+        assert clock.asked == 4
+        assert [s.failure for s in scores] == ["timeout"] * 2000 + [None]
+        assert [s.reward for s in scores] == [-1.0] * 2000 + [1.0]
+        assert reward.classes([[f"{i}!!" for i in range(2000)]]) == [list(range(2000))]  # type: ignore[attr-defined]
+        assert clock.asked == 8
+    finally:
+        reward.close()
+
+
 PIECES = (
     *(
         r"\frac{",
