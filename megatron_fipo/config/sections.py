@@ -112,7 +112,8 @@ class RolloutConfig:
     tensor_parallel: int = 1  # GPUs that a server splits the model over
     nodes: tuple[str, ...] = ()  # disaggregated: their names
     gpus_per_node: int = 8  # disaggregated: of each of `nodes`
-    # URLs of servers that run already, with the package's worker folder; their key is in MEGATRON_FIPO_VLLM_KEY.
+    # URLs of servers that run already, with the package's worker folder. MEGATRON_FIPO_VLLM_KEY has their key, or one
+    # for each, separated by commas.
     servers: tuple[str, ...] = ()
     # The interpreter that has vllm. None: MEGATRON_FIPO_VLLM_PYTHON, else what `make vllm-env` made in the checkout
     # or the working directory.
@@ -121,7 +122,9 @@ class RolloutConfig:
     # that was restarted gets its weights at once, with the others it waits for the next update.
     weight_transport: Literal["auto", "file", "gloo", "nccl", "ipc"] = "auto"
     weight_bucket_mb: int = 512  # weights travel in pieces of about this size; a larger tensor is a piece of its own
-    weight_directory: str | None = None  # file: a whole copy of the weights, twice during an update; None: /dev/shm
+    # file: where a directory is made, and removed, for a whole copy of the weights, twice during an update; None:
+    # /dev/shm.
+    weight_directory: str | None = None
     verify_weights: int = 0  # every this many updates checksums prove that all tensors arrived; 0: never
     deadline_seconds: float = 3600.0  # for one response; then it is drawn anew, by another server if there is one
     start_seconds: float = 900.0  # for a server to be ready, and for the run to wait when none is

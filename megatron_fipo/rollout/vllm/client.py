@@ -25,7 +25,7 @@ import httpx
 
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
-from megatron_fipo.rollout.vllm.control import authorization, explain
+from megatron_fipo.rollout.vllm.control import address, authorization, explain
 
 _MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
 _ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told of requests it has not read yet
@@ -55,6 +55,7 @@ class Patience:
 class _Server:
     number: int
     url: str
+    http: httpx.AsyncClient
     usable: bool = False
     busy: int = 0  # requests that have it
     outstanding: int = 0  # their tokens: prompts and limits of responses
@@ -86,11 +87,23 @@ class _Lost(Exception):
     """The server went away, or was given up, during an attempt."""
 
 
+def _connection(url: str, key: str) -> httpx.AsyncClient:
+    base, socket = address(url)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    return httpx.AsyncClient(
+        base_url=base,
+        headers=authorization(key),
+        timeout=httpx.Timeout(None, connect=10.0),
+        transport=httpx.AsyncHTTPTransport(uds=socket, limits=limits, trust_env=False),
+        trust_env=False,
+    )
+
+
 class Client:
     """Requests to all of a run's servers from this process; usable from any thread.
 
     Args:
-        urls: of all servers.
+        urls, keys: of all servers.
         concurrency: attempts at one server at the same time.
         seeded: servers are told the requests' seeds.
         on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
@@ -99,7 +112,7 @@ class Client:
     def __init__(
         self,
         urls: Sequence[str],
-        key: str,
+        keys: Sequence[str],
         patience: Patience,
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
@@ -109,17 +122,14 @@ class Client:
         self._patience = patience
         self._concurrency = concurrency
         self._on_hung = on_hung
-        self._servers = [_Server(number, url) for number, url in enumerate(urls)]
+        self._servers = [
+            _Server(number, url, _connection(url, key))
+            for number, (url, key) in enumerate(zip(urls, keys, strict=True))
+        ]
         self._waiting: deque[_Turn] = deque()
         self._turns: WeakKeyDictionary[Future[Response], _Turn] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
-        self._http = httpx.AsyncClient(
-            headers=authorization(key),
-            timeout=httpx.Timeout(None, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,
-        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="vllm-client", daemon=True)
         self._thread.start()
@@ -163,7 +173,8 @@ class Client:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._http.aclose()
+        for server in self._servers:
+            await server.http.aclose()
 
     async def _expect(self, version: str | None, usable: Sequence[bool]) -> None:
         self._version = version
@@ -224,7 +235,7 @@ class Client:
             TimeoutError: it did not answer in time.
             _Lost: it went away.
         """
-        attempt = self._loop.create_task(self._http.post(f"{server.url}/inference/v1/generate", json=body))
+        attempt = self._loop.create_task(server.http.post("/inference/v1/generate", json=body))
         server.attempts.add(attempt)
         try:
             async with asyncio.timeout(self._patience.deadline):
@@ -264,7 +275,7 @@ class Client:
         """Have the server answer these requests with what it has; in vain if it is lost, which `_watch` finds out."""
         body = {"request_ids": engine_names(names)}
         with contextlib.suppress(httpx.HTTPError):
-            await self._http.post(f"{server.url}/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
+            await server.http.post("/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
 
     # Servers
 
@@ -317,7 +328,7 @@ class Client:
     async def _look_at(self, server: _Server) -> None:
         """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
         try:
-            answer = await self._http.get(f"{server.url}/weight_info", timeout=self._patience.probe)
+            answer = await server.http.get("/weight_info", timeout=self._patience.probe)
             found = answer.raise_for_status().json()["weight_version"]
         except (httpx.HTTPError, ValueError, LookupError):  # its engine may be gone, and only its front be there
             server.strikes += 1

@@ -21,7 +21,9 @@ class Control:
         # Proxies are for the outside world; servers are on this machine or the job's own network.
         # A connection that is kept may be closed by the server just when it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=url, headers=authorization(key), limits=limits, trust_env=False)
+        base, socket = address(url)
+        transport = httpx.HTTPTransport(uds=socket, limits=limits, trust_env=False)
+        self._client = httpx.Client(base_url=base, headers=authorization(key), transport=transport, trust_env=False)
 
     def close(self) -> None:
         self._client.close()
@@ -104,6 +106,11 @@ class Control:
             if isinstance(content, dict):
                 return content
         raise ControlError(f"{self.url}{route} answered {answer.text[:500]!r}, expected a JSON object or nothing")
+
+
+def address(url: str) -> tuple[str, str | None]:
+    """Return the base URL of a server's requests, and the path of its Unix socket where `url` is `unix:PATH`."""
+    return ("http://localhost", url.removeprefix("unix:")) if url.startswith("unix:") else (url, None)
 
 
 def authorization(key: str) -> dict[str, str]:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,10 +37,10 @@ from megatron_fipo.rollout.vllm.transport import (
     FileTransport,
     IPCTransport,
     Transport,
-    memory_directory,
+    own_directory,
 )
 from megatron_fipo.rollout.vllm.versions import new_run, version_name
-from megatron_fipo.vllm_environment import external_key, installed, interpreter
+from megatron_fipo.vllm_environment import external_keys, installed, interpreter
 
 _LOOK_SECONDS = 0.1  # for a request to stop, while responses are drawn
 _SLEEP_SECONDS = 120.0  # for a server to move its weights out of the GPU, or make room there
@@ -62,7 +61,7 @@ class VLLMEngine:
         self.topology = topology
         self.updates = 0  # number of the newest weights
         self.compared = (0, 0)  # parameters that the last checked update compared on a server, and tensors it received
-        self.keeper = Keeper([], "", rollout.start_seconds, self._reload)
+        self.keeper = Keeper([], rollout.start_seconds, self._reload)
         self._patience = patience or Patience(rollout.deadline_seconds, rollout.start_seconds)
         self._client: Client | None = None
         self._controls: list[Control] = []
@@ -196,19 +195,20 @@ class VLLMEngine:
         if self._client is not None:
             return self._client
         rollout = self.config.rollout
-        self._run, key = _from_rank_0((new_run(), secrets.token_urlsafe(32)))
-        self._directory = Path(rollout.weight_directory or memory_directory(self._run))
+        self._run = _from_rank_0(new_run())
+        self._directory = own_directory(rollout.weight_directory, self._run)
         error = None
         urls: list[str] = list(rollout.servers)
+        keys: list[str] = []
         views = self._views()
         try:
             if urls:
-                key = external_key()
+                keys = external_keys(len(urls))
             else:
-                self._start_servers(key, views)
+                self._start_servers(views)
         except (ValueError, RuntimeError) as failed:
             error = str(failed)
-        reports = _gather((error, [s.process.url for s in self.keeper.servers if s.life]))
+        reports = _gather((error, [(s.process.url, s.process.key) for s in self.keeper.servers if s.life]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
             self.keeper.close()
@@ -216,11 +216,12 @@ class VLLMEngine:
         if not urls:
             before = sum(len(theirs) for _, theirs in reports[: self.topology.rank])
             self._owned = list(range(before, before + len(self.keeper.servers)))
-            urls = [url for _, theirs in reports for url in theirs]
-        self._controls = [Control(url, key) for url in urls]
+            urls = [url for _, theirs in reports for url, _ in theirs]
+            keys = [key for _, theirs in reports for _, key in theirs]
+        self._controls = [Control(url, key) for url, key in zip(urls, keys, strict=True)]
         self._transport = self._make_transport(len(urls))
         seeded = not torch.cuda.is_available() if rollout.seeded is None else rollout.seeded
-        self._client = Client(urls, key, self._patience, rollout.max_concurrency, self._report_hung, seeded)
+        self._client = Client(urls, keys, self._patience, rollout.max_concurrency, self._report_hung, seeded)
         return self._client
 
     def _views(self) -> list[tuple[str, ...]]:
@@ -228,7 +229,7 @@ class VLLMEngine:
         mine = visible_devices(os.environ, torch.cuda.device_count())
         return [view for host, view in _gather((socket.gethostname(), mine)) if host == socket.gethostname()]
 
-    def _start_servers(self, key: str, views: Sequence[tuple[str, ...]]) -> None:
+    def _start_servers(self, views: Sequence[tuple[str, ...]]) -> None:
         """Start the servers that are this rank's own, if any."""
         config = self.config
         colocated = config.rollout.placement == "colocated"
@@ -241,11 +242,15 @@ class VLLMEngine:
         share = share_of(views, local_rank, config.rollout.tensor_parallel if colocated else 1)
         if colocated and not share.is_owner:
             return
-        where = places(config, share.ranks if colocated else len(views), share.devices, self._address())
+        where = places(
+            config,
+            share.ranks if colocated else len(views),
+            share.devices,
+            None if self._is_alone() else self._address(),
+        )
         first = local_rank if share.ranks < len(views) else 0  # of the logs' numbers, where every rank has a server
         self.keeper = Keeper(
-            [self._process(found, place, key, number) for number, place in enumerate(where, first)],
-            key,
+            [self._process(found, place, number) for number, place in enumerate(where, first)],
             config.rollout.start_seconds,
             self._reload,
         )
@@ -258,12 +263,12 @@ class VLLMEngine:
             file=sys.stderr,
         )
 
-    def _process(self, found: Any, place: Place, key: str, number: int) -> ServerProcess:
+    def _process(self, found: Any, place: Place, number: int) -> ServerProcess:
         node = "" if self.config.rollout.placement != "colocated" else f"{socket.gethostname()}_"
         return ServerProcess(
             found.python,
             arguments(self.config, found, place),
-            environment(os.environ, place, key, self._directory),
+            environment(os.environ, place, secrets.token_urlsafe(32), self._directory),
             place,
             self.config.run_directory / "logs" / f"vllm_{node}{number}.log",
         )
@@ -283,10 +288,14 @@ class VLLMEngine:
         device = self.topology.device if chosen == "nccl" else torch.device("cpu")
         return BroadcastTransport(chosen, device, self._address(), rank, ranks, num_servers)
 
+    def _is_alone(self) -> bool:
+        """Return whether all ranks and servers are on this machine."""
+        here = self.topology.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", str(self.topology.world_size)))
+        return here and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers
+
     def _address(self) -> str:
         """This machine's, for the servers and the other ranks: its own alone if there are no other machines."""
-        alone = self.topology.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", str(self.topology.world_size)))
-        if alone and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers:
+        if self._is_alone():
             return "127.0.0.1"
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
             probe.connect((os.environ.get("MASTER_ADDR", socket.gethostname()), 1))

@@ -31,7 +31,6 @@ class Kept:
     """
 
     process: ServerProcess
-    key: str
     state: Literal["starting", "ready", "loading", "lost", "given up"] = "lost"
     life: int = 0
     current: bool = False  # has the newest weights
@@ -42,14 +41,14 @@ class Kept:
 
     @cached_property
     def control(self) -> Control:
-        return Control(self.process.url, self.key)
+        return Control(self.process.url, self.process.key)
 
 
 class Keeper:
     """A thread for each server does the work; methods may be called from any other thread."""
 
-    def __init__(self, servers: Sequence[ServerProcess], key: str, start_seconds: float, reload: Reload) -> None:
-        self.servers = [Kept(process, key) for process in servers]
+    def __init__(self, servers: Sequence[ServerProcess], start_seconds: float, reload: Reload) -> None:
+        self.servers = [Kept(process) for process in servers]
         self._start_seconds = start_seconds
         self._reload = reload
         self._changed = threading.Condition()

@@ -6,18 +6,21 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import interrupt
+from megatron_fipo.rollout.vllm.worker import fipo_guard
 from megatron_fipo.vllm_environment import Installed
 
 WORKER = Path(__file__).parent / "worker"  # what servers import of this package
-_PORT_SECONDS = 60.0  # for the guard to start and take a port
+_PORT_SECONDS = 60.0  # for the guard to start and listen
 _LOG_LINES = 15  # of a server that failed
 _CPU_CACHE_GB = 1.0
 _CPU_BATCHED_TOKENS = 2048  # of one step
@@ -28,24 +31,23 @@ class Place:
     """Where a server runs.
 
     Attributes:
-        host: the address that it listens on.
+        host: the address that it listens on, for clients on other machines, too; None: a Unix socket.
         devices: names of its GPUs in CUDA_VISIBLE_DEVICES, or their numbers on another node; empty: the CPU.
         node: name of another node of this Slurm job; None: this machine.
     """
 
-    host: str = "127.0.0.1"
+    host: str | None = None
     devices: tuple[str, ...] = ()
     node: str | None = None
 
 
 def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
-    """vLLM's own, without the port."""
+    """Return vLLM's own, without where it listens."""
     rollout, model = config.rollout, config.model
     overrides = dict(model.overrides)
     if model.fp32_logits:
         overrides["head_dtype"] = "float32"
     given = {
-        "--host": place.host,
         "--model": str(Path(model.hf_path).absolute()),
         "--served-model-name": "policy",
         "--load-format": "dummy",  # weights come from the trainer, always
@@ -83,7 +85,10 @@ def _memory(config: Config, place: Place) -> dict[str, str]:
 
 def environment(base: Mapping[str, str], place: Place, key: str, weights: Path | None) -> dict[str, str]:
     """What a server finds: its key, and nothing that tells its workers that they are ranks of the trainer."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    ours = (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"),
+        "FIPO_WEIGHTS",
+    )
     environment = {name: value for name, value in base.items() if name not in ours}
     environment |= {
         "PYTHONPATH": str(WORKER),
@@ -122,9 +127,22 @@ class ServerProcess:
         self._environment = dict(environment)
         self._port = 0
         self._guard: subprocess.Popen[str] | None = None
+        self._socket: str | None = None
+        if place.host is None:
+            directory = fipo_guard.private_directory()
+            self._socket = f"{directory}/socket"
+            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+
+    @property
+    def key(self) -> str:
+        """What its clients must show."""
+        return self._environment["VLLM_API_KEY"]
 
     @property
     def url(self) -> str:
+        """`unix:PATH`, or `http://HOST:PORT`."""
+        if self._socket is not None:
+            return f"unix:{self._socket}"
         assert self._port, "a server has no URL before it was started"
         return f"http://{self.place.node or self.place.host}:{self._port}"
 
@@ -185,7 +203,8 @@ class ServerProcess:
     def _guarded(self) -> list[str]:
         guard = [str(self._python), str(WORKER / "fipo_guard.py")]
         owner = 0 if self.place.node else os.getpid()
-        return [*_on_node(self.place.node), *guard, str(owner), self.place.host, str(self._port), *self._serve()]
+        address = f"unix:{self._socket}" if self._socket is not None else f"{self.place.host}:{self._port}"
+        return [*_on_node(self.place.node), *guard, str(owner), address, *self._serve()]
 
     def _serve(self) -> list[str]:
         return [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *self._command]
@@ -199,13 +218,13 @@ def _on_node(node: str | None) -> list[str]:
     return ["srun", f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
 
 
-def places(config: Config, local_ranks: int, devices: Sequence[str], host: str) -> list[Place]:
+def places(config: Config, local_ranks: int, devices: Sequence[str], host: str | None) -> list[Place]:
     """Return where the servers run that one rank of this node starts.
 
     Args:
         local_ranks: ranks that share `devices`.
         devices: names of GPUs that servers may use, the ranks' own first; empty: servers compute on the CPU.
-        host: this node's address for the other ranks.
+        host: this node's address for the other ranks; None: they are all on this node.
 
     Raises:
         ValueError: there are too few GPUs.

@@ -57,12 +57,16 @@ class Transport(Protocol):
 
 
 class FileTransport:
-    """Files `DIRECTORY/VERSION/N.safetensors`; of the newest version what receivers are told is kept as well."""
+    """Files `DIRECTORY/VERSION/N.safetensors`; of the newest version what receivers are told is kept as well.
+
+    DIRECTORY is made here, for this user alone, and removed at the end.
+    """
 
     def __init__(self, directory: Path, rank: int, num_servers: int) -> None:
         self.feeds = range(num_servers) if rank == 0 else range(0)
         self.directory = directory
         self._writes = rank == 0
+        self._made = False
         self._told: list[dict[str, Any]] = []
         self.newest: tuple[str, list[dict[str, Any]]] | None = None
 
@@ -72,13 +76,18 @@ class FileTransport:
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
         if not self._writes:
             return {}
+        if not self._made:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700)  # not one that somebody else has made
+            self._made = True
         folder = self.directory / version
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         path = folder / f"{number}.safetensors"
         # Copies: parts of a fused parameter share memory, which safetensors refuses.
         tensors = {n: t.to("cpu", copy=True).contiguous() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished)
+            unfinished.chmod(0o600)  # some releases of safetensors make files that everybody may read
         told = {**bucket.description(checked), "path": str(path.absolute())}
         self._told.append(told)
         return told
@@ -96,8 +105,9 @@ class FileTransport:
                 shutil.rmtree(self.directory / old, ignore_errors=True)
 
     def close(self) -> None:
-        if self._writes:
+        if self._made:
             shutil.rmtree(self.directory, ignore_errors=True)
+            self._made = False
 
 
 class BroadcastTransport:
@@ -175,10 +185,13 @@ class IPCTransport:
         self._buffer = torch.empty(0)
 
 
-def memory_directory(run: str) -> Path:
-    """In this machine's shared memory; the guard of a server removes it should this process be killed."""
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
-    return base / f"megatron-fipo-weights-{os.getpid()}-{run}"
+def own_directory(parent: str | None, run: str) -> Path:
+    """Return the directory of a run's weights, in `parent` or this machine's shared memory, which is not made yet.
+
+    The guard of a server removes it should this process be killed.
+    """
+    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
+    return (Path(parent).absolute() if parent else memory) / f"megatron-fipo-weights-{os.getpid()}-{run}"
 
 
 def _in_background(control: Control, route: str, body: dict[str, Any]) -> Future[dict[str, Any]]:

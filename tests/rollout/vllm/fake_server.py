@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KEY = "right"
@@ -27,9 +29,11 @@ class FakeServer:
         most: the most responses it drew at the same time.
         bodies: what control routes answer instead of `{}`, as it goes over the wire.
         sleeping: what /is_sleeping answers; routes do not change it.
+        key: what requests must show; `shown` counts what they did show.
     """
 
-    def __init__(self, version: str | None = "run-1", delay: float = 0.0) -> None:
+    def __init__(self, version: str | None = "run-1", delay: float = 0.0, uds: Path | None = None) -> None:
+        """`uds`: path of the Unix socket on which it listens instead of a port."""
         self.version = version
         self.delay = delay
         self.status = 200
@@ -44,8 +48,10 @@ class FakeServer:
         self.sleeping = False
         self.lock = threading.Lock()
         self.aborted: dict[str, threading.Event] = {}  # of requests under way
-        self._http = _Server(self)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self.key = KEY
+        self.shown: Counter[str | None] = Counter()
+        self._http = _Server(self, ("127.0.0.1", 0)) if uds is None else _UnixServer(self, str(uds))
+        self.url = f"unix:{uds}" if uds else f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
@@ -65,9 +71,19 @@ def tokens_for(seed: int | None, prompt: list[int]) -> list[int]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, fake: FakeServer) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, fake: FakeServer, address: Any) -> None:
+        super().__init__(address, _Handler)
         self.fake = fake
+
+
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        return self.socket.accept()[0], ("unix", 0)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -169,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {"choices": [choice]}
 
     def _allowed(self) -> bool:
-        if self.headers.get("Authorization") == f"Bearer {KEY}":
+        self.fake.shown[self.headers.get("Authorization")] += 1
+        if self.headers.get("Authorization") == f"Bearer {self.fake.key}":
             return True
         self._send(401, {"error": "who are you?"})
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def connect(servers: list[FakeServer]) -> Iterator[MakeClient]:
     clients: list[Client] = []
 
     def make(patience: Patience = QUICK, concurrency: int = 64, key: str = KEY, **more: object) -> Client:
-        client = Client([s.url for s in servers], key, patience, concurrency, **more)  # type: ignore[arg-type]
+        client = Client([s.url for s in servers], [key] * len(servers), patience, concurrency, **more)  # type: ignore[arg-type]
         clients.append(client)
         client.expect("run-1", [True] * len(servers))
         return client
@@ -40,6 +41,25 @@ def connect(servers: list[FakeServer]) -> Iterator[MakeClient]:
     yield make
     for client in clients:
         client.close()
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_each_server_is_shown_its_own_key(kind: str, tmp_path: Path) -> None:
+    """Over Unix sockets and over TCP: responses of both servers arrive, and neither learns the other one's key."""
+    fakes = [FakeServer(uds=tmp_path / str(i) if kind == "unix" else None) for i in range(2)]
+    for number, fake in enumerate(fakes):
+        fake.key = f"key {number}"
+    client = Client([s.url for s in fakes], [s.key for s in fakes], QUICK, 8)
+    try:
+        client.expect("run-1", [True, True])
+        draw_all(client, 40)
+        wait_until(lambda: all(fake.shown for fake in fakes))
+    finally:
+        client.close()
+        for fake in fakes:
+            fake.close()
+    assert [set(fake.shown) for fake in fakes] == [{"Bearer key 0"}, {"Bearer key 1"}]
+    assert min(fake.answered.total() for fake in fakes) > 0
 
 
 def requests(count: int) -> list[Request]:

@@ -55,7 +55,7 @@ def test_anything_else_is_an_error_of_the_server(server: FakeServer, control: Co
 def test_a_whole_update_on_empty_bodies(server: FakeServer, control: Control, tmp_path: Path) -> None:
     """A server that answers nothing but 200 to every route gets its weights and their version."""
     server.bodies = dict.fromkeys(UPDATE_ROUTES, b"")
-    send = update.Update(FileTransport(tmp_path, 0, 1), "run-2", {0: (control, 1)}, checked=False)
+    send = update.Update(FileTransport(tmp_path / "weights", 0, 1), "run-2", {0: (control, 1)}, checked=False)
     send.run(iter([("a", torch.ones(3))]), 100)
     assert (send.failures, send.problem, server.version) == ({}, None, "run-2")
 

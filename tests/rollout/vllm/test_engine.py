@@ -74,7 +74,12 @@ def _expected(rank: int, version: int) -> list[tuple[list[int], tuple[int, ...]]
 
 
 def test_two_ranks(servers: list[FakeServer], tmp_path: Path) -> None:
-    """Each rank draws its own requests from both servers, each once, with the newest weights; rank 0 sends those."""
+    """Each rank draws its own requests from both servers, each once, with the newest weights; rank 0 sends those.
+
+    Of rollout.weight_directory only what the run has put there is removed.
+    """
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "mine.txt").write_text("not the run's")
     drawn = run_ranks(_draw_twice, 2, [s.url for s in servers], tmp_path)
     for rank in range(2):
         assert drawn[rank] == [_expected(rank, 1), _expected(rank, 2)]
@@ -84,7 +89,7 @@ def test_two_ranks(servers: list[FakeServer], tmp_path: Path) -> None:
     assert min(s.asked.total() for s in servers) >= 20
     for server in servers:
         assert [route for route, _ in server.controls].count("/finish_weight_update") == 2
-    assert not (tmp_path / "weights").exists()
+    assert [f.name for f in (tmp_path / "weights").iterdir()] == ["mine.txt"]
 
 
 def test_server_that_takes_no_weights(servers: list[FakeServer], tmp_path: Path) -> None:

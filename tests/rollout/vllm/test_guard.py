@@ -1,7 +1,8 @@
-"""A server's processes end with their owner, whoever is killed; its port is its own."""
+"""A server's processes end with their owner, whoever is killed; its socket and its port are its own."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess
@@ -19,16 +21,21 @@ from tests.ranks import context, fork
 # Like vLLM's: a front, an engine and a worker, of which only the front listens. They write their numbers to a file.
 SERVER = """
 import os, socket, subprocess, sys, time
-out, depth, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[-1])
+out, depth, path = sys.argv[1], int(sys.argv[2]), sys.argv[-1]
 with open(out, "a") as file:
     file.write(f"{os.getpid()}\\n")
 if depth:
-    subprocess.Popen([sys.executable, __file__, out, str(depth - 1), "--port", str(port)])
+    subprocess.Popen([sys.executable, __file__, out, str(depth - 1), "--uds", path])
 if depth == 2:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
     listener.listen()
+    while True:
+        connection = listener.accept()[0]
+        while data := connection.recv(100):  # until the client is gone
+            connection.sendall(data.upper())
+        with open(out + ".closed", "a") as file:
+            file.write("closed\\n")
 time.sleep(600)
 """
 
@@ -36,11 +43,11 @@ time.sleep(600)
 class FakeVLLM(ServerProcess):
     """The same guard, around other processes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str | None = None) -> None:
         (directory / "server.py").write_text(SERVER)
         self.pids = directory / "pids"
         weights = {"FIPO_WEIGHTS": str(directory / "weights")}
-        super().__init__(Path(sys.executable), [], {**os.environ, **weights}, Place(), directory / "log")
+        super().__init__(Path(sys.executable), [], {**os.environ, **weights}, Place(host), directory / "log")
 
     def _serve(self) -> list[str]:
         return [sys.executable, str(self.log.parent / "server.py"), str(self.pids), "2"]
@@ -90,7 +97,7 @@ def _own(directory: Path, how: str, started: Any) -> None:
     server.start()
     child = os.fork() if how == "forked" else os.getpid()
     if child:
-        started.send((server.pid, child))
+        started.send((server.pid, child, server.url))
     time.sleep(600)
 
 
@@ -104,7 +111,7 @@ def test_owner_is_killed(tmp_path: Path, how: str) -> None:
     child = owner.pid
     try:
         assert received.poll(60)
-        guard, child = received.recv()
+        guard, child, _ = received.recv()
         found = processes(tmp_path / "pids")
         assert all(map(alive, [guard, child, *found]))
         owner.kill()
@@ -143,25 +150,115 @@ def test_stopped_processes_end(server: FakeVLLM) -> None:
     assert all_end([outer, inner, *found])
 
 
-def test_port_is_held(server: FakeVLLM) -> None:
-    """From before the server listens until it is gone, nobody else gets its port; restarted, it has the same one."""
-    url = server.url
-    port = int(url.rpartition(":")[2])
-    with socket.socket() as other, pytest.raises(OSError, match="in use"):
-        other.bind(("127.0.0.1", port))
-    processes(server.pids)
+def connected(address: Any, family: int = socket.AF_INET) -> socket.socket:
+    """A connection to a server, once it listens."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        made = socket.socket(family)
+        made.settimeout(60)
+        try:
+            made.connect(address)
+            made.sendall(b"hello")
+            if made.recv(5) == b"HELLO":
+                return made
+        except OSError:
+            pass
+        made.close()
+        time.sleep(0.02)
+    raise AssertionError(f"no server at {address}")
+
+
+def test_socket_is_for_this_user_alone(server: FakeVLLM) -> None:
+    """The server is in a directory that nobody else may enter, on no port; restarted, it is at the same place."""
+    path = Path(server.url.removeprefix("unix:"))
+    assert (path.parent.stat().st_mode & 0o777, path.parent.stat().st_uid) == (0o700, os.getuid())
+    connected(str(path), socket.AF_UNIX).close()
+    for pid in (server.pid, *processes(server.pids)):
+        assert psutil.Process(pid).net_connections("inet") == []
     server.start()
-    assert server.url == url
+    assert server.url == f"unix:{path}"
     assert len(processes(server.pids, 6)) == 3
+    connected(str(path), socket.AF_UNIX).close()
+
+
+def test_sockets_go_with_the_owner(tmp_path: Path) -> None:
+    """A killed owner leaves no directory behind, and neither does one that lets go of the server."""
+    received, started = context.Pipe(duplex=False)
+    owner = fork(_own, tmp_path, "alone", started)
+    try:
+        assert received.poll(60)
+        guard, _, url = received.recv()
+        path = Path(url.removeprefix("unix:"))
+        connected(str(path), socket.AF_UNIX).close()
+        owner.kill()
+        assert all_end([guard])
+        assert not path.parent.exists()
+    finally:
+        owner.kill()
+        owner.join()
+    server = FakeVLLM(tmp_path)
+    directory = Path(server.url.removeprefix("unix:")).parent
+    assert directory.is_dir()
+    del server
+    gc.collect()
+    assert not directory.exists()
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[FakeVLLM]:
+    """A server for clients on other machines."""
+    made = FakeVLLM(tmp_path, "127.0.0.1")
+    made.start()
+    yield made
+    made.kill()
+
+
+def _address(server: FakeVLLM) -> tuple[str, int]:
+    return "127.0.0.1", int(server.url.rpartition(":")[2])
+
+
+def test_port_is_held(remote: FakeVLLM) -> None:
+    """From before the server listens until it is gone, nobody else gets its port, not with SO_REUSEADDR or SO_REUSEPORT
+    either; what is sent there reaches the server; restarted, it has the same port."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(_address(remote))
+    before = remote.url
+    connected(_address(remote)).close()
+    remote.start()
+    assert remote.url == before
+    connected(_address(remote)).close()
+
+
+def test_relayed_connections_end_on_both_sides(remote: FakeVLLM) -> None:
+    """A client that goes away is gone for the server, whose socket is for this user alone; a server that ends closes
+    its clients' connections."""
+    connected(_address(remote)).close()
+    closed = Path(f"{remote.pids}.closed")
+    deadline = time.monotonic() + 60
+    while not closed.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert closed.exists()
+    front = processes(remote.pids)[0]
+    path = Path(Path(f"/proc/{front}/cmdline").read_text().split("\0")[-2])
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    client = connected(_address(remote))
+    os.kill(front, signal.SIGKILL)
+    assert client.recv(1) == b""
+    client.close()
+    assert all_end([remote.pid or front])
+    assert not path.parent.exists()
 
 
 def test_port_is_taken(tmp_path: Path) -> None:
     """A restart whose port somebody has taken meanwhile says so."""
-    server = FakeVLLM(tmp_path)
+    server = FakeVLLM(tmp_path, "127.0.0.1")
     server.start()
     server.kill()
     with socket.socket() as other:
-        other.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        with pytest.raises(RuntimeError, match=r"port \d+ of 127\.0\.0\.1 cannot be had"):
+        other.bind(_address(server))
+        with pytest.raises(RuntimeError, match=r"port \d+ of 127\.0\.0\.1 is not available"):
             server.start()
     assert server.pid is None

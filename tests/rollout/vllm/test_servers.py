@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.rollout import Request, Response, Sampling, VLLMEngine
 from megatron_fipo.rollout.vllm.client import Client, Patience
-from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError
+from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError, address
 from tests.policies import make_config
 from tests.rollout.vllm.models import VOCABULARY, log_probs, make_model, weights_of
 
@@ -298,7 +298,7 @@ def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Ca
 
 def test_servers_that_run_already(two: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is given URLs and a key uses those servers, and leaves them running."""
-    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", two.engine.keeper.servers[0].key)
+    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", ",".join(s.process.key for s in two.engine.keeper.servers))
     found = [processes(two, server) for server in range(2)]
     case = start(tmp_path, servers=tuple(control.url for control in two.engine._controls))
     try:
@@ -319,11 +319,13 @@ def test_everything_needs_the_key(two: Case, route: str) -> None:
     """Control routes as well, which vLLM itself leaves open; and the key is in no log and no command line."""
     import httpx
 
-    url = two.engine._controls[1].url
-    for headers in ({}, {"Authorization": "Bearer wrong"}):
-        for method in ("GET", "POST"):
-            assert httpx.request(method, url + route, headers=headers, trust_env=False).status_code == 401
-    key = two.engine.keeper.servers[1].key.encode()
+    first, second = (server.process.key for server in two.engine.keeper.servers)
+    base, socket = address(two.engine._controls[1].url)
+    with httpx.Client(base_url=base, transport=httpx.HTTPTransport(uds=socket), trust_env=False) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {first}"}):
+            for method in ("GET", "POST"):
+                assert client.request(method, route, headers=headers).status_code == 401
+    key = second.encode()
     assert key not in two.engine.keeper.servers[1].process.log.read_bytes()
     for pid in processes(two, 1):
         assert key not in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +18,7 @@ from safetensors.torch import load_file
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.buckets import buckets
 from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError
-from megatron_fipo.rollout.vllm.transport import BroadcastTransport, FileTransport, IPCTransport
+from megatron_fipo.rollout.vllm.transport import BroadcastTransport, FileTransport, IPCTransport, own_directory
 from megatron_fipo.rollout.vllm.worker import fipo_wire
 from tests.rollout.vllm.fake_server import KEY, FakeServer
 
@@ -116,7 +120,7 @@ def test_newest_version_stays(servers: list[FakeServer], targets: Any, tmp_path:
 def test_failing_server(servers: list[FakeServer], targets: Any, tmp_path: Path, route: str) -> None:
     """Wherever a server fails it is named and never carries the new version; the other one gets everything."""
     servers[0].refuses = route
-    send = update.Update(FileTransport(tmp_path, 0, 2), "run-2", targets, checked=False)
+    send = update.Update(FileTransport(tmp_path / "weights", 0, 2), "run-2", targets, checked=False)
     weights = iter(tensors().items())
     send.run(weights, 1)
     assert list(weights) == []
@@ -138,6 +142,30 @@ def test_disk_is_full(servers: list[FakeServer], targets: Any, tmp_path: Path) -
     assert send.problem is not None
     assert "could not be written" in send.problem
     assert [server.version for server in servers] == [UNFINISHED] * 2
+
+
+def test_files_are_for_this_user_alone(servers: list[FakeServer], targets: Any, tmp_path: Path) -> None:
+    """Directories 0700 and files 0600, whatever the umask; a directory that is there already is not used."""
+    before = os.umask(0)
+    try:
+        transport = FileTransport(tmp_path / "weights", 0, 2)
+        update.Update(transport, "run-1", targets, checked=False).run(iter(tensors().items()), 1)
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in [tmp_path / "weights", *(tmp_path / "weights").rglob("*")]}
+    files = {f"{i}.safetensors": 0o600 for i in range(3)}
+    assert modes == {"weights": 0o700, "run-1": 0o700, **files}
+    second = update.Update(FileTransport(tmp_path / "weights", 0, 2), "run-2", targets, checked=False)
+    second.run(iter(tensors().items()), 1)
+    assert second.problem is not None
+    assert "File exists" in second.problem
+
+
+def test_directory_of_weights() -> None:
+    """One of the run's own, in the directory that the user names or in memory; never that directory itself."""
+    found = own_directory("some/where", "run")
+    assert (found.parent, found.name) == (Path("some/where").absolute(), f"megatron-fipo-weights-{os.getpid()}-run")
+    assert own_directory(None, "run").parent in (Path("/dev/shm"), Path("/tmp"))
 
 
 def test_other_ranks_send_nothing(tmp_path: Path) -> None:
@@ -219,3 +247,24 @@ def test_checksum_sees_every_bit_and_place() -> None:
     assert fipo_wire.checksum(tensor.T.contiguous().T) == expected
     assert fipo_wire.checksum(torch.zeros(8)) != fipo_wire.checksum(torch.zeros(9))
     assert 0 <= expected + 2**63 < 2**64
+
+
+def test_broadcasts_listen_on_one_address() -> None:
+    """Store and group of an update on one machine: every port is on the loopback address, and tensors arrive."""
+    timeout = timedelta(seconds=60)
+    before = {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    store = fipo_wire.store("127.0.0.1", 0, is_master=True, timeout=timeout)
+    received = torch.zeros(4, dtype=torch.uint8)
+
+    def receive() -> None:
+        other = fipo_wire.store("127.0.0.1", store.port, is_master=False, timeout=timeout)
+        fipo_wire.Group("gloo", other, 1, 2, timeout).broadcast(received)
+
+    with ThreadPoolExecutor(1) as pool:
+        receiver = pool.submit(receive)
+        group = fipo_wire.Group("gloo", store, 0, 2, timeout)
+        listening = {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        group.broadcast(torch.arange(4, dtype=torch.uint8))
+        receiver.result()
+    assert received.tolist() == [0, 1, 2, 3]
+    assert {address.ip for address in listening - before} == {"127.0.0.1"}

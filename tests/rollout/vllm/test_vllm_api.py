@@ -126,8 +126,8 @@ def test_routes(source: Source) -> None:
     """Every route that the trainer asks is served, and takes the queries that are sent along."""
     client = Path(str(engine.__file__)).with_name("client.py").read_text()
     asked = {s for module in (control, engine, transport, update) for s in _strings(module) if re.fullmatch(r"/\w+", s)}
-    asked |= set(re.findall(r"\{server\.url\}(/[\w/]+)", client))
-    asked -= {"/health", "/dev", "/tmp"}
+    asked |= set(re.findall(r"server\.http\.\w+\(\"(/[\w/]+)", client))
+    asked -= {"/health", "/tmp"}
     assert {"/pause", "/update_weights", "/wake_up", "/weight_info", "/inference/v1/abort_requests"} <= asked
     served = "".join(source(path) for path in ROUTES)
     assert not {route for route in asked if f'"{route}"' not in served}

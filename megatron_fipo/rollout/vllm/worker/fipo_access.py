@@ -1,4 +1,4 @@
-"""ASGI middleware for a vLLM server: nothing but /health without the key.
+"""ASGI middleware for a vLLM server: nothing but /health without the key, and no websockets without it.
 
 vLLM's own check covers the paths under /v1 and /inference and leaves the control routes open, through which anybody
 who reaches the port could replace the model.
@@ -31,8 +31,12 @@ class RequireKey:
         self._expected = hashlib.sha256(f"Bearer {key}".encode()).digest()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN or self._allowed(scope):
+        kind = scope["type"]
+        if kind == "lifespan" or (kind == "http" and scope["path"] in _OPEN) or self._allowed(scope):
             await self.app(scope, receive, send)
+            return
+        if kind != "http":
+            await send({"type": f"{kind}.close", "code": 1008})
             return
         body = json.dumps({"error": "this server needs its key: Authorization: Bearer <key>"}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -40,5 +44,5 @@ class RequireKey:
         await send({"type": "http.response.body", "body": body})
 
     def _allowed(self, scope: dict[str, Any]) -> bool:
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+        given = next((value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"), b"")
         return hmac.compare_digest(hashlib.sha256(given).digest(), self._expected)

@@ -1,35 +1,43 @@
 """Runs one vLLM server as a group of processes that ends, whole, as soon as its owner does.
 
-Started by the server's owner as `python fipo_guard.py OWNER_PID HOST PORT COMMAND...`, in the environment that the
-server needs. It takes a free port (PORT 0) or the one given, writes it to standard output and starts the command
-with `--port N`. The end of its standard input, of the owner or of the command ends everything.
+Started by the server's owner as `python fipo_guard.py OWNER_PID ADDRESS COMMAND...`, in the environment that the server
+needs. It starts the command with `--uds PATH`: the server always listens on a Unix socket, in a directory that no other
+user may enter. The end of the guard's standard input, of the owner or of the command ends everything.
+
+ADDRESS is `unix:PATH` for a server of which only this machine knows. Otherwise it is HOST:PORT, with a free port for
+PORT 0; the guard listens there, writes the port to standard output, and relays connections to the socket. vLLM binds a
+port minutes before it listens on it, and until then any other user may bind it, too, and be sent the server's key.
 
 There are two guards, one leading the server's process group and one outside, which look after each other: vLLM's engine
 outlives its API server, so whichever process is killed, one is needed that ends the rest.
-
-The port cannot be lost to another program between its choice and the server's start: the guards hold a socket bound to
-it, on which they do not listen, and the server binds a second one.
 
 Standard library only: it runs in vLLM's environment, and on other nodes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import resource
 import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, MutableMapping
 
 _TRACKER_SECONDS = 5.0
+_LONGEST_PATH = 100  # bytes of a Unix socket's path, of 107 that Linux takes
+_BACKLOG = 2048
+_BLOCK = 1 << 16  # bytes relayed at once
 
 
-def main(owner: int, host: str, port: int, command: list[str]) -> None:
+def main(owner: int, address: str, command: list[str]) -> None:
     """The outer guard: serve until something ends, then end the whole group."""
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
@@ -40,21 +48,80 @@ def main(owner: int, host: str, port: int, command: list[str]) -> None:
         except ProcessLookupError:
             return
         watched.register(life, select.POLLIN)
-    try:
-        reserved = reserve(host, port)
-    except OSError as error:
-        sys.exit(f"port {port} of {host} cannot be had: {error}")
+    listener, path = _endpoint(address)
     outer, inner = os.getpid(), os.fork()
     if inner == 0:
-        _serve(outer, [*command, "--port", str(reserved.getsockname()[1])])
+        _serve(outer, [*command, "--uds", path])
     watched.register(os.pidfd_open(inner), select.POLLIN)
-    print(reserved.getsockname()[1], flush=True)
+    if listener is not None:
+        threading.Thread(target=lambda: asyncio.run(_relay(listener, path)), daemon=True).start()
+    print(listener.getsockname()[1] if listener else 0, flush=True)
     watched.poll()
     with contextlib.suppress(ProcessLookupError):
         os.kill(inner, signal.SIGKILL)
     end_group(inner)
-    if owner and select.select([life], [], [], 0)[0] and "FIPO_WEIGHTS" in os.environ:
+    abandoned = bool(owner and select.select([life], [], [], 0)[0])
+    _remove(path, with_directory=abandoned or listener is not None)
+    if abandoned and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
+
+
+def _endpoint(address: str) -> tuple[socket.socket | None, str]:
+    """Return where others connect, None for those on this machine alone, and the path of the server's own socket."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        _remove(path, with_directory=False)  # of a server before this one
+        return None, path
+    host, _, port = address.rpartition(":")
+    try:
+        # Nobody else can bind a port that is listened on, and of two that bind it before, only one can listen.
+        listener = socket.create_server((host, int(port)), backlog=_BACKLOG)
+    except OSError as error:
+        sys.exit(f"port {port} of {host} is not available: {error}")
+    return listener, os.path.join(private_directory(), "socket")
+
+
+def private_directory() -> str:
+    """Make a directory that no other user may enter, with a path that leaves room for a Unix socket's name."""
+    short = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_PATH - 40
+    return tempfile.mkdtemp(prefix="megatron-fipo-", dir=None if short else "/tmp")
+
+
+def _remove(path: str, with_directory: bool) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    if with_directory:
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+
+
+async def _relay(listener: socket.socket, path: str) -> None:
+    """Connect whoever connects to `listener` with the socket at `path`, until this process ends."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a connection
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            server_reader, server_writer = await asyncio.open_unix_connection(path)
+            with contextlib.closing(server_writer):
+                ways = [
+                    asyncio.create_task(_copy(reader, server_writer)),
+                    asyncio.create_task(_copy(server_reader, writer)),
+                ]
+                # A client that is gone must be gone for the server, too, which then ends its work.
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                for way in ways:
+                    way.cancel()
+
+    server = await asyncio.start_server(connection, sock=listener)
+    await server.serve_forever()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while block := await reader.read(_BLOCK):
+            writer.write(block)
+            await writer.drain()
 
 
 def choose_devices(environment: MutableMapping[str, str]) -> None:
@@ -122,18 +189,6 @@ def _members(group: int) -> Iterator[tuple[int, bool]]:
             yield int(entry), is_tracker
 
 
-def reserve(host: str, port: int) -> socket.socket:
-    """A bound socket beside which a server that sets SO_REUSEADDR, as vLLM's does, can bind the same port and listen.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind((host, port))
-    return reserved
-
-
 if __name__ == "__main__":
     choose_devices(os.environ)
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

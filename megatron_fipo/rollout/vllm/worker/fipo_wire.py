@@ -7,6 +7,7 @@ tensor starts at a multiple of ALIGNMENT; in a file it is a safetensors file.
 from __future__ import annotations
 
 import base64
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 ALIGNMENT = 16  # bytes
+LOOPBACK = "127.0.0.1"
+_BACKLOG = 2048
 # Constants of splitmix64's finalizer, as int64: a one-to-one map in which each bit of a word changes half of the rest.
 _STEP, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -64,17 +67,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Group:
-    """One sender, rank 0, and a server's workers: a process group beside whatever default group there is."""
+    """One sender, rank 0, and a server's workers: a process group beside whatever default group there is.
 
-    def __init__(self, backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
-        store = dist.PrefixStore("fipo-weights", store)
+    Members that meet on the loopback address are reached there alone.
+    """
+
+    def __init__(self, backend: str, store: dist.TCPStore, rank: int, world_size: int, timeout: timedelta) -> None:
+        members = dist.PrefixStore("fipo-weights", store)
         self._group: Any
         if backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+            self._group = dist.ProcessGroupNCCL(members, rank, world_size, options)
         else:
-            self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._timeout = timeout
+            local = store.host == LOOPBACK
+            options._devices = [gloo.create_device(hostname=LOOPBACK) if local else gloo.create_default_device()]
+            self._group = gloo(members, rank, world_size, options)
 
     def broadcast(self, buffer: torch.Tensor) -> None:
         """From rank 0 into everybody's buffer; done when this returns."""
@@ -86,8 +97,16 @@ class Group:
 
 
 def store(address: str, port: int, is_master: bool, timeout: timedelta) -> dist.TCPStore:
-    """Where a group's members meet; port 0 takes a free one."""
-    return dist.TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+    """Return where a group's members meet. The master listens on this one address; port 0 takes a free port."""
+    listener = socket.create_server((address, port), backlog=_BACKLOG) if is_master else None
+    return dist.TCPStore(
+        address,
+        listener.getsockname()[1] if listener else port,
+        is_master=is_master,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach() if listener else None,
+    )
 
 
 # CUDA IPC: another process on the same GPU sees a buffer through these numbers, sent as JSON; no pickle.
