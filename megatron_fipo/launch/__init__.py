@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -113,9 +112,9 @@ def run(
                 error=Path(errors) / f"rank_{environment['RANK']}.json",
                 run_directory=run_directory,
                 deterministic=deterministic,
-                listener=listener,
+                store=None if slurm.is_task(os.environ) else Path(errors) / "store",
             )
-            for environment, listener in _ranks(parallel)
+            for environment in _ranks(parallel)
         ]
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
@@ -139,19 +138,18 @@ def _deterministic_environment() -> dict[str, str]:
     return {name: value for name, value in DETERMINISTIC_ENVIRONMENT.items() if name not in os.environ}
 
 
-def _ranks(parallel: ParallelConfig) -> Iterator[tuple[dict[str, str], socket.socket | None]]:
-    """What each rank that is started here finds in its environment, and rank 0's socket."""
+def _ranks(parallel: ParallelConfig) -> Iterator[dict[str, str]]:
+    """Return what each rank that is started here finds in its environment."""
     if slurm.is_task(os.environ):
         environment = slurm.torch_environment(os.environ)
         if is_first_process():  # once is enough, and Slurm ends the others
             _check_number(parallel, int(environment["WORLD_SIZE"]))
-        yield environment, None
+        yield environment
         return
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    port, number = str(listener.getsockname()[1]), str(parallel.world_size)
-    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    number, interface = str(parallel.world_size), os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GLOO_SOCKET_IFNAME": interface}
     for rank in range(parallel.world_size):
-        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listener if rank == 0 else None
+        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def _check_number(parallel: ParallelConfig, started: int) -> None:

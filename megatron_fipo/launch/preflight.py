@@ -5,10 +5,12 @@ What fails here says which rank or node it was, instead of half an hour later th
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import platform
 import shutil
+import socket
 import time
 import uuid
 from collections import defaultdict
@@ -18,7 +20,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ _ARRIVAL = timedelta(minutes=10)  # all ranks have imported their packages, from
 _CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
 _VISIBLE_SECONDS = 60.0  # network file systems cache what a directory holds
 _OTHERS_SECONDS = 2.0  # for the other ranks to note how far they came
+_BACKLOG = 2048
 _GIB = 2**30
 _LITTLE_DISK, _NO_DISK = 20 * _GIB, 2**27
 _LITTLE_DEVICE_MEMORY = 0.9  # of the whole
@@ -47,18 +49,18 @@ class Facts:
     free_device_memory: float | None = None  # share of the whole
 
 
-def connect(timeout: timedelta, run_directory: Path | None, listener: Any = None) -> None:
+def connect(timeout: timedelta, run_directory: Path | None, store: Path | None = None) -> None:
     """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
 
-    The environment names this rank as torch's does. Rank 0 judges, and prints one line. `listener`: rank 0's socket,
-    bound to MASTER_PORT.
+    The environment names this rank as torch's does. Rank 0 judges, and prints one line. `store`: a file through
+    which the ranks, all on this machine, find each other; None: through rank 0's port.
 
     Raises:
         ValueError: what to change, and on which node.
         ConnectionError: ranks that did not come, or that cannot be reached.
     """
     started = time.monotonic()
-    ranks = _Ranks(_store(min(timeout, _ARRIVAL), listener))
+    ranks = _Ranks(_store(min(timeout, _ARRIVAL), store))
     facts = ranks.gather(min(timeout, _ARRIVAL), run_directory)
     with ranks.named_on_error():
         _initialize(ranks, min(timeout, _CONNECTION))
@@ -171,7 +173,12 @@ class _Ranks:
         self.store.set(f"reached/{self.rank}", "")
 
 
-def _store(timeout: timedelta, listener: Any) -> dist.Store:
+def _store(timeout: timedelta, file: Path | None) -> dist.Store:
+    """Return where the ranks meet. Whoever can write there can run code in them: torch unpickles what they exchange."""
+    if file is not None:
+        found = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))
+        found.set_timeout(timeout)
+        return found
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own
         return next(rendezvous("env://", timeout=timeout))[0]
     rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -182,12 +189,23 @@ def _store(timeout: timedelta, listener: Any) -> dist.Store:
             is_master=rank == 0,
             timeout=timeout,
             wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener else None,
+            master_listen_fd=_listener(address, port).detach() if rank == 0 else None,
         )
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, OSError) as error:
         if rank == 0:
             raise ConnectionError(f"cannot listen at {address}:{port}; choose another MASTER_PORT: {error}") from None
         raise ConnectionError(f"no answer from rank 0 at {address}:{port} to {host()}: {error}") from None
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """Return a socket that listens at one address, not at all of this machine's.
+
+    Some distributions resolve a machine's own name to a loopback address, where no other node could connect.
+    """
+    family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    others = int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hidden = others and ipaddress.ip_address(place[0]).is_loopback and place[0] != address
+    return socket.create_server(("", port) if hidden else place[:2], family=family, backlog=_BACKLOG)
 
 
 def _initialize(ranks: _Ranks, timeout: timedelta) -> None:

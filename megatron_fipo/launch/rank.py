@@ -40,7 +40,7 @@ def main(task: RankTask) -> None:
     log = _open_log(task)
     interrupt.install()
     try:
-        run(task.entry, task.parallel, task.args, task.run_directory, task.listener, task.deterministic)
+        run(task.entry, task.parallel, task.args, task.run_directory, task.store, task.deterministic)
     except Interrupted:
         sys.exit(RUN_AGAIN)
     except BaseException as error:
@@ -72,7 +72,7 @@ def run(
     parallel: ParallelConfig,
     args: Sequence[Any],
     run_directory: Path | None,
-    listener: Any = None,
+    store: Path | None = None,
     deterministic: bool = False,
 ) -> None:
     """Call `entry(*args)` inside an initialized default process group; the environment says which rank this is.
@@ -82,14 +82,14 @@ def run(
     """
     _set_threads(parallel)
     device.set_up(preflight.device_index() if torch.cuda.is_available() else None, deterministic)
-    with _process_group(parallel, run_directory, listener):
+    with _process_group(parallel, run_directory, store):
         entry(*args)
 
 
 @contextmanager
-def _process_group(parallel: ParallelConfig, run_directory: Path | None, listener: Any) -> Iterator[None]:
+def _process_group(parallel: ParallelConfig, run_directory: Path | None, store: Path | None) -> Iterator[None]:
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    preflight.connect(timeout, run_directory, listener)
+    preflight.connect(timeout, run_directory, store)
     stopped: Interrupted | None = None
     try:
         yield

@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -37,13 +36,14 @@ class RankTask:
     """What a rank is started with.
 
     Attributes:
-        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; what libraries read
-            when they start.
+        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, under srun MASTER_ADDR and MASTER_PORT; what
+            libraries read when they start.
         log: where its output goes.
         output: rank 0's standard output and error, which its supervisor shows as well.
         error: where it describes its failure.
         deterministic: run.deterministic.
-        listener: rank 0's end of MASTER_PORT, bound already; None: it binds it itself.
+        store: a file, in a directory of this user alone, through which local ranks find each other; None: rank 0
+            listens at MASTER_ADDR and MASTER_PORT.
     """
 
     entry: Callable[..., Any]
@@ -55,7 +55,7 @@ class RankTask:
     run_directory: Path | None
     deterministic: bool = False
     output: tuple[connection.Connection, connection.Connection] | None = None
-    listener: socket.socket | None = None
+    store: Path | None = None
 
     @property
     def rank(self) -> int:

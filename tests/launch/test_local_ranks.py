@@ -11,7 +11,9 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,6 +65,28 @@ def test_ranks_that_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(supervisor, "_start_method", lambda: "spawn")
     launch.run(_record, TWO_RANKS, (tmp_path,))
     assert [found["rank"] for found in _recorded(tmp_path)] == [0, 1]
+
+
+def _record_sockets(directory: Path) -> None:
+    dist.all_reduce(torch.ones(1))
+    listening = {c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    group: Any = dist.group.WORLD
+    store = group.get_group_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    parent = Path(store.path).parent.stat()
+    found = [sorted(listening), type(store).__name__, oct(parent.st_mode & 0o777), parent.st_uid]
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+@pytest.mark.distributed
+def test_local_ranks_are_out_of_reach(tmp_path: Path) -> None:
+    """They meet through a file in a directory of this user alone, and listen on the loopback address only."""
+    launch.run(_record_sockets, TWO_RANKS, (tmp_path,))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [["127.0.0.1"], "FileStore", "0o700", os.getuid()]
 
 
 def _fail_on_one(kind: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
+import socket
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -187,3 +189,27 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"^8 ranks on n1, which has 4 GPUs: start at most 4 ranks on a node$"):
         preflight.device_index()
+
+
+@pytest.mark.parametrize(
+    ("address", "nodes", "listens"),
+    [
+        ("127.0.0.1", 1, "127.0.0.1"),
+        ("127.0.0.1", 2, "127.0.0.1"),  # as it was asked for
+        ("this-node", 1, "127.0.1.1"),
+        ("this-node", 2, "0.0.0.0"),  # where the other one could not connect
+        ("other-name", 2, "127.0.0.2"),
+    ],
+)
+def test_store_listens_at_one_address(address: str, nodes: int, listens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's port is on the address that MASTER_ADDR names, unless that name means the machine itself alone."""
+    found = {"this-node": "127.0.1.1"}.get(address, address)
+    if address == "other-name":  # an address that is no loopback one, as far as the check is concerned
+        found = "127.0.0.2"
+        monkeypatch.setattr(ipaddress, "ip_address", lambda text, read=ipaddress.ip_address: read("10.0.0.2"))
+    place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (found, 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [place])
+    monkeypatch.setenv("WORLD_SIZE", str(nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with preflight._listener(address, 0) as listener:
+        assert listener.getsockname()[0] == listens

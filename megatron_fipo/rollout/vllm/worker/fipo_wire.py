@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 ALIGNMENT = 16  # bytes
-LOOPBACK = "127.0.0.1"
 _BACKLOG = 2048
 # Constants of splitmix64's finalizer, as int64: a one-to-one map in which each bit of a word changes half of the rest.
 _STEP, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -69,7 +68,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Group:
     """One sender, rank 0, and a server's workers: a process group beside whatever default group there is.
 
-    Members that meet on the loopback address are reached there alone.
+    Members of gloo listen at the address from which they reach the store, and at no other.
     """
 
     def __init__(self, backend: str, store: dist.TCPStore, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -83,8 +82,7 @@ class Group:
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._timeout = timeout
-            local = store.host == LOOPBACK
-            options._devices = [gloo.create_device(hostname=LOOPBACK) if local else gloo.create_default_device()]
+            options._devices = [gloo.create_device(hostname=_address_towards(store.host))]
             self._group = gloo(members, rank, world_size, options)
 
     def broadcast(self, buffer: torch.Tensor) -> None:
@@ -107,6 +105,12 @@ def store(address: str, port: int, is_master: bool, timeout: timedelta) -> dist.
         timeout=timeout,
         master_listen_fd=listener.detach() if listener else None,
     )
+
+
+def _address_towards(host: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect((host, 1))
+        return probe.getsockname()[0]
 
 
 # CUDA IPC: another process on the same GPU sees a buffer through these numbers, sent as JSON; no pickle.
