@@ -27,7 +27,8 @@ from megatron_fipo.checkpoint.files import DamagedError, Marker
 from megatron_fipo.checkpoint.staging import Staging
 from megatron_fipo.checkpoint.writing import Payload, Report, WriterQueue, Written
 from megatron_fipo.config import CheckpointConfig
-from megatron_fipo.convert.distributed import code_refused, load_sharded
+from megatron_fipo.convert.distributed import load_sharded
+from megatron_fipo.convert.untrusted import code_refused
 from megatron_fipo.parallel.topology import Topology
 
 

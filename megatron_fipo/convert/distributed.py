@@ -6,11 +6,9 @@ checkpoint cuts the chunks to its layout. The vocabulary is stored without paddi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,36 +38,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_fipo.convert import tables
 from megatron_fipo.convert.tables import Parameter
 from megatron_fipo.convert.unfinished import check_sizes
+from megatron_fipo.convert.untrusted import DAMAGE, code_refused, read_metadata
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
 
 _FORMAT = "metadata.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _STACKED_LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.planner": (
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    ),
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("Path", "PosixPath"),
-    "collections": ("OrderedDict",),
-}
 Place = tuple[int, int]  # offset and length in a file
 
 
@@ -169,28 +144,6 @@ def _module_states(arch: Architecture) -> Iterator[str]:
             yield f"decoder.layers.{name}._extra_state/shard_{place}_{sizes}"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Torch keeps a checkpoint's metadata as a pickle. Unpickling may run any function that the file names, so nothing
-    but the classes that torch and Megatron-Core put there is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint has use for")
-
-
-def check_metadata(path: str | Path) -> Metadata:
-    """Read a checkpoint's metadata; refuse it if it could run code when torch or Megatron-Core reads it.
-
-    Raises:
-        FileNotFoundError: there is no metadata.
-        pickle.UnpicklingError: it names something that is no checkpoint class.
-    """
-    with open(Path(path) / ".metadata", "rb") as stream:
-        return _MetadataUnpickler(stream).load()
-
-
 class DistributedCheckpoint:
     """The model's tensors in a converted or a training checkpoint; optimizer state is never read."""
 
@@ -203,12 +156,11 @@ class DistributedCheckpoint:
         self.path = Path(path)
         try:
             backend = json.loads((self.path / _FORMAT).read_text())["sharded_backend"]
-            check_metadata(self.path)
             self._reader = FileSystemReader(self.path)
-            metadata = self._reader.read_metadata()
+            metadata = read_metadata(self.path)
         except FileNotFoundError as error:
             raise ValueError(f"{self.path} is no finished Megatron checkpoint: {error.filename} is missing") from None
-        except (ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{self.path} is damaged: {error!r}") from None
         if backend != "torch_dist":
             raise ValueError(f"{self.path} is a {backend} checkpoint; supported: torch_dist")
@@ -262,7 +214,7 @@ class DistributedCheckpoint:
                 return self._read_chunk(items[0]).reshape(size)
             whole = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
             self._reader.read_data(LoadPlan(items), _Into(whole))
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{name}{list(index)} of {self.path} cannot be read: {error}") from None
         return whole.view(size)
 
@@ -271,6 +223,8 @@ class DistributedCheckpoint:
         place = self._reader.storage_data[item.storage_index]
         with open(self.path / place.relative_path, "rb") as stream:
             chunk = torch.load(self._reader._slice_file(stream, place), map_location="cpu", weights_only=True)
+        if not isinstance(chunk, torch.Tensor):
+            raise TypeError(f"it holds a {type(chunk).__name__}")
         return narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
 
     def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
@@ -337,7 +291,7 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
         ValueError: a tensor is missing or of another shape, or the metadata is damaged or could run code.
     """
     with code_refused(path):
-        stored = check_metadata(path).state_dict_metadata
+        stored = read_metadata(path).state_dict_metadata
     tensors, _ = extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))
     wanted, absent = extract_matching_values(tensors, lambda value: value.key in stored)
     lacking = sorted({value.key for value in nested_values(absent) if not value.key.startswith(optional)})
@@ -349,17 +303,6 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
     except CheckpointException as error:  # what any rank raised while it planned or read
         reason, _ = next(iter(error.failures.values()))
         raise ValueError(f"{path} does not fit the model: {reason}") from None
-
-
-@contextlib.contextmanager
-def code_refused(path: str | Path) -> Iterator[None]:
-    """Inside, a pickle of the checkpoint that would run code, or is none, raises ValueError."""
-    try:
-        yield
-    except (pickle.UnpicklingError, EOFError) as error:
-        # Torch has paragraphs on how to load it nevertheless.
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), repr(error))
-        raise ValueError(f"{path} is damaged, or made to run code: {reason}") from None
 
 
 def _agree(problem: str | None) -> None:
