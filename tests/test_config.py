@@ -423,3 +423,26 @@ def test_a_switch_needs_no_quotes(file: Path, given: str, expected: str) -> None
     assert config.model.transformer_engine == expected
     file.write_text(to_yaml(config))
     assert load_config(file) == config
+
+
+@pytest.mark.parametrize("text", ["${oc.env:SECRET}", "${oc.env:SECRET,x}", "a ${oc.decode:${oc.env:SECRET}}"])
+def test_secrets_stay_out_of_configs(file: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config is kept and shown: only variables that say who and where a run is can be read."""
+    monkeypatch.setenv("SECRET", "hf_0123456789")
+    for override in (f"run.name={text}", f"trainer.wandb_project={text}"):
+        with pytest.raises(ValueError, match="'SECRET' is not available to configs") as error:
+            load_config(file, [override])
+        assert "hf_0123456789" not in str(error.value)
+    file.write_text(file.read_text() + f"run: {{name: '{text}'}}\n")
+    with pytest.raises(ValueError, match="'SECRET' is not available to configs"):
+        load_config(file)
+
+
+def test_places_in_configs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's number, a user's name and the like are read, with a default where they are not set."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    config = load_config(file, ["run.name=x-${oc.env:SLURM_JOB_ID}", "run.directory=${oc.env:SCRATCH,/tmp}/x"])
+    assert (config.run.name, config.run.directory) == ("x-1234", "/tmp/x")
+    with pytest.raises(ValueError, match="SCRATCH is not set; give a default"):
+        load_config(file, ["run.directory=${oc.env:SCRATCH}/x"])

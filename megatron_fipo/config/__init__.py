@@ -4,6 +4,7 @@
 own config are in `model/`.
 """
 
+from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts what configs can read of it)
 from megatron_fipo.config.load import load_config, to_yaml, with_seed
 from megatron_fipo.config.problems import validate
 from megatron_fipo.config.sections import (
