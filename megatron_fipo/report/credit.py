@@ -9,6 +9,8 @@ Letters: T tokens of a response.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fipo.report.history import Run
+from megatron_fipo.report.parts import POLICY
 from megatron_fipo.report.saved import Row, first_rows, saved_steps
 from megatron_fipo.whole_file import write_whole
 
@@ -62,13 +65,13 @@ def _token_text(run: Run) -> Text:
 
     for place in (run.directory / "policy", run.setting("model.hf_path")):
         if place and (Path(place) / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             return lambda token: str(tokenizer.decode([token]))
     return lambda token: f"⟨{token}⟩"
 
 
 def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int) -> str:
-    size = int(run.setting("rollout.group_size") or 1)
+    size = run.count("rollout.group_size") or 1
     shown = [
         {"step": step, "group": int(row["id"]) // size, **row}
         for step, of_step in rows.items()
@@ -82,7 +85,10 @@ def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, bu
         "credited": _most_credited(rows, text),
     }
     head, tail = _TEMPLATE.read_text().split("{{data}}")  # before a name or a text can look like a place to fill
-    return head.replace("{{title}}", escape(name)) + _inline(data) + tail
+    script = tail.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{POLICY}; script-src 'sha256-{digest}'"  # the page's own script, and no other
+    return head.replace("{{policy}}", policy).replace("{{title}}", escape(name)) + _inline(data) + tail
 
 
 def _inline(data: Any) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.report.reflection import reflection_rates
 
 Values = NDArray[np.float64]
 Row = dict[str, float]
+_MOST = 1 << 53  # of steps and other counts: a double holds every integer up to it
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Run:
         except OmegaConfBaseException:
             return None
 
+    def count(self, key: str) -> int | None:
+        """Return a setting that is a number of something; None where it is absent or anything else."""
+        value = self.setting(key)
+        return value if type(value) is int and 0 <= value < _MOST else None
+
     @cached_property
     def _settings(self) -> Any:
         return OmegaConf.create(self.config)
@@ -98,7 +104,17 @@ def read_run(directory: Path) -> Run:
     reflection = reflection_rates(directory / "rollouts")
     rows = [by_step[step] | reflection.get(int(step), {}) for step in sorted(by_step)]
     rows = _with_measured_evaluations(rows, _scores(summary, "before"))
-    return Run(directory, rows, summary, config.read_text() if config.is_file() else "")
+    return Run(directory, rows, summary, _read_config(config) if config.is_file() else "")
+
+
+def _read_config(path: Path) -> str:
+    try:
+        text = path.read_text()
+        if not isinstance(OmegaConf.create(text), DictConfig):
+            raise ValueError("it has no sections")
+    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return text
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -126,12 +142,26 @@ def _parse_row(line: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict) or "step" not in row:
+    except RecursionError:
+        raise ValueError("no row of metrics: it is nested too deeply") from None
+    if not isinstance(row, dict) or row.get("step") is None:
         raise ValueError("not an object with a step")
-    for name, value in row.items():
-        if not isinstance(value, int | float | None):
-            raise ValueError(f"{name} = {value!r} is no number")
-    return {name: value for name, value in row.items() if value is not None}  # null: it was not finite
+    numbers = _numbers(row)
+    if not (0 <= numbers["step"] < _MOST and numbers["step"] == int(numbers["step"])):
+        raise ValueError(f"step = {row['step']!r} is no number of a step")
+    return numbers
+
+
+def _numbers(values: Mapping[str, Any]) -> Row:
+    """Return the values that are numbers; null: it was not finite.
+
+    Raises:
+        ValueError: one is something else, or too large for a double.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float | None) or (isinstance(value, int) and abs(value) >= 1 << 1023):
+            raise ValueError(f"{name} = {str(value)[:100]} is no number")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -139,10 +169,16 @@ def _read_summary(path: Path) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{path} is no JSON object")
+    try:
+        for when in ("before", "after"):
+            _numbers(_scores(summary, when))
+        _numbers({"wall_seconds": summary.get("wall_seconds")})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no summary of a run: {error}") from None
     return summary
 
 

@@ -19,7 +19,7 @@ from megatron_fipo.report.credit import write_credit_page
 from megatron_fipo.report.figures import AIME_2024, SECTIONS
 from megatron_fipo.report.history import Run, read_run
 from megatron_fipo.report.panels import FigureSpec, Reference, draw
-from megatron_fipo.report.parts import document, figure, table, terminal_text
+from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scores import before_after, comparison
 from megatron_fipo.whole_file import write_whole
 
@@ -74,8 +74,8 @@ def _findings(series: Series) -> list[tuple[str, Finding]]:
     """(run, what a health rule says about it)."""
     found = []
     for run in series.runs:
-        length = run.setting("rollout.max_response_tokens") or Config().rollout.max_response_tokens
-        buffer = run.setting("reward.overlong_buffer_tokens") or 0
+        length = run.count("rollout.max_response_tokens") or Config().rollout.max_response_tokens
+        buffer = run.count("reward.overlong_buffer_tokens") or 0
         found += [(run_name(run), finding) for finding in findings(run.trained, Limits(length, buffer))]
     return found
 
@@ -113,7 +113,7 @@ def progress(run: Run) -> str:
     steps = int(run.trained[-1]["step"])
     seconds = run.summary.get("wall_seconds", run.trained[-1].get("wall_seconds"))
     took = f" in {seconds / 60:.1f} minutes" if seconds is not None else ""
-    total = run.setting("trainer.max_steps")
+    total = run.count("trainer.max_steps")
     goal = f" of {total}, not finished" if not run.summary and total else ""
     return f"{steps} steps{goal}{took}"
 
@@ -182,13 +182,13 @@ def _summary(series: Sequence[Series]) -> str:
     """Of one run its progress and table; of several a line a series, and each run's own to be unfolded."""
     alone = _alone(series)
     if alone:
-        return f"<p>{progress(alone)}. {_SMOOTHED_NOTE}</p>\n{_before_after(alone)}"
+        return f"<p>{escape(progress(alone))}. {_SMOOTHED_NOTE}</p>\n{_before_after(alone)}"
     spread = " Of repeats: the mean ± the sample standard deviation; figures show the mean, from the smallest to the "
     note = f"{spread}largest pale." if any(one.low is not None for one in series) else ""
     head, lines = comparison(series)
-    named = [[_swatch(one) + escape(name), *cells] for one, (name, *cells) in zip(series, lines, strict=True)]
+    named = [[Html(_swatch(one) + escape(name)), *cells] for one, (name, *cells) in zip(series, lines, strict=True)]
     each = [
-        f"<section><h3>{_swatch(one)}{escape(run_name(run))}</h3><p>{progress(run)}</p>{_before_after(run)}</section>"
+        f"<section><h3>{_swatch(one)}{escape(run_name(run))}</h3><p>{escape(progress(run))}</p>{_before_after(run)}</section>"
         for one in series
         for run in one.runs
     ]
@@ -199,12 +199,12 @@ def _summary(series: Sequence[Series]) -> str:
 
 
 def _swatch(series: Series) -> str:
-    return f'<span class=swatch style="background:{series.color}"></span>'
+    return f'<span class=swatch style="background:{escape(series.color)}"></span>'
 
 
 def _before_after(run: Run) -> str:
     head, lines = before_after(run)
-    return table(head, [[escape(name), *cells] for name, *cells in lines])
+    return table(head, lines)
 
 
 def _health(found: Sequence[tuple[str, Finding]], alone: bool) -> str:
@@ -212,7 +212,7 @@ def _health(found: Sequence[tuple[str, Finding]], alone: bool) -> str:
         return "<h2>Health</h2>\n<p>No rule found anything.</p>"
     items = "\n".join(
         f"<li><b>{escape(_when(finding).capitalize() if alone else where)}</b>: "
-        f"{escape(finding.text)} <small>({_SOURCES[finding.rule.source]})</small></li>"
+        f"{escape(finding.text)} <small>({escape(_SOURCES[finding.rule.source])})</small></li>"
         for where, finding in found
     )
     return f"<h2>Health</h2>\n<ul>\n{items}\n</ul>"
@@ -225,7 +225,7 @@ def _latest(runs: Sequence[Run]) -> str:
     """Every metric's latest value, as metrics.jsonl has it."""
     latest = [{name: value for row in run.trained for name, value in row.items()} for run in runs]
     names = sorted({name for values in latest for name in values})
-    lines = [[escape(n), *(repr(values[n]) if n in values else "-" for values in latest)] for n in names]
+    lines = [[n, *(repr(values[n]) if n in values else "-" for values in latest)] for n in names]
     shown = table(["", *map(run_name, runs)], lines)
     return f"<details><summary>Latest value of every metric</summary>{shown}</details>"
 

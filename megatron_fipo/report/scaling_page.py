@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 
 from megatron_fipo.report import scaling_findings as findings
-from megatron_fipo.report.parts import document, figure, table, terminal_text
+from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
 from megatron_fipo.scaling import figure as timelines
 from megatron_fipo.scaling.plan_file import read_plan
@@ -219,7 +219,7 @@ def _best_table(study: Study) -> str:
     if not lines:
         return "<p>None has been measured.</p>"
     head = ["GPUs", "layout", "tokens", "s", "tokens/s/GPU", "MFU", "bubble", "GB", "efficiency", "slower ones"]
-    return table(head, [[escape(cell) for cell in line] for line in lines], {1: "text"})
+    return table(head, lines, {1: "text"})
 
 
 def _rows_table(study: Study, where: Path) -> str:
@@ -243,7 +243,7 @@ def _rows_table(study: Study, where: Path) -> str:
             _cell(memory, ".3g"),
             row.status.replace("_", " ") + (f": {row.error}" if row.error else ""),
         ]
-        lines.append([*(escape(cell) for cell in cells), _trace_link(study.directory, row, where)])
+        lines.append([*cells, _trace_link(study.directory, row, where)])
     return table(head, lines, {1: "text", 2: "text", 3: "text", 16: "text error"})
 
 
@@ -251,7 +251,7 @@ def _trace_link(directory: Path, row: MeasuredRow, where: Path) -> str:
     trace = directory / "traces" / f"{row.name}.json"
     if Path(row.name).name != row.name or not trace.is_file():
         return "-"
-    return f'<a href="{escape(quote(os.path.relpath(trace, where)))}">trace</a>'
+    return Html(f'<a href="{escape(quote(os.path.relpath(trace, where)))}">trace</a>')
 
 
 def _timeline_section(study: Study, drawn: _Drawn, where: Path, left: int) -> str:
@@ -277,7 +277,7 @@ def _environment_table(rows: Sequence[MeasuredRow]) -> str:
     for name in names:
         values = dict.fromkeys(row.environment[name] for row in rows if name in row.environment)
         shown = list(values)[:3] + ([f"and {len(values) - 3} others"] if len(values) > 3 else [])
-        lines.append([escape(name), escape("; ".join(shown))])
+        lines.append([name, "; ".join(shown)])
     return table(["", ""], lines, {1: "text error"}) if lines else "<p>It is not known.</p>"
 
 

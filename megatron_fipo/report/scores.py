@@ -68,7 +68,7 @@ def comparison(series: Sequence[Series]) -> Table:
 
 def _steps(series: Series) -> str:
     run = min(series.runs, key=lambda run: run.trained[-1]["step"])
-    steps, goal = int(run.trained[-1]["step"]), run.setting("trainer.max_steps")
+    steps, goal = int(run.trained[-1]["step"]), run.count("trainer.max_steps")
     return f"{steps:,} of {goal:,}" if goal and not run.summary else f"{steps:,}"
 
 
@@ -80,7 +80,7 @@ def _value(run: Run, metric: _Metric, last: bool) -> float | None:
 
 def _samples(runs: Sequence[Run]) -> str:
     """Of a problem, where all runs draw as many."""
-    found = {run.setting("eval.samples") for run in runs}
+    found = {run.count("eval.samples") for run in runs}
     return str(found.pop() or "k") if len(found) == 1 else "k"
 
 

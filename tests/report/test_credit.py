@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -69,6 +71,12 @@ def test_hostile_texts_stay_texts(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = data_of(run)
     assert set(HOSTILE) <= {*data["texts"], *(r["prompt"] for r in data["responses"])}
     assert "<img" not in page
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert "default-src 'none';" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert len(script) == 1
     assert "<title>&lt;b&gt;&amp;" in page
 
 

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from html import escape
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_fipo.report.figures import SECTIONS
 from megatron_fipo.report.history import History, read_metrics, read_run
 from megatron_fipo.report.page import write_report
 from megatron_fipo.report.panels import draw, running_mean
+from megatron_fipo.report.parts import Html, document, table
 
 SPECS = {spec.name: spec for specs in SECTIONS.values() for spec in specs}
 CONFIG = Config(
@@ -233,7 +235,13 @@ def test_torn_last_line_is_tolerated(tmp_path):
         ('{"step": 2, "reward/mea', "line 2: no JSON"),
         ("[1, 2]", "line 2: not an object with a step"),
         ('{"reward/mean": 1.0}', "line 2: not an object with a step"),
-        ('{"step": 2, "reward/mean": "high"}', "line 2: reward/mean = 'high' is no number"),
+        ('{"step": 2, "reward/mean": "high"}', "line 2: reward/mean = high is no number"),
+        ('{"step": null}', "line 2: not an object with a step"),
+        ('{"step": 1e999}', "line 2: step = inf is no number of a step"),
+        ('{"step": 2.5}', "line 2: step = 2.5 is no number of a step"),
+        ('{"step": -1}', "line 2: step = -1 is no number of a step"),
+        ('{"step": 2, "x": ' + "9" * 4000 + "}", "line 2: x = 999"),
+        ("[" * 99999, "line 2: no row of metrics: it is nested too deeply"),
     ],
 )
 def test_broken_line_is_named(tmp_path, line, complaint):
@@ -279,3 +287,67 @@ def test_running_mean():
     """Centred, over fewer values at the ends, and exact on a line away from them."""
     np.testing.assert_allclose(running_mean(np.arange(6.0), 3), [0.5, 1, 2, 3, 4, 4.5])
     np.testing.assert_array_equal(running_mean(np.array([3.0, 1.0]), 1), [3, 1])
+
+
+PAYLOAD = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("trainer", "max_steps"), ("eval", "samples"), ("run", "name"), ("rollout", "max_response_tokens")],
+)
+def test_edited_config_stays_text(tmp_path, section, key):
+    """Whatever is in config.yaml, no markup of it comes to the page, alone or beside another run."""
+    config = f"{section}:\n  {key}: '{PAYLOAD}'\n"
+    runs = [write_run(tmp_path / name, rows_of(2)) for name in ("a", "b")]
+    (runs[0] / "config.yaml").write_text(config)
+    write_report(runs[0])
+    write_report(runs, tmp_path / "both.html")
+    for page in (runs[0] / "report.html", tmp_path / "both.html"):
+        text = page.read_text()
+        assert "<img src=x" not in text
+        assert escape(PAYLOAD) in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_secret_of_an_edited_config_is_not_resolved(tmp_path, monkeypatch):
+    """A report shows what config.yaml says, and reads no environment variable for it."""
+    monkeypatch.setenv("SECRET", "hf_0123456789")
+    write_run(tmp_path, rows_of(2))
+    (tmp_path / "config.yaml").write_text("run: {name: '${oc.env:SECRET}'}\n")
+    said = write_report(tmp_path)
+    assert "hf_0123456789" not in said + (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "3", "a: [", "\x00", "a: ${b\n"])
+def test_broken_config_is_named(tmp_path, text):
+    """A config.yaml that is none is told by its name."""
+    write_run(tmp_path, rows_of(2))
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read .*config\.yaml"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "summary",
+    ['{"before": [1]}', '{"after": {"avg@k": "x"}}', '{"wall_seconds": "x"}', '{"evaluation": 3}', "[" * 99999],
+)
+def test_summary_of_another_kind(tmp_path, summary):
+    """A summary.json of other types is told by its name."""
+    write_run(tmp_path, rows_of(2))
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(ValueError, match=r"summary\.json is no"):
+        write_report(tmp_path)
+
+
+def test_pages_load_and_run_nothing():
+    """Any text of a table is escaped unless it is marked as HTML; the page's policy forbids all but its own style."""
+    assert PAYLOAD not in table([PAYLOAD], [[PAYLOAD, PAYLOAD]])
+    assert table(["x"], [[Html("<b>x</b>")]]).count("<b>x</b>") == 1
+    page = document(PAYLOAD, "")
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == "'none'"
+    assert rules == {"img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'", "form-action": "'none'"}
+    assert PAYLOAD not in page
