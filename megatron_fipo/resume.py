@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.evaluation import Evaluation
+from megatron_fipo.run_log import leftovers
 
 # What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
 # on. Everything else decides what is learned. A name ending in "." stands for its whole section.
@@ -78,12 +79,15 @@ def check_directory(config: Config) -> None:
 
     Raises:
         ValueError: the directory holds a run that this one would silently alter, or a finished one without
-            checkpoints, or is no directory.
+            checkpoints, is no directory, or is to be replaced and holds what no run has left.
     """
     directory = config.run_directory
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"run.directory {directory} is a file; choose another run.name or run.directory")
-    if starts_over(config) or not (directory / "metrics.jsonl").exists():
+    if starts_over(config):
+        _check_own(directory)
+        return
+    if not (directory / "metrics.jsonl").exists():
         return
     if (directory / "summary.json").exists() and not (directory / "checkpoints").exists():
         raise ValueError(
@@ -97,6 +101,17 @@ def check_directory(config: Config) -> None:
             f"{directory} holds a run with other settings, which would silently become another run:\n{listed}\n"
             "Go back to them, choose another run.name, set run.overwrite=true to start over, or "
             "resume.allow_changes=true to go on all the same"
+        )
+
+
+def _check_own(directory: Path) -> None:
+    """Check that what `run_log.clear` would remove was left by a run."""
+    found = [path.name for path in leftovers(directory)]
+    began, metrics = directory / "began.json", directory / "metrics.jsonl"
+    if found and not began.is_file() and not (metrics.is_file() and (directory / "config.yaml").is_file()):
+        raise ValueError(
+            f"run.overwrite=true would remove {', '.join(found[:5])} in {directory}, which no run has left there (it "
+            "has no began.json): choose another run.name or run.directory, or remove them yourself"
         )
 
 

@@ -41,16 +41,22 @@ from megatron_fipo.whole_file import write_table, write_whole
 _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
 
+_LEFT = (
+    *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
+    *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces", "wandb", "checkpoints"),
+)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Return what an earlier run left; without its logs, since this attempt is writing to them."""
+    named = [directory / name for name in _LEFT]
+    return [path for path in named if os.path.lexists(path)] + sorted(directory.glob("failed_step_*"))
+
+
 def clear(directory: Path) -> None:
-    """Remove what an earlier run left; logs stay, since this attempt is writing to them."""
-    for name in (
-        *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
-        *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces", "wandb"),
-    ):
-        _remove(directory / name)
-    _remove(directory / "checkpoints")
-    for failed in directory.glob("failed_step_*"):
-        _remove(failed)
+    """Remove what an earlier run left."""
+    for path in leftovers(directory):
+        _remove(path)
 
 
 def began(directory: Path) -> datetime:
@@ -101,7 +107,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # a link goes, not what it leads to
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -185,3 +185,26 @@ def test_settings_that_were_in_force_are_kept(run: Path) -> None:
     log.close()
     assert (run / "config.yaml").read_text() == to_yaml(new)
     assert (run / "config_until_step_2.yaml").read_text() == to_yaml(old)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "policy", "evaluation", "report.html", "failed_step_3"])
+def test_overwrite_is_for_runs(tmp_path: Path, name: str) -> None:
+    """What no run has left in the directory stays, and nothing is started."""
+    project = tmp_path / "project"
+    (project / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"run.overwrite=true would remove {name} in .*, which no run has left there"):
+        check_directory(_config(project, "run.overwrite=true"))
+    (project / "began.json").write_text('{"began": "2026-01-01"}')
+    check_directory(_config(project, "run.overwrite=true"))
+
+
+def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
+    """Of a link in a run's directory the link goes, not what it leads to."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    (run / "policy").symlink_to(precious)
+    run_log.clear(run)
+    assert not (run / "policy").is_symlink()
+    assert (precious / "file").read_text() == "x"
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
