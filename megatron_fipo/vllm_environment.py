@@ -32,11 +32,10 @@ def interpreter(setting: str | None) -> Path:
         ValueError: it is not there.
     """
     named = setting or os.environ.get("MEGATRON_FIPO_VLLM_PYTHON")
-    places = [Path(named)] if named else [base / ".venv-vllm" / "bin" / "python" for base in (_CHECKOUT, Path.cwd())]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    found = Path(named) if named else _CHECKOUT / ".venv-vllm" / "bin" / "python"  # not one in the working directory
+    if not found.is_file():
         raise ValueError(
-            f"rollout.engine=vllm: there is no {places[0]}; run `make vllm-env`, or set rollout.vllm_python to an "
+            f"rollout.engine=vllm: there is no {found}; run `make vllm-env`, or set rollout.vllm_python to an "
             "interpreter that has vllm"
         )
     return found.absolute()  # not resolved: the link's place is what makes it an environment

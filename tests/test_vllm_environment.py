@@ -41,6 +41,18 @@ def test_found(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm_environment.interpreter(str(python)) == python
 
 
+def test_planted_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in the working directory, which anybody may have put there, is neither found nor run."""
+    planted = tmp_path / ".venv-vllm" / "bin" / "python"
+    planted.parent.mkdir(parents=True)
+    says(planted, "vllm 0.33.0")
+    monkeypatch.delenv("MEGATRON_FIPO_VLLM_PYTHON", raising=False)
+    monkeypatch.setattr(vllm_environment, "_CHECKOUT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no .*/checkout/\.venv-vllm/bin/python"):
+        vllm_environment.interpreter(None)
+
+
 def test_not_there(tmp_path: Path) -> None:
     """The message says how to make it."""
     with pytest.raises(ValueError, match=r"there is no .*/nowhere; run `make vllm-env`"):

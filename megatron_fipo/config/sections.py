@@ -115,8 +115,7 @@ class RolloutConfig:
     # URLs of servers that run already, with the package's worker folder. MEGATRON_FIPO_VLLM_KEY has their key, or one
     # for each, separated by commas.
     servers: tuple[str, ...] = ()
-    # The interpreter that has vllm. None: MEGATRON_FIPO_VLLM_PYTHON, else what `make vllm-env` made in the checkout
-    # or the working directory.
+    # The interpreter that has vllm. None: MEGATRON_FIPO_VLLM_PYTHON, else what `make vllm-env` made in the checkout.
     vllm_python: str | None = None
     # How weights reach the servers. auto: file if local, ipc if colocated, nccl if disaggregated. With file a server
     # that was restarted gets its weights at once, with the others it waits for the next update.
