@@ -140,7 +140,7 @@ def load_tokenizer(path: str) -> Any:
     if not any((Path(path) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it reads config.json, too
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
     check_chat_template(tokenizer)

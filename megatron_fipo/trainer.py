@@ -79,7 +79,9 @@ class Trainer:
         hf_config.dtype = getattr(torch, config.model.dtype)  # of what is exported, whatever was read
         self.hf_config = hf_config
         self.topology = topologies.initialize(config.parallel, config.run.seed)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            config.model.hf_path, local_files_only=True, trust_remote_code=False
+        )
         self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer, config.model.overrides)
         self.began = _from_rank_0(datetime.now() if starts_over(config) else began(config.run_directory))
         self.prompts = load_prompts(

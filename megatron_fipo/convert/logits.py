@@ -46,11 +46,13 @@ def compare_logits(huggingface: Path, megatron: Path, prompt: str) -> LogitDiffe
     Raises:
         ValueError: the prompt has no tokens, or the Megatron checkpoint does not fit the config.
     """
-    tokenizer = AutoTokenizer.from_pretrained(huggingface, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(huggingface, local_files_only=True, trust_remote_code=False)
     tokens = torch.tensor([tokenizer.encode(prompt)])  # [1, S]
     if not tokens.numel():
         raise ValueError(f"the prompt {prompt!r} has no tokens")
-    model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        huggingface, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     expected = model(tokens).logits.float()  # [1, S, vocabulary]
     del model
     with _one_rank() as topology:

@@ -122,7 +122,7 @@ def _weights(config: Config, topology: Topology) -> Iterator[tuple[str, torch.Te
 
 
 def _tokenizer(config: Config) -> Any:
-    return AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
 
 
 class _Progress:
