@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import Any
 
+from latex2sympy2_extended import latex2sympy2
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import grader
 from sympy import (
@@ -94,6 +95,31 @@ def _plain_number(latex: str) -> Any:
 
 def _sympy(text: str) -> Any:
     return latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
+
+
+def _refuse_juxtaposed_integers(parser: Any) -> None:
+    """Have the parser raise ValueError at `{7}{5}` and `7\\ {5}`, which it adds up as if 5 were a fraction after 7.
+
+    It converts the factors of a product one by one, each with `convert_postfix`, and what follows one of them with
+    another call of `convert_postfix_list`.
+    """
+    convert, convert_all = parser.convert_postfix, parser.convert_postfix_list
+
+    def convert_postfix(self: Any, factor: Any) -> Any:
+        self.factor = convert(self, factor)
+        return self.factor
+
+    def convert_postfix_list(self: Any, factors: Any, first: int = 0) -> Any:
+        before = self.factor if first else None
+        rest = convert_all(self, factors, first)
+        if isinstance(before, Integer) and isinstance(rest, Integer):
+            raise ValueError(f"integers side by side: {before} and {rest}")
+        return rest
+
+    parser.convert_postfix, parser.convert_postfix_list = convert_postfix, convert_postfix_list
+
+
+_refuse_juxtaposed_integers(latex2sympy2._Latex2Sympy)
 
 
 def equal(truth: Any, answer: Any) -> bool:

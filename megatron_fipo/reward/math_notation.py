@@ -159,7 +159,7 @@ _UNIT_AFTER_LETTER = re.compile(rf"(?<=[A-Za-z])\s*\\(?:{_STYLES})\s*\{{\s*{_UNI
 _CURRENCY = re.compile(r"^\s*(?:\\\$|[$€£¥])\s*(?=[-\d.])")
 _MIXED = re.compile(r"^\s*(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)\s*$")
 _MIXED_IN_LATEX = re.compile(r"^\s*(-?)\s*(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}\s*$")
-_SIDE_BY_SIDE = re.compile(r"(?<![_\d.])\d[\d.]*\s+\.?\d")
+_SIDE_BY_SIDE = re.compile(r"(?<![_\d.])\d[\d.]*+(?:\s+|\s*[$\"'`][\s$\"'`]*)\.?\d")
 _UNION = re.compile(r"(?<=[\])])\s*(?:U|union)\s*(?=[\[(])")
 _TOWER = re.compile(r"(?<=\^)(\d+|[A-Za-z])\s*\^\s*(\d+|[A-Za-z]|\{[^{}]*\})")
 

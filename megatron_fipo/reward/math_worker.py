@@ -40,7 +40,7 @@ def equivalent(answer: str, ground_truth: str) -> bool:
 def _as_text(text: str) -> str:
     """The text without styles and case, and without the spaces that separate no numbers."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip(" .$")
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
+    return re.sub(r"(?<=\d)\s+(?=\d)|(\s+)", lambda found: "" if found[1] else " ", text).casefold()
 
 
 def main(timeout_seconds: float, memory_bytes: int) -> None:

@@ -503,3 +503,27 @@ def test_time_outs_are_told_from_wrong_answers() -> None:
     finally:
         reward.close()
     assert [(s.accuracy, s.failure) for s in scores] == [(0.0, "timeout"), (0.0, None)]
+
+
+SEPARATORS = (
+    *("\n", "\n\n", "\\\n", " ", "\\ ", r"\,", r"\:", r"\;", r"\quad ", r"\qquad ", "~", "\t", "\u00a0", "\u2003"),
+    *("$", "$ $", '"', "'", "`", ";", r"\\", "&", r"\mbox{ }", r"\text{ }", r"\hspace{1em}", r"\displaystyle "),
+)
+FORMS = ("7%s5", "{7}%s{5}", "7%s{5}", "{7}%s5", r"\mathrm{7}%s5", r"\mathbf{7}%s\mathbf{5}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_integers_side_by_side_are_no_integer(reward: RewardFunction, form: str) -> None:
+    """However they are kept apart, 7 and 5 are neither their sum nor their product, quotient, difference or digits."""
+    answers = [form % separator for separator in SEPARATORS]
+    truths = ["12", "35", "75", "2", "1.4", "7", "5"]
+    pairs = [(answer, truth) for answer in answers for truth in truths]
+    scores = reward([rf"\boxed{{{a}}}" for a, _ in pairs], [t for _, t in pairs], ["test"] * len(pairs))
+    assert [pair for pair, score in zip(pairs, scores, strict=True) if score.accuracy] == []
+
+
+def test_mixed_numbers_stay_numbers(reward: RewardFunction) -> None:
+    """An integer before a fraction is added to it; one after parentheses is a factor."""
+    right = [(r"3\frac{1}{2}", "3.5"), ("3 1/2", "3.5"), ("(7)5", "35"), (r"7\cdot 5", "35"), (r"\frac{7}{5}", "1.4")]
+    scores = reward([rf"\boxed{{{a}}}" for a, _ in right], [t for _, t in right], ["test"] * len(right))
+    assert [score.accuracy for score in scores] == [1.0] * len(right)
