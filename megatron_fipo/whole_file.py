@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Of several processes that write `path` at the same time, on whatever machines, one wins.
     """
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    # A name that nobody can guess, and a new file: not one that somebody's link of that name leads to.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,6 +33,24 @@ def test_the_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
         assert list(tmp_path.glob("*.json")) == [path]
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_in_the_way_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's temporary name cannot be guessed; where one is there already, as a link for example, it is not used."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    names = set()
+    for _ in range(50):
+        with whole_file(tmp_path / "x.json") as unfinished:
+            names.add(unfinished.name)
+    assert len(names) == 50
+    monkeypatch.setattr("secrets.token_hex", lambda size: "guessed")
+    for link in (tmp_path / ".x.json.guessed", tmp_path / f".x.json.{socket.gethostname()}.{os.getpid()}"):
+        link.symlink_to(precious)
+        with pytest.raises(FileExistsError):
+            write_whole(tmp_path / "x.json", "new")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / ".x.json.guessed").is_symlink()
 
 
 def test_table(tmp_path: Path) -> None:
