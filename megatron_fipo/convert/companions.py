@@ -107,7 +107,23 @@ def exported_config(config: PretrainedConfig, source: Path) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path) -> None:
     for file in sorted({f for pattern in _COPIED for f in source.glob(pattern) if f.is_file()}):
+        if file.is_symlink():
+            _check_link(file)
         shutil.copyfile(file, target / file.name)
+
+
+def _check_link(file: Path) -> None:
+    """Check that a checkpoint's link leads to a file of that checkpoint: who made it may have wished for another one.
+
+    Hugging Face's cache has `snapshots/REVISION/NAME` lead to `blobs/HASH` of the same model.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    directory, found = file.parent.resolve(), file.resolve()
+    cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
+    if found.parent not in (directory, cache):
+        raise ValueError(f"{file} is a link to {found}, outside of the checkpoint: replace it by the file itself")
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ class Checkpoint:
     def _read_header(self, file: Path) -> None:
         try:
             handle = safe_open(file, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
         for name in handle.keys():  # noqa: SIM118  no mapping
             tensor = handle.get_slice(name)
@@ -97,9 +97,13 @@ class Checkpoint:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"].items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = dict(json.loads(index.read_text())["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise ValueError(f"{index} names {file!r} for {name}, expected the name of a file beside it")
+    return places
 
 
 @dataclass

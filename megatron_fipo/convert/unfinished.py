@@ -80,8 +80,18 @@ def check_sizes(directory: Path) -> None:
     """
     if not (directory / MANIFEST).is_file():
         return
-    for name, size in json.loads((directory / MANIFEST).read_text())["files"].items():
+    for name, size in _sizes(directory / MANIFEST).items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise ValueError(f"{directory / name} {state}: the checkpoint is damaged")
+
+
+def _sizes(manifest: Path) -> dict[str, int]:
+    try:
+        sizes = dict(json.loads(manifest.read_text())["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{manifest} is damaged: {error!r}") from None
+    if not all(Path(name).name == name and isinstance(size, int) for name, size in sizes.items()):
+        raise ValueError(f"{manifest} is damaged: it names other things than files and their sizes")
+    return sizes

@@ -57,10 +57,10 @@ _METADATA_CLASSES = {
     "collections": ("OrderedDict",),
 }
 _SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # makes torch.load run code where its caller did not forbid it
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the C one lets nobody see its instructions
+_Unpickler: Any = pickle._Unpickler  # the C one lets nobody see its instructions
 
 
-class _MetadataUnpickler(_Unpickler):  # type: ignore[misc]
+class _MetadataUnpickler(_Unpickler):
     """Looks up nothing but the classes that torch and Megatron-Core put into metadata, and leaves them as they are."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
@@ -165,7 +165,7 @@ def code_refused(path: str | Path) -> Iterator[None]:
         metadata.storage_meta.load_id = reader.load_id  # type: ignore[union-attr]
         return metadata
 
-    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign, assignment]
     try:
         yield
     except (pickle.UnpicklingError, EOFError) as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from megatron_fipo.convert.companions import readable_config
+from megatron_fipo.convert.companions import copy_companions, readable_config
 from megatron_fipo.convert.conversion import to_huggingface, to_megatron
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.model.architecture import architecture, load_hf_config
@@ -224,3 +224,34 @@ def test_number_of_experts(export: str, family: str, experts: int, tmp_path: Pat
 def test_two_numbers_of_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts 4 and num_local_experts 8: keep one"):
         readable_config({"num_experts": 4, "num_local_experts": 8}, None)
+
+
+def test_links_out_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Whoever made a checkpoint cannot have another file of the user's copied into an export."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (tmp_path / "secret").write_text("mine")
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is a link to .*secret, outside of the checkpoint"):
+        copy_companions(source, target)
+    assert list(target.iterdir()) == []
+
+
+def test_links_of_a_cache_are_followed(tmp_path: Path) -> None:
+    """Hugging Face's cache keeps content in blobs/, to which names in snapshots/ lead; a file may have two names."""
+    snapshot, target = tmp_path / "models--a" / "snapshots" / "0123", tmp_path / "target"
+    blobs = tmp_path / "models--a" / "blobs"
+    for directory in (snapshot, blobs, target):
+        directory.mkdir(parents=True)
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    (snapshot / "vocab.json").symlink_to("tokenizer.json")
+    copy_companions(snapshot, target)
+    assert sorted(f.name for f in target.iterdir() if not f.is_symlink()) == [
+        "config.json",
+        "tokenizer.json",
+        "vocab.json",
+    ]
