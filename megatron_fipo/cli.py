@@ -13,6 +13,7 @@ import typer
 
 from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
+from megatron_fipo.printable import printable
 from megatron_fipo.scaling.command import app as scaling
 
 app = typer.Typer(
@@ -160,7 +161,7 @@ def _obstacle_to_update(config: Config) -> str | None:
 
 def _warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+        typer.secho(printable(f"warning: {warning}"), fg="yellow", err=True)
 
 
 @data.command()
@@ -198,7 +199,7 @@ def check_data(
     from megatron_fipo.data_check import show
 
     for line in show(load_config(config, overrides or []), prompts):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -428,11 +429,11 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(printable(f"error: {error}"), fg="red", err=True)
         sys.exit(BAD_INPUT)
     except RankFailure as error:
         if not error.shown:
-            typer.secho(str(error), fg="red", err=True)
+            typer.secho(printable(error), fg="red", err=True)
         sys.exit(error.exit_code)
     except Interrupted as error:
         if str(error):

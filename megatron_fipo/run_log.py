@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from megatron_fipo.batch import FAILURES, Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
@@ -35,6 +36,7 @@ from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table
 from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.printable import printable
 from megatron_fipo.trackers import Tracker, make_trackers
 from megatron_fipo.whole_file import write_table, write_whole
 
@@ -69,7 +71,8 @@ def _rewind(directory: Path, step: int) -> int:
     """Remove what was written of steps after `step`; returns the number of metrics rows that stay."""
     of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
     for path in (path for pattern in of_steps for path in directory.glob(pattern)):
-        if int(path.name.removesuffix(".parquet").rpartition("_")[2]) > step:
+        number = path.name.removesuffix(".parquet").rpartition("_")[2]
+        if number.isdecimal() and int(number) > step:  # another name is nobody's step
             _remove(path)
     (directory / "summary.json").unlink(missing_ok=True)
     metrics = directory / "metrics.jsonl"
@@ -122,7 +125,7 @@ class RunLog:
         self.rank = rank
         self.writes = enabled and rank == 0
         self.enabled = enabled
-        self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=rank != 0, highlight=False, markup=False, soft_wrap=True)
         self._started = time.monotonic()
         self._metrics: Any = None
         self._trackers: list[Tracker] = []
@@ -168,10 +171,12 @@ class RunLog:
         return time.monotonic() - self._started
 
     def note(self, text: str) -> None:
-        self.console.print(text)
+        """Print a line; names and paths in it are no markup."""
+        self.console.print(printable(text))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {text}")
+        """Print a warning."""
+        self.console.print(Text.assemble(("warning:", "yellow"), " ", printable(text)))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step and print its line, with the time and the device-hours that are left."""
@@ -202,9 +207,9 @@ class RunLog:
         )
 
     def evaluation(self, step: int, e: Evaluation) -> None:
-        self.console.print(f"[bold]eval[/bold] at step {step}: {_scores_line(e)}")
+        self.console.print(Text.assemble(("eval", "bold"), f" at step {step}: {_scores_line(e)}"))
         for name, of_one in e.benchmarks.items():
-            self.console.print(f"  {name}: {_scores_line(of_one)}")
+            self.note(f"  {name}: {_scores_line(of_one)}")
         for tracker in self._trackers:
             tracker.log(step, e.metrics())
 
@@ -296,5 +301,7 @@ def _scores_line(e: Evaluation) -> str:
 
 
 def _clock(seconds: float) -> str:
+    if not 0 <= seconds < 1e12:
+        return "-"
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_fipo.config import Config
 from megatron_fipo.health import Finding, Limits, findings
+from megatron_fipo.printable import printable
 from megatron_fipo.report.compare import Series, draw_together, make_series
 from megatron_fipo.report.credit import write_credit_page
 from megatron_fipo.report.figures import AIME_2024, SECTIONS
@@ -49,7 +50,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: S
     said = _terminal_tables(series)
     warned = [f"{where}: {finding.text}" for where, finding in found]
     pages = [f"token credit: {credit}"] if credit else []
-    return "\n".join([*said, *warned, *pages, f"report: {page}"])
+    return printable("\n".join([*said, *warned, *pages, f"report: {page}"]))
 
 
 def _link(credit: Path | None, page: Path) -> str:

@@ -9,6 +9,8 @@ from html import escape
 
 from rich.console import Console, RenderableType
 
+from megatron_fipo.printable import printable
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f4f5f6; --ink: #22272b; --soft: #636b72; --line: #dde1e4 }
 @media (prefers-color-scheme: dark) {
@@ -60,6 +62,11 @@ def document(title: str, body: str, style: str = "") -> str:
 """
 
 
+def figure_text(text: str) -> str:
+    """Return a name for matplotlib, which would take what is between two dollar signs as TeX."""
+    return printable(text).replace("$", r"\$")
+
+
 def figure(title: str, caption: str, png: bytes) -> str:
     """The image is part of the page."""
     data = base64.b64encode(png).decode()
@@ -95,4 +102,4 @@ def terminal_text(*parts: RenderableType, width: int = 100) -> str:
     console = Console(file=text, width=width, markup=False, highlight=False)
     for part in parts:
         console.print(part)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in printable(text.getvalue()).strip("\n").split("\n"))

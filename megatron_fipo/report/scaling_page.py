@@ -17,6 +17,7 @@ from urllib.parse import quote
 from rich import box
 from rich.table import Table
 
+from megatron_fipo.printable import printable
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
@@ -63,7 +64,7 @@ def write_scaling_report(directory: Path, out: Path | None = None) -> str:
         write_whole(page, _page(study, drawn, page.parent))
     except OSError as error:
         raise ValueError(f"{page} or {directory / 'figures'} cannot be written: {error}") from None
-    return "\n".join([*(f"warning: {text}" for text in study.warnings), terminal_table(study), f"report: {page}"])
+    return printable("\n".join([*(f"warning: {w}" for w in study.warnings), terminal_table(study), f"report: {page}"]))
 
 
 def read_study(directory: Path) -> Study:

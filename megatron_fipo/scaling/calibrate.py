@@ -373,7 +373,7 @@ def _processor() -> str:
 
 def _finish(request: Request, machine: Machine, measured: Measurements) -> None:
     write_whole(request.out, render(machine, measured))
-    console = Console(width=100)
+    console = Console(width=100, markup=False)
     for table in (_product_table(measured), _entry_table(machine, measured)):
         console.print(table)
     if (text := noise(measured)) is not None:

@@ -13,6 +13,7 @@ import typer
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.outcome import EXIT_CODES, NOT_MEASURED, RankFailure
+from megatron_fipo.printable import printable
 from megatron_fipo.scaling.measurement import FINISHED, Loss, Measurement, is_finished, measured_config, read_row
 
 if TYPE_CHECKING:
@@ -253,12 +254,11 @@ def _memory_bytes(gigabytes: float | None) -> float | None:
 def show_row(row: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table("figure", "value", title=row["name"])
+    table = Table("figure", "value", title=printable(row["name"]))
     for name, value in _shown(row):
-        table.add_row(name, Text(value))  # an error's brackets are no markup
-    Console(width=100).print(table)
+        table.add_row(name, printable(value))
+    Console(width=100, markup=False).print(table)  # an error's brackets are no markup
 
 
 def _shown(row: dict[str, Any]) -> Iterator[tuple[str, str]]:

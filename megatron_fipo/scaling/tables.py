@@ -112,7 +112,7 @@ def scaling_table(rows: Sequence[ScalingRow], title: str) -> Table:
 
 
 def show(tables: Sequence[Table]) -> None:
-    console = Console(width=WIDTH)
+    console = Console(width=WIDTH, markup=False)
     for table in tables:
         console.print(table)
 
