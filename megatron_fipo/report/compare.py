@@ -38,6 +38,7 @@ from megatron_fipo.report.panels import (
     style,
     to_png,
 )
+from megatron_fipo.report.parts import figure_text
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111", "#98992f", "#7fb7e6")
 _STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
@@ -118,7 +119,7 @@ def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequen
     if figure is None:
         return None
     _make_room(figure, -(-len(series) // _COLUMNS))
-    handles = [Line2D([], [], color=s.color, linewidth=2.5, label=_short(s.label)) for s in series]
+    handles = [Line2D([], [], color=s.color, linewidth=2.5, label=figure_text(_short(s.label))) for s in series]
     figure.legend(
         handles=handles,
         loc="upper right",

@@ -31,9 +31,13 @@ _CREDITED = 30  # tokens in the table of the most credited
 _SEEN = 5  # times that a token must occur to be in it
 _TEMPLATE = Path(__file__).with_name("credit.html")
 _COLUMNS = (
-    *("id", "prompt", "response_tokens", "weight_versions", "reward", "accuracy", "advantage", "truncated"),
+    *("id", "prompt", "response_tokens", "weight_versions", "truncated"),
+    *("reward", "accuracy", "advantage"),
     *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
 )
+_OUTCOMES = ("reward", "accuracy", "advantage")
+_FLOATS = ("old_log_probs", "new_log_probs", "future_kl", "influence_weights")
+_LARGEST = 1e9  # that a number of a token is shown with
 Text = Callable[[int], str]
 
 
@@ -44,17 +48,22 @@ def write_credit_page(run: Run, name: str) -> Path | None:
         ValueError: a rollouts file is damaged.
     """
     saved = saved_steps(run.directory / "rollouts", _STEPS)
-    rows = {step: found for step, path in saved.items() if (found := first_rows(path, _COLUMNS, _READ)) is not None}
+    read = {step: found for step, path in saved.items() if (found := first_rows(path, _COLUMNS, _READ)) is not None}
+    for step, found in read.items():
+        if not all(map(_is_row, found)):
+            raise ValueError(f"{saved[step]} is no rollouts file: a column holds values of another type or length")
+    rows = {step: [row for row in found if _is_finite(row)] for step, found in read.items()}
+    left_out = sum(len(found) - len(rows[step]) for step, found in read.items())
     page = run.directory / "credit.html"
-    if not rows:
+    if not any(rows.values()):
         page.unlink(missing_ok=True)
         return None
     text = _token_text(run)
     budget = _TOKENS
-    html = _page(rows, text, run, name, budget)
+    html = _page(rows, text, run, name, budget, left_out)
     while len(html.encode()) > _PAGE_BYTES and budget > 100:
         budget //= 2
-        html = _page(rows, text, run, name, budget)
+        html = _page(rows, text, run, name, budget, left_out)
     write_whole(page, html)
     return page
 
@@ -70,7 +79,7 @@ def _token_text(run: Run) -> Text:
     return lambda token: f"⟨{token}⟩"
 
 
-def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int) -> str:
+def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int, left_out: int) -> str:
     size = run.count("rollout.group_size") or 1
     shown = [
         {"step": step, "group": int(row["id"]) // size, **row}
@@ -83,12 +92,33 @@ def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, bu
         "texts": [text(token) for token in tokens],
         "responses": [_response(row, place) for row in shown],
         "credited": _most_credited(rows, text),
+        "left_out": left_out,  # responses with numbers that are not finite
     }
     head, tail = _TEMPLATE.read_text().split("{{data}}")  # before a name or a text can look like a place to fill
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"{POLICY}; script-src 'sha256-{digest}'"  # the page's own script, and no other
     return head.replace("{{policy}}", policy).replace("{{title}}", escape(name)) + _inline(data) + tail
+
+
+def _is_row(row: Row) -> bool:
+    """Return whether every column holds what `run_log` writes there."""
+    tokens, versions, floats = row["response_tokens"], row["weight_versions"], [row[column] for column in _FLOATS]
+    if not all(isinstance(values, list) and len(values) == len(tokens) for values in (tokens, versions, *floats)):
+        return False
+    return (
+        all(type(number) is int and 0 <= number < 1 << 31 for number in (*tokens, *versions))
+        and all(isinstance(number, float) for values in floats for number in values)
+        and all(isinstance(row[column], float) for column in _OUTCOMES)
+        and (type(row["id"]), type(row["prompt"]), type(row["truncated"])) == (int, str, bool)
+    )
+
+
+def _is_finite(row: Row) -> bool:
+    """Return whether the row can be shown. A probability may be 0 by now, and its logarithm infinite."""
+    finite = [[row[column] for column in _OUTCOMES], row["future_kl"], row["influence_weights"]]
+    numbers = [row["old_log_probs"], row["new_log_probs"]]
+    return bool(all(np.isfinite(v).all() for v in finite) and not any(np.isnan(v).any() for v in numbers))
 
 
 def _inline(data: Any) -> str:
@@ -145,7 +175,7 @@ def _runs_of(versions: Sequence[int]) -> list[list[int]]:
 
 
 def _thousandths(values: Sequence[float]) -> list[int]:
-    return np.rint(np.nan_to_num(np.array(values, dtype=np.float64)) * 1000).astype(int).tolist()
+    return np.rint(np.clip(np.array(values, dtype=np.float64), -_LARGEST, _LARGEST) * 1000).astype(int).tolist()
 
 
 def _most_credited(rows: Mapping[int, Sequence[Row]], text: Text) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
+_STEP = re.compile(r"\d{1,15}", re.ASCII)
 
 
 def saved_steps(rollouts: Path, most: int) -> dict[int, Path]:
     """Step -> its file or directory: at most `most` steps, evenly from the first saved to the last."""
-    found = sorted((int(path.stem.rpartition("_")[2]), path) for path in rollouts.glob("step_*.parquet"))
+    names = {path: path.stem.removeprefix("step_") for path in rollouts.glob("step_*.parquet")}
+    found = sorted((int(name), path) for path, name in names.items() if _STEP.fullmatch(name))
     chosen = sorted({round(x) for x in np.linspace(0, len(found) - 1, most)}) if found else []
     return dict(found[place] for place in chosen)
 
@@ -34,7 +37,7 @@ def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | No
                 if not set(columns) <= set(file.schema_arrow.names):
                     return None
                 rows += _first(file, columns, min(-(-count // len(parts)), count - len(rows)))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{part} is no rollouts file: {error}") from None
     return rows
 

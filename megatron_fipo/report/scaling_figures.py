@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.panels import BLUE, GREEN, GREY, GRID, INK, ORANGE, PURPLE, RED, style
+from megatron_fipo.report.parts import figure_text
 from megatron_fipo.scaling.hardware import find_hardware
 from megatron_fipo.scaling.row import CAUSES, MeasuredRow
 from megatron_fipo.scaling.timeline import Bubble
@@ -323,7 +324,7 @@ def _setting_labels(rows: Rows) -> dict[tuple[str, str, str], str]:
     """What tells a setting from the others."""
     found = findings.settings(rows)
     differing = [i for i in range(3) if len({setting[i] for setting in found}) > 1]
-    return {setting: ", ".join(setting[i] for i in differing) or "a layout" for setting in found}
+    return {setting: figure_text(", ".join(setting[i] for i in differing)) or "a layout" for setting in found}
 
 
 def _colors() -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from megatron_fipo.report.parts import figure_text
 from megatron_fipo.scaling.row import LayoutKey, MeasuredRow
 
 
@@ -87,10 +88,10 @@ def shown_timelines(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
 
 
 def labels(rows: Sequence[MeasuredRow]) -> dict[str, str]:
-    """Of each row by its name: the layout, and what of the rest tells it from the others."""
+    """Return for a figure, of each row by its name: the layout, and what of the rest tells it from the others."""
     parts = {row.name: _parts(row) for row in rows}
     differing = [i for i in range(1, 6) if len({p[i] for p in parts.values()}) > 1]
-    return {name: ", ".join([p[0], *(p[i] for i in differing)]) for name, p in parts.items()}
+    return {name: figure_text(", ".join([p[0], *(p[i] for i in differing)])) for name, p in parts.items()}
 
 
 def _parts(row: MeasuredRow) -> tuple[str, ...]:

@@ -173,3 +173,48 @@ def test_a_damaged_file_is_named(run: Path) -> None:
     (run / "rollouts" / "step_1.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"step_1\.parquet is no rollouts file"):
         write_report(run)
+
+
+@pytest.mark.parametrize(("column", "value"), [("influence_weights", float("nan")), ("future_kl", float("inf"))])
+def test_numbers_that_are_not_finite(run: Path, column: str, value: float) -> None:
+    """Of a run that has diverged the responses that can be shown are shown, and the others counted."""
+    rows = write_rollouts(run, 1)
+    path = run / "rollouts" / "step_1.parquet"
+    rows[0][column] = [value] * len(rows[0]["response_tokens"])
+    rows[1]["new_log_probs"] = [-float("inf")] * len(rows[1]["response_tokens"])
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    data = page_of(run)
+    assert data["left_out"] == 1
+    assert {r["id"] for r in data["responses"]} == set(range(1, 12))
+    assert {r["id"]: r for r in data["responses"]}[1]["new"][0] == -(10**12)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_files_that_are_no_steps(run: Path) -> None:
+    """A file of another name beside the rollouts is passed over."""
+    write_rollouts(run, 1)
+    (run / "rollouts" / "step_x.parquet").write_bytes(b"")
+    (run / "rollouts" / "step_.parquet").mkdir()
+    page_of(run)
+    write_report(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": None},
+        {"prompt": 3},
+        {"reward": "high"},
+        {"response_tokens": None},
+        {"response_tokens": [-1]},
+        {"influence_weights": [1.0]},
+        {"future_kl": ["x"]},
+        {"truncated": 1},
+    ],
+)
+def test_rollouts_of_another_kind(run: Path, changes: dict) -> None:
+    """A column of another type or length is told with the file's name."""
+    rows = [{**row, **changes} for row in write_rollouts(run, 1)]
+    pq.write_table(pa.Table.from_pylist(rows), run / "rollouts" / "step_1.parquet")
+    with pytest.raises(ValueError, match=r"step_1\.parquet is no rollouts file: a column holds"):
+        credit.write_credit_page(read_run(run), "name")
