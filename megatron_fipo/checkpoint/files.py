@@ -77,7 +77,7 @@ class Marker:
             marker = Marker(**{**content, "files": files})
         except FileNotFoundError:
             raise DamagedError(f"{MARKER} is missing: it was not written to its end, or is half deleted") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedError(f"{MARKER} cannot be read: {error}") from None
         if crc != _crc_of(content):
             raise DamagedError(f"{MARKER} is not what was written")

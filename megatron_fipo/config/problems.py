@@ -188,7 +188,7 @@ def _servers(c: Config) -> list[str]:
             problems.append(f"rollout.servers: {url!r} is not of the form http://host:port or unix:/path/of/a/socket")
     if (r.placement == "disaggregated") != bool(r.nodes):
         problems.append("rollout.placement=disaggregated and rollout.nodes need each other")
-    if r.nodes and r.gpus_per_node % r.tensor_parallel:
+    if r.nodes and r.tensor_parallel > 0 and r.gpus_per_node % r.tensor_parallel:
         problems.append(
             f"rollout.tensor_parallel {r.tensor_parallel} does not divide rollout.gpus_per_node {r.gpus_per_node}"
         )

@@ -87,7 +87,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {line.strip()!r}, not an object with a problem and an answer")

@@ -67,7 +67,7 @@ def read(path: Path) -> list[Record]:
     for line in lines:
         try:
             records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
     return records
 
@@ -107,7 +107,7 @@ def training_progress(run_directory: Path) -> Progress:
     for line in reversed(lines):
         try:
             return Progress(int(json.loads(line)["step"]) + 1)
-        except (ValueError, KeyError, TypeError):  # cut short by the end of its writer
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut short by the end of its writer
             continue
     return Progress(1)
 

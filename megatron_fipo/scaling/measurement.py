@@ -90,7 +90,7 @@ def read_row(path: Path) -> dict[str, Any] | None:
     """None where there is no whole row."""
     try:
         row = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -225,7 +225,7 @@ def read_rows(directory: Path) -> tuple[list[MeasuredRow], list[str]]:
             continue
         try:
             row, problems = parse_row(json.loads(file.read_text()))
-        except (ValueError, OSError) as error:  # JSON's and Unicode's errors are ValueErrors
+        except (ValueError, OSError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
             warnings.append(f"rows/{file.name} is left out: {error}")
             continue
         rows.append(row)

@@ -298,7 +298,8 @@ class VLLMEngine:
         if self._is_alone():
             return "127.0.0.1"
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-            probe.connect((os.environ.get("MASTER_ADDR", socket.gethostname()), 1))
+            other = next(iter(self.config.rollout.nodes), os.environ.get("MASTER_ADDR", socket.gethostname()))
+            probe.connect((other, 1))
             return probe.getsockname()[0]
 
     def _report_hung(self, number: int) -> None:
