@@ -14,5 +14,5 @@ from megatron_fipo.rollout.vllm import VLLMEngine
 
 def make_engine(config: Config, hf_config: PretrainedConfig, topology: Topology) -> RolloutEngine:
     if config.rollout.engine == "vllm":
-        return VLLMEngine(config, topology)
+        return VLLMEngine(config, topology, vocabulary=hf_config.vocab_size)
     return HFEngine(hf_config, getattr(torch, config.model.dtype), topology.device, config.rollout.batch_size)

@@ -53,30 +53,48 @@ def nothing_yet() -> Response:
     return Response([], [], truncated=False, unfinished=True)
 
 
-def read(answer: httpx.Response, sampling: Sampling, version: str | None, paused: bool) -> Response:
+def read(
+    answer: httpx.Response, sampling: Sampling, version: str | None, paused: bool, vocabulary: int = 1 << 31
+) -> Response:
     """The response in a successful answer, or as much of it as was drawn when it was `paused`.
 
+    Args:
+        vocabulary: token IDs are below this.
+
     Raises:
-        Fault: it is no whole response.
+        Fault: it is no whole response, or none of these tokens.
         Stale: a token was not drawn with `version`.
         FloatingPointError: log-probabilities are not finite.
     """
     try:
         choice = answer.json()["choices"][0]
-        token_ids = choice["token_ids"]
+        token_ids, reason = choice["token_ids"] or [], choice["finish_reason"]
         log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         versions = [span["version"] for span in choice["weight_versions"]]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Fault(f"an answer without {error}: {answer.text[:300]}") from None
-    unfinished = paused and choice["finish_reason"] == "abort"
+    if problem := _problem(token_ids, log_probs, versions, sampling.max_tokens, vocabulary):
+        raise Fault(problem)
+    unfinished = paused and reason == "abort"
     if unfinished and not token_ids:
         return nothing_yet()
-    whole = choice["finish_reason"] in ("stop", "length")
+    whole = reason in ("stop", "length")
     if not (whole or unfinished) or not token_ids or len(log_probs) != len(token_ids):
-        raise Fault(f"no whole response, finish reason {choice['finish_reason']}")
+        raise Fault(f"no whole response, finish reason {reason}")
     if any(v != version for v in versions) or not versions:
         raise Stale(f"weights {', '.join(versions)} instead of {version}")
     if not all(math.isfinite(p) for p in log_probs):
         raise FloatingPointError("the rollout model's log-probabilities are not finite: its weights have diverged")
     truncated = whole and token_ids[-1] not in sampling.stop_token_ids
     return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions), unfinished)
+
+
+def _problem(token_ids: Any, log_probs: list[Any], versions: list[Any], most: int, vocabulary: int) -> str | None:
+    """Return what is wrong about the types and sizes of an answer's parts, whatever they say."""
+    if not isinstance(token_ids, list) or not all(type(t) is int and 0 <= t < vocabulary for t in token_ids):
+        return f"token IDs that are not all whole numbers from 0 to {vocabulary - 1}"
+    if len(token_ids) > most:
+        return f"{len(token_ids)} tokens, asked for were at most {most}"
+    if not all(isinstance(p, float) or (type(p) is int and abs(p) < 1 << 53) for p in log_probs):
+        return "log-probabilities that are not all numbers"
+    return None if all(isinstance(v, str) for v in versions) else "weight versions that are not all texts"

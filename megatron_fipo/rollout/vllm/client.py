@@ -106,6 +106,7 @@ class Client:
         urls, keys: of all servers.
         concurrency: attempts at one server at the same time.
         seeded: servers are told the requests' seeds.
+        vocabulary: token IDs of responses are below this.
         on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
     """
 
@@ -117,8 +118,10 @@ class Client:
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
         seeded: bool = True,
+        vocabulary: int = 1 << 31,
     ) -> None:
         self._seeded = seeded
+        self._vocabulary = vocabulary
         self._patience = patience
         self._concurrency = concurrency
         self._on_hung = on_hung
@@ -195,7 +198,8 @@ class Client:
                 if server is None:
                     return nothing_yet()
                 try:
-                    response = read(await self._attempt(server, body), sampling, self._version, turn.paused)
+                    answer = await self._attempt(server, body)
+                    response = read(answer, sampling, self._version, turn.paused, self._vocabulary)
                     server.pause = 0.0
                     return response
                 except Refused as error:

@@ -51,11 +51,14 @@ class VLLMEngine:
 
     Args:
         patience: replaces what the configuration says of deadlines and probes, for tests.
+        vocabulary: size of the model's; a server's answer with a token outside of it is drawn anew.
     """
 
     through_first_rank = True
 
-    def __init__(self, config: Config, topology: Topology, patience: Patience | None = None) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, patience: Patience | None = None, vocabulary: int = 1 << 31
+    ) -> None:
         rollout = config.rollout
         self.config = config
         self.topology = topology
@@ -64,6 +67,7 @@ class VLLMEngine:
         self.keeper = Keeper([], rollout.start_seconds, self._reload)
         self._patience = patience or Patience(rollout.deadline_seconds, rollout.start_seconds)
         self._client: Client | None = None
+        self._vocabulary = vocabulary
         self._controls: list[Control] = []
         self._owned: list[int] = []  # numbers of this rank's servers among all
         self._newest: tuple[str, list[dict[str, Any]]] | None = None  # version and files that a server can be given
@@ -221,7 +225,8 @@ class VLLMEngine:
         self._controls = [Control(url, key) for url, key in zip(urls, keys, strict=True)]
         self._transport = self._make_transport(len(urls))
         seeded = not torch.cuda.is_available() if rollout.seeded is None else rollout.seeded
-        self._client = Client(urls, keys, self._patience, rollout.max_concurrency, self._report_hung, seeded)
+        most, vocabulary = rollout.max_concurrency, self._vocabulary
+        self._client = Client(urls, keys, self._patience, most, self._report_hung, seeded, vocabulary)
         return self._client
 
     def _views(self) -> list[tuple[str, ...]]:
