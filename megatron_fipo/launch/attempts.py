@@ -101,7 +101,7 @@ def new_record(event: Event, progress: Progress, job: Job | None, cause: str = "
 def training_progress(run_directory: Path) -> Progress:
     """The step after the last one in metrics.jsonl, 1 before there is any."""
     try:
-        lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+        lines = (run_directory / "metrics.jsonl").read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return Progress(1)
     for line in reversed(lines):

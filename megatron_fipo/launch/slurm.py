@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
+_RANGE = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?", re.ASCII)
+_MOST_HOSTS = 1 << 16  # Slurm itself takes no more
 _INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
 _ANSWER_SECONDS = 30.0  # a busy controller
 
@@ -90,8 +92,16 @@ def expand_hosts(text: str) -> list[str]:
     """Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, written out in its order.
 
     Read here because containers have no scontrol.
+
+    Raises:
+        ValueError: it is none, or names more hosts than any cluster has.
     """
-    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for host in _expand(part)]
+    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
+    if ",".join(parts) != text:
+        raise ValueError(
+            f"{text!r} is no list of hosts: a bracket is not closed, or there is nothing between two commas"
+        )
+    return [host for part in parts for host in _expand(part)]
 
 
 def _expand(part: str) -> Iterator[str]:
@@ -101,10 +111,15 @@ def _expand(part: str) -> Iterator[str]:
         return
     ranges, _, suffix = rest.partition("]")
     endings = list(_expand(suffix))
-    for numbers in ranges.split(","):
-        first, _, last = numbers.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            yield from (f"{prefix}{number:0{len(first)}d}{ending}" for ending in endings)
+    bounds = [_RANGE.fullmatch(numbers) for numbers in ranges.split(",")]
+    if any(found is None for found in bounds):
+        raise ValueError(f"{part!r} is no list of hosts: expected numbers and ranges in brackets, as in gpu[01-03,7]")
+    runs = [(found[1], int(found[1]), int(found[2] or found[1])) for found in bounds if found]
+    if sum(max(0, last - first + 1) for _, first, last in runs) * max(1, len(endings)) > _MOST_HOSTS:
+        raise ValueError(f"{part!r} names more than {_MOST_HOSTS} hosts")
+    for text, first, last in runs:
+        for number in range(first, last + 1):
+            yield from (f"{prefix}{number:0{len(text)}d}{ending}" for ending in endings)
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:
