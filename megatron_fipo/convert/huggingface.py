@@ -100,6 +100,8 @@ def _read_index(index: Path) -> dict[str, str]:
         places = dict(json.loads(index.read_text())["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
+    if not places:
+        raise ValueError(f"{index} names no tensors")
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{index} names {file!r} for {name}, expected the name of a file beside it")

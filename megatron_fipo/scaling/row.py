@@ -20,6 +20,10 @@ STATUSES: tuple[Status, ...] = ("ok", "out_of_memory", "failed")
 CAUSES = ("warm_up", "waiting", "drain", "communication")  # of a stage's idle time, as `timeline.Bubble` has them
 
 
+_LARGEST = 1e20  # of a count, seconds or bytes: nothing larger has been measured, and figures end at 1e308
+_MOST_STAGES = 512  # of a timeline, which is drawn with a row for each
+
+
 class LayoutKey(NamedTuple):
     """The layout of a row, or of a line of a plan."""
 
@@ -142,7 +146,7 @@ class _Fields:
 
     def count(self, name: str, least: int = 1) -> int:
         value: Any = self.content.get(name)
-        if not _is_whole(value) or value < least:
+        if not _is_whole(value) or not least <= value <= _LARGEST:
             raise ValueError(f"{name} is {_shown(value)} and must be a whole number of at least {least}")
         return int(value)
 
@@ -155,7 +159,7 @@ class _Fields:
         if value is None and not expected:
             return None
         number = _number(value)
-        if number is None or (number < 0 and not sign):
+        if number is None or (number < 0 and not sign) or abs(number) > _LARGEST:
             self.problems.append(f"{self.place}{name} is {_shown(value)}")
             return None
         return number
@@ -166,9 +170,9 @@ class _Fields:
         if value is None and not expected:
             return ()
         found = [_number(x) for x in value] if isinstance(value, list) else [None]
-        if any(x is None or x < 0 for x in found):
+        if any(x is None or not 0 <= x <= _LARGEST for x in found):
             self.problems.append(f"{self.place}{name} is {_shown(value)}")
-        return tuple(x for x in found if x is not None and x >= 0)
+        return tuple(x for x in found if x is not None and 0 <= x <= _LARGEST)
 
 
 def parse_row(content: Any) -> tuple[MeasuredRow, list[str]]:
@@ -302,8 +306,8 @@ def _timeline(content: Any, expected: bool, problems: list[str]) -> Timeline | N
     try:
         stages = tuple(tuple(_span(span) for span in stage) for stage in content["stages"])
         chunks = content["chunks"]
-        if not _is_whole(chunks) or chunks < 1 or not stages:
-            raise ValueError("no stages or no chunks")
+        if not _is_whole(chunks) or chunks < 1 or not 0 < len(stages) <= _MOST_STAGES:
+            raise ValueError(f"no chunks, or not 1 to {_MOST_STAGES} stages")
         if not all(any(s.is_pass and s.name == "forward" and s.seconds > 0 for s in spans) for spans in stages):
             raise ValueError("a stage without a forward pass")
     except (TypeError, ValueError, KeyError) as error:
@@ -315,7 +319,9 @@ def _timeline(content: Any, expected: bool, problems: list[str]) -> Timeline | N
 def _span(content: Any) -> Span:
     name, start, end, chunk, micro_batch, transfer = content
     times = [_number(x) for x in (start, end, transfer)]
-    if not isinstance(name, str) or None in times or not _is_whole(chunk) or not _is_whole(micro_batch):
+    if not isinstance(name, str) or not all(t is not None and abs(t) <= _LARGEST for t in times):
+        raise ValueError(f"{_shown(content)} is no span")
+    if not (_is_whole(chunk) and abs(chunk) <= _LARGEST and _is_whole(micro_batch) and abs(micro_batch) <= _LARGEST):
         raise ValueError(f"{_shown(content)} is no span")
     if micro_batch >= 0 and name not in ("forward", "backward"):
         raise ValueError(f"{_shown(name)} is no pass")
@@ -337,7 +343,7 @@ def _environment_value(value: Any) -> str:
 
 def _known(content: Any) -> tuple[float, ...]:
     numbers = [_number(x) for x in content] if isinstance(content, list) else []
-    return tuple(x for x in numbers if x is not None and x >= 0)
+    return tuple(x for x in numbers if x is not None and 0 <= x <= _LARGEST)
 
 
 def _number(value: Any) -> float | None:
