@@ -38,7 +38,7 @@ from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.trackers import Tracker, make_trackers
-from megatron_fipo.whole_file import write_table, write_whole
+from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
@@ -64,7 +64,7 @@ def clear(directory: Path) -> None:
 def began(directory: Path) -> datetime:
     """Return when the run in a directory began, now if there is none."""
     path = directory / "began.json"
-    return datetime.fromisoformat(json.loads(path.read_text())["began"]) if path.exists() else datetime.now()
+    return time_in(path, read_object(path).get("began")) if path.exists() else datetime.now()
 
 
 def _rewind(directory: Path, step: int) -> int:

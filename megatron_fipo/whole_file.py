@@ -1,13 +1,15 @@
-"""Files that appear whole or not at all, by renaming."""
+"""Files that appear whole or not at all, by renaming, and are read back."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +34,33 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: str | bytes) -> None:
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def time_in(path: Path, text: Any) -> datetime:
+    """Return a time that was read from the file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return datetime.fromisoformat(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {text!r} is no time: {error}") from None
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_fipo.whole_file import whole_file, write_table, write_whole
+from megatron_fipo.whole_file import read_object, time_in, whole_file, write_table, write_whole
 
 
 def test_a_failing_block_leaves_what_was_there(tmp_path: Path) -> None:
@@ -58,3 +59,21 @@ def test_table(tmp_path: Path) -> None:
     table = pa.table({"a": [1, 2], "b": [["x"], []]})
     write_table(table, tmp_path / "new" / "t.parquet")
     assert pq.read_table(tmp_path / "new" / "t.parquet").equals(table)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, "\udcff"])
+def test_damaged_objects_are_named(tmp_path: Path, text: str) -> None:
+    """Whatever else than a JSON object is in the file."""
+    (tmp_path / "x.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"x\.json is damaged: "):
+        read_object(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert read_object(tmp_path / "x.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "yesterday", [1]])
+def test_times_that_are_none_are_named(tmp_path: Path, value: object) -> None:
+    """A time is read as it is written."""
+    with pytest.raises(ValueError, match=r"x\.json is damaged: .* is no time"):
+        time_in(tmp_path / "x.json", value)
+    assert time_in(tmp_path / "x.json", "2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)

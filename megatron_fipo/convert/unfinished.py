@@ -39,12 +39,16 @@ class Unfinished:
 
     def _continue(self, job: dict[str, Any]) -> None:
         lines = [line for line in self._progress.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        if not lines or json.loads(lines[0]) != json.loads(json.dumps(job)):
+        try:
+            noted = [json.loads(line) for line in lines]
+            for done in noted[1:]:
+                self.finished.update(done)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self._progress} is damaged: {error}; leave out --resume") from None
+        if not noted or noted[0] != json.loads(json.dumps(job)):
             raise ValueError(
                 f"{self.path} is what another conversion, or one of other files, left: remove it, or leave out --resume"
             )
-        for line in lines[1:]:
-            self.finished.update(json.loads(line))
         self._progress.write_text("".join(lines))  # without a line that was cut off
 
     def record(self, file: str, note: Any = None) -> None:

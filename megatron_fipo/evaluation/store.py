@@ -24,7 +24,7 @@ from megatron_fipo.data import PromptSet
 from megatron_fipo.evaluation.problem_table import problem_table
 from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table
 from megatron_fipo.evaluation.summary import Evaluation
-from megatron_fipo.whole_file import write_table, write_whole
+from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file that are looked at: 32B parameters are 65 GB
 BEGAN = "the evaluation's beginning"
@@ -42,8 +42,8 @@ class Store:
     def began(self) -> datetime:
         """Return the time that chat templates are told: of the evaluation's beginning, now if it has not begun."""
         path = self.directory / "settings.json"
-        kept = json.loads(path.read_text()).get(BEGAN) if path.exists() else None
-        return datetime.fromisoformat(kept) if kept else datetime.now()
+        kept = read_object(path).get(BEGAN) if path.exists() else None
+        return time_in(path, kept) if kept else datetime.now()
 
     def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
         """Make this the directory of samples that depend on `settings`. More benchmarks may come later.
@@ -52,7 +52,7 @@ class Store:
             ValueError: it holds samples of other settings.
         """
         path = self.directory / "settings.json"
-        held = json.loads(path.read_text()) if path.exists() else {}
+        held = read_object(path) if path.exists() else {}
         names = held.keys() & settings.keys() if held else ()
         different = [f"  - {n}: {held[n]} -> {settings[n]}" for n in sorted(names) if held[n] != settings[n]]
         if different:
