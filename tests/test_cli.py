@@ -213,6 +213,7 @@ def test_config_is_asked_for(task: Path, command: Command) -> None:
 def _earlier_run(task: Path) -> None:
     (task / "run" / "rollouts").mkdir(parents=True)
     (task / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (task / "run" / "began.json").write_text('{"began": "2026-01-01T00:00:00"}\n')
     (task / "run" / "rollouts" / "step_1.parquet").write_text("")
     (task / "run" / "notes.txt").write_text("mine")
 

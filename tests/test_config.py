@@ -446,3 +446,11 @@ def test_places_in_configs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.run.name, config.run.directory) == ("x-1234", "/tmp/x")
     with pytest.raises(ValueError, match="SCRATCH is not set; give a default"):
         load_config(file, ["run.directory=${oc.env:SCRATCH}/x"])
+
+
+def test_servers_on_this_machine(file: Path) -> None:
+    """They may be named by the path of their Unix socket, from the root."""
+    config = load_config(file, ["rollout.engine=vllm", "rollout.servers=['unix:/run/x/socket']"])
+    assert config.rollout.servers == ("unix:/run/x/socket",)
+    (problem,) = _refused(file, "rollout.engine=vllm", "rollout.servers=['unix:socket']")
+    assert problem.endswith("is not of the form http://host:port or unix:/path/of/a/socket")

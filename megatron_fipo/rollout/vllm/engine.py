@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.printable import printable
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.client import Client, Patience
@@ -110,7 +111,8 @@ class VLLMEngine:
             raise ValueError(problem)
         if self.topology.rank == 0:
             for server, reason in failures.items():
-                print(f"rollout server {self._controls[server].url} got no weights: {reason}", file=sys.stderr)
+                text = f"rollout server {self._controls[server].url} got no weights: {reason}"
+                print(printable(text), file=sys.stderr)
         if not any(current) and (self._newest is None or self.config.rollout.servers):
             raise RuntimeError(f"no rollout server took the new weights: {failures or 'none is ready'}")
         assert self._client is not None
@@ -168,7 +170,7 @@ class VLLMEngine:
                 self._controls[server].sleep(_SLEEP_SECONDS)
             except ControlError as error:
                 self.keeper.report_hung(place)
-                print(f"rollout server did not free its GPUs: {error}", file=sys.stderr)
+                print(printable(f"rollout server did not free its GPUs: {error}"), file=sys.stderr)
         dist.barrier()
 
     def _awake(self, lives: dict[int, int | None]) -> dict[int, int | None]:
@@ -179,7 +181,7 @@ class VLLMEngine:
                     self._controls[server].wake_up(_SLEEP_SECONDS)
                 except ControlError as error:
                     lives[server] = None
-                    print(f"rollout server did not wake up: {error}", file=sys.stderr)
+                    print(printable(f"rollout server did not wake up: {error}"), file=sys.stderr)
         return lives
 
     def close(self) -> None:

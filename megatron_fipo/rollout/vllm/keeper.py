@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from megatron_fipo.printable import printable
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.process import ServerProcess
 
@@ -162,7 +163,8 @@ class Keeper:
 
     def _restart(self, server: Kept) -> None:
         words = server.process.last_words()
-        print(f"rollout server {server.process.url} is restarted: {server.reason}", file=sys.stderr, flush=True)
+        text = f"rollout server {server.process.url} is restarted: {server.reason}"
+        print(printable(text), file=sys.stderr, flush=True)
         if server.failures > _MOST_RESTARTS:
             self._set(server, "given up", f"{server.reason}, {server.failures} times in a row\n{words}")
             server.process.kill()
