@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_fipo import doctor
+from megatron_fipo import doctor, fused_kernels
 from megatron_fipo.ops import extension
 from tests import installations
 
@@ -17,7 +17,7 @@ OPS = {"compiled ops", "CUDA kernels"}
 OTHERS = (
     {"Python", "PyTorch", "GPU", "NCCL", "NVIDIA apex", "nvcc", "g++", "Slurm", "cores", "memory", "disk"}
     | OPS
-    | {"vLLM", "scontrol", "shared memory", "open files", "locked memory"}
+    | {"vLLM", "scontrol", "shared memory", "open files", "locked memory", "torch.compile for GPUs"}
 )
 
 
@@ -39,6 +39,14 @@ def test_reports_what_is_installed():
     """Versions are those of the installed distributions."""
     assert found("megatron-core")[1:] == (metadata.version("megatron-core"), True)
     assert found("PyTorch").found.startswith(torch.__version__)
+
+
+def test_what_compiling_for_gpus_lacks(monkeypatch):
+    """The first thing that is missing, or what is there."""
+    monkeypatch.setattr(fused_kernels, "gpu_compiler_problem", lambda: "there is no C compiler: install gcc, or set CC")
+    assert found("torch.compile for GPUs")[1:] == ("there is no C compiler: install gcc, or set CC", False)
+    monkeypatch.setattr(fused_kernels, "gpu_compiler_problem", lambda: None)
+    assert found("torch.compile for GPUs")[1:] == ("Triton, a C compiler and Python's headers", True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("[no] CUDA"), KeyError("Version"), OSError(5, "input/output error")])

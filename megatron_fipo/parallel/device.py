@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+_COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
 def set_up(index: int | None, deterministic: bool = False) -> None:
@@ -21,11 +25,23 @@ def set_up(index: int | None, deterministic: bool = False) -> None:
     """
     if index is not None:
         torch.cuda.set_device(index)
+        compile_in_this_process()
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False
+
+
+def compile_in_this_process() -> None:
+    """Let torch.compile start no processes of its own, up to 32 for each rank, unless the environment asks for some.
+
+    What it compiles here are a handful of kernels.
+    """
+    threads = os.environ.setdefault(_COMPILE_THREADS, "1")
+    settings: Any = sys.modules.get("torch._inductor.config")  # it reads the environment when it is imported
+    if settings is not None:
+        settings.compile_threads = int(threads)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +51,22 @@ def test_nondeterministic_allowed() -> None:
     assert seen == [False]
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 1), ("4", 4)])
+def test_compiling_starts_no_processes(asked: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether torch's compiler was imported before or comes later; what the environment says goes first."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", asked or "")  # restored afterwards
+    if asked is None:
+        del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    settings = SimpleNamespace(compile_threads=32)
+    monkeypatch.setitem(sys.modules, "torch._inductor.config", settings)
+    device.compile_in_this_process()
+    assert settings.compile_threads == threads
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
+    monkeypatch.delitem(sys.modules, "torch._inductor.config")
+    device.compile_in_this_process()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
 
 
 def _record(out: str) -> None:
