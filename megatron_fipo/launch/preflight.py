@@ -193,7 +193,8 @@ def _store(timeout: timedelta, file: Path | None) -> dist.Store:
         )
     except (dist.DistNetworkError, OSError) as error:
         if rank == 0:
-            raise ConnectionError(f"cannot listen at {address}:{port}; choose another MASTER_PORT: {error}") from None
+            advice = "choose another MASTER_PORT; MASTER_ADDR must be an address of rank 0's machine"
+            raise ConnectionError(f"cannot listen at {address}:{port}; {advice}: {error}") from None
         raise ConnectionError(f"no answer from rank 0 at {address}:{port} to {host()}: {error}") from None
 
 
