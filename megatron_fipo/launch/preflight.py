@@ -104,12 +104,13 @@ class _Ranks:
 
     def gather(self, timeout: timedelta, run_directory: Path | None) -> list[Facts]:
         """All ranks' facts on rank 0, which has checked them, and nothing on the others, which waited for that."""
-        token = self._token(timeout, run_directory)
-        mine = Facts(self.rank, host(), _versions(), _is_visible(token) if token else None, _free_device_memory())
-        self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
-        if self.rank != 0:
-            self._wait_for_rank_0(timeout)
-            return []
+        with self._rank_0_stays():
+            token = self._token(timeout, run_directory)
+            mine = Facts(self.rank, host(), _versions(), _is_visible(token) if token else None, _free_device_memory())
+            self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
+            if self.rank != 0:
+                self.store.wait(["checked"], timeout + timedelta(seconds=_VISIBLE_SECONDS))
+                return []
         try:
             facts = self._arrived(timeout)
         finally:
@@ -133,10 +134,14 @@ class _Ranks:
         self.store.wait(["token"], timeout)
         return run_directory / self.store.get("token").decode()
 
-    def _wait_for_rank_0(self, timeout: timedelta) -> None:
+    @contextmanager
+    def _rank_0_stays(self) -> Iterator[None]:
+        """Name rank 0 on the others if it ends, or never answers, in what is inside."""
         try:
-            self.store.wait(["checked"], timeout + timedelta(seconds=_VISIBLE_SECONDS))
+            yield
         except dist.DistError as error:
+            if self.rank == 0:
+                raise
             raise ConnectionError(f"rank 0 did not find all ranks in order: {error}") from None
 
     def _arrived(self, timeout: timedelta) -> list[Facts]:

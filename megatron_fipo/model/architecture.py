@@ -86,9 +86,14 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
     config = read_json(file)
     if config.get("model_type") in SUPPORTED_MODEL_TYPES:
         check_spellings(config, str(file))
+    elif "auto_map" in config:
+        raise ValueError(
+            f"{file}: model type {config.get('model_type')!r} comes with code of its own (auto_map), which is never run; "
+            f"supported without it: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
     try:
-        hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
@@ -105,7 +110,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} cannot be read: expected an object of names and values")

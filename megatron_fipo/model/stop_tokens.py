@@ -62,7 +62,7 @@ def load_tokenizer(path: Path) -> Any:
     if not any((path / name).is_file() for name in VOCABULARIES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
 

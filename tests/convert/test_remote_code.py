@@ -12,10 +12,10 @@ PACKAGE = Path(megatron_fipo.__file__).parent
 
 
 def _calls() -> Iterator[tuple[str, ast.Call]]:
-    """(file, call) of every `from_pretrained` outside of `model/`."""
+    """(file, call) of every `from_pretrained`."""
     for file in sorted(PACKAGE.rglob("*.py")):
         name = str(file.relative_to(PACKAGE))
-        for node in ast.walk(ast.parse(file.read_text())) if not name.startswith("model/") else ():
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
                 yield name, node
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_fipo.model.architecture import architecture, load_hf_config
 from megatron_fipo.model.rope import in_both_spellings
+from megatron_fipo.model.stop_tokens import load_tokenizer
 from tests.policies import make_qwen2
 
 
@@ -110,7 +111,26 @@ def test_configs_that_are_refused(config: dict[str, Any], message: str, tmp_path
         architecture(load_hf_config(_directory(tmp_path, **config), {}))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '"qwen2"', ""])
+@pytest.mark.parametrize("kind", ["auto_map", "tokenizer"])
+def test_code_beside_a_model_is_not_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor offered to be run: a config or tokenizer that needs code of its own is refused, whatever would be answered."""
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if kind == "auto_map":
+        directory = _directory(tmp_path, model_type="custom", auto_map={"AutoConfig": "code.Config"})
+        with pytest.raises(ValueError, match=r"'custom' comes with code of its own \(auto_map\), which is never run"):
+            load_hf_config(directory, {})
+    else:
+        auto = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Custom"}
+        _directory(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto))
+        (tmp_path / "vocab.json").write_text("{}")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_tokenizer(tmp_path)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 99999, "{", "[]", "null", '"qwen2"', ""])
 def test_a_config_that_is_no_object(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
