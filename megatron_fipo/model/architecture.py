@@ -88,7 +88,7 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
         check_spellings(config, str(file))
     elif "auto_map" in config:
         raise ValueError(
-            f"{file}: model type {config.get('model_type')!r} comes with code of its own (auto_map), which is never run; "
+            f"{file}: model type {config.get('model_type')!r} has code of its own (auto_map), which is never run; "
             f"supported without it: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     try:

@@ -113,7 +113,7 @@ def test_configs_that_are_refused(config: dict[str, Any], message: str, tmp_path
 
 @pytest.mark.parametrize("kind", ["auto_map", "tokenizer"])
 def test_code_beside_a_model_is_not_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor offered to be run: a config or tokenizer that needs code of its own is refused, whatever would be answered."""
+    """Nor offered to be run: a config or tokenizer that needs code of its own is refused, whatever the answer."""
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if kind == "auto_map":
