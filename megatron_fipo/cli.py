@@ -68,6 +68,7 @@ def train(
         run_directory=settings.run_directory,
         max_requeues=settings.resume.max_requeues,
         deterministic=settings.run.deterministic,
+        requirements=launch.requirements(settings, {"data.train": settings.data.train, **_benchmarks(settings)}),
     )
     if launch.is_first_process():
         _report(settings.run_directory)
@@ -114,7 +115,13 @@ def evaluate(
         max_requeues=settings.resume.max_requeues,
         progress=lambda: launch.Progress(Store(directory).count(), "samples"),
         deterministic=settings.run.deterministic,
+        requirements=launch.requirements(settings, _benchmarks(settings)),
     )
+
+
+def _benchmarks(config: Config) -> dict[str, str]:
+    """Return the benchmarks' files by what messages call them."""
+    return {f"data.validation {name}": file for name, file in config.data.benchmarks.items()}
 
 
 def _checkpoint_setting(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 FAILED = 1
 BAD_INPUT = 2
 NOT_MEASURED = 3  # `scaling run`: the layout's row says what became of it
@@ -15,6 +17,18 @@ EXIT_CODES = (
 
 class Interrupted(Exception):
     """The run was asked to stop and has stopped in good order: what it had done is in a checkpoint."""
+
+
+class MachineFailure(RuntimeError):
+    """A node or a server failed, not the program or its input: another attempt may do better.
+
+    Attributes:
+        hosts: nodes to blame, which the next attempt had better avoid; empty where none is known.
+    """
+
+    def __init__(self, message: str, hosts: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.hosts = tuple(hosts)
 
 
 class RankFailure(RuntimeError):

@@ -12,7 +12,18 @@ import megatron_fipo
 
 PACKAGE = Path(megatron_fipo.__file__).parent
 ORDER = (
-    *("install_transformer_engine", "outcome", "whole_file", "config", "batch", "ops", "algorithm", "reward", "data"),
+    *(
+        "install_transformer_engine",
+        "outcome",
+        "whole_file",
+        "machine",
+        "config",
+        "batch",
+        "ops",
+        "algorithm",
+        "reward",
+        "data",
+    ),
     *("fused_kernels", "parallel", "model", "convert", "actor", "vllm_environment", "rollout", "checkpoint"),
     *("evaluation", "health", "trackers", "run_log", "resume", "checks", "data_check", "trainer", "launch", "scaling"),
     *("report", "doctor", "cli"),

@@ -17,7 +17,9 @@ from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch import slurm
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.attempts import Progress, training_progress
+from megatron_fipo.launch.requirements import NOTHING, Requirements, requirements
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
+from megatron_fipo.machine import limits
 from megatron_fipo.outcome import Interrupted, RankFailure
 
 # With run.deterministic: what the ranks must find in their environment before CUDA, Transformer Engine and NCCL start.
@@ -33,8 +35,10 @@ __all__ = [
     "Interrupted",
     "Progress",
     "RankFailure",
+    "Requirements",
     "is_first_process",
     "num_gpus",
+    "requirements",
     "run",
     "started_ranks",
 ]
@@ -68,6 +72,7 @@ def run(
     max_requeues: int = 0,
     progress: Callable[[], Progress] | None = None,
     deterministic: bool = False,
+    requirements: Requirements | None = None,
 ) -> None:
     """Call `entry(*args)` on every rank inside an initialized process group.
 
@@ -81,6 +86,7 @@ def run(
         progress: how far the run has come; a job that fails twice at the same place is not started again. None: the
             training step in `run_directory`.
         deterministic: run.deterministic; what libraries must know of it before they start is put into the environment.
+        requirements: checked by every rank before anything is built. None: nothing but what all runs need.
 
     Raises:
         Interrupted: the ranks were asked to stop, and have.
@@ -90,13 +96,17 @@ def run(
     # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     required = _deterministic_environment() if deterministic else {}
+    limits.raise_limits()  # ranks and servers inherit them
+    requirements = requirements or NOTHING
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from megatron_fipo.launch import rank
 
         os.environ.update(required)
-        rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic)
+        rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic, requirements)
         return
     first, alone = is_first_process(), not slurm.is_task(os.environ)
+    if first and (problem := limits.open_files_problem(requirements.open_files)):
+        raise ValueError(problem)
     if slurm.is_interactive(os.environ):
         print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
     progress = progress or partial(training_progress, run_directory or Path())
@@ -113,6 +123,7 @@ def run(
                 error=Path(errors) / f"rank_{environment['RANK']}.json",
                 run_directory=run_directory,
                 deterministic=deterministic,
+                requirements=requirements,
                 listener=listener,
             )
             for environment, listener in _ranks(parallel)

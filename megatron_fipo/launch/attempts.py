@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_fipo.launch.failure import Kind, host
+from megatron_fipo.launch.failure import Kind
 from megatron_fipo.launch.slurm import Job
+from megatron_fipo.machine.host import host
 
 # `signalled`: asked to stop, which is no failure even when Slurm's patience ends before the checkpoint is written.
 Event = Literal["start", "signalled", "finished", "interrupted", "failed"]

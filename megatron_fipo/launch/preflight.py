@@ -14,7 +14,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_fipo.launch import slurm
-from megatron_fipo.launch.failure import host
+from megatron_fipo.launch.requirements import NOTHING, Requirements
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 
 _ARRIVAL = timedelta(minutes=10)  # all ranks have imported their packages, from a busy network file system
 _CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
@@ -45,9 +47,15 @@ class Facts:
     versions: dict[str, str]
     sees_directory: bool | None
     free_device_memory: float | None = None  # share of the whole
+    problems: list[str] = field(default_factory=list)  # what this rank's node lacks
 
 
-def connect(timeout: timedelta, run_directory: Path | None, listener: Any = None) -> None:
+def connect(
+    timeout: timedelta,
+    run_directory: Path | None,
+    listener: Any = None,
+    requirements: Requirements = NOTHING,
+) -> None:
     """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
 
     The environment names this rank as torch's does. Rank 0 judges, and prints one line. `listener`: rank 0's socket,
@@ -55,11 +63,12 @@ def connect(timeout: timedelta, run_directory: Path | None, listener: Any = None
 
     Raises:
         ValueError: what to change, and on which node.
+        MachineFailure: some nodes lack what the others have.
         ConnectionError: ranks that did not come, or that cannot be reached.
     """
     started = time.monotonic()
     ranks = _Ranks(_store(min(timeout, _ARRIVAL), listener))
-    facts = ranks.gather(min(timeout, _ARRIVAL), run_directory)
+    facts = ranks.gather(min(timeout, _ARRIVAL), run_directory, requirements)
     with ranks.named_on_error():
         _initialize(ranks, min(timeout, _CONNECTION))
     ranks.shared_store.set_timeout(timeout)
@@ -100,10 +109,22 @@ class _Ranks:
         self.store = dist.PrefixStore("preflight", store)
         self.shared_store = store
 
-    def gather(self, timeout: timedelta, run_directory: Path | None) -> list[Facts]:
+    def gather(
+        self,
+        timeout: timedelta,
+        run_directory: Path | None,
+        requirements: Requirements = NOTHING,
+    ) -> list[Facts]:
         """All ranks' facts on rank 0, which has checked them, and nothing on the others, which waited for that."""
         token = self._token(timeout, run_directory)
-        mine = Facts(self.rank, host(), _versions(), _is_visible(token) if token else None, _free_device_memory())
+        mine = Facts(
+            self.rank,
+            host(),
+            _versions(),
+            _is_visible(token) if token else None,
+            _free_device_memory(),
+            requirements.problems(),
+        )
         self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
         if self.rank != 0:
             self._wait_for_rank_0(timeout)
@@ -241,8 +262,18 @@ def _is_visible(file: Path) -> bool:
 
 
 def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
-    """Raise one ValueError with all that rank 0 finds wrong with the ranks."""
-    problems = []
+    """Raise one error with all that rank 0 finds wrong with the ranks.
+
+    What some nodes lack and others have is those nodes' fault, and the input's only where all lack it.
+    """
+    problems, lacking, blamed = [], [], []
+    for text in dict.fromkeys(text for f in facts for text in f.problems):
+        others = [f for f in facts if text in f.problems]
+        if len({f.host for f in others}) == len({f.host for f in facts}):
+            problems.append(text)
+        else:
+            lacking.append(f"{_places(others)}: {text}")
+            blamed += [f.host for f in others]
     for name, reference in facts[0].versions.items():
         others = [f for f in facts if f.versions.get(name) != reference]
         if others:
@@ -258,7 +289,9 @@ def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
             "run.directory on a file system that all nodes share"
         )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join([*problems, *lacking]))
+    if lacking:
+        raise MachineFailure("\n".join(lacking), list(dict.fromkeys(blamed)))
 
 
 def _check_disk(run_directory: Path) -> None:

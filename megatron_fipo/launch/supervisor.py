@@ -23,6 +23,7 @@ from typing import Any
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.failure import Failure, of_exit
+from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.outcome import RUN_AGAIN, Interrupted
 
 _POLL_SECONDS = 0.1
@@ -43,6 +44,7 @@ class RankTask:
         output: rank 0's standard output and error, which its supervisor shows as well.
         error: where it describes its failure.
         deterministic: run.deterministic.
+        requirements: checked before anything is built.
         listener: rank 0's end of MASTER_PORT, bound already; None: it binds it itself.
     """
 
@@ -54,6 +56,7 @@ class RankTask:
     error: Path
     run_directory: Path | None
     deterministic: bool = False
+    requirements: Requirements = NOTHING
     output: tuple[connection.Connection, connection.Connection] | None = None
     listener: socket.socket | None = None
 

@@ -8,6 +8,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.launch import preflight
+from megatron_fipo.launch.requirements import Requirements
+from megatron_fipo.machine import limits
+from megatron_fipo.outcome import MachineFailure
 from tests.launch.processes import free_port
 from tests.ranks import fork
 
@@ -47,7 +51,7 @@ def _rank(environment: dict[str, str], act: Callable[[int, Path], None], directo
     try:
         act(rank, directory)
         result = "ok"
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, ConnectionError, MachineFailure) as error:
         result = f"{type(error).__name__}: {error}"
     (directory / f"{rank}.txt").write_text(result)
     while len(list(directory.glob("*.txt"))) < 2:  # as a failed rank does, stay until everybody has been heard
@@ -112,6 +116,27 @@ def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
         f"ValueError: {tmp_path}/disk0 is not the same directory on node0 and for rank 1 on node1: choose a "
         "run.directory on a file system that all nodes share"
     )
+
+
+def _lack(rank: int, directory: Path, lacking: tuple[int, ...]) -> None:
+    paths = {"model.hf_path": str(directory if rank not in lacking else directory / "model")}
+    limits.open_files_problem = lambda needed: None if rank else "few files"  # type: ignore[assignment]
+    preflight.connect(SHORT, None, requirements=Requirements(1, paths if lacking == (1,) else {"x": "/nowhere"}))
+
+
+def test_what_one_node_lacks(tmp_path: Path) -> None:
+    """A node without the model, as after its restart, is named, with whatever another one lacks: machine trouble."""
+    first, _ = _run(partial(_lack, lacking=(1,)), tmp_path)
+    assert first.splitlines() == [
+        "MachineFailure: rank 0 on node0: few files",
+        f"rank 1 on node1: model.hf_path '{tmp_path}/model' is not there",
+    ]
+
+
+def test_what_all_nodes_lack(tmp_path: Path) -> None:
+    """That is the configuration's fault; all is said at once."""
+    first, _ = _run(partial(_lack, lacking=(0, 1)), tmp_path)
+    assert first.splitlines() == ["ValueError: x '/nowhere' is not there", "rank 0 on node0: few files"]
 
 
 def _differ(rank: int, directory: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import ssl
 import threading
 import time
 from collections import defaultdict, deque
@@ -23,11 +24,14 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from megatron_fipo.machine import limits
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
 from megatron_fipo.rollout.vllm.control import authorization, explain
 
 _MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
+_CONNECT_SECONDS = 60.0  # thousands of requests may begin at once; probes find a server that is gone
 _ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told of requests it has not read yet
 
 
@@ -55,6 +59,7 @@ class Patience:
 class _Server:
     number: int
     url: str
+    http: httpx.AsyncClient
     usable: bool = False
     busy: int = 0  # requests that have it
     outstanding: int = 0  # their tokens: prompts and limits of responses
@@ -86,12 +91,18 @@ class _Lost(Exception):
     """The server went away, or was given up, during an attempt."""
 
 
+class _OutOfFiles(Exception):
+    """This process can open no more connections, which is not the server's fault."""
+
+
 class Client:
     """Requests to all of a run's servers from this process; usable from any thread.
 
     Args:
         urls: of all servers.
         concurrency: attempts at one server at the same time.
+        connections: requests in flight at the same time, to all servers together; None: as many as this process may
+            open files. The others wait here.
         seeded: servers are told the requests' seeds.
         on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
     """
@@ -104,22 +115,20 @@ class Client:
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
         seeded: bool = True,
+        connections: int | None = None,
     ) -> None:
         self._seeded = seeded
         self._patience = patience
         self._concurrency = concurrency
         self._on_hung = on_hung
-        self._servers = [_Server(number, url) for number, url in enumerate(urls)]
+        # A pool for each server: a pool looks through all of its connections whenever a request comes or goes.
+        context = httpx.create_ssl_context()  # reads certificates, once
+        self._servers = [_Server(n, url, _pool(url, key, concurrency, context)) for n, url in enumerate(urls)]
         self._waiting: deque[_Turn] = deque()
         self._turns: WeakKeyDictionary[Future[Response], _Turn] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
-        self._http = httpx.AsyncClient(
-            headers=authorization(key),
-            timeout=httpx.Timeout(None, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,
-        )
+        self._connections = connections or limits.connections_at_most(len(urls))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="vllm-client", daemon=True)
         self._thread.start()
@@ -163,7 +172,8 @@ class Client:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._http.aclose()
+        for server in self._servers:
+            await server.http.aclose()
 
     async def _expect(self, version: str | None, usable: Sequence[bool]) -> None:
         self._version = version
@@ -193,6 +203,10 @@ class Client:
                     seconds = f"{self._patience.deadline:g}"
                     problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
                     turn.avoid.add(server.number)
+                except _OutOfFiles:
+                    problem = f"for {server.url}: {_out_of_files()}"
+                    self._connections = max(1, min(self._connections, self._busy - 1))
+                    await asyncio.sleep(self._patience.first)
                 except (_Lost, Fault, Stale) as error:
                     problem = f"by {server.url}: {type(error).__name__.lower().removeprefix('_')}: {error}"
                     turn.avoid.add(server.number)
@@ -223,13 +237,16 @@ class Client:
             Fault, Refused: the server answered with an error.
             TimeoutError: it did not answer in time.
             _Lost: it went away.
+            _OutOfFiles: it could not be asked from here.
         """
-        attempt = self._loop.create_task(self._http.post(f"{server.url}/inference/v1/generate", json=body))
+        attempt = self._loop.create_task(server.http.post("/inference/v1/generate", json=body))
         server.attempts.add(attempt)
         try:
             async with asyncio.timeout(self._patience.deadline):
                 answer = await asyncio.shield(attempt)
         except httpx.TransportError as error:
+            if limits.is_out_of_files(error):
+                raise _OutOfFiles from None
             raise _Lost(f"{type(error).__name__} {error}".rstrip()) from None
         except asyncio.CancelledError:
             if attempt.cancelled():  # by `_give_up`, not this request by its owner
@@ -264,7 +281,7 @@ class Client:
         """Have the server answer these requests with what it has; in vain if it is lost, which `_watch` finds out."""
         body = {"request_ids": engine_names(names)}
         with contextlib.suppress(httpx.HTTPError):
-            await self._http.post(f"{server.url}/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
+            await server.http.post("/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
 
     # Servers
 
@@ -272,7 +289,11 @@ class Client:
         """Give waiting requests their servers, in order, as long as there are free places."""
         usable = [s for s in self._servers if s.usable]
         place = 0
-        while place < len(self._waiting) and (free := [s for s in usable if s.busy < self._places(s)]):
+        while (
+            place < len(self._waiting)
+            and self._busy < self._connections
+            and (free := [s for s in usable if s.busy < self._places(s)])
+        ):
             turn = self._waiting[place]
             if turn.waiting is None or turn.waiting.done():  # its request was cancelled or paused
                 del self._waiting[place]
@@ -288,6 +309,10 @@ class Client:
             server.busy += 1
             server.outstanding += turn.tokens
             turn.waiting.set_result(server)
+
+    @property
+    def _busy(self) -> int:
+        return sum(server.busy for server in self._servers)
 
     def _places(self, server: _Server) -> int:
         """Requests at a time; one that has just failed has to prove itself first."""
@@ -317,10 +342,12 @@ class Client:
     async def _look_at(self, server: _Server) -> None:
         """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
         try:
-            answer = await self._http.get(f"{server.url}/weight_info", timeout=self._patience.probe)
+            answer = await server.http.get("/weight_info", timeout=self._patience.probe)
             found = answer.raise_for_status().json()["weight_version"]
-        except (httpx.HTTPError, ValueError, LookupError):  # its engine may be gone, and only its front be there
-            server.strikes += 1
+        except (httpx.HTTPError, ValueError, LookupError) as error:
+            if limits.is_out_of_files(error):
+                return
+            server.strikes += 1  # its engine may be gone, and only its front be there
             self._look_later(server)
             if server.strikes >= self._patience.strikes:
                 self._give_up(server)
@@ -347,9 +374,25 @@ class Client:
             for turn in self._waiting:
                 if turn.waiting is not None and not turn.waiting.done():
                     turn.waiting.set_exception(
-                        RuntimeError(
+                        MachineFailure(
                             f"no rollout server with the current weights for {self._patience.wait:g} s "
                             f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"
                         )
                     )
             self._waiting.clear()
+
+
+def _pool(url: str, key: str, concurrency: int, context: ssl.SSLContext) -> httpx.AsyncClient:
+    """Return the connections to one server: for its requests, a probe, and an order to abort requests."""
+    return httpx.AsyncClient(
+        base_url=url,
+        headers=authorization(key),
+        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+        limits=httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=4),
+        trust_env=False,
+        verify=context,
+    )
+
+
+def _out_of_files() -> str:
+    return f"this process can open no more connections, its limit of open files is {limits.open_files()} (`ulimit -n`)"

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
@@ -75,7 +77,7 @@ class VLLMEngine:
         """Give all servers new weights; what is drawn from now on is drawn with them.
 
         Raises:
-            RuntimeError: no server took them.
+            MachineFailure: no server took them, or one did not start.
             ValueError: servers could not be started as configured, or the weights could not be written.
         """
         client = self._start()
@@ -109,7 +111,7 @@ class VLLMEngine:
             for server, reason in failures.items():
                 print(f"rollout server {self._controls[server].url} got no weights: {reason}", file=sys.stderr)
         if not any(current) and (self._newest is None or self.config.rollout.servers):
-            raise RuntimeError(f"no rollout server took the new weights: {failures or 'none is ready'}")
+            raise MachineFailure(f"no rollout server took the new weights: {failures or 'none is ready'}")
         assert self._client is not None
         self._client.expect(version, current)
 
@@ -198,7 +200,7 @@ class VLLMEngine:
         rollout = self.config.rollout
         self._run, key = _from_rank_0((new_run(), secrets.token_urlsafe(32)))
         self._directory = Path(rollout.weight_directory or memory_directory(self._run))
-        error = None
+        error: ValueError | MachineFailure | None = None
         urls: list[str] = list(rollout.servers)
         views = self._views()
         try:
@@ -206,13 +208,17 @@ class VLLMEngine:
                 key = external_key()
             else:
                 self._start_servers(key, views)
-        except (ValueError, RuntimeError) as failed:
-            error = str(failed)
-        reports = _gather((error, [s.process.url for s in self.keeper.servers if s.life]))
+        except (ValueError, MachineFailure) as failed:
+            error = failed
+        except RuntimeError as failed:  # an interpreter that does not run, on this node
+            error = MachineFailure(str(failed), [host()])
+        told = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
+        reports = _gather((told, [s.process.url for s in self.keeper.servers if s.life]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
             self.keeper.close()
-            raise ValueError(problem)
+            text, hosts = problem
+            raise ValueError(text) if hosts is None else MachineFailure(text, hosts)
         if not urls:
             before = sum(len(theirs) for _, theirs in reports[: self.topology.rank])
             self._owned = list(range(before, before + len(self.keeper.servers)))

@@ -152,8 +152,9 @@ class ServerProcess:
                 text=True,
             )
         assert self._guard.stdout is not None
-        ready, _, _ = select.select([self._guard.stdout], [], [], _PORT_SECONDS)
-        answer = self._guard.stdout.readline() if ready else ""
+        answered = select.poll()  # select.select knows no descriptor above 1023
+        answered.register(self._guard.stdout, select.POLLIN)
+        answer = self._guard.stdout.readline() if answered.poll(_PORT_SECONDS * 1000) else ""
         if not answer.strip().isdigit():
             self.kill()
             raise RuntimeError(f"a rollout server could not be started:\n{self.last_words()}")

@@ -53,8 +53,15 @@ def main(owner: int, host: str, port: int, command: list[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(inner, signal.SIGKILL)
     end_group(inner)
-    if owner and select.select([life], [], [], 0)[0] and "FIPO_WEIGHTS" in os.environ:
+    if owner and _has_ended(life) and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
+
+
+def _has_ended(life: int) -> bool:
+    """Return whether the process of this pidfd has ended."""
+    ended = select.poll()
+    ended.register(life, select.POLLIN)
+    return bool(ended.poll(0))
 
 
 def choose_devices(environment: MutableMapping[str, str]) -> None:
