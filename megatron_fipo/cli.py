@@ -53,7 +53,8 @@ def train(
 
     settings = with_seed(load_config(*_config_and_overrides(config, overrides or [], recipe)), seed)
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
-        _check(settings, dry_run)
+        with launch.checked(settings.run_directory, settings.resume.max_requeues):
+            _check(settings, dry_run)
     if dry_run and (obstacle := _obstacle_to_update(settings)):
         if launch.is_first_process():
             typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
@@ -104,16 +105,21 @@ def evaluate(
     if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or command.default_directory(settings)
+
+    def progress() -> launch.Progress:
+        return launch.Progress(Store(directory).count(), "samples")
+
     if launch.is_first_process():
-        _warn(check_evaluation(settings))
-        command.check(settings, directory)
+        with launch.checked(directory, settings.resume.max_requeues, progress):
+            _warn(check_evaluation(settings))
+            command.check(settings, directory)
     launch.run(
         command.run,
         settings.parallel,
         (settings, directory),
         run_directory=directory,
         max_requeues=settings.resume.max_requeues,
-        progress=lambda: launch.Progress(Store(directory).count(), "samples"),
+        progress=progress,
         deterministic=settings.run.deterministic,
         requirements=launch.requirements(settings, _benchmarks(settings)),
     )

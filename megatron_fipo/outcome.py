@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 FAILED = 1
 BAD_INPUT = 2
@@ -13,6 +15,16 @@ EXIT_CODES = (
     f"Exit codes: 0 done, {FAILED} failed, {BAD_INPUT} bad input, {RUN_AGAIN} stopped before its end: "
     "requeue the job, the same command goes on."
 )
+
+
+RUNNING = "running"  # name of the file by which a rank tells its supervisor that it has resumed
+RUNNING_FILE = "MEGATRON_FIPO_RUNNING_FILE"
+
+
+def note_running() -> None:
+    """Tell the supervisor, if there is one, that this rank has resumed: what fails from now on is no failed start."""
+    if path := os.environ.get(RUNNING_FILE):
+        Path(path).touch()
 
 
 class Interrupted(Exception):

@@ -36,6 +36,7 @@ from megatron_fipo.data import PromptStream, TemplateOptions, load_prompts
 from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.model.stop_tokens import stop_token_ids
+from megatron_fipo.outcome import note_running
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
@@ -128,6 +129,7 @@ class Trainer:
             self.checkpointer.close()
 
     def _run(self) -> None:
+        note_running()
         try:
             self._conclude_step()
             while self.progress.step < self.config.trainer.max_steps:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch import slurm
+from megatron_fipo.launch import attempts, policy, slurm
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.attempts import Progress, training_progress
+from megatron_fipo.launch.failure import Failure
 from megatron_fipo.launch.requirements import NOTHING, Requirements, requirements
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
 from megatron_fipo.machine import limits
+from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import Interrupted, RankFailure
 
 # With run.deterministic: what the ranks must find in their environment before CUDA, Transformer Engine and NCCL start.
@@ -36,6 +38,7 @@ __all__ = [
     "Progress",
     "RankFailure",
     "Requirements",
+    "checked",
     "is_first_process",
     "num_gpus",
     "requirements",
@@ -131,6 +134,28 @@ def run(
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
             supervisor.wait()
+
+
+@contextmanager
+def checked(run_directory: Path, max_requeues: int, progress: Callable[[], Progress] | None = None) -> Iterator[None]:
+    """Check a run's input inside, in its first process, before `run`.
+
+    Raises:
+        ValueError: what the check raises.
+        RankFailure: the same, in a job of which an earlier attempt was running. The input was in order then, so a node
+            lacks something now, as after its restart without a mount.
+    """
+    try:
+        yield
+    except ValueError as error:
+        records, job = attempts.read(run_directory / "attempts.jsonl"), slurm.job(os.environ)
+        if not policy.has_run_before(records, job):
+            raise
+        attempt = Attempt(
+            run_directory, max_requeues, True, False, progress or partial(training_progress, run_directory)
+        )
+        attempt.begin()
+        raise attempt.failed(Failure(0, host(), "machine", str(error)), f"{host()}: {error}") from None
 
 
 def _deterministic_environment() -> dict[str, str]:

@@ -26,7 +26,7 @@ from megatron_fipo.launch.failure import Failure, kind_of
 from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.launch.supervisor import RankTask
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import FAILED, RUN_AGAIN, Interrupted, MachineFailure
+from megatron_fipo.outcome import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.parallel import device, interrupt
 
 _SECONDS_TO_BE_SEEN = 60.0  # the supervisor looks ten times a second
@@ -39,6 +39,7 @@ def main(task: RankTask) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _die_with_supervisor()
     os.environ.update(task.environment)
+    os.environ[RUNNING_FILE] = str(task.error.with_name(RUNNING))
     log = _open_log(task)
     interrupt.install()
     try:

@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
 _INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
+MARKER = "MEGATRON_FIPO_REQUEUE"  # names the file by which the batch script is asked to requeue the job
 _ANSWER_SECONDS = 30.0  # a busy controller
 
 
@@ -149,21 +152,76 @@ class Job:
     step: str = ""
     nodes: str = ""
     array_task: str = ""
+    launcher: str = "slurm"
+    end: float | None = None
+    marker: str = ""
 
     @property
     def name(self) -> str:
         """Name of this job alone in Slurm's commands."""
         return self.array_task or self.number
 
-    def requeue(self) -> str | None:
-        """Requeue the job, which ends it here; returns why not, or None when it was done."""
+    def requeue(self, exclude: Sequence[str] = ()) -> str:
+        """Requeue the job, which ends it here; return what came of it: "is requeued", or why it is not.
+
+        Where Slurm cannot be asked, as in most containers, the batch script is told by the marker to do it.
+
+        Args:
+            exclude: nodes that the next attempt had better avoid; heeded where enough others are left.
+        """
         if shutil.which("scontrol") is None:
-            return f"there is no scontrol here to requeue it: run `scontrol requeue {self.name}` or submit it again"
+            return self._leave_marker() or (
+                f"is not requeued: there is no scontrol here: run `scontrol requeue {self.name}` or submit it again"
+            )
+        found, error = self._record()
+        if error or not found:
+            reason = error or f"`scontrol show job {self.number}` has no record with this JobId"
+            return self._leave_marker() or f"is not requeued: {reason}"
+        if against := _reason_against(found):
+            return f"is not requeued: {against}"
+        array, task = found.get("ArrayJobId"), found.get("ArrayTaskId")
+        name = f"{array}_{task}" if task else self.number
+        avoided = _nodes_to_exclude(found, exclude)
+        if failure := _run("scontrol", "requeue", name)[1]:
+            return self._leave_marker() or f"is not requeued: {failure}"
+        if not avoided or _run("scontrol", "update", f"JobId={name}", f"ExcNodeList={','.join(avoided)}")[1]:
+            return "is requeued"  # Slurm takes the list of a job only once it is pending
+        return f"is requeued, without {', '.join(exclude)}"
+
+    def requeue_obstacle(self) -> str | None:
+        """Return what would keep `requeue` from working; None if nothing is known of."""
+        if self.launcher != "slurm" or self.marker:
+            return None
+        if shutil.which("scontrol") is None:
+            return (
+                "there is no scontrol here, and no batch script that does it (slurm/requeue.sh); a container needs one "
+                "or the other"
+            )
         found, error = self._record()
         if error or not found:
             return error or f"`scontrol show job {self.number}` has no record with this JobId"
-        array, task = found.get("ArrayJobId"), found.get("ArrayTaskId")
-        return _reason_against(found) or _run("scontrol", "requeue", f"{array}_{task}" if task else self.number)[1]
+        if found.get("BatchFlag", "0") == "0":
+            return None  # nothing that was typed by hand is expected to come back
+        return "it was submitted without --requeue (Requeue=0)" if found.get("Requeue") == "0" else None
+
+    def current_end(self) -> float | None:
+        """Return when Slurm will end the job, in seconds since the epoch; None where it cannot be asked."""
+        if shutil.which("scontrol") is None:
+            return None
+        try:
+            return datetime.fromisoformat(self._record()[0].get("EndTime", "")).timestamp()
+        except ValueError:
+            return None
+
+    def _leave_marker(self) -> str | None:
+        """Ask the batch script to requeue the job; None where it does not do so."""
+        if not self.marker:
+            return None
+        try:
+            Path(self.marker).touch()
+        except OSError as error:
+            return f"is not requeued: its batch script cannot be told: {error}"
+        return "is requeued by its batch script"
 
     def _record(self) -> tuple[dict[str, str], str | None]:
         """Return the fields of Slurm's record of this job, and what went wrong if anything did.
@@ -188,8 +246,16 @@ def job(environment: Mapping[str, str]) -> Job | None:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    array_task = f"{array}_{task}" if array and task else ""
-    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", ""), nodes, array_task)
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return Job(
+        number,
+        _restarts(environment),
+        environment.get("SLURM_STEP_ID", ""),
+        nodes,
+        f"{array}_{task}" if array and task else "",
+        end=float(end) if end.isdigit() else None,
+        marker=environment.get(MARKER, ""),
+    )
 
 
 def lost_nodes(nodes: str) -> str:
@@ -206,6 +272,19 @@ def _reason_against(record: Mapping[str, str]) -> str | None:
     if state not in ("RUNNING", "TIMEOUT"):
         return f"its state is {state}"
     return None if record.get("BatchFlag", "0") != "0" else "it is no batch job"  # counts up with a job's requeues
+
+
+def _nodes_to_exclude(record: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """Return the job's whole list of nodes to avoid; none where the job would then wait for ever."""
+    if not more or record.get("ReqNodeList", "(null)") != "(null)":
+        return []
+    known = record.get("ExcNodeList", "(null)")
+    avoided = list(dict.fromkeys([*(expand_hosts(known) if known != "(null)" else []), *more]))
+    shown = _run("scontrol", "show", "partition", record.get("Partition", ""), "--oneliner")[0]
+    total, needed = re.search(r"TotalNodes=(\d+)", shown), re.match(r"\d+", record.get("NumNodes", ""))
+    if total is None or needed is None or int(needed[0]) + len(avoided) > int(total[1]):
+        return []
+    return avoided
 
 
 def _run(*command: str) -> tuple[str, str | None]:

@@ -24,7 +24,7 @@ from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.failure import Failure, of_exit
 from megatron_fipo.launch.requirements import NOTHING, Requirements
-from megatron_fipo.outcome import RUN_AGAIN, Interrupted
+from megatron_fipo.outcome import RUN_AGAIN, RUNNING, Interrupted
 
 _POLL_SECONDS = 0.1
 _PRIMARY_SECONDS = 10.0  # that a lost connection waits for the failure behind it to be seen
@@ -116,7 +116,7 @@ class Supervisor:
         """Until all ranks have ended.
 
         Raises:
-            Interrupted: they stopped as they were asked.
+            Interrupted: they stopped as they were asked, or had no time left to do so.
             RankFailure: a rank failed; the others were ended.
             ValueError: a rank refused its input.
             KeyboardInterrupt: Ctrl-C was pressed twice.
@@ -125,9 +125,13 @@ class Supervisor:
             running = [p.sentinel for p in self._ranks.values() if p.exitcode is None]
             connection.wait(running, timeout=_POLL_SECONDS)
             self._forward_signals()
+            if (self._errors / RUNNING).exists():
+                self.attempt.running()
             failure = self._first_failure()
             if failure is not None:
                 raise self._end(failure)
+            if running and self.attempt.is_expiring():
+                raise Interrupted(self.attempt.expired())
             if not running:
                 break
         if any(p.exitcode == RUN_AGAIN for p in self._ranks.values()):
