@@ -345,8 +345,11 @@ def test_validate_is_what_load_config_calls() -> None:
             ["servers=['http://a:1']", "num_servers=2"],
             "leave rollout.placement and rollout.num_servers at their defaults",
         ),
-        (["placement=disaggregated"], "rollout.placement=disaggregated and rollout.nodes need each other"),
-        (["nodes=[n1]"], "rollout.placement=disaggregated and rollout.nodes need each other"),
+        (
+            ["placement=disaggregated", "weight_transport=file"],
+            "rollout.weight_transport=file writes into this node's memory",
+        ),
+        (["nodes=[n1]"], "rollout.nodes needs rollout.placement=disaggregated"),
         (
             ["placement=disaggregated", "nodes=[n1]", "tensor_parallel=3"],
             "rollout.tensor_parallel 3 does not divide rollout.gpus_per_node 8",

@@ -98,11 +98,11 @@ class RolloutConfig:
     batch_size: int = 256  # hf engine: sequences generated at once by a rank
     # All of the following is of the vllm engine.
     # local: servers beside rank 0. colocated: on the GPUs of the ranks, which take turns with them (set
-    # optimizer.offload_state). disaggregated: on `nodes` of the same Slurm job that have no ranks.
+    # optimizer.offload_state). disaggregated: on nodes of the same Slurm job that have no ranks.
     placement: Literal["local", "colocated", "disaggregated"] = "local"
     num_servers: int | None = None  # None: 1 if local, else as many as the GPUs of a node give, on each node
     tensor_parallel: int = 1  # GPUs that a server splits the model over
-    nodes: tuple[str, ...] = ()  # disaggregated: their names
+    nodes: tuple[str, ...] = ()  # disaggregated: their names; none given: all nodes of the job that have no ranks
     gpus_per_node: int = 8  # disaggregated: of each of `nodes`
     # URLs of servers that run already, with the package's worker folder; their key is in MEGATRON_FIPO_VLLM_KEY.
     servers: tuple[str, ...] = ()
@@ -113,7 +113,9 @@ class RolloutConfig:
     # that was restarted gets its weights at once, with the others it waits for the next update.
     weight_transport: Literal["auto", "file", "gloo", "nccl", "ipc"] = "auto"
     weight_bucket_mb: int = 512  # weights travel in pieces of about this size; a larger tensor is a piece of its own
-    weight_directory: str | None = None  # file: a whole copy of the weights, twice during an update; None: /dev/shm
+    weight_directory: str | None = (
+        None  # file: a whole copy of the weights, twice during an update; None: /dev/shm, of one node alone
+    )
     verify_weights: int = 0  # every this many updates checksums prove that all tensors arrived; 0: never
     deadline_seconds: float = 3600.0  # for one response; then it is drawn anew, by another server if there is one
     start_seconds: float = 900.0  # for a server to be ready, and for the run to wait when none is

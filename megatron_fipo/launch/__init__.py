@@ -20,7 +20,7 @@ from megatron_fipo.launch.attempts import Progress, training_progress
 from megatron_fipo.launch.failure import Failure
 from megatron_fipo.launch.requirements import NOTHING, Requirements, requirements
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
-from megatron_fipo.machine import limits
+from megatron_fipo.machine import caches, limits
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import Interrupted, RankFailure
 
@@ -100,6 +100,8 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     required = _deterministic_environment() if deterministic else {}
     limits.raise_limits()  # ranks and servers inherit them
+    if slurm.job(os.environ) is not None:
+        os.environ.update(caches.node_local(os.environ))
     requirements = requirements or NOTHING
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from megatron_fipo.launch import rank

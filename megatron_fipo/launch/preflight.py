@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_fipo.launch import slurm
 from megatron_fipo.launch.requirements import NOTHING, Requirements
+from megatron_fipo.machine import gpus
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import MachineFailure
 
@@ -47,6 +48,7 @@ class Facts:
     versions: dict[str, str]
     sees_directory: bool | None
     free_device_memory: float | None = None  # share of the whole
+    gpu: str | None = None  # its UUID
     problems: list[str] = field(default_factory=list)  # what this rank's node lacks
 
 
@@ -123,7 +125,8 @@ class _Ranks:
             _versions(),
             _is_visible(token) if token else None,
             _free_device_memory(),
-            requirements.problems(),
+            _gpu(),
+            [*requirements.problems(), *_gpu_problems(requirements)],
         )
         self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
         if self.rank != 0:
@@ -134,7 +137,7 @@ class _Ranks:
         finally:
             if token:
                 token.unlink(missing_ok=True)
-        _check(facts, run_directory)
+        _check(facts, run_directory, requirements)
         self.store.set("checked", "")
         return facts
 
@@ -247,6 +250,19 @@ def _free_device_memory() -> float | None:
     return free / total
 
 
+def _gpu() -> str | None:
+    """Return the UUID of this rank's GPU."""
+    return (
+        str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_available() else None
+    )
+
+
+def _gpu_problems(requirements: Requirements) -> list[str]:
+    gpu = _gpu()
+    problem = None if gpu is None else gpus.compute_mode_problem(gpu, requirements.shared_gpus)
+    return [] if problem is None else [problem]
+
+
 def _is_visible(file: Path) -> bool:
     """Whether the file is, or within a minute becomes, one that this node sees."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
@@ -261,7 +277,7 @@ def _is_visible(file: Path) -> bool:
         time.sleep(0.2)
 
 
-def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
+def _check(facts: Sequence[Facts], run_directory: Path | None, requirements: Requirements = NOTHING) -> None:
     """Raise one error with all that rank 0 finds wrong with the ranks.
 
     What some nodes lack and others have is those nodes' fault, and the input's only where all lack it.
@@ -288,6 +304,15 @@ def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
             f"{run_directory} is not the same directory on {facts[0].host} and for {_places(blind)}: choose a "
             "run.directory on a file system that all nodes share"
         )
+    if requirements.one_node and len({f.host for f in facts}) > 1:
+        problems.append(requirements.one_node)
+    for gpu in dict.fromkeys(f.gpu for f in facts if f.gpu is not None):
+        sharing = [f for f in facts if f.gpu == gpu]
+        if len(sharing) > 1:
+            problems.append(
+                f"{_places(sharing)} have the same GPU, {gpu}: start at most as many ranks on a node as it has GPUs, "
+                "and let each rank see all of them, or one of its own"
+            )
     if problems:
         raise ValueError("\n".join([*problems, *lacking]))
     if lacking:

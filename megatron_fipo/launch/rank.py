@@ -25,6 +25,7 @@ from megatron_fipo.launch import preflight, slurm
 from megatron_fipo.launch.failure import Failure, kind_of
 from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.launch.supervisor import RankTask
+from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.parallel import device, interrupt
@@ -104,6 +105,7 @@ def _process_group(
     parallel: ParallelConfig, run_directory: Path | None, listener: Any, requirements: Requirements
 ) -> Iterator[None]:
     timeout = timedelta(minutes=parallel.timeout_minutes)
+    network.prepare_gloo()
     preflight.connect(timeout, run_directory, listener, requirements)
     stopped: Interrupted | None = None
     try:

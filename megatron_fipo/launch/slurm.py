@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+from megatron_fipo.machine.hosts import expand_hosts, step_nodes
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
 _INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
@@ -82,32 +84,6 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environment.get("MASTER_ADDR") or step_nodes(environment)[0],
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
     }
-
-
-def step_nodes(environment: Mapping[str, str]) -> list[str]:
-    """Names of the step's nodes; the first one runs task 0."""
-    return expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
-
-
-def expand_hosts(text: str) -> list[str]:
-    """Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, written out in its order.
-
-    Read here because containers have no scontrol.
-    """
-    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for host in _expand(part)]
-
-
-def _expand(part: str) -> Iterator[str]:
-    prefix, bracket, rest = part.partition("[")
-    if not bracket:
-        yield prefix
-        return
-    ranges, _, suffix = rest.partition("]")
-    endings = list(_expand(suffix))
-    for numbers in ranges.split(","):
-        first, _, last = numbers.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            yield from (f"{prefix}{number:0{len(first)}d}{ending}" for ending in endings)
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:

@@ -121,7 +121,7 @@ def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
 def _lack(rank: int, directory: Path, lacking: tuple[int, ...]) -> None:
     paths = {"model.hf_path": str(directory if rank not in lacking else directory / "model")}
     limits.open_files_problem = lambda needed: None if rank else "few files"  # type: ignore[assignment]
-    preflight.connect(SHORT, None, requirements=Requirements(1, paths if lacking == (1,) else {"x": "/nowhere"}))
+    preflight.connect(SHORT, None, requirements=Requirements(1, paths=paths if lacking == (1,) else {"x": "/nowhere"}))
 
 
 def test_what_one_node_lacks(tmp_path: Path) -> None:
@@ -195,6 +195,23 @@ def test_a_gpu_that_is_in_use() -> None:
     assert preflight._memory_warnings(facts) == [
         "another process holds memory of the GPU of rank 1 on n0 and rank 3 on n1; free are 50%, 25%"
     ]
+
+
+def test_ranks_with_the_same_gpu() -> None:
+    """As where each of several local ranks sees one GPU, and it is the same: refused, with the ranks named."""
+    facts = [preflight.Facts(r, "n0", {}, None, gpu=gpu) for r, gpu in enumerate(["aaaa", "bbbb", "aaaa"])]
+    with pytest.raises(ValueError, match=r"^ranks 0, 2 on n0 have the same GPU, aaaa: start at most as many ranks"):
+        preflight._check(facts, None)
+    preflight._check(facts[:2], None)
+
+
+def test_weights_in_one_node_s_memory() -> None:
+    """Refused where ranks, and so servers, are on several nodes; all that is wrong is said at once."""
+    facts = [preflight.Facts(r, f"n{r}", {}, None, problems=["x"]) for r in range(2)]
+    with pytest.raises(ValueError, match=r"^x\nfiles in memory$"):
+        preflight._check(facts, None, Requirements(one_node="files in memory"))
+    with pytest.raises(ValueError, match=r"^x$"):
+        preflight._check(facts[:1], None, Requirements(one_node="files in memory"))
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 0, 0), (8, 7, 7), (1, 5, 0)])

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.parallel import interrupt
@@ -294,9 +295,7 @@ class VLLMEngine:
         alone = self.topology.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", str(self.topology.world_size)))
         if alone and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers:
             return "127.0.0.1"
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-            probe.connect((os.environ.get("MASTER_ADDR", socket.gethostname()), 1))
-            return probe.getsockname()[0]
+        return network.own_address(os.environ)
 
     def _report_hung(self, number: int) -> None:
         if number in self._owned:

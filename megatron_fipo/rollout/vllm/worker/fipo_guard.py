@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 _TRACKER_SECONDS = 5.0
 
@@ -55,6 +55,15 @@ def main(owner: int, host: str, port: int, command: list[str]) -> None:
     end_group(inner)
     if owner and _has_ended(life) and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
+
+
+def widen_affinity(environment: Mapping[str, str]) -> None:
+    """Let a server use all cores that its job has on this node, and not only those of the task that starts it.
+
+    Only in a step of Slurm, which may bind each of its tasks; the kernel leaves out cores that are not the job's.
+    """
+    if "SLURM_STEP_ID" in environment:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def _has_ended(life: int) -> bool:
@@ -135,7 +144,7 @@ def reserve(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the port is taken.
     """
-    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind((host, port))
     return reserved
@@ -143,4 +152,5 @@ def reserve(host: str, port: int) -> socket.socket:
 
 if __name__ == "__main__":
     choose_devices(os.environ)
+    widen_affinity(os.environ)
     main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
