@@ -154,13 +154,15 @@ def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.resume import check_directory
     from megatron_fipo.scaling.hardware import local_hardware
     from megatron_fipo.scaling.recipe import check_memory
+    from megatron_fipo.scaling.space import check_space
 
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
         warnings += check_memory(config, hardware)
-    _warn(warnings)
     if not dry_run:
         check_directory(config)
+        warnings += check_space(config)
+    _warn(warnings)
 
 
 def _obstacle_to_update(config: Config) -> str | None:

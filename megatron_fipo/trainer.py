@@ -211,7 +211,7 @@ class Trainer:
         newest = self.checkpointer.newest()
         if newest is not None:
             complete = newest >= self.config.trainer.max_steps and (directory / "summary.json").exists()
-            if complete:
+            if _from_rank_0(complete):  # nodes may see different things of a file that is new or gone
                 self.log.note(f"{directory} is complete: {newest} steps; raise trainer.max_steps to go on")
                 return True
             state, kept = self.checkpointer.load(newest)

@@ -266,6 +266,7 @@ def test_staleness(file: Path, overrides: list[str], overlaps: bool, level: str)
     "override",
     [
         *("rollout.prompts_per_round=0", "parallel.threads_per_rank=0", "parallel.timeout_minutes=0"),
+        "parallel.nccl_timeout_minutes=0",
         *("optimizer.lr=nan", "eval.max_problems=0", "optimizer.eps=-1", "optimizer.betas=[0.9,1.0]"),
     ],
 )

@@ -33,6 +33,7 @@ _POSITIVE = (
     "optimizer.eps",
     "optimizer.spike_threshold",
     "parallel.timeout_minutes",
+    "parallel.nccl_timeout_minutes",
     "parallel.threads_per_rank",
     "rollout.prompts_per_round",
     "eval.samples",

@@ -45,7 +45,8 @@ class ParallelConfig:
     expert: int = 1  # ranks that share out the experts; taken from the tensor, context and data axes
     first_stage_layers: int | None = None  # uneven pipeline: layers of the first stage
     last_stage_layers: int | None = None
-    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    timeout_minutes: float = 30.0  # longest wait of ranks for others, which may still generate; more ends the run
+    nccl_timeout_minutes: float = 20.0  # of a collective on GPUs, for which no rank waits long; more ends the run
     threads_per_rank: int | None = None  # CPU threads; None: cores divided by local ranks
 
     @property

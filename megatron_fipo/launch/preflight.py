@@ -30,7 +30,7 @@ from megatron_fipo.machine import gpus
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import MachineFailure
 
-_ARRIVAL = timedelta(minutes=10)  # all ranks have imported their packages, from a busy network file system
+_ARRIVAL, _ARRIVAL_A_RANK = timedelta(minutes=10), timedelta(seconds=4)  # imports from a busy network file system
 _CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
 _VISIBLE_SECONDS = 60.0  # network file systems cache what a directory holds
 _OTHERS_SECONDS = 2.0  # for the other ranks to note how far they came
@@ -57,8 +57,11 @@ def connect(
     run_directory: Path | None,
     listener: Any = None,
     requirements: Requirements = NOTHING,
+    nccl_timeout: timedelta | None = None,
 ) -> None:
     """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
+
+    Those on GPUs take `nccl_timeout` at most, if that is given.
 
     The environment names this rank as torch's does. Rank 0 judges, and prints one line. `listener`: rank 0's socket,
     bound to MASTER_PORT.
@@ -69,12 +72,16 @@ def connect(
         ConnectionError: ranks that did not come, or that cannot be reached.
     """
     started = time.monotonic()
-    ranks = _Ranks(_store(min(timeout, _ARRIVAL), listener))
-    facts = ranks.gather(min(timeout, _ARRIVAL), run_directory, requirements)
+    arrival = min(timeout, _ARRIVAL + int(os.environ["WORLD_SIZE"]) * _ARRIVAL_A_RANK)
+    ranks = _Ranks(_store(arrival, listener))
+    facts = ranks.gather(arrival, run_directory, requirements)
     with ranks.named_on_error():
         _initialize(ranks, min(timeout, _CONNECTION))
     ranks.shared_store.set_timeout(timeout)
     dist.distributed_c10d._set_pg_timeout(timeout)
+    if nccl_timeout is not None and torch.cuda.is_available():
+        assert dist.group.WORLD is not None
+        dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(min(timeout, nccl_timeout))
     if facts:
         for warning in [*_memory_warnings(facts), *_disk_warnings(run_directory)]:
             print(f"warning: {warning}", flush=True)

@@ -106,7 +106,8 @@ def _process_group(
 ) -> Iterator[None]:
     timeout = timedelta(minutes=parallel.timeout_minutes)
     network.prepare_gloo()
-    preflight.connect(timeout, run_directory, listener, requirements)
+    nccl_timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
+    preflight.connect(timeout, run_directory, listener, requirements, nccl_timeout)
     stopped: Interrupted | None = None
     try:
         yield
