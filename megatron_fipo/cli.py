@@ -391,7 +391,7 @@ def doctor(
 
 
 def _train_rank(config: Config) -> None:
-    trainer = _trainer(config)
+    trainer = _trainer(config, resume=True)
     _watch(trainer)
     try:
         trainer.train()
@@ -412,10 +412,10 @@ def _dry_run_rank(config: Config) -> None:
         )
 
 
-def _trainer(config: Config, write: bool = True) -> Any:
+def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
     from megatron_fipo.trainer import Trainer
 
-    return Trainer(config, write=write)
+    return Trainer(config, write=write, resume=resume)
 
 
 def _watch(trainer: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch import attempts, policy, slurm
+from megatron_fipo.launch import attempts, launchers, policy, slurm
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.attempts import Progress, training_progress
 from megatron_fipo.launch.failure import Failure
@@ -48,15 +48,19 @@ __all__ = [
 
 
 def is_first_process() -> bool:
-    """Whether this process is the run's only one, or its rank 0 under torchrun or srun."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    """Return whether this process is the run's only one, or its rank 0 under torchrun, srun or another launcher."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    task = launchers.task(os.environ)
+    return (task["RANK"] if task else os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def started_ranks() -> int | None:
-    """How many torchrun or srun started; None where `run` starts them itself."""
+    """Return how many ranks torchrun, srun or another launcher started; None where `run` starts them itself."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return int(slurm.torch_environment(os.environ)["WORLD_SIZE"]) if slurm.is_task(os.environ) else None
+    task = launchers.task(os.environ)
+    return int(task["WORLD_SIZE"]) if task else None
 
 
 def num_gpus() -> int:
@@ -109,7 +113,7 @@ def run(
         os.environ.update(required)
         rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic, requirements)
         return
-    first, alone = is_first_process(), not slurm.is_task(os.environ)
+    first, alone = is_first_process(), launchers.task(os.environ) is None
     if first and (problem := limits.open_files_problem(requirements.open_files)):
         raise ValueError(problem)
     if slurm.is_interactive(os.environ):
@@ -179,8 +183,7 @@ def _deterministic_environment() -> dict[str, str]:
 
 def _ranks(parallel: ParallelConfig) -> Iterator[tuple[dict[str, str], socket.socket | None]]:
     """What each rank that is started here finds in its environment, and rank 0's socket."""
-    if slurm.is_task(os.environ):
-        environment = slurm.torch_environment(os.environ)
+    if (environment := launchers.task(os.environ)) is not None:
         if is_first_process():  # once is enough, and Slurm ends the others
             _check_number(parallel, int(environment["WORLD_SIZE"]))
         yield environment, None
@@ -193,10 +196,10 @@ def _ranks(parallel: ParallelConfig) -> Iterator[tuple[dict[str, str], socket.so
 
 
 def _check_number(parallel: ParallelConfig, started: int) -> None:
-    p = parallel
+    p, by = parallel, "srun" if slurm.is_task(os.environ) else "the launcher"
     if p.world_size != started:
         raise ValueError(
-            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} x dp {p.data} = {p.world_size} ranks, but srun started "
+            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} x dp {p.data} = {p.world_size} ranks, but {by} started "
             f"{started} tasks: set parallel.world_size={started}, or ask for other --nodes and --ntasks-per-node"
         )
 

@@ -16,6 +16,7 @@ from megatron_fipo.launch.policy import Decision
 from megatron_fipo.outcome import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
 
 _POLL_SECONDS = 1.0  # of a file that all nodes see
+_HEALTHY_POLL_SECONDS = 10.0  # the same, by hundreds of supervisors of which none knows of any trouble
 _NOTICE_SECONDS = 3.0  # for the other supervisors to see the record of a failure before Slurm ends them
 _MARGIN_SECONDS = 45.0  # before the time limit: for a busy controller to take the job back into the queue
 _FIRST_RANK_SECONDS = 60.0  # for the first rank's supervisor to requeue the job
@@ -34,7 +35,7 @@ class Attempt:
         self._max_requeues = max_requeues
         self._progress = progress
         self._seen: list[Record] = []
-        self._next_look = 0.0
+        self._last_look = -_HEALTHY_POLL_SECONDS
         self._signalled = self._is_running = False
         self._end = self.job.end if self.job is not None else None
 
@@ -55,6 +56,8 @@ class Attempt:
                 self._record("failed", loop)  # for the other supervisors to see
                 raise RankFailure(f"job {now.job} does not go on: {loop}")
         attempts.append(self._path, now)
+        if wrapper := slurm.wrapper_warning(os.environ):
+            print(f"warning: {wrapper}", file=sys.stderr, flush=True)
         obstacle = self.job.requeue_obstacle() if self.job is not None and self._max_requeues else None
         if obstacle:
             print(f"warning: job {now.job} will not be requeued: {obstacle}", file=sys.stderr, flush=True)
@@ -95,6 +98,8 @@ class Attempt:
         """
         if self._directory is None:
             return "interrupted"
+        if not self.first and self.job is None:
+            return ""
         if not self.first:  # a supervisor that ends with an exit code other than 0 may have Slurm end the first one
             self._await_first()
             return ""
@@ -131,16 +136,21 @@ class Attempt:
             time.sleep(max(0.0, noted + _NOTICE_SECONDS - time.monotonic()))
         return RankFailure(message, exit_code, shown=self.job is not None)
 
-    def failed_elsewhere(self) -> Record | None:
-        """The failure that another supervisor has recorded of this attempt."""
+    def failed_elsewhere(self, trouble: bool = False) -> Record | None:
+        """The failure that another supervisor has recorded of this attempt; read more often in `trouble`, when a rank
+        here has lost its connections."""
         if self.alone or self._directory is None:
             return None
-        return next((r for r in self._recent() if r.event == "failed" and r.is_of(self.job)), None)
+        seconds = _POLL_SECONDS if trouble else _HEALTHY_POLL_SECONDS
+        return next((r for r in self._recent(seconds) if r.event == "failed" and r.is_of(self.job)), None)
 
     def _await_first(self) -> None:
         deadline = time.monotonic() + _FIRST_RANK_SECONDS
         while time.monotonic() < deadline:
-            if any(r.event in ("interrupted", "expired", "failed") and r.is_of(self.job) for r in self._recent()):
+            if any(
+                r.event in ("interrupted", "expired", "failed") and r.is_of(self.job)
+                for r in self._recent(_POLL_SECONDS)
+            ):
                 return
             time.sleep(_POLL_SECONDS / 5)
 
@@ -165,10 +175,10 @@ class Attempt:
     def _records(self) -> list[Record]:
         return attempts.read(self._path)
 
-    def _recent(self) -> list[Record]:
-        """The records as of a second ago at most. Opened, since network file systems cache what `stat` says."""
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _POLL_SECONDS
+    def _recent(self, seconds: float) -> list[Record]:
+        """The records as of so many seconds ago at most. Opened, since network file systems cache what `stat` says."""
+        if time.monotonic() >= self._last_look + seconds:
+            self._last_look = time.monotonic()
             self._seen = self._records()
         return self._seen
 

@@ -52,7 +52,7 @@ class Outcome:
 def decide(records: Sequence[Record], job: Job | None, max_requeues: int) -> Decision:
     """Return what becomes of a job whose attempt has just ended; `records` ends with the record of that."""
     last = records[-1]
-    if job is None or job.launcher != "slurm":
+    if job is None:
         return Decision("it is no Slurm job")
     if job.restarts >= max_requeues:
         return Decision(f"it was requeued {job.restarts} times and resume.max_requeues is {max_requeues}")

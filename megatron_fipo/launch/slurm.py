@@ -42,6 +42,19 @@ def is_interactive(environment: Mapping[str, str]) -> bool:
     return is_typed and _has_terminal()
 
 
+def wrapper_warning(environment: Mapping[str, str]) -> str | None:
+    """Return what is wrong where a shell stands between srun and this command; None if none does.
+
+    Slurm signals every process of a step, and a shell that has no handler dies of it, with its job.
+    """
+    if not _is_in_step(environment) or environment.get("SLURM_TASK_PID") != str(os.getppid()) or _has_terminal():
+        return None
+    return (
+        f"process {os.getppid()}, a shell perhaps, stands between srun and this command and will die of Slurm's signal "
+        "before the time limit: start the command with `exec` there"
+    )
+
+
 def interactive_advice(environment: Mapping[str, str], world_size: int) -> str:
     """Return what to tell the user about ranks that are started from a shell of a step."""
     tasks, nodes = _num_tasks(environment), environment.get("SLURM_STEP_NODELIST", "")
@@ -128,7 +141,6 @@ class Job:
     step: str = ""
     nodes: str = ""
     array_task: str = ""
-    launcher: str = "slurm"
     end: float | None = None
     marker: str = ""
 
@@ -166,7 +178,7 @@ class Job:
 
     def requeue_obstacle(self) -> str | None:
         """Return what would keep `requeue` from working; None if nothing is known of."""
-        if self.launcher != "slurm" or self.marker:
+        if self.marker:
             return None
         if shutil.which("scontrol") is None:
             return (

@@ -30,6 +30,7 @@ _POLL_SECONDS = 0.1
 _PRIMARY_SECONDS = 10.0  # that a lost connection waits for the failure behind it to be seen
 _DUMP_SECONDS = 0.5  # for Python's stacks to be written
 _TWICE_SECONDS = 0.2  # two Ctrl-C in less are one that came twice
+_LOG_END = 1 << 18  # bytes
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -144,7 +145,7 @@ class Supervisor:
         while True:
             failures = self._failures()
             primary = [f for f in failures if f.kind != "connection"]
-            elsewhere = self.attempt.failed_elsewhere()
+            elsewhere = self.attempt.failed_elsewhere(trouble=bool(failures))
             if elsewhere is not None:
                 return Failure(-1, elsewhere.host, "connection", elsewhere.cause)
             if primary or (failures and time.monotonic() > deadline):
@@ -180,6 +181,8 @@ class Supervisor:
         if failure.kind == "input":
             return failure.message.removeprefix("ValueError: ")
         lines = [failure.headline, failure.traceback.rstrip()]
+        if failure.message == of_exit(failure.rank, -signal.SIGABRT).message and failure.rank in self._logs:
+            lines.append(nccl_time_out(self._logs[failure.rank]))
         if failure.kind == "connection" and others:
             lines.append(f"No rank failed of itself. Still running: rank {', '.join(map(str, others))}.")
         logs = ", ".join(str(self._logs[r]) for r in others[:4]) + (", ..." if len(others) > 4 else "")
@@ -224,6 +227,22 @@ class Supervisor:
         thread = threading.Thread(target=_copy_output, args=(source, stream, log), name="copy-output", daemon=True)
         thread.start()
         self._copying.append(thread)
+
+
+def nccl_time_out(log: Path) -> str:
+    """Return what NCCL's watchdog says at the end of a rank's log of the collective that took too long, if it does."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_END))
+        lines = file.read().decode(errors="replace").splitlines()
+    told = next((line for line in lines if "Watchdog caught collective operation timeout" in line), None)
+    if told is None:
+        return ""
+    return (
+        f"{told.strip()}\nThis rank waited; the one that did not come is another of that collective's ranks: compare "
+        "the ends of their logs."
+    )
 
 
 def _copy_output(source: connection.Connection, stream: int, log: Path) -> None:

@@ -348,6 +348,16 @@ def test_a_command_in_a_step_s_shell(environment: dict[str, str], terminal: bool
     assert _asked_in(environment, terminal, typed) is is_task
 
 
+@pytest.mark.parametrize(("parent", "warns"), [(os.getppid(), True), (1, False)])
+def test_a_shell_between_srun_and_this_command(parent: int, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would die of Slurm's signal; in a shell that somebody types into, nothing is wrong."""
+    monkeypatch.setattr(slurm, "_has_terminal", lambda: False)
+    environment = {**STEP, "SLURM_TASK_PID": str(parent)}
+    warning = slurm.wrapper_warning(environment)
+    assert (warning is not None and "start the command with `exec`" in warning) is warns
+    assert slurm.wrapper_warning({"SLURM_TASK_PID": str(parent)}) is None
+
+
 def test_advice_in_a_step_s_shell() -> None:
     """It says what is started, and how to start a rank in each task."""
     advice = slurm.interactive_advice({**STEP, "SLURM_STEP_NODELIST": "gpu[1-2]"}, 4)
