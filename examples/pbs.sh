@@ -15,7 +15,8 @@
 set -eo pipefail
 cd "$PBS_O_WORKDIR"
 source "${FIPO_SITE:-slurm/site.env}"
-export MASTER_ADDR=$(head -n 1 "$PBS_NODEFILE")  # the node with rank 0
+MASTER_ADDR=$(head -n 1 "$PBS_NODEFILE")  # the node with rank 0
+export MASTER_ADDR
 status=0
 mpiexec megatron-fipo train "${CONFIG:-examples/fipo_7b.yaml}" || status=$?
 [ "$status" -ne 75 ] || qsub -v CONFIG="${CONFIG:-examples/fipo_7b.yaml}" examples/pbs.sh

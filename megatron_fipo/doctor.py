@@ -302,7 +302,7 @@ COMPONENTS = (
     Component("nvcc", _program("nvcc", "release"), "no Transformer Engine, apex or CUDA kernels from source here"),
     Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
     Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),
-    Component("scontrol", _scontrol, "a job that was interrupted or lost a node does not requeue itself"),
+    Component("scontrol", _scontrol, "the batch script has to requeue a job, see slurm/requeue.sh"),
     Component("shared memory", _shared_memory, "NCCL and gloo fail between ranks of a node; docker: --shm-size"),
     Component("open files", _open_files, "connections of hundreds of ranks fail; raise `ulimit -Hn`"),
     Component("locked memory", _locked_memory, "NCCL fails on InfiniBand; raise `ulimit -l`"),

@@ -89,8 +89,8 @@ def run(
 
     Args:
         run_directory: where logs and the record of attempts are kept; None: nowhere.
-        max_requeues: times that a Slurm job puts itself back into the queue when it was interrupted or lost a node.
-        progress: how far the run has come; a job that fails twice at the same place is not started again. None: the
+        max_requeues: times that a Slurm job requeues itself when it was interrupted or had trouble with a machine.
+        progress: how far the run has come; a job that fails too often at the same place is not started again. None: the
             training step in `run_directory`.
         deterministic: run.deterministic; what libraries must know of it before they start is put into the environment.
         requirements: checked by every rank before anything is built. None: nothing but what all runs need.
@@ -100,12 +100,8 @@ def run(
         RankFailure: a rank failed.
         ValueError: a rank refused its input, or srun's tasks are not as many as `parallel.world_size`.
     """
-    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _prepare_process()
     required = _deterministic_environment() if deterministic else {}
-    limits.raise_limits()  # ranks and servers inherit them
-    if slurm.job(os.environ) is not None:
-        os.environ.update(caches.node_local(os.environ))
     requirements = requirements or NOTHING
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from megatron_fipo.launch import rank
@@ -140,6 +136,15 @@ def run(
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
             supervisor.wait()
+
+
+def _prepare_process() -> None:
+    """Set the limits and the environment that ranks and servers inherit."""
+    limits.raise_limits()
+    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if slurm.job(os.environ) is not None:
+        os.environ.update(caches.node_local(os.environ))
 
 
 @contextmanager

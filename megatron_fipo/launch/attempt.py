@@ -119,7 +119,7 @@ class Attempt:
         exit_code = BAD_INPUT if failure.kind == "input" else FAILED
         if self._directory is None:
             return RankFailure(message, exit_code)
-        if self.failed_elsewhere() is not None:
+        if self.failed_elsewhere(trouble=True) is not None:
             return RankFailure(message, exit_code, shown=True)
         blamed = failure.blamed or ((failure.host,) if failure.kind == "machine" else ())
         now = replace(self._new("failed", failure.headline[:1000]), kind=failure.kind, blamed=list(blamed))
@@ -137,12 +137,12 @@ class Attempt:
         return RankFailure(message, exit_code, shown=self.job is not None)
 
     def failed_elsewhere(self, trouble: bool = False) -> Record | None:
-        """The failure that another supervisor has recorded of this attempt; read more often in `trouble`, when a rank
-        here has lost its connections."""
+        """The end that another supervisor has recorded of this attempt; read more often in `trouble`, when a rank here
+        has lost its connections."""
         if self.alone or self._directory is None:
             return None
         seconds = _POLL_SECONDS if trouble else _HEALTHY_POLL_SECONDS
-        return next((r for r in self._recent(seconds) if r.event == "failed" and r.is_of(self.job)), None)
+        return next((r for r in self._recent(seconds) if r.event in ("failed", "expired") and r.is_of(self.job)), None)
 
     def _await_first(self) -> None:
         deadline = time.monotonic() + _FIRST_RANK_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -276,11 +277,17 @@ def _nodes_to_exclude(record: Mapping[str, str], more: Sequence[str]) -> list[st
 
 
 def _run(*command: str) -> tuple[str, str | None]:
-    """The command's output, and what went wrong if anything did."""
+    """Return the command's output, and what went wrong if anything did.
+
+    It is shielded from signals, since Slurm signals every process of a job that it has just requeued.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return "", f"`{' '.join(command)}` did not answer within {_ANSWER_SECONDS:.0f} s"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if done.returncode:
         return done.stdout, f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}"
     return done.stdout, None

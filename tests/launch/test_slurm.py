@@ -123,7 +123,9 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with `scontrol` on the PATH: `show job NAME` prints the file NAME there, or fails as Slurm does."""
     script = tmp_path / "scontrol"
     script.write_text(
-        f'#!/bin/sh\ncd {tmp_path}\necho "$1 $3$2" >> calls\n[ "$1" = show ] || exit 0\n'
+        # Slurm signals every process of a job that was just requeued.
+        f'#!/bin/sh\ncd {tmp_path}\n[ "$1" = update ] && kill -TERM $$\necho "$1 $3$2" >> calls\n'
+        '[ "$1" = show ] || exit 0\n'
         '[ "$2" = partition ] && { echo "PartitionName=$3 TotalNodes=4 "; exit 0; }\n'
         '[ -e "$3" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }\nwhile read -r l; do '
         'echo "$l"; done < "$3"\n'
