@@ -107,8 +107,13 @@ def _is_loopback(address: str) -> bool:
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:
-    """Return whether all ranks are on this node."""
-    return environment.get("WORLD_SIZE", "1") == environment.get("LOCAL_WORLD_SIZE", "1")
+    """Return whether all ranks are on this node, as they are where the first one is reached by a loopback address."""
+    if environment.get("WORLD_SIZE", "1") == environment.get("LOCAL_WORLD_SIZE", "1"):
+        return True
+    try:
+        return ipaddress.ip_address(environment.get("MASTER_ADDR", "")).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def prepare_gloo() -> None:

@@ -111,6 +111,15 @@ def test_gloo_gets_an_interface(site: Callable[..., None]) -> None:
     assert network.choose_interface(STEP) == {}
 
 
+@pytest.mark.parametrize(
+    ("local", "master", "alone"),
+    [("8", "n1", True), ("4", "n1", False), ("4", "10.0.0.1", False), ("4", "127.0.0.1", True), ("4", "::1", True)],
+)
+def test_ranks_on_one_node(local: str, master: str, alone: bool) -> None:
+    """All are local, or the first one is reached by a loopback address."""
+    assert network.is_alone({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": master}) is alone
+
+
 def test_nodes_without_ranks() -> None:
     """Those of the job that are not of the step."""
     assert hosts.spare_nodes(STEP) == ["n3", "n4"]
