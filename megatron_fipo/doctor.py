@@ -86,10 +86,12 @@ def _missing_packages() -> list[str]:
 def _run_problems(config: Config, login_node: bool) -> list[str]:
     from megatron_fipo.checks import run_problems  # imports Megatron-Core and transformers
     from megatron_fipo.launch.requirements import open_files
+    from megatron_fipo.scaling.space import check_space
 
-    problems = list(run_problems(config, needs_gpu=not login_node))
-    needed = open_files(config)
-    too_few_files = None if login_node else limits.open_files_problem(needed)
+    problems = run_problems(config, needs_gpu=not login_node)
+    if not problems:
+        problems.attempt(check_space, config)
+    too_few_files = None if login_node else limits.open_files_problem(open_files(config))
     return [*problems, *([too_few_files] if too_few_files else [])]
 
 

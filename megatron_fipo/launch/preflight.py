@@ -72,7 +72,7 @@ def connect(
         ConnectionError: ranks that did not come, or that cannot be reached.
     """
     started = time.monotonic()
-    arrival = min(timeout, _ARRIVAL + int(os.environ["WORLD_SIZE"]) * _ARRIVAL_A_RANK)
+    arrival = _arrival(timeout, int(os.environ["WORLD_SIZE"]))
     ranks = _Ranks(_store(arrival, listener))
     facts = ranks.gather(arrival, run_directory, requirements)
     with ranks.named_on_error():
@@ -91,6 +91,11 @@ def connect(
             f"{'node' if nodes == 1 else 'nodes'} ok ({time.monotonic() - started:.1f} s)",
             flush=True,
         )
+
+
+def _arrival(timeout: timedelta, ranks: int) -> timedelta:
+    """Return how long ranks may take to come: hundreds of them import from one file system."""
+    return min(timeout, _ARRIVAL + ranks * _ARRIVAL_A_RANK)
 
 
 def device_index() -> int:

@@ -197,6 +197,13 @@ def test_a_gpu_that_is_in_use() -> None:
     ]
 
 
+def test_time_to_come() -> None:
+    """It grows with the number of ranks that start cold, up to the limit of any wait."""
+    hour = timedelta(hours=1)
+    assert preflight._arrival(hour, 256) == timedelta(minutes=10, seconds=1024)
+    assert preflight._arrival(timedelta(minutes=5), 256) == timedelta(minutes=5)
+
+
 def test_ranks_with_the_same_gpu() -> None:
     """As where each of several local ranks sees one GPU, and it is the same: refused, with the ranks named."""
     facts = [preflight.Facts(r, "n0", {}, None, gpu=gpu) for r, gpu in enumerate(["aaaa", "bbbb", "aaaa"])]
