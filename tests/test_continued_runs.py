@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 
 from megatron_fipo.algorithm import DynamicSamplingExhausted
 from megatron_fipo.config import Config, to_yaml
-from megatron_fipo.convert import huggingface
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
@@ -201,30 +199,6 @@ def test_interrupted_run_goes_on_to_the_bit(
     how, weights = _run(config)
     assert how == "finished"
     _assert_same_run(tmp_path / "run", weights, undisturbed(layout))
-
-
-def _train_without_reading(config: Config) -> tuple[str, Weights]:
-    def refuse(*args: Any) -> None:
-        raise RuntimeError("initial weights are read")
-
-    huggingface._Stored._read = refuse  # type: ignore[method-assign]
-    return _train(config)
-
-
-def test_a_run_that_goes_on_reads_no_initial_weights(task: Path, tmp_path: Path) -> None:
-    """A checkpoint replaces them: the run ends with the same weights. Without a checkpoint, or with run.overwrite, they
-    are read."""
-    whole, alone = (_config(task, tmp_path / name, steps=3) for name in ("run", "alone"))
-    with pytest.raises(RuntimeError, match="initial weights are read"):
-        run_ranks(_train_without_reading, 1, whole)
-    _, expected = _run(alone)
-    assert _run(whole, "update 2")[0] == "interrupted after step 2"
-    with pytest.raises(RuntimeError, match="initial weights are read"):
-        run_ranks(_train_without_reading, 1, dataclasses.replace(whole, run=replace(whole.run, overwrite=True)))
-    ((ended, weights),) = run_ranks(_train_without_reading, 1, whole)
-    assert ended == "finished"
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
 def test_exhausted_run_goes_on(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -110,14 +110,16 @@ def run(
         rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic, requirements)
         return
     first, alone = is_first_process(), launchers.task(os.environ) is None
-    if first and (problem := limits.open_files_problem(requirements.open_files)):
-        raise ValueError(problem)
-    if slurm.is_interactive(os.environ):
-        print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
+    _check_process(parallel, requirements, first)
     progress = progress or partial(training_progress, run_directory or Path())
     attempt = Attempt(run_directory, max_requeues, first, alone, progress)
     attempt.begin()
     with _logs(run_directory) as logs, tempfile.TemporaryDirectory(prefix="megatron-fipo-") as errors:
+        shared: dict[str, Any] = {
+            "run_directory": run_directory,
+            "deterministic": deterministic,
+            "requirements": requirements,
+        }
         tasks = [
             RankTask(
                 entry,
@@ -126,16 +128,22 @@ def run(
                 environment | required,
                 log=logs / f"rank_{environment['RANK']}.log",
                 error=Path(errors) / f"rank_{environment['RANK']}.json",
-                run_directory=run_directory,
-                deterministic=deterministic,
-                requirements=requirements,
                 listener=listener,
+                **shared,
             )
             for environment, listener in _ranks(parallel)
         ]
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
             supervisor.wait()
+
+
+def _check_process(parallel: ParallelConfig, requirements: Requirements, first: bool) -> None:
+    """Check once what all ranks would find; a shell of a step gets advice."""
+    if first and (problem := limits.open_files_problem(requirements.open_files)):
+        raise ValueError(problem)
+    if slurm.is_interactive(os.environ):
+        print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
 
 
 def _prepare_process() -> None:
