@@ -54,7 +54,8 @@ def train(
 
     settings = with_seed(load_config(*_config_and_overrides(config, overrides or [], recipe)), seed)
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
-        _check(settings, dry_run)
+        with launch.checked(settings.run_directory, settings.resume.max_requeues):
+            _check(settings, dry_run)
     if dry_run and (obstacle := _obstacle_to_update(settings)):
         if launch.is_first_process():
             typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
@@ -69,6 +70,7 @@ def train(
         run_directory=settings.run_directory,
         max_requeues=settings.resume.max_requeues,
         deterministic=settings.run.deterministic,
+        requirements=launch.requirements(settings, {"data.train": settings.data.train, **_benchmarks(settings)}),
     )
     if launch.is_first_process():
         _report(settings.run_directory)
@@ -104,18 +106,29 @@ def evaluate(
     if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or command.default_directory(settings)
+
+    def progress() -> launch.Progress:
+        return launch.Progress(Store(directory).count(), "samples")
+
     if launch.is_first_process():
-        _warn(check_evaluation(settings))
-        command.check(settings, directory)
+        with launch.checked(directory, settings.resume.max_requeues, progress):
+            _warn(check_evaluation(settings))
+            command.check(settings, directory)
     launch.run(
         command.run,
         settings.parallel,
         (settings, directory),
         run_directory=directory,
         max_requeues=settings.resume.max_requeues,
-        progress=lambda: launch.Progress(Store(directory).count(), "samples"),
+        progress=progress,
         deterministic=settings.run.deterministic,
+        requirements=launch.requirements(settings, _benchmarks(settings)),
     )
+
+
+def _benchmarks(config: Config) -> dict[str, str]:
+    """Return the benchmarks' files by what messages call them."""
+    return {f"data.validation {name}": file for name, file in config.data.benchmarks.items()}
 
 
 def _checkpoint_setting(text: str) -> str:
@@ -142,13 +155,15 @@ def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.resume import check_directory
     from megatron_fipo.scaling.hardware import local_hardware
     from megatron_fipo.scaling.recipe import check_memory
+    from megatron_fipo.scaling.space import check_space
 
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
         warnings += check_memory(config, hardware)
-    _warn(warnings)
     if not dry_run:
         check_directory(config)
+        warnings += check_space(config)
+    _warn(warnings)
 
 
 def _obstacle_to_update(config: Config) -> str | None:
@@ -377,7 +392,7 @@ def doctor(
 
 
 def _train_rank(config: Config) -> None:
-    trainer = _trainer(config)
+    trainer = _trainer(config, resume=True)
     _watch(trainer)
     try:
         trainer.train()
@@ -398,10 +413,10 @@ def _dry_run_rank(config: Config) -> None:
         )
 
 
-def _trainer(config: Config, write: bool = True) -> Any:
+def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
     from megatron_fipo.trainer import Trainer
 
-    return Trainer(config, write=write)
+    return Trainer(config, write=write, resume=resume)
 
 
 def _watch(trainer: Any) -> None:

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine import limits
 
 _SHARED_MEMORY_GIB = 1  # docker gives 1/16 unless told otherwise
 _NEEDED = ("PyTorch", "megatron-core", "transformers")  # by every run
@@ -84,8 +85,14 @@ def _missing_packages() -> list[str]:
 
 def _run_problems(config: Config, login_node: bool) -> list[str]:
     from megatron_fipo.checks import run_problems  # imports Megatron-Core and transformers
+    from megatron_fipo.launch.requirements import open_files
+    from megatron_fipo.scaling.space import check_space
 
-    return run_problems(config, needs_gpu=not login_node)
+    problems = run_problems(config, needs_gpu=not login_node)
+    if not problems:
+        problems.attempt(check_space, config)
+    too_few_files = None if login_node else limits.open_files_problem(open_files(config))
+    return [*problems, *([too_few_files] if too_few_files else [])]
 
 
 def _notes(config: Config, name: str, login_node: bool) -> list[str]:
@@ -249,10 +256,11 @@ def _shared_memory() -> str:
 
 
 def _open_files() -> str:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and limit < _OPEN_FILES:
+    """A run raises the soft limit, which Slurm copies from the shell, to the hard one."""
+    limit = limits.most_open_files()
+    if limit is not None and limit < _OPEN_FILES:
         raise Missing(f"{limit} at most")
-    return "no limit" if limit == resource.RLIM_INFINITY else f"{limit} at most"
+    return "no limit" if limit is None else f"{limit} at most"
 
 
 def _locked_memory() -> str:
@@ -306,9 +314,9 @@ COMPONENTS = (
     Component("nvcc", _program("nvcc", "release"), "no Transformer Engine, apex or CUDA kernels from source here"),
     Component("g++", _program("g++", "g++"), "no source builds, no torch.compile on the CPU"),
     Component("Slurm", _slurm, "no batch jobs; train starts its ranks on this machine"),
-    Component("scontrol", _scontrol, "a job that was interrupted or lost a node does not requeue itself"),
+    Component("scontrol", _scontrol, "the batch script has to requeue a job, see slurm/requeue.sh"),
     Component("shared memory", _shared_memory, "NCCL and gloo fail between ranks of a node; docker: --shm-size"),
-    Component("open files", _open_files, "connections of hundreds of ranks fail; raise `ulimit -n`"),
+    Component("open files", _open_files, "connections of hundreds of ranks fail; raise `ulimit -Hn`"),
     Component("locked memory", _locked_memory, "NCCL fails on InfiniBand; raise `ulimit -l`"),
     Component("cores", _cores, ""),
     Component("memory", _memory, ""),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 FAILED = 1
 BAD_INPUT = 2
 NOT_MEASURED = 3  # `scaling run`: the layout's row says what became of it
@@ -13,8 +17,30 @@ EXIT_CODES = (
 )
 
 
+RUNNING = "running"  # name of the file by which a rank tells its supervisor that it has resumed
+RUNNING_FILE = "MEGATRON_FIPO_RUNNING_FILE"
+
+
+def note_running() -> None:
+    """Tell the supervisor, if there is one, that this rank has resumed: what fails from now on is no failed start."""
+    if path := os.environ.get(RUNNING_FILE):
+        Path(path).touch()
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has stopped in good order: what it had done is in a checkpoint."""
+
+
+class MachineFailure(RuntimeError):
+    """A node or a server failed, not the program or its input: another attempt may do better.
+
+    Attributes:
+        hosts: nodes to blame, which the next attempt had better avoid; empty where none is known.
+    """
+
+    def __init__(self, message: str, hosts: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.hosts = tuple(hosts)
 
 
 class RankFailure(RuntimeError):

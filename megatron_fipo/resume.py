@@ -74,6 +74,15 @@ def starts_over(config: Config) -> bool:
     return config.run.overwrite and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
 
 
+def replaces_weights(config: Config) -> bool:
+    """Return whether a checkpoint of the run replaces the initial weights, so that they need not be read.
+
+    The KL penalty needs them in any case.
+    """
+    there = any((config.run_directory / "checkpoints").glob("step_*"))
+    return there and not starts_over(config) and not config.algorithm.kl_coefficient
+
+
 def check_directory(config: Config) -> None:
     """Whether a run may start, or go on, in its directory; asked before any rank starts.
 

@@ -12,7 +12,6 @@ summary.json           evaluation before and after, steps, seconds
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from megatron_fipo import run_lock
 from megatron_fipo.batch import FAILURES, Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
@@ -39,9 +39,6 @@ from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.trackers import Tracker, make_trackers
 from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
-
-_CLAIM_SECONDS = 10.0  # that a process waits for another one's end
-
 
 _LEFT = (
     *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
@@ -89,26 +86,6 @@ def _keep_old_config(path: Path, text: str, step: int) -> None:
     write_whole(path, text)
 
 
-def _locked(path: Path) -> int | None:
-    """The descriptor of a locked file; None where the file system has no locks. The lock ends with this process, and
-    of a process on a lost node a moment later."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + _CLAIM_SECONDS
-    while True:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"another process is training in {path.parent}: wait for its end, or choose another run.name"
-                ) from None
-            time.sleep(0.2)
-        except OSError:
-            os.close(lock)
-            return None
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():  # a link goes, not what it leads to
         shutil.rmtree(path)
@@ -140,7 +117,7 @@ class RunLog:
         """
         if self.writes:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._claim = _locked(self.directory / ".lock")
+            self._claim = run_lock.take(self.directory / ".lock", self.warn)
 
     def keep_beginning(self, time: datetime) -> None:
         """Keep the time at which the run began, for every later attempt."""

@@ -36,11 +36,12 @@ from megatron_fipo.data import PromptStream, TemplateOptions, load_prompts
 from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.model.stop_tokens import stop_token_ids
+from megatron_fipo.outcome import note_running
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.interrupt import Interrupted
-from megatron_fipo.resume import Progress, starts_over
+from megatron_fipo.resume import Progress, replaces_weights, starts_over
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import make_engine
 from megatron_fipo.rollout.assembly import Collected
@@ -68,8 +69,12 @@ class Trainer:
         utilization: as well, from the lengths of the replica's trained sequences and the seconds of the updates.
     """
 
-    def __init__(self, config: Config, write: bool = True) -> None:
-        """Build everything a run needs, inside an initialized default process group. `write=False`: no files.
+    def __init__(self, config: Config, write: bool = True, resume: bool = False) -> None:
+        """Build everything a run needs, inside an initialized default process group.
+
+        Args:
+            write: False: no files.
+            resume: only `train` is called, so the initial weights are not read where a checkpoint replaces them.
 
         Raises:
             ValueError: the layout, the model, the data or the tokenizer do not fit together.
@@ -94,7 +99,8 @@ class Trainer:
         self.benchmarks = load_benchmarks(config, self.tokenizer, self.began)
         self.reward = make_reward(config.reward)
         self.engine = make_engine(config, hf_config, self.topology)
-        self.actor = FIPOActor(config, check_model(config), self.topology, self.engine)
+        self._resumes: bool = resume and _from_rank_0(replaces_weights(config))
+        self.actor = FIPOActor(config, check_model(config), self.topology, self.engine, read=not self._resumes)
         self.stream = PromptStream(self.prompts, config.run.seed, config.data.shuffle)
         self.collector = make_collector(
             config, self.topology, self.engine, self.reward, self.tokenizer, self.stream, self.stop_token_ids
@@ -131,6 +137,7 @@ class Trainer:
             self.checkpointer.close()
 
     def _run(self) -> None:
+        note_running()
         try:
             with collected_by_hand() as collect_garbage:
                 self._conclude_step()
@@ -214,13 +221,15 @@ class Trainer:
         newest = self.checkpointer.newest()
         if newest is not None:
             complete = newest >= self.config.trainer.max_steps and (directory / "summary.json").exists()
-            if complete:
+            if _from_rank_0(complete):  # nodes may see different things of a file that is new or gone
                 self.log.note(f"{directory} is complete: {newest} steps; raise trainer.max_steps to go on")
                 return True
             state, kept = self.checkpointer.load(newest)
             self.progress = self._saved = Progress.from_state_dict(state["progress"])
             self._restore_data_position(state["collector"], kept)
             self.log.note(f"going on after step {newest}, from {directory / 'checkpoints'}")
+        elif self._resumes:
+            raise ValueError(f"the checkpoints in {directory / 'checkpoints'} were removed meanwhile: start again")
         elif (directory / "metrics.jsonl").exists():
             self.log.note("an earlier attempt ended before its first checkpoint: starting at the beginning")
         self._boundary = self._data_position()

@@ -15,7 +15,8 @@
 #SBATCH --time=02:00:00
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
-source "${FIPO_SITE:-slurm/site.env}"
+set -eo pipefail
+source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
+set -u
 srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" megatron-fipo convert \
   "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"

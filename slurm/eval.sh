@@ -4,7 +4,7 @@
 #   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [--out DIR] [key=value ...]
 #
 # One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is told
-# to stop 3 minutes before its time is up, puts itself back into the queue, and goes on; after a node failure as well.
+# to stop 3 minutes before its time is up, requeues itself, and goes on; after a node failure as well.
 #
 #   sbatch --array=1-4 slurm/eval.sh CONFIG.yaml checkpoint=runs/fipo-7b-seed%a/policy     a checkpoint a task
 #
@@ -23,7 +23,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
-source "${FIPO_SITE:-slurm/site.env}"
-srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
-  megatron-fipo eval "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"}
+set -eo pipefail
+source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
+source slurm/requeue.sh
+set -u
+# --cpu-bind=none: a node's rollout servers may use all of its cores, not only those of the task that starts them.
+# --gpu-bind=none: each task sees all GPUs of its node, as peer-to-peer copies and servers on several GPUs need.
+# --wait=0: tasks may end one after the other, whatever the site's WaitTime is; a failed one ends all.
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none --gpu-bind=none \
+  --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
+  megatron-fipo eval "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"} \
+  || requeue_if_asked $?

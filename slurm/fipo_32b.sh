@@ -4,8 +4,9 @@
 #   sbatch slurm/fipo_32b.sh [CONFIG.yaml] [key=value ...]     without CONFIG: examples/fipo_32b.yaml
 #
 # Resources can be changed on sbatch's command line, e.g. --nodes=2 --ntasks-per-node=4; one task is one rank, and
-# parallel.world_size must be their number. The job is told to stop 10 minutes before its time is up, writes a
-# checkpoint, and puts itself back into the queue; it goes on after a node failure as well.
+# parallel.world_size must be their number. The job is told to stop 20 minutes before its time is up, shuts
+# down cleanly with a checkpoint, and requeues itself, a minute before the end at the latest; it goes on after a node
+# failure as well. Nodes with 64 cores: --cpus-per-task=8.
 #
 #   sbatch --array=1-4 slurm/fipo_32b.sh     one run a seed: run.seed is the task's number, and ends the run's name: -seed1
 #
@@ -19,12 +20,18 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@600
+#SBATCH --signal=USR1@1200
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
-source "${FIPO_SITE:-slurm/site.env}"
-srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
+set -eo pipefail
+source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
+source slurm/requeue.sh
+set -u
+# --cpu-bind=none: a node's rollout servers may use all of its cores, not only those of the task that starts them.
+# --gpu-bind=none: each task sees all GPUs of its node, as peer-to-peer copies and servers on several GPUs need.
+# --wait=0: tasks may end one after the other, whatever the site's WaitTime is; a failed one ends all.
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none --gpu-bind=none \
+  --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
   megatron-fipo train --recipe examples/fipo_32b.yaml "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" \
-  ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"}
+  ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"} || requeue_if_asked $?

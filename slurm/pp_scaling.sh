@@ -18,8 +18,9 @@
 #SBATCH --time=02:00:00
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
-source "${FIPO_SITE:-slurm/site.env}"
+set -eo pipefail
+source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
+set -u
 out="${FIPO_OUT:-runs/scaling-$(basename "${2%.csv}")}"
 megatron-fipo scaling sweep "$@" --out "$out" "${FIPO_SRUN[@]/#/--srun=}"
 megatron-fipo scaling report "$out"

@@ -266,6 +266,7 @@ def test_staleness(file: Path, overrides: list[str], overlaps: bool, level: str)
     "override",
     [
         *("rollout.prompts_per_round=0", "parallel.threads_per_rank=0", "parallel.timeout_minutes=0"),
+        "parallel.nccl_timeout_minutes=0",
         *("optimizer.lr=nan", "eval.max_problems=0", "optimizer.eps=-1", "optimizer.betas=[0.9,1.0]"),
     ],
 )
@@ -356,8 +357,11 @@ def test_validate_is_what_load_config_calls() -> None:
             ["servers=['http://a:1']", "num_servers=2"],
             "leave rollout.placement and rollout.num_servers at their defaults",
         ),
-        (["placement=disaggregated"], "rollout.placement=disaggregated and rollout.nodes need each other"),
-        (["nodes=[n1]"], "rollout.placement=disaggregated and rollout.nodes need each other"),
+        (
+            ["placement=disaggregated", "weight_transport=file"],
+            "rollout.weight_transport=file writes into this node's memory",
+        ),
+        (["nodes=[n1]"], "rollout.nodes needs rollout.placement=disaggregated"),
         (
             ["placement=disaggregated", "nodes=[n1]", "tensor_parallel=3"],
             "rollout.tensor_parallel 3 does not divide rollout.gpus_per_node 8",

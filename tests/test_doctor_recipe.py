@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from megatron_fipo import cli, doctor, launch
+from megatron_fipo.machine.space import Room
 from tests.installations import VERSION, install_transformer_engine
 from tests.policies import make_task
 
@@ -66,6 +67,18 @@ def test_ready(task: Path, command: Command) -> None:
     outcome = command("doctor", "config.yaml")
     assert outcome.code == 0
     assert outcome.stdout.splitlines()[-1] == "config.yaml: ready on this machine"
+
+
+def test_a_cluster_s_limits(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few open files and too little room for checkpoints are said at once, with what limits them."""
+    monkeypatch.setattr("megatron_fipo.machine.limits.most_open_files", lambda: 64)
+    monkeypatch.setattr("megatron_fipo.scaling.space.room", lambda path: Room(1000, "the user quota of /home"))
+    outcome = command("doctor", "config.yaml")
+    assert outcome.code == 1
+    assert "has 0.0 GB left by the user quota of /home: too little for one and its successor" in outcome.stdout
+    assert (
+        "the limit of open files is 64 (`ulimit -Hn`), but a rank of this configuration opens up to" in outcome.stdout
+    )
 
 
 def test_without_a_config(task: Path, command: Command) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo import run_log
+from megatron_fipo import run_lock, run_log
 from megatron_fipo.config import Config, load_config, to_yaml
 from megatron_fipo.evaluation import Evaluation
 from megatron_fipo.resume import Progress, changes, check_directory, starts_over
@@ -159,7 +159,7 @@ def _claim(config: Config, claimed: Any, done: Any) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainers in one directory would mix their files; a killed one does not stand in the way."""
-    monkeypatch.setattr(run_log, "_CLAIM_SECONDS", 0.3)
+    monkeypatch.setattr(run_lock, "_CLAIM_SECONDS", 0.3)
     config = _config(tmp_path / "run")
     claimed, done = context.Event(), context.Event()
     other = fork(_claim, config, claimed, done)

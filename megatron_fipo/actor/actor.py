@@ -65,8 +65,10 @@ class FIPOActor(AlignableGenerativeInterface):
         recorder: `with recorder(micro_batches, forward_only):` stands around every run of the pipeline's schedule.
     """
 
-    def __init__(self, config: Config, arch: Architecture, topology: Topology, engine: Engine | None = None) -> None:
-        """Build the policy and read its weights.
+    def __init__(
+        self, config: Config, arch: Architecture, topology: Topology, engine: Engine | None = None, read: bool = True
+    ) -> None:
+        """Build the policy and read its weights, unless a checkpoint is loaded into it next (not `read`).
 
         Raises:
             ValueError: the checkpoint does not fit the architecture, or the loss's constants are illegal.
@@ -76,6 +78,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.topology = topology
         self.engine = engine
         self.loss: Loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
+        self._reads = read
         self.chunks = self._make_chunks()
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
@@ -87,7 +90,7 @@ class FIPOActor(AlignableGenerativeInterface):
 
     def _make_chunks(self) -> list[PolicyModel]:
         """This rank's model chunks, with their weights."""
-        return load_policy(self.arch, self.config, self.topology)
+        return load_policy(self.arch, self.config, self.topology, self._reads)
 
     # Training
 

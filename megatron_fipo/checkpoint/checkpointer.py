@@ -31,6 +31,8 @@ from megatron_fipo.convert.distributed import load_sharded
 from megatron_fipo.convert.untrusted import code_refused
 from megatron_fipo.parallel.topology import Topology
 
+_MOST_FAILURES = 2
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -89,6 +91,7 @@ class Checkpointer:
         self._queue = WriterQueue()
         self._staging = Staging()
         self._pending: _Save | None = None
+        self._failures = 0  # saves in a row that failed in the background
         self._validated = False
         self.whole: int | None = None
         self._deletion: threading.Thread | None = None
@@ -113,7 +116,8 @@ class Checkpointer:
             score: a validation score, for checkpoint.keep_best.
 
         Raises:
-            OSError: with `wait`, it could not be written. Without, that is a warning and training goes on.
+            OSError: with `wait`, it could not be written. Without, that is a warning and training goes on, unless the
+                save before could not be written either.
             TypeError: `state` or `part` holds something else.
         """
         started = time.perf_counter()
@@ -239,7 +243,7 @@ class Checkpointer:
         if save.failure:
             self._fail(save.step, save.failure, wait)
             return
-        self.whole = save.step
+        self.whole, self._failures = save.step, 0
         self.last = Statistics(save.step, save.bytes, save.pause, save.writing)
         if failure := self._on_first_rank(lambda: self._remove_old(save.step)):
             self._warn(f"old checkpoints in {self.directory} could not be removed: {failure}")
@@ -262,7 +266,8 @@ class Checkpointer:
             f"the one of step {self.whole} stays" if self.whole is not None else "there is no earlier one of this run"
         )
         text = f"the checkpoint of step {step} could not be written: {reason}; {kept}"
-        if wait:
+        self._failures += not wait
+        if wait or self._failures >= _MOST_FAILURES:  # steps that nobody can resume from are lost node-hours
             raise OSError(f"{text}. Make {self.directory} writable and free space there, then start the run again")
         self._warn(f"{text}. Training goes on: make sure that {self.directory} is writable and has space")
 

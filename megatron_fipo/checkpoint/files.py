@@ -11,14 +11,18 @@ step_N/             appears by a rename, with everything in it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_fipo.machine.space import is_network
 
 MARKER = "complete.json"
 STATE = "state.json"
@@ -26,6 +30,7 @@ COMMON = "common.pt"
 FORMAT = "metadata.json"
 METADATA = ".metadata"
 _BLOCK = 1 << 22  # bytes read at once
+VISIBLE_SECONDS = 60.0  # within which a file that another node has written is seen here
 _NAME = re.compile(r"step_(\d+)")
 _HIDDEN = re.compile(r"\.step_(\d+)\.(unfinished|removed)")
 Kind = Literal["unfinished", "removed"]
@@ -70,6 +75,7 @@ class Marker:
         Raises:
             DamagedError: there is none, it is not what was written, or it is another step's.
         """
+        _await_file(path / MARKER)
         try:
             content = json.loads((path / MARKER).read_text())
             crc = content.pop("crc32")
@@ -129,6 +135,7 @@ def record(path: Path) -> FileRecord:
 
 def damage(path: Path, name: str, expected: FileRecord) -> str | None:
     """What is wrong with the checkpoint's file `name`; None if it is what was written."""
+    _await_file(path / name)
     try:
         size = (path / name).stat().st_size
         if size != expected.bytes:
@@ -140,6 +147,14 @@ def damage(path: Path, name: str, expected: FileRecord) -> str | None:
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _await_file(path: Path) -> None:
+    """Wait for a file that another node has written not long ago; caches of network file systems last a minute."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and path.parent.is_dir() and is_network(path.parent) and time.monotonic() < deadline:
+        os.listdir(path.parent)  # makes the file system look again
+        time.sleep(0.2)
 
 
 def share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> list[str]:
@@ -155,10 +170,13 @@ def share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> list[s
 
 
 def flush(path: Path) -> None:
-    """Bring a file's content, or a directory's entries, to disk."""
+    """Bring a file's content, or a directory's entries, to disk; some file systems cannot do so for a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

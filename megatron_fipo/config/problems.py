@@ -33,6 +33,7 @@ _POSITIVE = (
     "optimizer.eps",
     "optimizer.spike_threshold",
     "parallel.timeout_minutes",
+    "parallel.nccl_timeout_minutes",
     "parallel.threads_per_rank",
     "rollout.prompts_per_round",
     "eval.samples",
@@ -186,9 +187,14 @@ def _servers(c: Config) -> list[str]:
     for url in r.servers:
         if not url.startswith(("http://", "https://", "unix:/")):
             problems.append(f"rollout.servers: {url!r} is not of the form http://host:port or unix:/path/of/a/socket")
-    if (r.placement == "disaggregated") != bool(r.nodes):
-        problems.append("rollout.placement=disaggregated and rollout.nodes need each other")
-    if r.nodes and r.tensor_parallel > 0 and r.gpus_per_node % r.tensor_parallel:
+    if r.nodes and r.placement != "disaggregated":
+        problems.append("rollout.nodes needs rollout.placement=disaggregated")
+    if r.placement == "disaggregated" and r.weight_transport == "file" and not r.weight_directory:
+        problems.append(
+            "rollout.weight_transport=file writes into this node's memory, which servers on other nodes cannot read: "
+            "set rollout.weight_directory to a directory that all nodes share, or choose nccl or gloo"
+        )
+    if r.placement == "disaggregated" and r.tensor_parallel > 0 and r.gpus_per_node % r.tensor_parallel:
         problems.append(
             f"rollout.tensor_parallel {r.tensor_parallel} does not divide rollout.gpus_per_node {r.gpus_per_node}"
         )

@@ -53,7 +53,8 @@ class ParallelConfig:
     expert: int = 1  # ranks that share out the experts; taken from the tensor, context and data axes
     first_stage_layers: int | None = None  # uneven pipeline: layers of the first stage
     last_stage_layers: int | None = None
-    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    timeout_minutes: float = 30.0  # longest wait of ranks for others, which may still generate; more ends the run
+    nccl_timeout_minutes: float = 20.0  # of a collective on GPUs, for which no rank waits long; more ends the run
     threads_per_rank: int | None = None  # CPU threads; None: cores divided by local ranks
 
     @property
@@ -106,11 +107,11 @@ class RolloutConfig:
     batch_size: int = 256  # hf engine: sequences generated at once by a rank
     # All of the following is of the vllm engine.
     # local: servers beside rank 0. colocated: on the GPUs of the ranks, which take turns with them (set
-    # optimizer.offload_state). disaggregated: on `nodes` of the same Slurm job that have no ranks.
+    # optimizer.offload_state). disaggregated: on nodes of the same Slurm job that have no ranks.
     placement: Literal["local", "colocated", "disaggregated"] = "local"
     num_servers: int | None = None  # None: 1 if local, else as many as the GPUs of a node give, on each node
     tensor_parallel: int = 1  # GPUs that a server splits the model over
-    nodes: tuple[str, ...] = ()  # disaggregated: their names
+    nodes: tuple[str, ...] = ()  # disaggregated: their names; none given: all nodes of the job that have no ranks
     gpus_per_node: int = 8  # disaggregated: of each of `nodes`
     # URLs of servers that run already, with the package's worker folder. MEGATRON_FIPO_VLLM_KEY has their key, or one
     # for each, separated by commas.
@@ -122,7 +123,7 @@ class RolloutConfig:
     weight_transport: Literal["auto", "file", "gloo", "nccl", "ipc"] = "auto"
     weight_bucket_mb: int = 512  # weights travel in pieces of about this size; a larger tensor is a piece of its own
     # file: where a directory is made, and removed, for a whole copy of the weights, twice during an update; None:
-    # /dev/shm.
+    # /dev/shm, of one node alone.
     weight_directory: str | None = None
     verify_weights: int = 0  # every this many updates checksums prove that all tensors arrived; 0: never
     deadline_seconds: float = 3600.0  # for one response; then it is drawn anew, by another server if there is one

@@ -20,6 +20,7 @@ from megatron_fipo.convert.transforms import Source
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_READ_BYTES = 1 << 26  # asked for at once
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,6 +50,7 @@ class Checkpoint:
         index = self.path / INDEX
         places = _read_index(index) if index.is_file() else None
         self._files: dict[str, Path] = {}
+        self._starts: dict[str, int] = {}  # of each tensor's bytes in its file
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for name in sorted(set(places.values())) if places is not None else self._files_without_index():
@@ -59,12 +61,8 @@ class Checkpoint:
             self._check_index(index, places)
 
     def source(self, name: str) -> Source:
-        """A lazily read tensor.
-
-        Its file is mapped into memory for as long as the tensor, or a slice of it, is held, and no longer: mapped
-        pages count as this process's memory.
-        """
-        return safe_open(self._files[name], framework="pt").get_slice(name)
+        """Return a tensor of which nothing is read before it is sliced."""
+        return _Stored(self._files[name], self._starts[name], self.shapes[name], self.dtypes[name])
 
     def _files_without_index(self) -> list[str]:
         if (self.path / _SINGLE).is_file():
@@ -79,11 +77,12 @@ class Checkpoint:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
+        starts = _data_starts(file)
         for name in handle.keys():  # noqa: SIM118  no mapping
             tensor = handle.get_slice(name)
             if tensor.get_dtype() not in _DTYPES:
                 raise ValueError(f"{name} of {file} is of type {tensor.get_dtype()}; supported: {', '.join(_DTYPES)}")
-            self._files[name] = file
+            self._files[name], self._starts[name] = file, starts[name]
             self.shapes[name] = tuple(tensor.get_shape())
             self.dtypes[name] = _DTYPES[tensor.get_dtype()]
 
@@ -93,6 +92,60 @@ class Checkpoint:
                 raise ValueError(f"{index} says that {name} is in {file}, but it is not")
         if extra := sorted(self._files.keys() - places.keys()):
             raise ValueError(f"{self._files[extra[0]]} holds {extra[0]}, which {index} does not name")
+
+
+def _data_starts(file: Path) -> dict[str, int]:
+    """Return where each tensor's bytes begin in a safetensors file whose header was found to be in order."""
+    with open(file, "rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+class _Stored:
+    """A tensor in a safetensors file, read in large pieces one after the other.
+
+    Mapped into memory, a file would be read page by page, which is slow on network file systems, and its pages would
+    count as this process's memory.
+    """
+
+    def __init__(self, file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._file, self._start, self._shape, self._dtype = file, start, shape, dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
+        """Return a slice, with steps of 1 along the first axis; only its rows are read.
+
+        Raises:
+            OSError: the file is shorter than its header says, or cannot be read.
+        """
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        first, stop, step = rows.indices(self._shape[0] if self._shape else 1)
+        if step != 1:
+            raise ValueError(f"rows of {self._file} are read one after the other, not in steps of {step}")
+        count, row = max(0, stop - first), self._shape[1:]
+        row_bytes = torch.Size(row).numel() * self._dtype.itemsize
+        at_once = max(1, _READ_BYTES // max(1, row_bytes)) if columns else max(1, count)
+        pieces = []
+        with open(self._file, "rb", buffering=0) as stream:
+            for start in range(first, stop, at_once):
+                piece = torch.empty((min(at_once, stop - start), *row), dtype=self._dtype)
+                self._read(stream.fileno(), piece, self._start + start * row_bytes)
+                pieces.append(piece[(slice(None), *columns)].contiguous() if columns else piece)
+        if not pieces:
+            return torch.empty((0, *row), dtype=self._dtype)[(slice(None), *columns)]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole if self._shape else whole.reshape(())
+
+    def _read(self, descriptor: int, target: torch.Tensor, offset: int) -> None:
+        data = memoryview(target.view(-1).view(torch.uint8).numpy().data)
+        while data:
+            size = os.preadv(descriptor, [data[:_READ_BYTES]], offset)
+            if size == 0:
+                raise OSError(f"{self._file} ends before its tensors do")
+            data, offset = data[size:], offset + size
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -11,13 +11,18 @@ from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 
 
-def load_policy(arch: Architecture, config: Config, topology: Topology) -> list[PolicyModel]:
-    """This rank's model chunks, read from model.megatron_path or else from model.hf_path. Collective over all ranks.
+def load_policy(arch: Architecture, config: Config, topology: Topology, read: bool = True) -> list[PolicyModel]:
+    """Return this rank's model chunks, read from model.megatron_path or else from model.hf_path. Collective.
+
+    Args:
+        read: False: the weights are of no meaning, since a checkpoint of the run is loaded into them next.
 
     Raises:
         ValueError: the checkpoint does not fit the architecture.
     """
     chunks = build_policy(arch, config, topology)
+    if not read:
+        return chunks
     if config.model.megatron_path:
         load_distributed(chunks, config.model.megatron_path)
     else:

@@ -26,6 +26,7 @@ from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.evaluation.table import show
 from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.model.stop_tokens import stop_token_ids
+from megatron_fipo.outcome import note_running
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import make_reward
@@ -95,6 +96,7 @@ def _evaluate(
 
     try:
         stops = stop_token_ids(config.model.hf_path, tokenizer, config.model.overrides)
+        note_running()
         return evaluate(benchmarks, engine, reward, tokenizer, config, stops, finished=finished, keep=keep)
     finally:
         reward.close()

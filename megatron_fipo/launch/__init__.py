@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch import slurm
+from megatron_fipo.launch import attempts, launchers, policy, slurm
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.attempts import Progress, training_progress
+from megatron_fipo.launch.failure import Failure
+from megatron_fipo.launch.requirements import NOTHING, Requirements, requirements
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
+from megatron_fipo.machine import caches, limits
+from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import Interrupted, RankFailure
 
 # With run.deterministic: what the ranks must find in their environment before CUDA, Transformer Engine and NCCL start.
@@ -32,23 +36,30 @@ __all__ = [
     "Interrupted",
     "Progress",
     "RankFailure",
+    "Requirements",
+    "checked",
     "is_first_process",
     "num_gpus",
+    "requirements",
     "run",
     "started_ranks",
 ]
 
 
 def is_first_process() -> bool:
-    """Whether this process is the run's only one, or its rank 0 under torchrun or srun."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    """Return whether this process is the run's only one, or its rank 0 under torchrun, srun or another launcher."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    task = launchers.task(os.environ)
+    return (task["RANK"] if task else os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def started_ranks() -> int | None:
-    """How many torchrun or srun started; None where `run` starts them itself."""
+    """Return how many ranks torchrun, srun or another launcher started; None where `run` starts them itself."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return int(slurm.torch_environment(os.environ)["WORLD_SIZE"]) if slurm.is_task(os.environ) else None
+    task = launchers.task(os.environ)
+    return int(task["WORLD_SIZE"]) if task else None
 
 
 def num_gpus() -> int:
@@ -67,6 +78,7 @@ def run(
     max_requeues: int = 0,
     progress: Callable[[], Progress] | None = None,
     deterministic: bool = False,
+    requirements: Requirements | None = None,
 ) -> None:
     """Call `entry(*args)` on every rank inside an initialized process group.
 
@@ -76,32 +88,37 @@ def run(
 
     Args:
         run_directory: where logs and the record of attempts are kept; None: nowhere.
-        max_requeues: times that a Slurm job puts itself back into the queue when it was interrupted or lost a node.
-        progress: how far the run has come; a job that fails twice at the same place is not started again. None: the
+        max_requeues: times that a Slurm job requeues itself when it was interrupted or had trouble with a machine.
+        progress: how far the run has come; a job that fails too often at the same place is not started again. None: the
             training step in `run_directory`.
         deterministic: run.deterministic; what libraries must know of it before they start is put into the environment.
+        requirements: checked by every rank before anything is built. None: nothing but what all runs need.
 
     Raises:
         Interrupted: the ranks were asked to stop, and have.
         RankFailure: a rank failed.
         ValueError: a rank refused its input, or srun's tasks are not as many as `parallel.world_size`.
     """
-    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _prepare_process()
     required = _deterministic_environment() if deterministic else {}
+    requirements = requirements or NOTHING
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from megatron_fipo.launch import rank
 
         os.environ.update(required)
-        rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic)
+        rank.run_under_torchrun(entry, parallel, args, run_directory, deterministic, requirements)
         return
-    first, alone = is_first_process(), not slurm.is_task(os.environ)
-    if slurm.is_interactive(os.environ):
-        print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
+    first, alone = is_first_process(), launchers.task(os.environ) is None
+    _check_process(parallel, requirements, first)
     progress = progress or partial(training_progress, run_directory or Path())
     attempt = Attempt(run_directory, max_requeues, first, alone, progress)
     attempt.begin()
     with _logs(run_directory) as logs, tempfile.TemporaryDirectory(prefix="megatron-fipo-") as errors:
+        shared: dict[str, Any] = {
+            "run_directory": run_directory,
+            "deterministic": deterministic,
+            "requirements": requirements,
+        }
         tasks = [
             RankTask(
                 entry,
@@ -110,15 +127,53 @@ def run(
                 environment | required,
                 log=logs / f"rank_{environment['RANK']}.log",
                 error=Path(errors) / f"rank_{environment['RANK']}.json",
-                run_directory=run_directory,
-                deterministic=deterministic,
-                store=None if slurm.is_task(os.environ) else Path(errors) / "store",
+                store=None if launchers.task(os.environ) else Path(errors) / "store",
+                **shared,
             )
             for environment in _ranks(parallel)
         ]
         with Supervisor(attempt, Path(errors)) as supervisor:
             supervisor.start(tasks)
             supervisor.wait()
+
+
+def _check_process(parallel: ParallelConfig, requirements: Requirements, first: bool) -> None:
+    """Check once what all ranks would find; a shell of a step gets advice."""
+    if first and (problem := limits.open_files_problem(requirements.open_files)):
+        raise ValueError(problem)
+    if slurm.is_interactive(os.environ):
+        print(slurm.interactive_advice(os.environ, parallel.world_size), file=sys.stderr, flush=True)
+
+
+def _prepare_process() -> None:
+    """Set the limits and the environment that ranks and servers inherit."""
+    limits.raise_limits()
+    # Idle OpenMP threads that spin would take the cores from the other ranks. Read when the library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if slurm.job(os.environ) is not None:
+        os.environ.update(caches.node_local(os.environ))
+
+
+@contextmanager
+def checked(run_directory: Path, max_requeues: int, progress: Callable[[], Progress] | None = None) -> Iterator[None]:
+    """Check a run's input inside, in its first process, before `run`.
+
+    Raises:
+        ValueError: what the check raises.
+        RankFailure: the same, in a job of which an earlier attempt was running. The input was in order then, so a node
+            lacks something now, as after its restart without a mount.
+    """
+    try:
+        yield
+    except ValueError as error:
+        records, job = attempts.read(run_directory / "attempts.jsonl"), slurm.job(os.environ)
+        if not policy.has_run_before(records, job):
+            raise
+        attempt = Attempt(
+            run_directory, max_requeues, True, False, progress or partial(training_progress, run_directory)
+        )
+        attempt.begin()
+        raise attempt.failed(Failure(0, host(), "machine", str(error)), f"{host()}: {error}") from None
 
 
 def _deterministic_environment() -> dict[str, str]:
@@ -140,8 +195,7 @@ def _deterministic_environment() -> dict[str, str]:
 
 def _ranks(parallel: ParallelConfig) -> Iterator[dict[str, str]]:
     """Return what each rank that is started here finds in its environment."""
-    if slurm.is_task(os.environ):
-        environment = slurm.torch_environment(os.environ)
+    if (environment := launchers.task(os.environ)) is not None:
         if is_first_process():  # once is enough, and Slurm ends the others
             _check_number(parallel, int(environment["WORLD_SIZE"]))
         yield environment
@@ -153,10 +207,10 @@ def _ranks(parallel: ParallelConfig) -> Iterator[dict[str, str]]:
 
 
 def _check_number(parallel: ParallelConfig, started: int) -> None:
-    p = parallel
+    p, by = parallel, "srun" if slurm.is_task(os.environ) else "the launcher"
     if p.world_size != started:
         raise ValueError(
-            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} x dp {p.data} = {p.world_size} ranks, but srun started "
+            f"tp {p.tensor} x pp {p.pipeline} x cp {p.context} x dp {p.data} = {p.world_size} ranks, but {by} started "
             f"{started} tasks: set parallel.world_size={started}, or ask for other --nodes and --ntasks-per-node"
         )
 

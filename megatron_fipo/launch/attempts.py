@@ -1,4 +1,4 @@
-"""The attempts of a run, <run>/attempts.jsonl, and what follows from them: requeue, or stop in a crash loop.
+"""The attempts of a run, <run>/attempts.jsonl: when each started, was running, and how it ended.
 
 Only records are added, one line each, by the supervisors of several ranks, perhaps from several nodes.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_fipo.launch.failure import Kind, host
+from megatron_fipo.launch.failure import Kind
 from megatron_fipo.launch.slurm import Job
+from megatron_fipo.machine.host import host
 
-# `signalled`: asked to stop, which is no failure even when Slurm's patience ends before the checkpoint is written.
-Event = Literal["start", "signalled", "finished", "interrupted", "failed"]
+# running: all ranks have resumed. signalled: asked to stop, which is no failure even when Slurm's patience ends before
+# the checkpoint is written. interrupted: it is written. expired: the time limit is about to end the attempt without it.
+Event = Literal["start", "running", "signalled", "finished", "interrupted", "expired", "failed"]
 Unit = Literal["step", "samples"]
 
 
@@ -35,6 +37,8 @@ class Record:
         before, and srun's number within the job.
     step: how far the run has come by then, as a number that grows: the training step in progress, or what `unit` says.
     nodes: of the job.
+    kind: of a failure.
+    blamed: nodes that a failure is put down to, if it is a machine's.
     """
 
     event: Event
@@ -47,6 +51,8 @@ class Record:
     host: str = ""
     time: str = ""
     unit: Unit = "step"
+    kind: Kind | Literal[""] = ""
+    blamed: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -124,36 +130,15 @@ def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str]
         return None
     start, *after = mine[starts[-1] :]
     lost = lost_nodes(start.nodes)
-    if any(r.event != "signalled" for r in after) or (after and not lost):
+    asked = any(r.event == "signalled" for r in after)
+    if any(r.event not in ("signalled", "running") for r in after) or (asked and not lost):
         return None
     cause = f"the attempt that started on {start.nodes} at {start.time} ended without a word"
-    return replace(start, event="failed", step=now.step, cause=f"{cause}; {lost}" if lost else cause, time=now.time)
-
-
-def crash_loop(records: Sequence[Record]) -> str | None:
-    """What to say when the last two attempts that failed, of the last record's job, had come equally far."""
-    failures: dict[tuple[int, str], Record] = {}  # the first of each attempt: two ranks may have failed at once
-    for r in records:
-        if r.event == "failed" and r.job == records[-1].job:
-            failures.setdefault((r.restarts, r.launch), r)
-    last = list(failures.values())[-2:]
-    if len(last) < 2 or last[0].step != last[1].step:
-        return None
-    causes = "\n".join(f"  - {r.time}: {r.cause}" for r in last)
-    return f"it failed twice {last[1].where}:\n{causes}"
-
-
-def why_not_requeued(records: Sequence[Record], job: Job | None, kind: Kind, max_requeues: int) -> str | None:
-    """The reason to leave a failed or interrupted job alone; None: requeue it.
-
-    `records` ends with the record of this failure or interruption; `kind` is ignored for an interruption.
-    """
-    if job is None:
-        return "it is no Slurm job"
-    if job.restarts >= max_requeues:
-        return f"it was requeued {job.restarts} times and resume.max_requeues is {max_requeues}"
-    if records[-1].event != "failed":
-        return None
-    if kind in ("input", "program"):
-        return "the same would happen again"
-    return crash_loop(records)
+    return replace(
+        start,
+        event="failed",
+        step=now.step,
+        cause=f"{cause}; {lost}" if lost else cause,
+        time=now.time,
+        kind="machine",
+    )

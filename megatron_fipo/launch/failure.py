@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import signal
-import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.whole_file import write_whole
 
 # input: a ValueError, the user's to mend. program: any other exception; it would come again. machine: a node, a device
@@ -23,7 +23,7 @@ _CONNECTION = re.compile(
 )
 _DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|uncorrectable ECC", re.IGNORECASE)
 _MACHINE_ERRORS = {
-    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN),
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESHUTDOWN),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
 }
 
@@ -35,6 +35,7 @@ class Failure:
     kind: Kind
     message: str  # "RuntimeError: what happened"
     traceback: str = ""
+    blamed: tuple[str, ...] = ()  # nodes that the next attempt had better avoid
 
     @property
     def headline(self) -> str:
@@ -45,12 +46,8 @@ class Failure:
 
     @staticmethod
     def read(path: Path) -> Failure:
-        return Failure(**json.loads(path.read_text()))
-
-
-def host() -> str:
-    """Slurm's name of this node, or its own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        told = json.loads(path.read_text())
+        return Failure(**{**told, "blamed": tuple(told["blamed"])})
 
 
 def of_exit(rank: int, exit_code: int) -> Failure:
@@ -69,12 +66,16 @@ def kind_of(error: BaseException) -> Kind:
     names = {c.__name__ for c in type(error).__mro__}
     if type(error) is ValueError:
         return "input"
+    if isinstance(error, MachineFailure):
+        return "machine"
     if "OutOfMemoryError" in names:
         return "program"
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:  # ESHUTDOWN is a ConnectionError as well
+        return "machine"
     if isinstance(error, ConnectionError) or "DistError" in names:
         return "connection"
     if isinstance(error, OSError):
-        return "machine" if error.errno in _MACHINE_ERRORS else "program"
+        return "program"
     if "AcceleratorError" in names:
         return "machine"
     if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):

@@ -16,7 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +26,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_fipo.launch import slurm
-from megatron_fipo.launch.failure import host
+from megatron_fipo.launch.requirements import NOTHING, Requirements
+from megatron_fipo.machine import gpus
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 
-_ARRIVAL = timedelta(minutes=10)  # all ranks have imported their packages, from a busy network file system
+_ARRIVAL, _ARRIVAL_A_RANK = timedelta(minutes=10), timedelta(seconds=4)  # imports from a busy network file system
 _CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
 _VISIBLE_SECONDS = 60.0  # network file systems cache what a directory holds
 _OTHERS_SECONDS = 2.0  # for the other ranks to note how far they came
@@ -47,25 +50,40 @@ class Facts:
     versions: dict[str, str]
     sees_directory: bool | None
     free_device_memory: float | None = None  # share of the whole
+    gpu: str | None = None  # its UUID
+    problems: list[str] = field(default_factory=list)  # what this rank's node lacks
 
 
-def connect(timeout: timedelta, run_directory: Path | None, store: Path | None = None) -> None:
+def connect(
+    timeout: timedelta,
+    run_directory: Path | None,
+    store: Path | None = None,
+    requirements: Requirements = NOTHING,
+    nccl_timeout: timedelta | None = None,
+) -> None:
     """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
+
+    Those on GPUs take `nccl_timeout` at most, if that is given.
 
     The environment names this rank as torch's does. Rank 0 judges, and prints one line. `store`: a file through
     which the ranks, all on this machine, find each other; None: through rank 0's port.
 
     Raises:
         ValueError: what to change, and on which node.
+        MachineFailure: some nodes lack what the others have.
         ConnectionError: ranks that did not come, or that cannot be reached.
     """
     started = time.monotonic()
-    ranks = _Ranks(_store(min(timeout, _ARRIVAL), store))
-    facts = ranks.gather(min(timeout, _ARRIVAL), run_directory)
+    arrival = _arrival(timeout, int(os.environ["WORLD_SIZE"]))
+    ranks = _Ranks(_store(arrival, store))
+    facts = ranks.gather(arrival, run_directory, requirements)
     with ranks.named_on_error():
         _initialize(ranks, min(timeout, _CONNECTION))
     ranks.shared_store.set_timeout(timeout)
     dist.distributed_c10d._set_pg_timeout(timeout)
+    if nccl_timeout is not None and torch.cuda.is_available():
+        assert dist.group.WORLD is not None
+        dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(min(timeout, nccl_timeout))
     if facts:
         for warning in [*_memory_warnings(facts), *_disk_warnings(run_directory)]:
             print(f"warning: {warning}", flush=True)
@@ -75,6 +93,11 @@ def connect(timeout: timedelta, run_directory: Path | None, store: Path | None =
             f"{'node' if nodes == 1 else 'nodes'} ok ({time.monotonic() - started:.1f} s)",
             flush=True,
         )
+
+
+def _arrival(timeout: timedelta, ranks: int) -> timedelta:
+    """Return how long ranks may take to come: hundreds of them import from one file system."""
+    return min(timeout, _ARRIVAL + ranks * _ARRIVAL_A_RANK)
 
 
 def device_index() -> int:
@@ -102,11 +125,24 @@ class _Ranks:
         self.store = dist.PrefixStore("preflight", store)
         self.shared_store = store
 
-    def gather(self, timeout: timedelta, run_directory: Path | None) -> list[Facts]:
+    def gather(
+        self,
+        timeout: timedelta,
+        run_directory: Path | None,
+        requirements: Requirements = NOTHING,
+    ) -> list[Facts]:
         """All ranks' facts on rank 0, which has checked them, and nothing on the others, which waited for that."""
         with self._rank_0_stays():
             token = self._token(timeout, run_directory)
-            mine = Facts(self.rank, host(), _versions(), _is_visible(token) if token else None, _free_device_memory())
+            mine = Facts(
+                self.rank,
+                host(),
+                _versions(),
+                _is_visible(token) if token else None,
+                _free_device_memory(),
+                _gpu(),
+                [*requirements.problems(), *_gpu_problems(requirements)],
+            )
             self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
             if self.rank != 0:
                 self.store.wait(["checked"], timeout + timedelta(seconds=_VISIBLE_SECONDS))
@@ -116,7 +152,7 @@ class _Ranks:
         finally:
             if token:
                 token.unlink(missing_ok=True)
-        _check(facts, run_directory)
+        _check(facts, run_directory, requirements)
         self.store.set("checked", "")
         return facts
 
@@ -250,6 +286,19 @@ def _free_device_memory() -> float | None:
     return free / total
 
 
+def _gpu() -> str | None:
+    """Return the UUID of this rank's GPU."""
+    return (
+        str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_available() else None
+    )
+
+
+def _gpu_problems(requirements: Requirements) -> list[str]:
+    gpu = _gpu()
+    problem = None if gpu is None else gpus.compute_mode_problem(gpu, requirements.shared_gpus)
+    return [] if problem is None else [problem]
+
+
 def _is_visible(file: Path) -> bool:
     """Whether the file is, or within a minute becomes, one that this node sees."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
@@ -264,9 +313,19 @@ def _is_visible(file: Path) -> bool:
         time.sleep(0.2)
 
 
-def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
-    """Raise one ValueError with all that rank 0 finds wrong with the ranks."""
-    problems = []
+def _check(facts: Sequence[Facts], run_directory: Path | None, requirements: Requirements = NOTHING) -> None:
+    """Raise one error with all that rank 0 finds wrong with the ranks.
+
+    What some nodes lack and others have is those nodes' fault, and the input's only where all lack it.
+    """
+    problems, lacking, blamed = [], [], []
+    for text in dict.fromkeys(text for f in facts for text in f.problems):
+        others = [f for f in facts if text in f.problems]
+        if len({f.host for f in others}) == len({f.host for f in facts}):
+            problems.append(text)
+        else:
+            lacking.append(f"{_places(others)}: {text}")
+            blamed += [f.host for f in others]
     for name, reference in facts[0].versions.items():
         others = [f for f in facts if f.versions.get(name) != reference]
         if others:
@@ -281,8 +340,19 @@ def _check(facts: Sequence[Facts], run_directory: Path | None) -> None:
             f"{run_directory} is not the same directory on {facts[0].host} and for {_places(blind)}: choose a "
             "run.directory on a file system that all nodes share"
         )
+    if requirements.one_node and len({f.host for f in facts}) > 1:
+        problems.append(requirements.one_node)
+    for gpu in dict.fromkeys(f.gpu for f in facts if f.gpu is not None):
+        sharing = [f for f in facts if f.gpu == gpu]
+        if len(sharing) > 1:
+            problems.append(
+                f"{_places(sharing)} have the same GPU, {gpu}: start at most as many ranks on a node as it has GPUs, "
+                "and let each rank see all of them, or one of its own"
+            )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join([*problems, *lacking]))
+    if lacking:
+        raise MachineFailure("\n".join(lacking), list(dict.fromkeys(blamed)))
 
 
 def _check_disk(run_directory: Path) -> None:

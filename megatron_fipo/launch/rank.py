@@ -22,9 +22,12 @@ import torch.distributed as dist
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch import preflight, slurm
-from megatron_fipo.launch.failure import Failure, host, kind_of
+from megatron_fipo.launch.failure import Failure, kind_of
+from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.launch.supervisor import RankTask
-from megatron_fipo.outcome import FAILED, RUN_AGAIN, Interrupted
+from megatron_fipo.machine import network
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.parallel import device, interrupt
 
 _SECONDS_TO_BE_SEEN = 60.0  # the supervisor looks ten times a second
@@ -37,10 +40,19 @@ def main(task: RankTask) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _die_with_supervisor()
     os.environ.update(task.environment)
+    os.environ[RUNNING_FILE] = str(task.error.with_name(RUNNING))
     log = _open_log(task)
     interrupt.install()
     try:
-        run(task.entry, task.parallel, task.args, task.run_directory, task.store, task.deterministic)
+        run(
+            task.entry,
+            task.parallel,
+            task.args,
+            task.run_directory,
+            task.store,
+            task.deterministic,
+            task.requirements,
+        )
     except Interrupted:
         sys.exit(RUN_AGAIN)
     except BaseException as error:
@@ -56,12 +68,13 @@ def run_under_torchrun(
     args: Sequence[Any],
     run_directory: Path | None,
     deterministic: bool,
+    requirements: Requirements,
 ) -> None:
     """Run `entry` in this process, which torchrun watches over."""
     interrupt.install()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     try:
-        run(entry, parallel, args, run_directory, deterministic=deterministic)
+        run(entry, parallel, args, run_directory, deterministic=deterministic, requirements=requirements)
     except Exception:
         time.sleep(1)  # with its connections still open, nobody else fails before this rank was seen to
         raise
@@ -74,6 +87,7 @@ def run(
     run_directory: Path | None,
     store: Path | None = None,
     deterministic: bool = False,
+    requirements: Requirements = NOTHING,
 ) -> None:
     """Call `entry(*args)` inside an initialized default process group; the environment says which rank this is.
 
@@ -82,14 +96,18 @@ def run(
     """
     _set_threads(parallel)
     device.set_up(preflight.device_index() if torch.cuda.is_available() else None, deterministic)
-    with _process_group(parallel, run_directory, store):
+    with _process_group(parallel, run_directory, store, requirements):
         entry(*args)
 
 
 @contextmanager
-def _process_group(parallel: ParallelConfig, run_directory: Path | None, store: Path | None) -> Iterator[None]:
+def _process_group(
+    parallel: ParallelConfig, run_directory: Path | None, store: Path | None, requirements: Requirements
+) -> Iterator[None]:
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    preflight.connect(timeout, run_directory, store)
+    network.prepare_gloo()
+    nccl_timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
+    preflight.connect(timeout, run_directory, store, requirements, nccl_timeout)
     stopped: Interrupted | None = None
     try:
         yield
@@ -129,7 +147,8 @@ def _report(error: BaseException, task: RankTask, log: TextIO) -> None:
     text = traceback.format_exc()
     log.write(text)
     message = f"{type(error).__name__}: {error}"
-    Failure(task.rank, host(), kind_of(error), message, text).write(task.error)
+    blamed = error.hosts if isinstance(error, MachineFailure) else ()
+    Failure(task.rank, host(), kind_of(error), message, text, blamed).write(task.error)
 
 
 def _die_with_supervisor() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from megatron_fipo.machine.hosts import expand_hosts, step_nodes
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
-_RANGE = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?", re.ASCII)
-_MOST_HOSTS = 1 << 16  # Slurm itself takes no more
 _INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
+MARKER = "MEGATRON_FIPO_REQUEUE"  # names the file by which the batch script is asked to requeue the job
 _ANSWER_SECONDS = 30.0  # a busy controller
 
 
@@ -37,6 +41,19 @@ def is_interactive(environment: Mapping[str, str]) -> bool:
     session = os.getsid(0)
     is_typed = os.getpgrp() != session or os.getpid() == session
     return is_typed and _has_terminal()
+
+
+def wrapper_warning(environment: Mapping[str, str]) -> str | None:
+    """Return what is wrong where a shell stands between srun and this command; None if none does.
+
+    Slurm signals every process of a step, and a shell that has no handler dies of it, with its job.
+    """
+    if not _is_in_step(environment) or environment.get("SLURM_TASK_PID") != str(os.getppid()) or _has_terminal():
+        return None
+    return (
+        f"process {os.getppid()}, a shell perhaps, stands between srun and this command and will die of Slurm's signal "
+        "before the time limit: start the command with `exec` there"
+    )
 
 
 def interactive_advice(environment: Mapping[str, str], world_size: int) -> str:
@@ -83,45 +100,6 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def step_nodes(environment: Mapping[str, str]) -> list[str]:
-    """Names of the step's nodes; the first one runs task 0."""
-    return expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
-
-
-def expand_hosts(text: str) -> list[str]:
-    """Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, written out in its order.
-
-    Read here because containers have no scontrol.
-
-    Raises:
-        ValueError: it is none, or names more hosts than any cluster has.
-    """
-    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
-    if ",".join(parts) != text:
-        raise ValueError(
-            f"{text!r} is no list of hosts: a bracket is not closed, or there is nothing between two commas"
-        )
-    return [host for part in parts for host in _expand(part)]
-
-
-def _expand(part: str) -> Iterator[str]:
-    prefix, bracket, rest = part.partition("[")
-    if not bracket:
-        yield prefix
-        return
-    ranges, _, suffix = rest.partition("]")
-    endings = list(_expand(suffix))
-    bounds = [_RANGE.fullmatch(numbers) for numbers in ranges.split(",")]
-    if any(found is None for found in bounds):
-        raise ValueError(f"{part!r} is no list of hosts: expected numbers and ranges in brackets, as in gpu[01-03,7]")
-    runs = [(found[1], int(found[1]), int(found[2] or found[1])) for found in bounds if found]
-    if sum(max(0, last - first + 1) for _, first, last in runs) * max(1, len(endings)) > _MOST_HOSTS:
-        raise ValueError(f"{part!r} names more than {_MOST_HOSTS} hosts")
-    for text, first, last in runs:
-        for number in range(first, last + 1):
-            yield from (f"{prefix}{number:0{len(text)}d}{ending}" for ending in endings)
-
-
 def _num_tasks(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
 
@@ -164,21 +142,75 @@ class Job:
     step: str = ""
     nodes: str = ""
     array_task: str = ""
+    end: float | None = None
+    marker: str = ""
 
     @property
     def name(self) -> str:
         """Name of this job alone in Slurm's commands."""
         return self.array_task or self.number
 
-    def requeue(self) -> str | None:
-        """Requeue the job, which ends it here; returns why not, or None when it was done."""
+    def requeue(self, exclude: Sequence[str] = ()) -> str:
+        """Requeue the job, which ends it here; return what came of it: "is requeued", or why it is not.
+
+        Where Slurm cannot be asked, as in most containers, the batch script is told by the marker to do it.
+
+        Args:
+            exclude: nodes that the next attempt had better avoid; heeded where enough others are left.
+        """
         if shutil.which("scontrol") is None:
-            return f"there is no scontrol here to requeue it: run `scontrol requeue {self.name}` or submit it again"
+            return self._leave_marker() or (
+                f"is not requeued: there is no scontrol here: run `scontrol requeue {self.name}` or submit it again"
+            )
+        found, error = self._record()
+        if error or not found:
+            reason = error or f"`scontrol show job {self.number}` has no record with this JobId"
+            return self._leave_marker() or f"is not requeued: {reason}"
+        if against := _reason_against(found):
+            return f"is not requeued: {against}"
+        array, task = found.get("ArrayJobId"), found.get("ArrayTaskId")
+        name = f"{array}_{task}" if task else self.number
+        avoided = _nodes_to_exclude(found, exclude)
+        if failure := _run("scontrol", "requeue", name)[1]:
+            return self._leave_marker() or f"is not requeued: {failure}"
+        if not avoided or _run("scontrol", "update", f"JobId={name}", f"ExcNodeList={','.join(avoided)}")[1]:
+            return "is requeued"  # Slurm takes the list of a job only once it is pending
+        return f"is requeued, without {', '.join(exclude)}"
+
+    def requeue_obstacle(self) -> str | None:
+        """Return what would keep `requeue` from working; None if nothing is known of."""
+        if self.marker:
+            return None
+        if shutil.which("scontrol") is None:
+            return (
+                "there is no scontrol here, and no batch script that does it (slurm/requeue.sh); a container needs one "
+                "or the other"
+            )
         found, error = self._record()
         if error or not found:
             return error or f"`scontrol show job {self.number}` has no record with this JobId"
-        array, task = found.get("ArrayJobId"), found.get("ArrayTaskId")
-        return _reason_against(found) or _run("scontrol", "requeue", f"{array}_{task}" if task else self.number)[1]
+        if found.get("BatchFlag", "0") == "0":
+            return None  # nothing that was typed by hand is expected to come back
+        return "it was submitted without --requeue (Requeue=0)" if found.get("Requeue") == "0" else None
+
+    def current_end(self) -> float | None:
+        """Return when Slurm will end the job, in seconds since the epoch; None where it cannot be asked."""
+        if shutil.which("scontrol") is None:
+            return None
+        try:
+            return datetime.fromisoformat(self._record()[0].get("EndTime", "")).timestamp()
+        except ValueError:
+            return None
+
+    def _leave_marker(self) -> str | None:
+        """Ask the batch script to requeue the job; None where it does not do so."""
+        if not self.marker:
+            return None
+        try:
+            Path(self.marker).touch()
+        except OSError as error:
+            return f"is not requeued: its batch script cannot be told: {error}"
+        return "is requeued by its batch script"
 
     def _record(self) -> tuple[dict[str, str], str | None]:
         """Return the fields of Slurm's record of this job, and what went wrong if anything did.
@@ -203,8 +235,16 @@ def job(environment: Mapping[str, str]) -> Job | None:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    array_task = f"{array}_{task}" if array and task else ""
-    return Job(number, _restarts(environment), environment.get("SLURM_STEP_ID", ""), nodes, array_task)
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return Job(
+        number,
+        _restarts(environment),
+        environment.get("SLURM_STEP_ID", ""),
+        nodes,
+        f"{array}_{task}" if array and task else "",
+        end=float(end) if end.isdigit() else None,
+        marker=environment.get(MARKER, ""),
+    )
 
 
 def lost_nodes(nodes: str) -> str:
@@ -223,12 +263,31 @@ def _reason_against(record: Mapping[str, str]) -> str | None:
     return None if record.get("BatchFlag", "0") != "0" else "it is no batch job"  # counts up with a job's requeues
 
 
+def _nodes_to_exclude(record: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """Return the job's whole list of nodes to avoid; none where the job would then wait for ever."""
+    if not more or record.get("ReqNodeList", "(null)") != "(null)":
+        return []
+    known = record.get("ExcNodeList", "(null)")
+    avoided = list(dict.fromkeys([*(expand_hosts(known) if known != "(null)" else []), *more]))
+    shown = _run("scontrol", "show", "partition", record.get("Partition", ""), "--oneliner")[0]
+    total, needed = re.search(r"TotalNodes=(\d+)", shown), re.match(r"\d+", record.get("NumNodes", ""))
+    if total is None or needed is None or int(needed[0]) + len(avoided) > int(total[1]):
+        return []
+    return avoided
+
+
 def _run(*command: str) -> tuple[str, str | None]:
-    """The command's output, and what went wrong if anything did."""
+    """Return the command's output, and what went wrong if anything did.
+
+    It is shielded from signals, since Slurm signals every process of a job that it has just requeued.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return "", f"`{' '.join(command)}` did not answer within {_ANSWER_SECONDS:.0f} s"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if done.returncode:
         return done.stdout, f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}"
     return done.stdout, None

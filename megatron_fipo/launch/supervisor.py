@@ -22,12 +22,14 @@ from typing import Any
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.failure import Failure, of_exit
-from megatron_fipo.outcome import RUN_AGAIN, Interrupted
+from megatron_fipo.launch.requirements import NOTHING, Requirements
+from megatron_fipo.outcome import RUN_AGAIN, RUNNING, Interrupted
 
 _POLL_SECONDS = 0.1
 _PRIMARY_SECONDS = 10.0  # that a lost connection waits for the failure behind it to be seen
 _DUMP_SECONDS = 0.5  # for Python's stacks to be written
 _TWICE_SECONDS = 0.2  # two Ctrl-C in less are one that came twice
+_LOG_END = 1 << 18  # bytes
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -42,6 +44,7 @@ class RankTask:
         output: rank 0's standard output and error, which its supervisor shows as well.
         error: where it describes its failure.
         deterministic: run.deterministic.
+        requirements: checked before anything is built.
         store: a file, in a directory of this user alone, through which local ranks find each other; None: rank 0
             listens at MASTER_ADDR and MASTER_PORT.
     """
@@ -54,6 +57,7 @@ class RankTask:
     error: Path
     run_directory: Path | None
     deterministic: bool = False
+    requirements: Requirements = NOTHING
     output: tuple[connection.Connection, connection.Connection] | None = None
     store: Path | None = None
 
@@ -113,7 +117,7 @@ class Supervisor:
         """Until all ranks have ended.
 
         Raises:
-            Interrupted: they stopped as they were asked.
+            Interrupted: they stopped as they were asked, or had no time left to do so.
             RankFailure: a rank failed; the others were ended.
             ValueError: a rank refused its input.
             KeyboardInterrupt: Ctrl-C was pressed twice.
@@ -122,9 +126,13 @@ class Supervisor:
             running = [p.sentinel for p in self._ranks.values() if p.exitcode is None]
             connection.wait(running, timeout=_POLL_SECONDS)
             self._forward_signals()
+            if (self._errors / RUNNING).exists():
+                self.attempt.running()
             failure = self._first_failure()
             if failure is not None:
                 raise self._end(failure)
+            if running and self.attempt.is_expiring():
+                raise Interrupted(self.attempt.expired())
             if not running:
                 break
         if any(p.exitcode == RUN_AGAIN for p in self._ranks.values()):
@@ -137,7 +145,7 @@ class Supervisor:
         while True:
             failures = self._failures()
             primary = [f for f in failures if f.kind != "connection"]
-            elsewhere = self.attempt.failed_elsewhere()
+            elsewhere = self.attempt.failed_elsewhere(trouble=bool(failures))
             if elsewhere is not None:
                 return Failure(-1, elsewhere.host, "connection", elsewhere.cause)
             if primary or (failures and time.monotonic() > deadline):
@@ -173,6 +181,8 @@ class Supervisor:
         if failure.kind == "input":
             return failure.message.removeprefix("ValueError: ")
         lines = [failure.headline, failure.traceback.rstrip()]
+        if failure.message == of_exit(failure.rank, -signal.SIGABRT).message and failure.rank in self._logs:
+            lines.append(nccl_time_out(self._logs[failure.rank]))
         if failure.kind == "connection" and others:
             lines.append(f"No rank failed of itself. Still running: rank {', '.join(map(str, others))}.")
         logs = ", ".join(str(self._logs[r]) for r in others[:4]) + (", ..." if len(others) > 4 else "")
@@ -217,6 +227,22 @@ class Supervisor:
         thread = threading.Thread(target=_copy_output, args=(source, stream, log), name="copy-output", daemon=True)
         thread.start()
         self._copying.append(thread)
+
+
+def nccl_time_out(log: Path) -> str:
+    """Return what NCCL's watchdog says at the end of a rank's log of the collective that took too long, if it does."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_END))
+        lines = file.read().decode(errors="replace").splitlines()
+    told = next((line for line in lines if "Watchdog caught collective operation timeout" in line), None)
+    if told is None:
+        return ""
+    return (
+        f"{told.strip()}\nThis rank waited; the one that did not come is another of that collective's ranks: compare "
+        "the ends of their logs."
+    )
 
 
 def _copy_output(source: connection.Connection, stream: int, log: Path) -> None:

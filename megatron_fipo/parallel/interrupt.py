@@ -55,10 +55,13 @@ def requested() -> bool:
 
 
 def agreed(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether any rank of the group was asked to stop; the same answer on all of them. Collective."""
+    """Whether any rank of the group was asked to stop; the same answer on all of them. Collective.
+
+    Early ranks wait here while others generate. They do so on the CPU, by gloo: NCCL would keep a GPU busy on which a
+    colocated server may still generate, and its time limit is shorter.
+    """
     group = group or dist.group.WORLD
-    on_gpu = torch.cuda.is_available()
-    flag = torch.tensor(float(requested()), device="cuda" if on_gpu else "cpu")
+    flag = torch.tensor(float(requested()))
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
 

@@ -104,7 +104,7 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,  # whole experts: gloo has no uneven all-gather, and small GEMMs would shrink
-        distributed_timeout_minutes=config.timeout_minutes,
+        distributed_timeout_minutes=min(config.timeout_minutes, config.nccl_timeout_minutes),
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)

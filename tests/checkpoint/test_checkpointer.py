@@ -277,6 +277,32 @@ def test_a_disk_that_is_full_for_the_last_file(path: Path, tmp_path: Path) -> No
     assert run_ranks(_fail_at_the_end, 2, path, tmp_path) == [([], None)] * 2
 
 
+def _fail_twice(path: Path, directory: Path) -> tuple[int, str]:
+    with _run(path, directory) as run:
+
+        def full(*args: Any) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        original, retention.publish = retention.publish, full
+        try:
+            run.checkpointer.save(1, {})
+            run.checkpointer.save(2, {})  # brings the first one to its end
+            warnings = len(run.warnings)
+            with pytest.raises(OSError, match="step 2 could not be written") as error:
+                run.checkpointer.save(3, {})
+        finally:
+            retention.publish = original
+        return warnings, str(error.value)
+
+
+def test_two_saves_that_fail(path: Path, tmp_path: Path) -> None:
+    """The first is a warning, the second in a row ends the run, on all ranks, and names the quota first."""
+    (warned, error), (_, other) = run_ranks(_fail_twice, 2, path, tmp_path)
+    assert warned == 1
+    assert error.startswith("the checkpoint of step 2 could not be written: Disk quota exceeded")
+    assert other == error
+
+
 def _cannot_fork(path: Path, directory: Path) -> Any:
     with _run(path, directory) as run:
         if run.actor.topology.rank == 1:

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
-from megatron_fipo.launch.failure import Kind
 from megatron_fipo.launch.slurm import Job
 
 
@@ -60,65 +59,6 @@ def test_step_before_the_first(tmp_path: Path) -> None:
 JOB = Job("7", restarts=2)
 
 
-@pytest.mark.parametrize(
-    ("kind", "earlier", "reason"),
-    [
-        ("machine", [], None),
-        ("connection", [], None),
-        ("machine", [_record("failed", 4, 0)], None),  # another step
-        ("machine", [_record("failed", 5, 0), _record("failed", 4, 1)], None),  # not the previous failure
-        ("machine", [_record("failed", 5, 0, job="6")], None),  # another job's
-        ("machine", [_record("failed", 5, 1)], "it failed twice in step 5"),
-        ("machine", [_record("failed", 5, 0), _record("interrupted", 5, 1)], "it failed twice in step 5"),
-        ("program", [], "the same would happen again"),
-        ("input", [], "the same would happen again"),
-    ],
-)
-def test_a_failed_job_is_requeued(kind: Kind, earlier: list[Record], reason: str | None) -> None:
-    """Where the machine is to blame, once for each step."""
-    found = attempts.why_not_requeued([*earlier, _record("failed", 5, 2)], JOB, kind, max_requeues=10)
-    assert found == reason or (reason is not None and found is not None and found.startswith(reason))
-
-
-def test_ranks_that_fail_at_once() -> None:
-    """Of two nodes whose supervisors both recorded a failure, that is one failed attempt."""
-    once = [_record("failed", 5, 2, cause="rank 1"), _record("failed", 5, 2, cause="rank 9")]
-    assert attempts.crash_loop(once) is None
-    assert attempts.crash_loop([*once, _record("failed", 6, 3)]) is None
-    loop = attempts.crash_loop([_record("failed", 5, 1, cause="lost node"), *once])
-    assert loop is not None
-    assert [line.split(": ")[-1] for line in loop.splitlines()[1:]] == ["lost node", "rank 1"]
-
-
-def test_a_crash_loop_tells_both_causes() -> None:
-    """Each with its time."""
-    records = [_record("failed", 5, r, cause=f"cause {r}", time=f"time {r}") for r in range(3)]
-    assert attempts.crash_loop(records) == ("it failed twice in step 5:\n  - time 1: cause 1\n  - time 2: cause 2")
-
-
-def test_an_evaluation_that_comes_further_is_in_no_loop() -> None:
-    """Two failures count where no sample was finished between them."""
-    records = [_record("failed", 16, 0, unit="samples"), _record("failed", 32, 1, unit="samples")]
-    assert attempts.crash_loop(records) is None
-    loop = attempts.crash_loop([*records, _record("failed", 32, 2, unit="samples")])
-    assert loop is not None
-    assert loop.startswith("it failed twice after 32 samples:\n")
-
-
-@pytest.mark.parametrize(
-    ("job", "reason"),
-    [
-        (None, "it is no Slurm job"),
-        (Job("7", restarts=3), "it was requeued 3 times and resume.max_requeues is 3"),
-        (Job("7", restarts=2), None),
-    ],
-)
-def test_an_interrupted_job_is_requeued(job: Job | None, reason: str | None) -> None:
-    """However often in the same step, up to `resume.max_requeues` times."""
-    records = [_record("interrupted", 5, r) for r in range(3)]
-    assert attempts.why_not_requeued(records, job, "machine", max_requeues=3) == reason
-
-
 NOW = _record("start", 9, restarts=1, time="now")
 
 
@@ -130,6 +70,7 @@ NOW = _record("start", 9, restarts=1, time="now")
         ("7", [_record("start", 3, job="6")]),
         ("7", [_record("start", 3), _record("failed", 9)]),
         ("7", [_record("start", 3), _record("signalled", 9), _record("interrupted", 9)]),
+        ("7", [_record("start", 3), _record("expired", 9)]),
         ("7", [_record("start", 3), _record("signalled", 9)]),  # Slurm took the nodes before the checkpoint was written
         ("7", [_record("start", 3), _record("finished", 9)]),
         ("7", [_record("start", 3, restarts=1)]),  # another srun of this attempt, perhaps still at work
@@ -144,10 +85,11 @@ def test_attempts_that_did_not_fail(job: str | None, earlier: list[Record]) -> N
 def test_an_attempt_that_ended_without_a_word() -> None:
     """Counts as a failure in the step that it had come to."""
     start = _record("start", 3, nodes="n[1-2]", host="n1", time="then")
-    lost = attempts.abandoned([_record("start", 1, job="6"), start], NOW, _nothing_lost)
+    lost = attempts.abandoned([_record("start", 1, job="6"), start, _record("running", 3)], NOW, _nothing_lost)
     assert lost == _record(
         "failed",
         9,
+        kind="machine",
         nodes="n[1-2]",
         host="n1",
         time="now",

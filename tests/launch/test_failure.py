@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.launch.failure import Failure, Kind, kind_of, of_exit
+from megatron_fipo.outcome import MachineFailure
 
 
 class _OwnValueError(ValueError):
@@ -30,6 +31,9 @@ class _OwnValueError(ValueError):
         (FileNotFoundError(errno.ENOENT, "no such file"), "program"),
         (OSError(errno.EIO, "Input/output error"), "machine"),
         (OSError(errno.ESTALE, "Stale file handle"), "machine"),
+        (OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown"), "machine"),  # Lustre
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "program"),
+        (MachineFailure("no server took weights"), "machine"),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "machine"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "machine"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "connection"),
@@ -62,7 +66,7 @@ def test_ends_without_an_exception(code: int, kind: Kind, says: str) -> None:
 
 def test_a_failure_travels(tmp_path: Path) -> None:
     """From the rank's process to its supervisor, by a file."""
-    failure = Failure(3, "node1", "program", "RuntimeError: boom", "Traceback\n  boom\n")
+    failure = Failure(3, "node1", "program", "RuntimeError: boom", "Traceback\n  boom\n", ("node1",))
     failure.write(tmp_path / "rank_3.json")
     assert Failure.read(tmp_path / "rank_3.json") == failure
     assert [f.name for f in tmp_path.iterdir()] == ["rank_3.json"]

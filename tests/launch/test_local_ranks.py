@@ -203,6 +203,17 @@ def test_logs_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "RuntimeError: the first line" in (logs / "rank_1.log").read_text()
 
 
+def test_a_time_out_of_nccl(tmp_path: Path) -> None:
+    """The watchdog's line is shown, which names the collective; nothing where there is none."""
+    log = tmp_path / "rank_3.log"
+    assert supervisor.nccl_time_out(log) == ""
+    line = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=1)"
+    log.write_text(f"step 1\n{line}\nabort\n")
+    assert supervisor.nccl_time_out(log).splitlines()[0] == line
+    log.write_text("step 1\n")
+    assert supervisor.nccl_time_out(log) == ""
+
+
 def test_a_supervisor_is_light() -> None:
     """The command and its supervisor start without torch and Megatron, of which every task would load a copy."""
     code = "import sys; from megatron_fipo import cli, launch; print({'torch', 'megatron', 'numpy'} & {*sys.modules})"

@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.launch import preflight
+from megatron_fipo.launch.requirements import Requirements
+from megatron_fipo.machine import limits
+from megatron_fipo.outcome import MachineFailure
 from tests.launch.processes import free_port
 from tests.ranks import fork
 
@@ -49,7 +53,7 @@ def _rank(environment: dict[str, str], act: Callable[[int, Path], None], directo
     try:
         act(rank, directory)
         result = "ok"
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, ConnectionError, MachineFailure) as error:
         result = f"{type(error).__name__}: {error}"
     (directory / f"{rank}.txt").write_text(result)
     while len(list(directory.glob("*.txt"))) < 2:  # as a failed rank does, stay until everybody has been heard
@@ -116,6 +120,27 @@ def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
     )
 
 
+def _lack(rank: int, directory: Path, lacking: tuple[int, ...]) -> None:
+    paths = {"model.hf_path": str(directory if rank not in lacking else directory / "model")}
+    limits.open_files_problem = lambda needed: None if rank else "few files"  # type: ignore[assignment]
+    preflight.connect(SHORT, None, requirements=Requirements(1, paths=paths if lacking == (1,) else {"x": "/nowhere"}))
+
+
+def test_what_one_node_lacks(tmp_path: Path) -> None:
+    """A node without the model, as after its restart, is named, with whatever another one lacks: machine trouble."""
+    first, _ = _run(partial(_lack, lacking=(1,)), tmp_path)
+    assert first.splitlines() == [
+        "MachineFailure: rank 0 on node0: few files",
+        f"rank 1 on node1: model.hf_path '{tmp_path}/model' is not there",
+    ]
+
+
+def test_what_all_nodes_lack(tmp_path: Path) -> None:
+    """That is the configuration's fault; all is said at once."""
+    first, _ = _run(partial(_lack, lacking=(0, 1)), tmp_path)
+    assert first.splitlines() == ["ValueError: x '/nowhere' is not there", "rank 0 on node0: few files"]
+
+
 def _differ(rank: int, directory: Path) -> None:
     versions = {"torch": "2.13.0", "transformers": "5.17.0" if rank else "5.16.1"}
     preflight._versions = lambda: versions  # type: ignore[assignment]
@@ -172,6 +197,30 @@ def test_a_gpu_that_is_in_use() -> None:
     assert preflight._memory_warnings(facts) == [
         "another process holds memory of the GPU of rank 1 on n0 and rank 3 on n1; free are 50%, 25%"
     ]
+
+
+def test_time_to_come() -> None:
+    """It grows with the number of ranks that start cold, up to the limit of any wait."""
+    hour = timedelta(hours=1)
+    assert preflight._arrival(hour, 256) == timedelta(minutes=10, seconds=1024)
+    assert preflight._arrival(timedelta(minutes=5), 256) == timedelta(minutes=5)
+
+
+def test_ranks_with_the_same_gpu() -> None:
+    """As where each of several local ranks sees one GPU, and it is the same: refused, with the ranks named."""
+    facts = [preflight.Facts(r, "n0", {}, None, gpu=gpu) for r, gpu in enumerate(["aaaa", "bbbb", "aaaa"])]
+    with pytest.raises(ValueError, match=r"^ranks 0, 2 on n0 have the same GPU, aaaa: start at most as many ranks"):
+        preflight._check(facts, None)
+    preflight._check(facts[:2], None)
+
+
+def test_weights_in_one_node_s_memory() -> None:
+    """Refused where ranks, and so servers, are on several nodes; all that is wrong is said at once."""
+    facts = [preflight.Facts(r, f"n{r}", {}, None, problems=["x"]) for r in range(2)]
+    with pytest.raises(ValueError, match=r"^x\nfiles in memory$"):
+        preflight._check(facts, None, Requirements(one_node="files in memory"))
+    with pytest.raises(ValueError, match=r"^x$"):
+        preflight._check(facts[:1], None, Requirements(one_node="files in memory"))
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 0, 0), (8, 7, 7), (1, 5, 0)])

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,10 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with `scontrol` on the PATH: `show job NAME` prints the file NAME there, or fails as Slurm does."""
     script = tmp_path / "scontrol"
     script.write_text(
-        f'#!/bin/sh\ncd {tmp_path}\necho "$1 $3$2" >> calls\n[ "$1" = show ] || exit 0\n'
+        # Slurm signals every process of a job that was just requeued.
+        f'#!/bin/sh\ncd {tmp_path}\n[ "$1" = update ] && kill -TERM $$\necho "$1 $3$2" >> calls\n'
+        '[ "$1" = show ] || exit 0\n'
+        '[ "$2" = partition ] && { echo "PartitionName=$3 TotalNodes=4 "; exit 0; }\n'
         '[ -e "$3" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }\nwhile read -r l; do '
         'echo "$l"; done < "$3"\n'
     )
@@ -131,11 +135,12 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _requeue(environment: dict[str, str], directory: Path) -> tuple[str | None, list[str]]:
+def _requeue(environment: dict[str, str], directory: Path, *exclude: str) -> tuple[str | None, list[str]]:
     """Why not, and what was asked of Slurm."""
     job = slurm.job(environment)
     assert job is not None
-    reason = job.requeue()
+    came_of_it = job.requeue(exclude)
+    reason = None if came_of_it == "is requeued" else came_of_it.removeprefix("is not requeued: ")
     return reason, (directory / "calls").read_text().splitlines()
 
 
@@ -202,6 +207,87 @@ def test_a_job_that_slurm_does_not_know(scontrol: Path) -> None:
     assert calls == ["show 9job"]
 
 
+@pytest.mark.parametrize(
+    ("record", "updated"),
+    [
+        ("ExcNodeList=(null) ReqNodeList=(null) NumNodes=2", "ExcNodeList=n7JobId=9"),
+        ("ExcNodeList=a[1-2] ReqNodeList=(null) NumNodes=1", "ExcNodeList=a1,a2,n7JobId=9"),
+        ("ExcNodeList=a[1-2] ReqNodeList=(null) NumNodes=2", None),  # the partition has 4 nodes: the job would wait
+        ("ExcNodeList=(null) ReqNodeList=n7 NumNodes=2", None),
+    ],
+)
+def test_a_node_to_avoid(record: str, updated: str | None, scontrol: Path) -> None:
+    """It is added to those that the user avoids, once the job is pending, as long as enough nodes are left."""
+    (scontrol / "9").write_text(f"JobId=9 JobState=RUNNING Reason=None BatchFlag=1 Partition=p {record}\n")
+    came_of_it, calls = _requeue({"SLURM_JOB_ID": "9"}, scontrol, "n7")
+    assert came_of_it == ("is requeued, without n7" if updated else None)
+    assert [call for call in calls if not call.startswith("show")] == [
+        *("requeue 9", *([f"update {updated}"] if updated else [])),
+    ]
+
+
+def test_a_container_leaves_a_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without scontrol the batch script is asked to requeue the job; if it does not do so, a person is."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    marker = tmp_path / "marker"
+    job = slurm.job({"SLURM_JOB_ID": "9", "MEGATRON_FIPO_REQUEUE": str(marker)})
+    assert job is not None
+    assert job.requeue_obstacle() is None
+    assert (job.requeue(), marker.exists()) == ("is requeued by its batch script", True)
+    alone = slurm.Job("9", 0)
+    assert "there is no scontrol here, and no batch script that does it" in str(alone.requeue_obstacle())
+    assert alone.requeue().startswith("is not requeued: there is no scontrol here: run `scontrol requeue 9`")
+
+
+@pytest.mark.parametrize(
+    ("record", "obstacle"),
+    [
+        ("BatchFlag=1 Requeue=1", None),
+        ("BatchFlag=2 Requeue=1", None),
+        ("BatchFlag=1 Requeue=0", "it was submitted without --requeue (Requeue=0)"),
+        ("BatchFlag=0 Requeue=0", None),  # typed into salloc's shell
+    ],
+)
+def test_what_would_keep_a_job_from_being_requeued(record: str, obstacle: str | None, scontrol: Path) -> None:
+    """It is known at the start."""
+    (scontrol / "9").write_text(f"JobId=9 JobState=RUNNING Reason=None {record}\n")
+    assert slurm.Job("9", 0).requeue_obstacle() == obstacle
+
+
+def test_the_end_of_a_job(scontrol: Path) -> None:
+    """From the environment; asked for again, it is Slurm's newest word."""
+    job = slurm.job({"SLURM_JOB_ID": "9", "SLURM_JOB_END_TIME": "1700000000"})
+    assert job is not None
+    assert (job.end, job.current_end()) == (1_700_000_000.0, None)
+    (scontrol / "9").write_text("JobId=9 EndTime=2026-11-28T12:00:00 JobState=RUNNING\n")
+    assert job.current_end() == datetime.fromisoformat("2026-11-28T12:00:00").timestamp()
+
+
+REQUEUE = Path(__file__).parents[2] / "slurm" / "requeue.sh"
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "calls"),
+    [
+        ("JobId=1234 ArrayTaskId=4 JobState=RUNNING Reason=None", True, ["show 1234_4job", "requeue 1234_4"]),
+        ("JobId=1234 JobState=COMPLETING Reason=TimeLimit BatchFlag=1", True, ["show 1234_4job", "requeue 1234_4"]),
+        ("JobId=1234 JobState=CANCELLED Reason=None BatchFlag=1", True, ["show 1234_4job"]),
+        ("JobId=1234 JobState=RUNNING Reason=None", False, []),
+    ],
+)
+def test_the_batch_script_requeues(record: str, asked: bool, calls: list[str], scontrol: Path) -> None:
+    """On the host after srun, if the ranks asked for it and the job was not cancelled; the exit code is srun's."""
+    (scontrol / "1234_4").write_text(f"{record} BatchFlag=1\n")
+    step = 'touch "$MEGATRON_FIPO_REQUEUE"; ' if asked else ""
+    script = f"set -euo pipefail; source {REQUEUE}; bash -c '{step}exit 75' || requeue_if_asked $?; echo \"went on\""
+    environment = {**ARRAY, "PATH": f"{scontrol}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], cwd=scontrol, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+    called = scontrol / "calls"
+    assert (called.read_text().splitlines() if called.exists() else []) == calls
+    assert list(scontrol.glob(".requeue*")) == []
+
+
 def test_two_jobs_of_an_array_are_two() -> None:
     """Records of attempts are told apart by the job ID, which a job that inherits the array's variables has not."""
     jobs = [slurm.job({**ARRAY, "SLURM_JOB_ID": number}) for number in ("1234", "1300")]
@@ -262,6 +348,16 @@ STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", 
 def test_a_command_in_a_step_s_shell(environment: dict[str, str], terminal: bool, typed: bool, is_task: bool) -> None:
     """It is none of the step's tasks, though it has the variables of the first."""
     assert _asked_in(environment, terminal, typed) is is_task
+
+
+@pytest.mark.parametrize(("parent", "warns"), [(os.getppid(), True), (1, False)])
+def test_a_shell_between_srun_and_this_command(parent: int, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would die of Slurm's signal; in a shell that somebody types into, nothing is wrong."""
+    monkeypatch.setattr(slurm, "_has_terminal", lambda: False)
+    environment = {**STEP, "SLURM_TASK_PID": str(parent)}
+    warning = slurm.wrapper_warning(environment)
+    assert (warning is not None and "start the command with `exec`" in warning) is warns
+    assert slurm.wrapper_warning({"SLURM_TASK_PID": str(parent)}) is None
 
 
 def test_advice_in_a_step_s_shell() -> None:

@@ -10,13 +10,16 @@ import os
 import signal
 import time
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from megatron_fipo import launch, outcome
 from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
+from megatron_fipo.machine.host import host
 from tests.launch.processes import alive, note_pid, pids, poll, sleep, srun, stop_when_asked
 
 pytestmark = pytest.mark.distributed
@@ -136,14 +139,90 @@ def test_an_interrupted_job(state: str, says: str, requeues: int, slurm: Path, t
 
 
 def test_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container: the message says what to do, and the exit code is 75 all the same."""
+    """And without a batch script that requeues the job: there is a warning at the start, the message says what to do,
+    and the exit code is 75 all the same."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with srun(stop_when_asked, tmp_path) as supervisors:
         assert poll(lambda: len(pids(tmp_path)) == 2, 60)
         os.kill(supervisors[1].process.pid, signal.SIGTERM)
         codes = [s.end() for s in supervisors]
     assert [code for code, _ in codes] == [75, 75]
-    assert "there is no scontrol here to requeue it: run `scontrol requeue 7` or submit it again" in codes[0][1]
+    assert codes[0][1].startswith("warning: job 7 will not be requeued: there is no scontrol here")
+    assert "there is no scontrol here: run `scontrol requeue 7` or submit it again" in codes[0][1]
+    assert "warning" not in codes[1][1]
+
+
+def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch script is asked to requeue the job, once the ranks have stopped; there is no warning."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    marker = tmp_path / "marker"
+    with srun(stop_when_asked, tmp_path, MEGATRON_FIPO_REQUEUE=str(marker)) as supervisors:
+        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        assert not marker.exists()
+        os.kill(supervisors[1].process.pid, signal.SIGTERM)
+        codes = [s.end() for s in supervisors]
+    assert [code for code, _ in codes] == [75, 75]
+    assert codes[0][1].splitlines()[-1] == "interrupted in step 1: job 7 is requeued by its batch script"
+    assert "warning" not in codes[0][1]
+    assert marker.exists()
+
+
+def _save_too_slowly(directory: Path) -> None:
+    """A rank that is running, and whose checkpoint takes for ever."""
+    outcome.note_running()
+    sleep(directory)
+
+
+def test_a_save_that_is_too_slow_for_the_time_limit(slurm: Path, tmp_path: Path) -> None:
+    """The first rank's supervisor requeues the job in the last 45 seconds, whatever the ranks are doing, and ends its
+    rank; the time that Slurm says now counts, not that of the start."""
+    (slurm / "job").write_text(f"{RUNNING} EndTime={datetime.fromtimestamp(time.time() + 30).isoformat()}")
+    with srun(_save_too_slowly, tmp_path, SLURM_JOB_END_TIME=str(int(time.time()) + 50)) as (first, other):
+        code, output = first.end()
+        assert code == 75
+        os.kill(other.process.pid, signal.SIGKILL)
+    assert output.splitlines()[-1] == (
+        "stopped by its time limit before a checkpoint was whole in step 1: job 7 is requeued"
+    )
+    assert [event for event, _ in _events(tmp_path) if event != "running"] == ["start", "expired"]
+    assert _requeues(slurm) == 1
+
+
+def test_ranks_that_have_resumed(slurm: Path, tmp_path: Path) -> None:
+    """They tell their supervisors, and the first of those records it: what fails later is no failed start."""
+    with srun(_save_too_slowly, tmp_path) as supervisors:
+        assert poll(lambda: ("running", "node0") in _events(tmp_path), 60)
+        for supervisor in supervisors:
+            os.kill(supervisor.process.pid, signal.SIGKILL)
+    assert [event for event, _ in _events(tmp_path)] == ["start", "running"]
+
+
+def test_a_time_limit_that_was_raised(slurm: Path, tmp_path: Path) -> None:
+    """A job that an administrator gave more time goes on."""
+    (slurm / "job").write_text(f"{RUNNING} EndTime={datetime.fromtimestamp(time.time() + 9000).isoformat()}")
+    with srun(_say_where, tmp_path, SLURM_JOB_END_TIME=str(int(time.time()))) as supervisors:
+        assert [s.end()[0] for s in supervisors] == [0, 0]
+    assert _requeues(slurm) == 0
+
+
+def test_a_node_that_comes_back_without_the_model(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in order when an earlier attempt was running is not the user's fault: the job is requeued. In a first
+    attempt it is an error of the input."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(os, "environ", {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    with pytest.raises(ValueError, match="the model is not there"), launch.checked(run, 3):
+        raise ValueError("the model is not there")
+    _earlier(tmp_path, Record("start", 1, "7"), Record("running", 1, "7"), Record("interrupted", 4, "7"))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the script that is scontrol signals its caller
+    try:
+        with pytest.raises(launch.RankFailure, match="the model is not there") as error, launch.checked(run, 3):
+            raise ValueError("the model is not there")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert error.value.exit_code == 75
+    assert _requeues(slurm) == 1
+    last = attempts.read(run / "attempts.jsonl")[-1]
+    assert (last.event, last.kind, last.blamed) == ("failed", "machine", [host()])
 
 
 def _earlier(directory: Path, *records: Record) -> None:
@@ -151,26 +230,28 @@ def _earlier(directory: Path, *records: Record) -> None:
         attempts.append(directory / "run" / "attempts.jsonl", record)
 
 
-def test_a_second_failure_in_the_same_step(slurm: Path, tmp_path: Path) -> None:
+def _failed(restarts: int) -> list[Record]:
+    return [Record("start", 1, "7", restarts), Record("failed", 1, "7", restarts, cause="lost node5", kind="machine")]
+
+
+def test_a_third_failure(slurm: Path, tmp_path: Path) -> None:
     """The job is not requeued again, exit code 1."""
-    _earlier(tmp_path, Record("start", 1, "7"), Record("failed", 1, "7", cause="lost node5"))
-    with srun(_killed_on_one, tmp_path, SLURM_RESTART_COUNT="1") as supervisors:
+    _earlier(tmp_path, *_failed(0), *_failed(1))
+    with srun(_killed_on_one, tmp_path, SLURM_RESTART_COUNT="2") as supervisors:
         code, output = supervisors[1].end()
     assert code == 1
-    assert "job 7 is not requeued: it failed twice in step 1:\n" in output
+    assert "job 7 is not requeued: it failed 3 times in a row before its ranks were running:\n" in output
     assert ": lost node5\n" in output
     assert _requeues(slurm) == 0
 
 
-def test_a_third_attempt_is_refused(slurm: Path, tmp_path: Path) -> None:
-    """Slurm itself requeues a job whose node died; after two such ends in the same step no rank is started."""
-    _earlier(
-        tmp_path, Record("start", 1, "7"), Record("failed", 1, "7", cause="lost node5"), Record("start", 1, "7", 1)
-    )
-    with srun(sleep, tmp_path, SLURM_RESTART_COUNT="2") as supervisors:
+def test_a_fourth_attempt_is_refused(slurm: Path, tmp_path: Path) -> None:
+    """Slurm itself requeues a job whose node died; after three such ends no rank is started."""
+    _earlier(tmp_path, *_failed(0), *_failed(1), Record("start", 1, "7", 2))
+    with srun(sleep, tmp_path, SLURM_RESTART_COUNT="3") as supervisors:
         (code, output), (other, quiet) = (s.end() for s in supervisors)
     assert (code, other, quiet) == (1, 1, "")
-    assert output.startswith("job 7 does not go on: it failed twice in step 1:\n")
+    assert output.startswith("job 7 does not go on: it failed 3 times in a row before its ranks were running:\n")
     assert pids(tmp_path) == []
 
 

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_fipo.parallel import interrupt
@@ -59,6 +60,17 @@ def _never_asked() -> tuple[bool, bool, str]:
 def test_nobody_asked() -> None:
     """Without a signal the work's result comes back."""
     assert run_ranks(_never_asked, 2) == [(False, False, "done")] * 2
+
+
+def _on_a_machine_with_gpus() -> bool:
+    interrupt.install()
+    torch.cuda.is_available = lambda: True  # type: ignore[method-assign]
+    return interrupt.agreed()
+
+
+def test_ranks_wait_for_each_other_on_the_cpu() -> None:
+    """Where there are GPUs as well: a wait for those that still generate is gloo's, and keeps no GPU busy."""
+    assert run_ranks(_on_a_machine_with_gpus, 2) == [False, False]
 
 
 def _signalled_while_noting() -> bool:

@@ -33,6 +33,8 @@ def test_srun_gets_the_layout_s_ranks(ranks: int, nodes: int, per_node: int) -> 
     command = job.command(ranks, ["--container-image=x"])
     assert command[:4] == ["srun", f"--ntasks={ranks}", f"--nodes={nodes}", f"--ntasks-per-node={per_node}"]
     assert command[-2:] == ["--cpus-per-task=3", "--container-image=x"]
+    script = (Path(__file__).parents[2] / "slurm" / "fipo_32b.sh").read_text()
+    assert all(option in script for option in command[4:-2])  # as training has them
 
 
 def test_job_is_too_small() -> None:

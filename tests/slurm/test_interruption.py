@@ -79,11 +79,11 @@ def test_preemption(undisturbed: list[dict[str, float]], train: Train, cluster: 
 
 
 def test_crash_loop(train: Train, tmp_path: Path) -> None:
-    """A rank that is killed is worth another attempt; killed in the same step again, the job fails and says why."""
+    """A rank that is killed is worth two more attempts; killed in the same step again, the job fails and says why."""
     job = train(tmp_path / "run", "kills_rank")
-    ended = job.wait(("FAILED", "COMPLETED"), seconds=2 * SECONDS, restarts=1)
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), job.output()
-    assert "failed twice in step 3" in job.output()
+    ended = job.wait(("FAILED", "COMPLETED"), seconds=3 * SECONDS, restarts=2)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), job.output()
+    assert "failed 3 times in step 3" in job.output()
 
 
 def test_cancelled_job_stays_cancelled(train: Train, cluster: Cluster, tmp_path: Path) -> None:

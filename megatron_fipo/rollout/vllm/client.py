@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import ssl
 import threading
 import time
 from collections import defaultdict, deque
@@ -23,11 +24,14 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from megatron_fipo.machine import limits
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
 from megatron_fipo.rollout.vllm.control import address, authorization, explain
 
 _MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
+_CONNECT_SECONDS = 60.0  # thousands of requests may begin at once; probes find a server that is gone
 _ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told of requests it has not read yet
 
 
@@ -87,16 +91,8 @@ class _Lost(Exception):
     """The server went away, or was given up, during an attempt."""
 
 
-def _connection(url: str, key: str) -> httpx.AsyncClient:
-    base, socket = address(url)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(
-        base_url=base,
-        headers=authorization(key),
-        timeout=httpx.Timeout(None, connect=10.0),
-        transport=httpx.AsyncHTTPTransport(uds=socket, limits=limits, trust_env=False),
-        trust_env=False,
-    )
+class _OutOfFiles(Exception):
+    """This process can open no more connections, which is not the server's fault."""
 
 
 class Client:
@@ -105,6 +101,8 @@ class Client:
     Args:
         urls, keys: of all servers.
         concurrency: attempts at one server at the same time.
+        connections: requests in flight at the same time, to all servers together; None: as many as this process may
+            open files. The others wait here.
         seeded: servers are told the requests' seeds.
         vocabulary: token IDs of responses are below this.
         on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
@@ -119,20 +117,24 @@ class Client:
         on_hung: Callable[[int], None] = lambda number: None,
         seeded: bool = True,
         vocabulary: int = 1 << 31,
+        connections: int | None = None,
     ) -> None:
         self._seeded = seeded
         self._vocabulary = vocabulary
         self._patience = patience
         self._concurrency = concurrency
         self._on_hung = on_hung
+        # A pool for each server: a pool looks through all of its connections whenever a request comes or goes.
+        context = httpx.create_ssl_context()  # reads certificates, once
         self._servers = [
-            _Server(number, url, _connection(url, key))
+            _Server(number, url, _pool(url, key, concurrency, context))
             for number, (url, key) in enumerate(zip(urls, keys, strict=True))
         ]
         self._waiting: deque[_Turn] = deque()
         self._turns: WeakKeyDictionary[Future[Response], _Turn] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
+        self._connections = connections or limits.connections_at_most(len(urls))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="vllm-client", daemon=True)
         self._thread.start()
@@ -208,6 +210,10 @@ class Client:
                     seconds = f"{self._patience.deadline:g}"
                     problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
                     turn.avoid.add(server.number)
+                except _OutOfFiles:
+                    problem = f"for {server.url}: {_out_of_files()}"
+                    self._connections = max(1, min(self._connections, self._busy - 1))
+                    await asyncio.sleep(self._patience.first)
                 except (_Lost, Fault, Stale) as error:
                     problem = f"by {server.url}: {type(error).__name__.lower().removeprefix('_')}: {error}"
                     turn.avoid.add(server.number)
@@ -238,6 +244,7 @@ class Client:
             Fault, Refused: the server answered with an error.
             TimeoutError: it did not answer in time.
             _Lost: it went away.
+            _OutOfFiles: it could not be asked from here.
         """
         attempt = self._loop.create_task(server.http.post("/inference/v1/generate", json=body))
         server.attempts.add(attempt)
@@ -245,6 +252,8 @@ class Client:
             async with asyncio.timeout(self._patience.deadline):
                 answer = await asyncio.shield(attempt)
         except httpx.TransportError as error:
+            if limits.is_out_of_files(error):
+                raise _OutOfFiles from None
             raise _Lost(f"{type(error).__name__} {error}".rstrip()) from None
         except asyncio.CancelledError:
             if attempt.cancelled():  # by `_give_up`, not this request by its owner
@@ -287,7 +296,11 @@ class Client:
         """Give waiting requests their servers, in order, as long as there are free places."""
         usable = [s for s in self._servers if s.usable]
         place = 0
-        while place < len(self._waiting) and (free := [s for s in usable if s.busy < self._places(s)]):
+        while (
+            place < len(self._waiting)
+            and self._busy < self._connections
+            and (free := [s for s in usable if s.busy < self._places(s)])
+        ):
             turn = self._waiting[place]
             if turn.waiting is None or turn.waiting.done():  # its request was cancelled or paused
                 del self._waiting[place]
@@ -303,6 +316,10 @@ class Client:
             server.busy += 1
             server.outstanding += turn.tokens
             turn.waiting.set_result(server)
+
+    @property
+    def _busy(self) -> int:
+        return sum(server.busy for server in self._servers)
 
     def _places(self, server: _Server) -> int:
         """Requests at a time; one that has just failed has to prove itself first."""
@@ -334,8 +351,10 @@ class Client:
         try:
             answer = await server.http.get("/weight_info", timeout=self._patience.probe)
             found = answer.raise_for_status().json()["weight_version"]
-        except (httpx.HTTPError, ValueError, LookupError):  # its engine may be gone, and only its front be there
-            server.strikes += 1
+        except (httpx.HTTPError, ValueError, LookupError) as error:
+            if limits.is_out_of_files(error):
+                return
+            server.strikes += 1  # its engine may be gone, and only its front be there
             self._look_later(server)
             if server.strikes >= self._patience.strikes:
                 self._give_up(server)
@@ -362,9 +381,26 @@ class Client:
             for turn in self._waiting:
                 if turn.waiting is not None and not turn.waiting.done():
                     turn.waiting.set_exception(
-                        RuntimeError(
+                        MachineFailure(
                             f"no rollout server with the current weights for {self._patience.wait:g} s "
                             f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"
                         )
                     )
             self._waiting.clear()
+
+
+def _pool(url: str, key: str, concurrency: int, context: ssl.SSLContext) -> httpx.AsyncClient:
+    """Return the connections to one server: for its requests, a probe, and an order to abort requests."""
+    base, socket = address(url)
+    most = httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=4)
+    return httpx.AsyncClient(
+        base_url=base,
+        headers=authorization(key),
+        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+        transport=httpx.AsyncHTTPTransport(verify=context, uds=socket, limits=most, trust_env=False),
+        trust_env=False,
+    )
+
+
+def _out_of_files() -> str:
+    return f"this process can open no more connections, its limit of open files is {limits.open_files()} (`ulimit -n`)"

@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine import network
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
@@ -79,7 +82,7 @@ class VLLMEngine:
         """Give all servers new weights; what is drawn from now on is drawn with them.
 
         Raises:
-            RuntimeError: no server took them.
+            MachineFailure: no server took them, or one did not start.
             ValueError: servers could not be started as configured, or the weights could not be written.
         """
         client = self._start()
@@ -114,7 +117,7 @@ class VLLMEngine:
                 text = f"rollout server {self._controls[server].url} got no weights: {reason}"
                 print(printable(text), file=sys.stderr)
         if not any(current) and (self._newest is None or self.config.rollout.servers):
-            raise RuntimeError(f"no rollout server took the new weights: {failures or 'none is ready'}")
+            raise MachineFailure(f"no rollout server took the new weights: {failures or 'none is ready'}")
         assert self._client is not None
         self._client.expect(version, current)
 
@@ -203,7 +206,7 @@ class VLLMEngine:
         rollout = self.config.rollout
         self._run = _from_rank_0(new_run())
         self._directory = own_directory(rollout.weight_directory, self._run)
-        error = None
+        error: ValueError | MachineFailure | None = None
         urls: list[str] = list(rollout.servers)
         keys: list[str] = []
         views = self._views()
@@ -212,13 +215,17 @@ class VLLMEngine:
                 keys = external_keys(len(urls))
             else:
                 self._start_servers(views)
-        except (ValueError, RuntimeError) as failed:
-            error = str(failed)
-        reports = _gather((error, [(s.process.url, s.process.key) for s in self.keeper.servers if s.life]))
+        except (ValueError, MachineFailure) as failed:
+            error = failed
+        except RuntimeError as failed:  # an interpreter that does not run, on this node
+            error = MachineFailure(str(failed), [host()])
+        told = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
+        reports = _gather((told, [(s.process.url, s.process.key) for s in self.keeper.servers if s.life]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
             self.keeper.close()
-            raise ValueError(problem)
+            text, hosts = problem
+            raise ValueError(text) if hosts is None else MachineFailure(text, hosts)
         if not urls:
             before = sum(len(theirs) for _, theirs in reports[: self.topology.rank])
             self._owned = list(range(before, before + len(self.keeper.servers)))
@@ -304,10 +311,7 @@ class VLLMEngine:
         """This machine's, for the servers and the other ranks: its own alone if there are no other machines."""
         if self._is_alone():
             return "127.0.0.1"
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-            other = next(iter(self.config.rollout.nodes), os.environ.get("MASTER_ADDR", socket.gethostname()))
-            probe.connect((other, 1))
-            return probe.getsockname()[0]
+        return network.own_address(os.environ)
 
     def _report_hung(self, number: int) -> None:
         if number in self._owned:

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from megatron_fipo.machine.host import host
+from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.printable import printable
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.process import ServerProcess
 
 _LOOK_SECONDS = 0.3
 _REPORT_SECONDS = 20.0
+_START_RETRIES = 2  # of a server that has never been ready, before the run is given up
 _MOST_RESTARTS = 5  # in a row without having been ready for _STABLE_SECONDS
 _STABLE_SECONDS = 300.0
 
@@ -36,7 +39,7 @@ class Kept:
     life: int = 0
     current: bool = False  # has the newest weights
     failures: int = 0
-    ready_since: float = 0.0
+    ready_since: float | None = None  # None: not since its last start
     reason: str = ""
     thread: threading.Thread | None = field(default=None, repr=False)
 
@@ -72,14 +75,17 @@ class Keeper:
         """Until all servers are ready, telling how it goes.
 
         Raises:
-            RuntimeError: one was not, and why.
+            MachineFailure: one was not, however often it was started, and why.
         """
         started = told = time.monotonic()
         with self._changed:
             while waiting := [s for s in self.servers if s.state != "ready"]:
-                failed = next((s for s in waiting if s.state == "given up" or s.failures), None)
+                failed = next((s for s in waiting if s.state == "given up" or s.failures > _START_RETRIES), None)
                 if failed is not None:
-                    raise RuntimeError(f"a rollout server did not start: {failed.reason}")
+                    raise MachineFailure(
+                        f"a rollout server did not start in {failed.failures} attempts: {failed.reason}",
+                        [failed.process.place.node or host()],
+                    )
                 if time.monotonic() - told > _REPORT_SECONDS:
                     told = time.monotonic()
                     ready = len(self.servers) - len(waiting)
@@ -157,7 +163,8 @@ class Keeper:
                 return
 
     def _lose(self, server: Kept, reason: str) -> None:
-        stable = time.monotonic() - server.ready_since > _STABLE_SECONDS
+        since, server.ready_since = server.ready_since, None
+        stable = since is not None and time.monotonic() - since > _STABLE_SECONDS
         server.failures = 1 if stable else server.failures + 1
         server.state, server.current, server.reason = "lost", False, reason
 
@@ -171,7 +178,7 @@ class Keeper:
             return
         try:
             server.process.start()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # OSError: no more files or processes just now
             with self._changed:
                 self._lose(server, str(error))
                 self._changed.wait(timeout=min(2.0**server.failures, 30.0))

@@ -7,7 +7,6 @@ import json
 import os
 import select
 import shutil
-import socket
 import subprocess
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine import network
+from megatron_fipo.machine.hosts import spare_nodes
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout.vllm.worker import fipo_guard
 from megatron_fipo.vllm_environment import Installed
@@ -22,6 +23,11 @@ from megatron_fipo.vllm_environment import Installed
 WORKER = Path(__file__).parent / "worker"  # what servers import of this package
 _PORT_SECONDS = 60.0  # for the guard to start and listen
 _LOG_LINES = 15  # of a server that failed
+# Options of the ranks' step, which srun would take over from the environment for a server's step.
+_OF_THE_STEP = (
+    *("SLURM_CPU_BIND", "SLURM_CPUS_PER", "SLURM_TRES_PER", "SLURM_GPU_BIND", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS"),
+    *("SLURM_TASKS_PER", "SLURM_DISTRIBUTION", "SLURM_EXACT", "SLURM_MEM_", "SLURM_HINT", "SLURM_STEP"),
+)
 _CPU_CACHE_GB = 1.0
 _CPU_BATCHED_TOKENS = 2048  # of one step
 
@@ -100,6 +106,7 @@ def environment(base: Mapping[str, str], place: Place, key: str, weights: Path |
     if weights is not None:
         environment["FIPO_WEIGHTS"] = str(weights)
     if place.node:  # what this process sees says nothing of another node, and Slurm tells the server's step
+        environment = {n: v for n, v in environment.items() if not n.startswith(_OF_THE_STEP)}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         environment["FIPO_DEVICES"] = ",".join(place.devices)  # for worker/fipo_guard.py
     elif place.devices:
@@ -143,8 +150,10 @@ class ServerProcess:
         """`unix:PATH`, or `http://HOST:PORT`."""
         if self._socket is not None:
             return f"unix:{self._socket}"
+        host = self.place.node or self.place.host
+        assert host, "a server of this machine alone has a socket"
         assert self._port, "a server has no URL before it was started"
-        return f"http://{self.place.node or self.place.host}:{self._port}"
+        return network.url(host, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -170,8 +179,9 @@ class ServerProcess:
                 text=True,
             )
         assert self._guard.stdout is not None
-        ready, _, _ = select.select([self._guard.stdout], [], [], _PORT_SECONDS)
-        answer = self._guard.stdout.readline() if ready else ""
+        answered = select.poll()  # select.select knows no descriptor above 1023
+        answered.register(self._guard.stdout, select.POLLIN)
+        answer = self._guard.stdout.readline() if answered.poll(_PORT_SECONDS * 1000) else ""
         if not answer.strip().isdigit():
             self.kill()
             raise RuntimeError(f"a rollout server could not be started:\n{self.last_words()}")
@@ -215,7 +225,9 @@ def _on_node(node: str | None) -> list[str]:
     if node is None:
         return []
     job = os.environ["SLURM_JOB_ID"]
-    return ["srun", f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
+    step = ["srun", f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
+    # All of the node's cores and GPUs, whatever the ranks' own step was bound to; killed, it takes its server along.
+    return [*step, "--cpu-bind=none", "--gpu-bind=none", "--kill-on-bad-exit=1"]
 
 
 def places(config: Config, local_ranks: int, devices: Sequence[str], host: str | None) -> list[Place]:
@@ -234,8 +246,8 @@ def places(config: Config, local_ranks: int, devices: Sequence[str], host: str |
     if rollout.placement == "disaggregated":
         slots = range(rollout.num_servers or rollout.gpus_per_node // size)
         return [
-            Place(socket.gethostbyname(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
-            for node in rollout.nodes
+            Place(network.resolve(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
+            for node in rollout.nodes or spare_nodes(os.environ)
             for slot in slots
         ]
     colocated = rollout.placement == "colocated"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import Config
+from megatron_fipo.machine import network
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
 from megatron_fipo.rollout.vllm.process import WORKER, Place, arguments, environment, places
 from megatron_fipo.rollout.vllm.worker.fipo_guard import choose_devices
@@ -130,7 +130,7 @@ def test_environment_of_a_server() -> None:
 
 def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the parent sees says nothing of that node: its guard is given numbers, and all servers different ones."""
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    monkeypatch.setattr(network, "resolve", lambda name: "10.0.0.2")
     config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel=4)
     found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in places(config, 8, (), "host")]
     assert [e["FIPO_DEVICES"] for e in found] == ["0,1,2,3", "4,5,6,7"]
@@ -151,6 +151,47 @@ def test_the_guard_names_gpus_on_its_own_node(given: dict[str, str], expected: d
     """Numbers among what Slurm gives the step there; without numbers nothing changes."""
     choose_devices(given)
     assert given == expected
+
+
+def test_a_step_of_a_server_is_not_bound_like_the_ranks() -> None:
+    """On another node it has none of the options of the ranks' step, which srun reads from the environment."""
+    bound = {"SLURM_CPU_BIND": "mask_cpu:0xf", "SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
+    elsewhere = environment(bound, Place("10.0.0.2", ("0",), "node2"), "key", None)
+    assert [name for name in elsewhere if name.startswith("SLURM")] == ["SLURM_JOB_ID"]
+    here = environment(bound, Place("10.0.0.1", ("0",)), "key", None)
+    assert here["SLURM_CPU_BIND"] == "mask_cpu:0xf"
+
+
+def test_nodes_of_the_job_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the servers where rollout.nodes names none."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
+    monkeypatch.setattr(network, "resolve", lambda node: f"address of {node}")
+    found = places(_config("disaggregated", gpus_per_node=8, tensor_parallel=8), 8, (), "host")
+    eight = tuple("01234567")
+    assert found == [Place("address of n2", eight, "n2"), Place("address of n3", eight, "n3")]
+
+
+@pytest.mark.parametrize(("step", "count"), [({}, 1), ({"SLURM_STEP_ID": "0"}, None)])
+def test_cores_of_a_server(step: dict[str, str], count: int | None) -> None:
+    """In a step of Slurm, the guard has all cores that the kernel allows; elsewhere those of its owner."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import fipo_guard; first = min(os.sched_getaffinity(0));"
+        "os.sched_setaffinity(0, [first]); fipo_guard.widen_affinity(os.environ); print(len(os.sched_getaffinity(0)))"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | step
+    done = subprocess.run([sys.executable, "-c", code, WORKER], env=clean, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (count or len(_all_cores()))
+
+
+def _all_cores() -> set[int]:
+    """Return the cores that this process could have."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        return os.sched_getaffinity(0)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_the_guard_refuses_gpus_that_slurm_did_not_give() -> None:

@@ -119,7 +119,7 @@ def test_no_server_takes_weights(servers: list[FakeServer], tmp_path: Path) -> N
     for server in servers:
         server.refuses = "/update_weights"
     for error, taken in run_ranks(_first_update, 2, [s.url for s in servers], tmp_path, KEY):
-        assert error.startswith("RuntimeError: no rollout server took the new weights")
+        assert error.startswith("MachineFailure: no rollout server took the new weights")
         assert "/update_weights answered 500" in error
         assert taken == ["a", "b", "c"]
 

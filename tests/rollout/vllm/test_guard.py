@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_fipo.machine import limits
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess
 from tests.ranks import context, fork
 
@@ -250,6 +252,20 @@ def test_relayed_connections_end_on_both_sides(remote: FakeVLLM) -> None:
     client.close()
     assert all_end([remote.pid or front])
     assert not path.parent.exists()
+
+
+def test_a_process_with_many_open_files(server: FakeVLLM) -> None:
+    """A server starts where its owner's descriptors are above 1,023, which select.select does not know."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits.raise_limits()
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        server.start()
+        assert len(processes(server.pids)) == 3
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_port_is_taken(tmp_path: Path) -> None:

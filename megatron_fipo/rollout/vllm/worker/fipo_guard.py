@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 _TRACKER_SECONDS = 5.0
 _LONGEST_PATH = 100  # bytes of a Unix socket's path, of 107 that Linux takes
@@ -60,7 +60,7 @@ def main(owner: int, address: str, command: list[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(inner, signal.SIGKILL)
     end_group(inner)
-    abandoned = bool(owner and select.select([life], [], [], 0)[0])
+    abandoned = bool(owner and _has_ended(life))
     _remove(path, with_directory=abandoned or listener is not None)
     if abandoned and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
@@ -73,9 +73,10 @@ def _endpoint(address: str) -> tuple[socket.socket | None, str]:
         _remove(path, with_directory=False)  # of a server before this one
         return None, path
     host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         # Nobody else can bind a port that is listened on, and of two that bind it before, only one can listen.
-        listener = socket.create_server((host, int(port)), backlog=_BACKLOG)
+        listener = socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
     except OSError as error:
         sys.exit(f"port {port} of {host} is not available: {error}")
     return listener, os.path.join(private_directory(), "socket")
@@ -122,6 +123,22 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while block := await reader.read(_BLOCK):
             writer.write(block)
             await writer.drain()
+
+
+def widen_affinity(environment: Mapping[str, str]) -> None:
+    """Let a server use all cores that its job has on this node, and not only those of the task that starts it.
+
+    Only in a step of Slurm, which may bind each of its tasks; the kernel leaves out cores that are not the job's.
+    """
+    if "SLURM_STEP_ID" in environment:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _has_ended(life: int) -> bool:
+    """Return whether the process of this pidfd has ended."""
+    ended = select.poll()
+    ended.register(life, select.POLLIN)
+    return bool(ended.poll(0))
 
 
 def choose_devices(environment: MutableMapping[str, str]) -> None:
@@ -191,4 +208,5 @@ def _members(group: int) -> Iterator[tuple[int, bool]]:
 
 if __name__ == "__main__":
     choose_devices(os.environ)
+    widen_affinity(os.environ)
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,19 @@
+# Sourced by the batch scripts: requeues the job on the host after srun, where the ranks asked for it but could not do so
+# themselves, since a container has no scontrol. All decisions are the ranks' (megatron_fipo/launch/policy.py).
+export MEGATRON_FIPO_REQUEUE="$PWD/.requeue-${SLURM_JOB_ID:-none}"  # a path that containers see as well
+rm -f "$MEGATRON_FIPO_REQUEUE"  # of an attempt that was cut short
+
+# `srun ... || requeue_if_asked $?`: ends with the exit code of srun, unless Slurm ends the script first.
+requeue_if_asked() {
+  [ -e "$MEGATRON_FIPO_REQUEUE" ] || exit "$1"
+  rm -f "$MEGATRON_FIPO_REQUEUE"
+  for name in ${SLURM_ARRAY_TASK_ID:+"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"} "$SLURM_JOB_ID"; do
+    # Slurm shows all tasks of an array; a cancelled job, which is not RUNNING any more, stays cancelled.
+    record=$(scontrol show job "$name" --oneliner | grep "^JobId=$SLURM_JOB_ID ") || continue
+    case "$record" in
+      *" JobState=RUNNING "* | *" Reason=TimeLimit "*) scontrol requeue "$name" ;;
+    esac
+    break
+  done
+  exit "$1"
+}

@@ -1,0 +1,94 @@
+"""Servers that do not start, start late or not at all: how often they are started, and what is said in the end."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.outcome import MachineFailure
+from megatron_fipo.rollout.vllm import keeper as keepers
+from megatron_fipo.rollout.vllm.keeper import Keeper
+from megatron_fipo.rollout.vllm.process import Place
+from tests.rollout.streaming import wait_until
+from tests.rollout.vllm.fake_server import KEY, FakeServer
+
+
+class Process:
+    """A server's process, of which the first `ends` starts end early and the next `raises` fail outright."""
+
+    def __init__(self, fake: FakeServer, log: Path, ends: int = 0, raises: int = 0) -> None:
+        self.url, self.key, self.log, self.place = fake.url, KEY, log, Place()
+        self.ends, self.raises, self.starts = ends, raises, 0
+        self.pid: int | None = None
+
+    def start(self) -> None:
+        self.starts += 1
+        self.pid = None
+        if self.starts <= self.ends:
+            return
+        if self.starts <= self.ends + self.raises:
+            raise OSError(errno.EMFILE, "Too many open files")
+        self.pid = 1
+
+    def kill(self) -> None:
+        self.pid = None
+
+    def last_words(self) -> str:
+        return "its log's end"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def keep(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Keeper]]:
+    """keep(ends=, raises=): a keeper of one server, started; it answers only while its process is there."""
+    monkeypatch.setattr(keepers, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    made: list[Keeper] = []
+
+    def make(**faults: int) -> Keeper:
+        process: Any = Process(fake, tmp_path / "log", **faults)
+        keeper = Keeper([process], 60.0, lambda control: True)
+        real = keeper.servers[0].control.healthy
+        monkeypatch.setattr(keeper.servers[0].control, "healthy", lambda: process.pid is not None and real())
+        made.append(keeper)
+        keeper.start()
+        return keeper
+
+    yield make
+    for keeper in made:
+        keeper.close()
+
+
+@pytest.mark.parametrize("ends", [0, 1, 2])
+def test_a_start_that_fails_is_tried_again(ends: int, keep: Callable[..., Keeper]) -> None:
+    """Two more starts: one of 32 servers that fails at first does not end the run."""
+    keeper = keep(ends=ends)
+    keeper.wait()
+    assert keeper.servers[0].process.starts == ends + 1  # type: ignore[attr-defined]
+
+
+def test_a_server_that_never_starts(keep: Callable[..., Keeper]) -> None:
+    """After three starts it is machine trouble of its node, told with the end of its log."""
+    keeper = keep(ends=100)
+    with pytest.raises(
+        MachineFailure, match=r"(?s)did not start in \d attempts: its start ended early.its log"
+    ) as error:
+        keeper.wait()
+    assert error.value.hosts == ("node7",)
+
+
+def test_no_more_files_at_a_restart(keep: Callable[..., Keeper]) -> None:
+    """The server's thread goes on, and starts it once there are files again."""
+    keeper = keep(ends=1, raises=1)
+    wait_until(lambda: keeper.servers[0].state == "ready")
+    assert keeper.servers[0].process.starts == 3  # type: ignore[attr-defined]
