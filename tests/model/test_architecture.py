@@ -118,7 +118,7 @@ def test_code_beside_a_model_is_not_run(kind: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if kind == "auto_map":
         directory = _directory(tmp_path, model_type="custom", auto_map={"AutoConfig": "code.Config"})
-        with pytest.raises(ValueError, match=r"'custom' comes with code of its own \(auto_map\), which is never run"):
+        with pytest.raises(ValueError, match=r"'custom' has code of its own \(auto_map\), which is never run"):
             load_hf_config(directory, {})
     else:
         auto = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Custom"}

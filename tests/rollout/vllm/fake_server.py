@@ -162,9 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = tokens_for(seed, body["token_ids"])
             if paused:
                 tokens = tokens[: len(tokens) // 2]
-            self._send(200, self._answer(tokens, "abort" if paused else "length"))
-            with fake.lock:
+            with fake.lock:  # before it is sent: whoever has it may look at once
                 fake.answered[seed] += 1
+            try:
+                self._send(200, self._answer(tokens, "abort" if paused else "length"))
+            except OSError:
+                with fake.lock:
+                    fake.answered[seed] -= 1
+                raise
 
     def _work(self, aborted: threading.Event) -> bool:
         """Wait as long as a response takes; whether it was aborted before. A delay that is shortened counts at once."""
