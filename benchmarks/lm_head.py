@@ -4,7 +4,8 @@
         [--device cuda --dtype bfloat16]
 
 Each measurement runs in a fresh process. Peaks are counted above inputs and gradients, which are there before, as
-when gradients accumulate over micro-batches: the new gradient of the weights, added to the old one, counts.
+when gradients accumulate over micro-batches: what the naive way adds to the old gradient of the weights counts; ours
+adds to Megatron-Core's float32 buffer, as in training.
 On Linux CPUs a peak is VmHWM, reset just before; on CUDA it is torch.cuda.max_memory_allocated.
 Naive is F.linear -> float32 -> log_softmax -> gather and entropy, under autograd, with the same float32 head.
 The floor is four matrix products (forward, its recomputation, two gradients) at the rate this machine reaches in
@@ -62,6 +63,7 @@ def make_inputs(args: argparse.Namespace, tokens: int) -> Inputs:
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     hidden = torch.randn(tokens, args.hidden, **to).requires_grad_()
     weight = torch.randn(args.vocab, args.hidden, **to).mul_(args.hidden**-0.5).requires_grad_()
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # written, so that its pages are there
     return hidden, weight, torch.randint(args.vocab, (tokens,), device=args.device)
 
 
