@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.scaling.timers import PipelineRecorder
+from tests.launch.processes import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -46,15 +46,9 @@ def _device_seconds(cycles: int) -> float:
     return time.monotonic() - start
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def test_passes_have_the_length_of_their_kernels() -> None:
     """Spans follow the device, one after another, and the host has gone on long before: nothing is synchronized."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
         config = _config()
         recorder = PipelineRecorder(config, dist.group.WORLD)

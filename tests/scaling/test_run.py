@@ -117,7 +117,7 @@ def test_row_adds_up(case: tuple[str, Loss], rows: Any) -> None:
         idle = sum(stage[cause] for cause in ("warm_up", "waiting", "drain", "communication"))
         assert stage["busy"] + idle == pytest.approx(row["pipeline_seconds"])
         assert stage["bubble_fraction"] == pytest.approx(idle / row["pipeline_seconds"])
-        assert stage["peak_memory_bytes"] > 1e6
+        assert stage["peak_memory_bytes"] > 1e5
     assert sum(s["bubble_fraction"] for s in row["stages"]) / stages == pytest.approx(row["bubble_fraction"])
     assert row["pipeline_seconds"] < row["seconds"] == row["step_seconds"][0]
     assert row["tokens_per_second_per_gpu"] == pytest.approx(row["tokens"] / row["seconds"] / 2)
@@ -190,7 +190,7 @@ def test_killed_rank_leaves_a_row(model: Path, tmp_path: Path) -> None:
     assert code == NOT_MEASURED
     assert row["status"] == "failed"
     assert "SIGKILL" in row["error"]
-    assert min(row["peak_memory_bytes"]) > 1e6
+    assert min(row["peak_memory_bytes"]) > 1e5
     again = replace(asked, steps=1)
     measure(again, lengths_given=True, planned=False, again=False)
     measured = json.loads(again.row_path.read_text())
