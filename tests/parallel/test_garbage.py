@@ -84,7 +84,9 @@ def _steps(path: Path, count: int) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """As many tensors, of as many bytes, live after the sixth step as after the second."""
+    """As many tensors, of as many bytes, live after the sixth step as after the second, but for one scalar at most."""
     (found,) = run_ranks(_steps, 1, make_qwen2(tmp_path, layers=1, vocab=250), 6)
     assert found["unasked"] == 0
-    assert len(set(found["tensors"][1:])) == 1, found["tensors"]
+    counts, sizes = zip(*found["tensors"][1:], strict=True)
+    assert max(counts) - min(counts) <= 1, found["tensors"]
+    assert max(sizes) - min(sizes) <= 8, found["tensors"]
