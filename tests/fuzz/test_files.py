@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from megatron_fipo.checkpoint.files import DamagedError, Marker
 from megatron_fipo.convert.unfinished import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
-from megatron_fipo.launch import attempts, slurm
+from megatron_fipo.launch import attempts
+from megatron_fipo.machine import hosts as machine_hosts
 from megatron_fipo.printable import printable
 from megatron_fipo.report.history import read_metrics
 from megatron_fipo.scaling.measurement import read_row
@@ -105,6 +106,6 @@ hosts = st.lists(
 def test_host_lists(text: str) -> None:
     """At most as many hosts as Slurm takes, in memory of that size, or a ValueError."""
     found: list[str] = []
-    said = refusal(lambda: found.extend(slurm.expand_hosts(text)))
+    said = refusal(lambda: found.extend(machine_hosts.expand_hosts(text)))
     assert said is None or "hosts" in said
-    assert len(found) <= slurm._MOST_HOSTS * (1 + text.count(","))
+    assert len(found) <= machine_hosts._MOST_HOSTS * (1 + text.count(","))

@@ -14,7 +14,8 @@ from megatron_fipo.config import load_config
 from megatron_fipo.convert.huggingface import INDEX, Checkpoint
 from megatron_fipo.convert.unfinished import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
-from megatron_fipo.launch import attempts, slurm
+from megatron_fipo.launch import attempts
+from megatron_fipo.machine import hosts
 from megatron_fipo.rollout import Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, read
 from megatron_fipo.scaling.row import parse_row, read_rows
@@ -78,14 +79,14 @@ def test_metrics_that_are_no_text(tmp_path: Path) -> None:
 def test_lists_of_too_many_hosts(text: str) -> None:
     """They are refused before they are written out."""
     with pytest.raises(ValueError, match="names more than 65536 hosts"):
-        slurm.expand_hosts(text)
+        hosts.expand_hosts(text)
 
 
 @pytest.mark.parametrize("text", ["a[x]", "a[1", "a[1-2-3]", "a[]", "a[1-]", "a[²]"])
 def test_lists_of_no_hosts(text: str) -> None:
     """Brackets hold numbers and ranges of them."""
     with pytest.raises(ValueError, match="is no list of hosts"):
-        slurm.expand_hosts(text)
+        hosts.expand_hosts(text)
 
 
 def test_no_gpu_a_server(tmp_path: Path) -> None:
