@@ -28,9 +28,8 @@ source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as mo
 source slurm/requeue.sh
 set -u
 # --cpu-bind=none: a node's rollout servers may use all of its cores, not only those of the task that starts them.
-# --gpu-bind=none: each task sees all GPUs of its node, as peer-to-peer copies and servers on several GPUs need.
 # --wait=0: tasks may end one after the other, whatever the site's WaitTime is; a failed one ends all.
-srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none --gpu-bind=none \
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none \
   --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
   megatron-fipo eval "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"} \
   || requeue_if_asked $?

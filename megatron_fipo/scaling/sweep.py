@@ -59,7 +59,7 @@ class SlurmJob:
         """Return `srun` for so many, with the options of the batch scripts in slurm/, which say why."""
         per_node = min(ranks, self.tasks_per_node)
         command = ["srun", f"--ntasks={ranks}", f"--nodes={-(-ranks // per_node)}", f"--ntasks-per-node={per_node}"]
-        command += ["--export=ALL", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none", "--gpu-bind=none"]
+        command += ["--export=ALL", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
         return command + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []) + list(options)
 
 
