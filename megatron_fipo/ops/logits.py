@@ -66,7 +66,7 @@ def logit_statistics(
         ValueError: a shape, dtype, device or alignment is not as above.
     """
     _check_logits(logits, targets)
-    _check("out", out, (4, logits.shape[0]), _statistics_dtype(logits), logits.device)
+    _check("out", out, (4, logits.shape[0]), statistics_dtype(logits.dtype), logits.device)
     if backend == "auto" and serves(logits):
         statistics = _compiled().LogitStatistics(
             **{name: row.data_ptr() for name, row in zip(_STATISTICS, out, strict=True)}
@@ -92,7 +92,7 @@ def logit_gradient(
     _check_logits(logits, targets)
     given = {name: term for name, term in terms._asdict().items() if term is not None}
     for name, term in given.items():
-        _check(name, term, targets.shape, _statistics_dtype(logits), logits.device)
+        _check(name, term, targets.shape, statistics_dtype(logits.dtype), logits.device)
     _check("out", out, logits.shape, torch.bfloat16 if out.dtype == torch.bfloat16 else logits.dtype, logits.device)
     if backend == "auto" and serves(logits):
         _check_rows("out", out)
@@ -105,6 +105,11 @@ def logit_gradient(
         _run("logit_gradient", logits, targets, temperature, gradient)
     else:
         _gradient(logits, targets, terms, temperature, out)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over logits of a dtype: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def serves(logits: Tensor) -> bool:
@@ -141,10 +146,6 @@ def _run(name: str, logits: Tensor, targets: Tensor, temperature: float, out: An
     with torch.cuda.device(logits.device):
         stream = torch.cuda.current_stream(logits.device).cuda_stream
         getattr(_compiled(), f"{name}_cuda")(struct, out, stream)
-
-
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -212,7 +213,7 @@ def _blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor,
 
     Float32 logits are worked on in place; narrower ones are converted a block at a time, so that copies stay small.
     """
-    compute = torch.promote_types(logits.dtype, torch.float32)
+    compute = statistics_dtype(logits.dtype)
     limit = _BLOCK_BYTES_CUDA if logits.is_cuda else _BLOCK_BYTES_CPU
     count = max(1, min(logits.shape[0], limit // (logits.shape[1] * compute.itemsize)))
     in_place = logits.dtype == compute

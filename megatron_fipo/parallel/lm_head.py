@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fipo.ops.logits import RowTerms, empty_logits, logit_gradient, logit_statistics
+from megatron_fipo.ops.logits import RowTerms, empty_logits, logit_gradient, logit_statistics, statistics_dtype
 
 # Rows of the head converted, or of its gradient held in low precision, at once.
 _VOCAB_BLOCK_ROWS = 16384
@@ -95,7 +95,7 @@ def token_log_probs_and_entropy_reference(
 
     hidden [R, H], weight [>= vocab_size, H] unsplit, targets [R] in [0, vocab_size) -> log_probs [R], entropy [R].
     """
-    compute = _compute_dtype(weight.dtype)
+    compute = statistics_dtype(weight.dtype)
     if fp32_logits:
         hidden, weight = hidden.to(compute), weight.to(compute)
     logits = (hidden.to(weight.dtype) @ weight[:vocab_size].T).to(compute) / temperature  # [R, vocab_size]
@@ -148,7 +148,7 @@ def _shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _He
     A shard that is wholly padding gives the lowest finite maximum and zeros, which the reduction ignores. (-inf
     would turn into NaN there.)
     """
-    compute = _compute_dtype(weight.dtype)
+    compute = statistics_dtype(weight.dtype)
     statistics = hidden.new_zeros((4, hidden.shape[0]), dtype=compute)
     if head.true_rows == 0:
         statistics[0] = torch.finfo(compute).min
@@ -215,7 +215,7 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor, true_rows: int) -> None:
         self.weight = weight
-        compute = _compute_dtype(weight.dtype)
+        compute = statistics_dtype(weight.dtype)
         main: Tensor | None = getattr(weight, "main_grad", None)
         self.in_main = main is not None and main.dtype == compute
         self.sum = main if main is not None and self.in_main else torch.zeros_like(weight, dtype=compute)
@@ -261,7 +261,7 @@ class _ChunkLogits:
 
     def __init__(self, hidden: Tensor, weight: Tensor, head: _Head) -> None:
         self.hidden, self.weight = hidden, weight[: head.true_rows]
-        dtype = _compute_dtype(weight.dtype) if head.fp32_logits else weight.dtype
+        dtype = statistics_dtype(weight.dtype) if head.fp32_logits else weight.dtype
         self.logits = self._empty(min(head.chunk_tokens, hidden.shape[0]), dtype)
         self.grad_logits: Tensor | None = None
 
@@ -288,10 +288,6 @@ class _ChunkLogits:
             same = self.logits.dtype == self.weight.dtype
             self.grad_logits = self.logits if same else self._empty(self.logits.shape[0], self.weight.dtype)
         return self.grad_logits[: chunk.stop - chunk.start]
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
