@@ -116,6 +116,8 @@ def test_unknown_key_like_no_other(file: Path) -> None:
         "optimizer.betas=0.9",
         "algorithm.influence_clip=[1.0,high]",
         "algorithm.influence_clip=1.2",
+        "algorithm.influence_clip=[{1.0: 2},1.2]",
+        "eval.pass_k=[[1]]",
         "parallel=4",
         "model.dtype=float16",
     ],

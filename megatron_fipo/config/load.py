@@ -40,8 +40,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
         raise ValueError(f"cannot read {path}: {error}") from None
     assert isinstance(config, Config)
+    _refuse_nested(config)
     validate(config)
     return config
+
+
+def _refuse_nested(config: Config) -> None:
+    """Refuse a mapping or a list inside a list, which OmegaConf takes for any element of a typed tuple."""
+    for section in fields(config):
+        for name, value in vars(getattr(config, section.name)).items():
+            for element in value if isinstance(value, tuple) else ():
+                if not isinstance(element, str | int | float):
+                    raise ValueError(f"{section.name}.{name}: {element!r} is no element of a list of plain values")
 
 
 def _name_switches(given: Any) -> None:

@@ -42,7 +42,7 @@ def _check(reward: RewardFunction, cases: list[Case]) -> None:
     ] == []
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(CASES, min_size=10, max_size=10))
 def test_random_pairs(reward: RewardFunction, cases: list[Case]) -> None:
     """Sixty pairs, none misjudged, none undecided."""
