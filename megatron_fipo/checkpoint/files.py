@@ -152,8 +152,8 @@ def damage(path: Path, name: str, expected: FileRecord) -> str | None:
 def _await_file(path: Path) -> None:
     """Wait for a file that another node has written not long ago; caches of network file systems last a minute."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists() and path.parent.is_dir() and is_network(path.parent) and time.monotonic() < deadline:
-        os.listdir(path.parent)  # makes the file system look again
+    while not path.exists() and is_network(path) and time.monotonic() < deadline:
+        os.listdir(next(p for p in path.parents if p.is_dir()))  # makes the file system look again
         time.sleep(0.2)
 
 

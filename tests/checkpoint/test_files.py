@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +175,45 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step_11").write_text("a file")
     assert files.steps(tmp_path) == [10, 9]
     assert files.steps(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("late", ["step_3", "step_3/complete.json", "step_3/data"])
+def test_what_another_node_wrote_comes_into_sight_later(
+    late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system a checkpoint, or a file of it, that is not seen yet is waited for; it is no damage."""
+    path, looked = _checkpoint(tmp_path, 3), threading.Event()
+    (tmp_path / late).rename(tmp_path / "unseen")
+
+    def listdir(directory: str | os.PathLike[str], list_directory: Any = os.listdir) -> list[str]:
+        looked.set()
+        return list_directory(directory)
+
+    def appear() -> None:
+        looked.wait()
+        (tmp_path / "unseen").rename(tmp_path / late)
+
+    monkeypatch.setattr(files, "is_network", lambda place: True)
+    monkeypatch.setattr(os, "listdir", listdir)
+    thread = threading.Thread(target=appear)
+    thread.start()
+    try:
+        marker = Marker.read(path, 3)
+        assert files.damage(path, "data", marker.files["data"]) is None
+        assert looked.is_set()
+    finally:
+        looked.set()
+        thread.join()
+
+
+def test_what_is_missing_on_this_machine_is_missing_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a local file system, and on a network's after a minute, a file that is not there is damage."""
+    path = _checkpoint(tmp_path, 3)
+    marker = Marker.read(path, 3)
+    (path / "data").unlink()
+    monkeypatch.setattr(os, "listdir", lambda path: pytest.fail("a local file system was asked again"))
+    assert files.damage(path, "data", marker.files["data"]) == "data is missing"
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "is_network", lambda place: True)
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.5)
+    assert files.damage(path, "data", marker.files["data"]) == "data is missing"
