@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -70,8 +71,10 @@ class Attempt:
 
     def is_expiring(self) -> bool:
         """Return whether the time limit is so near that the job must be requeued now, whatever the ranks are doing."""
-        if self.job is None or self._end is None or not self.first or self._directory is None:
+        if self.job is None or not self.first or self._directory is None:
             return False
+        if self._end is None:  # Slurm before 23.02 says it only when asked
+            self._end = self.job.current_end() or math.inf
         if time.time() < self._end - _MARGIN_SECONDS:
             return False
         self._end = self.job.current_end() or self._end  # an administrator may have given it more time
@@ -119,7 +122,9 @@ class Attempt:
         exit_code = BAD_INPUT if failure.kind == "input" else FAILED
         if self._directory is None:
             return RankFailure(message, exit_code)
-        if self.failed_elsewhere(trouble=True) is not None:
+        if (elsewhere := self.failed_elsewhere(trouble=True)) is not None:
+            # srun ends with the exit code of the task that ends first, which may be this one.
+            exit_code = BAD_INPUT if elsewhere.kind == "input" else exit_code
             return RankFailure(message, exit_code, shown=True)
         blamed = failure.blamed or ((failure.host,) if failure.kind == "machine" else ())
         now = replace(self._new("failed", failure.headline[:1000]), kind=failure.kind, blamed=list(blamed))

@@ -94,4 +94,5 @@ def open_files(config: Config) -> int:
 
 
 def _is_there(path: str) -> bool:
-    return not path or Path(path).exists()
+    """Return whether a file is there, or a directory that holds any; a file system that is not mounted leaves none."""
+    return not path or (any(Path(path).iterdir()) if Path(path).is_dir() else Path(path).exists())

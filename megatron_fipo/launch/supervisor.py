@@ -96,6 +96,9 @@ class Supervisor:
             thread.join(timeout=2)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if error[0] is not None and self.attempt.job is not None:
+            # Another task's end has srun end this one, which is about to end with an exit code that says more.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def start(self, tasks: Sequence[RankTask]) -> None:
         context: Any = multiprocessing.get_context(_start_method())

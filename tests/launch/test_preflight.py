@@ -121,6 +121,7 @@ def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def _lack(rank: int, directory: Path, lacking: tuple[int, ...]) -> None:
+    (directory / "model").mkdir(exist_ok=True)  # where a file system would be mounted
     paths = {"model.hf_path": str(directory if rank not in lacking else directory / "model")}
     limits.open_files_problem = lambda needed: None if rank else "few files"  # type: ignore[assignment]
     preflight.connect(SHORT, None, requirements=Requirements(1, paths=paths if lacking == (1,) else {"x": "/nowhere"}))

@@ -288,6 +288,25 @@ def test_the_batch_script_requeues(record: str, asked: bool, calls: list[str], s
     assert list(scontrol.glob(".requeue*")) == []
 
 
+@pytest.mark.parametrize(
+    ("says", "environment", "told"),
+    [
+        ("2026-11-28T12:00:00", "", str(int(datetime(2026, 11, 28, 12).timestamp()))),
+        ("2026-11-28T12:00:00", "5", "5"),
+        ("N/A", "", "none"),
+        ("", "", "none"),
+    ],
+)
+def test_the_batch_script_tells_the_job_s_end(says: str, environment: str, told: str, scontrol: Path) -> None:
+    """To ranks in containers, where Slurm itself does not: what squeue says, if that is a time."""
+    (scontrol / "squeue").write_text(f"#!/bin/sh\necho {says}\n")
+    (scontrol / "squeue").chmod(0o755)
+    script = f"set -euo pipefail; source {REQUEUE}; set -u; bash -c 'echo \"${{SLURM_JOB_END_TIME:-none}}\"'"
+    variables = {"PATH": f"{scontrol}:/usr/bin:/bin", **({"SLURM_JOB_END_TIME": environment} if environment else {})}
+    done = subprocess.run(["bash", "-c", script], cwd=scontrol, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{told}\n", "")
+
+
 def test_two_jobs_of_an_array_are_two() -> None:
     """Records of attempts are told apart by the job ID, which a job that inherits the array's variables has not."""
     jobs = [slurm.job({**ARRAY, "SLURM_JOB_ID": number}) for number in ("1234", "1300")]

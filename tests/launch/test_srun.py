@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_fipo import launch, outcome
 from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
+from megatron_fipo.launch.failure import Kind
 from megatron_fipo.machine.host import host
 from tests.launch.processes import alive, note_pid, pids, poll, sleep, srun, stop_when_asked
 
@@ -79,6 +80,26 @@ def test_the_cause_and_nothing_else(slurm: Path, tmp_path: Path) -> None:
     assert not any(map(alive, pids(tmp_path)))
     assert _events(tmp_path) == [("start", "node0"), ("failed", "node1")]
     assert _requeues(slurm) == 0
+
+
+def _refuse_on_one(directory: Path) -> None:
+    note_pid(directory)
+    if dist.get_rank() == 1:
+        raise ValueError("the lock is another's")
+    dist.barrier()
+
+
+def test_the_exit_code_is_that_of_the_cause(slurm: Path, tmp_path: Path) -> None:
+    """On all tasks, in whatever order they end, and though srun ends the others when one has: srun's is one of them."""
+    with srun(_refuse_on_one, tmp_path) as supervisors:
+        assert poll(lambda: ("failed", "node1") in _events(tmp_path), 60)
+        while any(s.process.is_alive() for s in supervisors):
+            for supervisor in supervisors:
+                if supervisor.process.is_alive():
+                    os.kill(supervisor.process.pid, signal.SIGTERM)
+            time.sleep(0.01)
+        assert [s.end()[0] for s in supervisors] == [2, 2]
+        assert supervisors[1].end()[1].startswith("error: the lock is another's\n")
 
 
 def _killed_on_one(directory: Path) -> None:
@@ -173,11 +194,13 @@ def _save_too_slowly(directory: Path) -> None:
     sleep(directory)
 
 
-def test_a_save_that_is_too_slow_for_the_time_limit(slurm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["told", "asked"])
+def test_a_save_that_is_too_slow_for_the_time_limit(told: bool, slurm: Path, tmp_path: Path) -> None:
     """The first rank's supervisor requeues the job in the last 45 seconds, whatever the ranks are doing, and ends its
-    rank; the time that Slurm says now counts, not that of the start."""
+    rank; the time that Slurm says now counts, not that of the start, of which Slurm before 23.02 tells nothing."""
     (slurm / "job").write_text(f"{RUNNING} EndTime={datetime.fromtimestamp(time.time() + 30).isoformat()}")
-    with srun(_save_too_slowly, tmp_path, SLURM_JOB_END_TIME=str(int(time.time()) + 50)) as (first, other):
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 50)} if told else {}
+    with srun(_save_too_slowly, tmp_path, **end) as (first, other):
         code, output = first.end()
         assert code == 75
         os.kill(other.process.pid, signal.SIGKILL)
@@ -262,12 +285,13 @@ def test_a_job_submitted_anew_counts_anew(slurm: Path, tmp_path: Path) -> None:
         assert supervisors[1].end()[0] == 75
 
 
-def test_a_failure_elsewhere_ends_a_rank_at_once(slurm: Path, tmp_path: Path) -> None:
-    """The record of a failure of this attempt is enough, whatever the rank is waiting for."""
+@pytest.mark.parametrize(("kind", "code"), [("program", 1), ("input", 2)])
+def test_a_failure_elsewhere_ends_a_rank_at_once(kind: Kind, code: int, slurm: Path, tmp_path: Path) -> None:
+    """The record of a failure of this attempt is enough, whatever the rank is waiting for; exit codes are the same."""
     with srun(sleep, tmp_path) as supervisors:
         assert poll(lambda: len(pids(tmp_path)) == 2, 60)
-        attempts.append(tmp_path / "run" / "attempts.jsonl", Record("failed", 1, "7", launch="0"))
-        assert [s.end()[0] for s in supervisors] == [1, 1]
+        attempts.append(tmp_path / "run" / "attempts.jsonl", Record("failed", 1, "7", launch="0", kind=kind))
+        assert [s.end()[0] for s in supervisors] == [code, code]
     assert not any(map(alive, pids(tmp_path)))
 
 
