@@ -7,6 +7,7 @@ cannot be split. Letters: B sequences, S tokens of a padded row, R response posi
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
 from megatron_fipo.algorithm import loss_config
-from megatron_fipo.algorithm.metrics import Metrics, all_reduce, finalize, merge
+from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import export_weights
@@ -51,6 +52,7 @@ class Loss(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, Metrics]: ...
 
 
+_SQUARED_NORM = "grad_norm_squared"  # among an update's metrics on their way to the host
 Recorder = Callable[[int, bool], contextlib.AbstractContextManager[None]]
 
 
@@ -114,26 +116,32 @@ class FIPOActor(AlignableGenerativeInterface):
         """Forward, and backward unless `forward_only`, over the mini-batch on Megatron's schedule.
 
         Returns the loss (one global mean over all replicas) and the metrics, the same on all ranks. Gradients are
-        reduced when this returns, and are those of that loss.
+        reduced when this returns, and are those of that loss. The device is waited for once, at the end: the norm of
+        the gradients, for `finish_training_step`, comes with the metrics.
         """
         self._record = [] if self.records and not forward_only else None
         reports = self._run(batch.micro_batches, self._loss_step, forward_only=forward_only)
+        measured: Metrics = {}
+        if not forward_only:
+            squared = self.optimizer.squared_norm().double()
+            measured[_SQUARED_NORM] = Mean(squared, torch.ones_like(squared))
         metrics: dict[str, float] = {}
         if self.topology.is_last_stage:
-            merged: Metrics = {}
             for report in reports:
-                merged = merge(merged, report)
-            metrics = finalize(all_reduce(merged, self.topology.dp_cp))
+                measured = merge(measured, report)
+            metrics = finalize(all_reduce(measured, self.topology.dp_cp))
         metrics = self._from_last_stage(metrics)
+        if not forward_only:
+            self._grad_norm = math.sqrt(metrics.pop(_SQUARED_NORM))
         return metrics["loss"], metrics
 
     def finish_training_step(self) -> None:
-        """After a mini-batch: clip and apply the gradients; the outcome is in `last_update`.
+        """After a mini-batch's `get_loss_and_metrics`: clip and apply the gradients; the outcome is in `last_update`.
 
         Raises:
             GradientError: too many bad gradients in a row.
         """
-        self.last_update = self.optimizer.update()
+        self.last_update = self.optimizer.update(self._grad_norm)
 
     def token_values(self, batch: TrainBatch) -> list[torch.Tensor]:
         """`[K, R]` float32 for each micro-batch of the last update, on every rank of the replica: what its loss saw and

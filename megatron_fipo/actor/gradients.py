@@ -6,7 +6,6 @@ norm of every parameter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,8 +38,8 @@ def finalize_gradients(
 
 
 @torch.no_grad()
-def global_norm(optimizers: Sequence[MegatronOptimizer]) -> float:
-    """Return the L2 norm of all gradients of the model, of which each optimizer has some. Waits for the device once.
+def squared_norm(optimizers: Sequence[MegatronOptimizer]) -> torch.Tensor:
+    """Return the squared L2 norm, 0-dim on the device, of all gradients of the model, of which each optimizer has some.
 
     Collective: one sum for each process group over which the optimizers share their gradients out.
     """
@@ -55,7 +54,7 @@ def global_norm(optimizers: Sequence[MegatronOptimizer]) -> float:
         square = norm.float().square()
         dist.all_reduce(square, group=group)
         total += square
-    return math.sqrt(total.item())
+    return total
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_fipo import config as settings
-from megatron_fipo.actor.gradients import clip, finalize_gradients, global_norm
+from megatron_fipo.actor.gradients import clip, finalize_gradients, squared_norm
 from megatron_fipo.actor.offload import HostState, Slot
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.cpu_backend import cuda_type_names
@@ -120,16 +120,27 @@ class PolicyOptimizer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def update(self) -> UpdateStatistics:
-        """Clip and apply the reduced gradients, or skip them if their norm is not finite or above the threshold.
+    def squared_norm(self) -> torch.Tensor:
+        """Make the reduced gradients ready for `update` and return their squared global L2 norm, 0-dim on the device.
 
-        Raises:
-            GradientError: `max_consecutive_skips` updates in a row were skipped.
+        Collective over all ranks.
         """
         self._host.wait()
         with cuda_type_names():
             self.optimizer.prepare_grads()
-            grad_norm = global_norm(self.optimizer.chained_optimizers)
+        return squared_norm(self.optimizer.chained_optimizers)
+
+    @torch.no_grad()
+    def update(self, grad_norm: float) -> UpdateStatistics:
+        """Clip and apply the gradients, or skip them if their norm is not finite or above the threshold.
+
+        Args:
+            grad_norm: the root of what `squared_norm` has returned for these gradients.
+
+        Raises:
+            GradientError: `max_consecutive_skips` updates in a row were skipped.
+        """
+        with cuda_type_names():
             skipped = not math.isfinite(grad_norm) or grad_norm > (self.config.spike_threshold or math.inf)
             if not skipped:
                 if self.config.grad_clip > 0:

@@ -4,6 +4,7 @@ package on the device that there is."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,9 +165,8 @@ def update_without_waiting(path: Path, **sections: dict[str, Any]) -> float:
         actor.prepare_for_training_step()
         with _no_waiting():
             actor._run(batch.micro_batches, actor._loss_step, forward_only=False)
-        actor.finish_training_step()
-        assert actor.last_update is not None
-        return actor.last_update.grad_norm
+            squared = actor.optimizer.squared_norm()
+        return actor.optimizer.update(math.sqrt(squared.item())).grad_norm
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def _measure_one(config: Config) -> dict[str, int]:
     sections = {f.name: vars(getattr(config, f.name)) for f in dataclasses.fields(config)}
     with actor_of(Path(config.model.hf_path), **sections) as actor:
         actor.optimizer.zero_grad()
-        actor.optimizer.update()
+        actor.optimizer.update(math.sqrt(actor.optimizer.squared_norm().item()))
         parameters = [p for chunk in actor.chunks for p in chunk.parameters()]
         buffers = [b for chunk in actor.wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         held = [b.param_data for b in buffers] if config.optimizer.distributed else parameters
