@@ -27,7 +27,7 @@ CASES = st.integers(0, 2**48).map(_case)
 @pytest.fixture(scope="module")
 def reward() -> Iterator[RewardFunction]:
     """Ten seconds are the recipes' limit for an answer; a busy machine gets more."""
-    made = make_reward(RewardConfig(function="math", workers=2, timeout_seconds=60.0))
+    made = make_reward(RewardConfig(function="math", workers=2, timeout_seconds=60.0, batch_seconds=3600.0))
     yield made
     made.close()
 
