@@ -86,8 +86,9 @@ test-all: $(if $(TESTED),,test)  ## those, and the slow ones, on a real Slurm, a
 test-slow: test-tools
 	$(PYTEST) $(WORKERS_SHARE_FILES) -m "slow and not gpu and not vllm and not browser"
 
+# Two clusters: jobs mostly wait, for the end of their time or for a node that is missed.
 test-slurm: test-tools
-	$(PYTEST) -m "slurm"
+	$(PYTEST) -n 2 --dist loadfile -m "slurm"
 
 test-servers: install vllm-env
 	$(PYTEST) -m "vllm and not slow"

@@ -1,7 +1,8 @@
 """A real Slurm on this machine: munged, slurmctld, and one slurmd a node.
 
-Every node has a host name and processes of its own, and can lose its power. Nodes say that they have 8 GPUs and 96
-cores, so that batch scripts run as they are; nothing holds jobs to what they ask for.
+Every node has a host name, a network address and processes of its own, and can lose its power. Nodes say that they
+have 8 GPUs and 96 cores, so that batch scripts run as they are. The cluster is as unkind as others are: nodes resolve
+their own name to 127.0.1.1, jobs inherit a soft limit of 1024 open files, and a task is bound to its cores.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import random
 import re
 import shutil
 import socket
@@ -24,6 +24,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 GPUS, CORES, MEGABYTES = 8, 96, 1_000_000
+NODES = 16
+NETWORK, CONTROLLER = "10.77.0", "10.77.0.254"
+OPEN_FILES = 1024  # the soft limit of whoever submits a job, which the job's tasks inherit
 COMMAND_SECONDS = 30  # for one call of a Slurm command
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -32,8 +35,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE",
 # Jobs in `preemptible` give way to those in `batch`.
 SLURM_CONF = """
 ClusterName=emulated
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
+SlurmctldHost={host}({controller})
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -41,16 +43,17 @@ CredType=cred/munge
 AuthInfo=socket={directory}/munge/socket/s,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0,nohold_on_prolog_fail
+Prolog={directory}/etc/prolog
 ReturnToService=2
 RebootProgram=/bin/true
-SlurmdTimeout=6
+SlurmdTimeout={timeout}
 MessageTimeout=5
 KillWait=5
 Waittime=0
@@ -65,6 +68,7 @@ JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 PropagateResourceLimitsExcept=MEMLOCK
 PlugStackConfig={directory}/etc/plugstack.conf
+{plugins}
 MailProg=/bin/true
 GresTypes=gpu
 {nodes}
@@ -74,47 +78,63 @@ PartitionName=batch Nodes=ALL Default=YES OverSubscribe=EXCLUSIVE PriorityTier=2
 PartitionName=preemptible Nodes=ALL OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=60
 """
 NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={port} State=UNKNOWN "
+    "NodeName={name} NodeAddr={address} State=UNKNOWN "
     f"Sockets=2 CoresPerSocket={CORES // 2} ThreadsPerCore=1 RealMemory={MEGABYTES} Gres=gpu:h100:{GPUS}"
 )
-# A GPU that has no device behind it would not be counted. No cgroup is used, and none may be mounted.
+# A GPU that has no device behind it would not be counted.
 GRES_CONF = "AutoDetect=off\nName=gpu Type=h100 File={directory}/dev/nvidia[0-7]\n"
-CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
+# No cgroup is used, and none may be mounted. Slurm 22.05 cannot say so otherwise, newer ones have a word for it.
+CGROUP_CONF, NEWER_CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n", "CgroupPlugin=disabled\n"
+# Of a node that is given a job.
+PROLOG = "#!/bin/sh\nif rm {directory}/etc/refuses 2>/dev/null; then exit 1; fi\n"
+NEWER = ROOT / "build" / "newer-slurm"  # where install.sh puts a second, newer Slurm
 
 
-def obstacle() -> str | None:
-    """Why no cluster can run on this machine; None: it can."""
-    missing = [
-        name for name in ("munged", "slurmctld", "slurmd", "sbatch", "unshare") if not shutil.which(name, path=PATH)
-    ]
+def obstacle(newer: bool = False) -> str | None:
+    """Why no cluster, or none of the newer Slurm, can run on this machine; None: it can."""
+    commands = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
+    missing = [name for name in commands if not shutil.which(name, path=PATH)]
+    if newer and not (NEWER / "complete").exists():
+        missing.append(str(NEWER))
     if missing:
         return f"{', '.join(missing)} not found: run tests/slurm/install.sh"
-    user = [] if os.getuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
-    command = ["unshare", *user, "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    script = "ip link add name switch type bridge && ip link add name a type veth peer name b"
+    command = [*_namespaces(), "unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", script]
+    refused = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env={**os.environ, "PATH": PATH}
+    )
     return f"namespaces are not permitted here: {refused.stderr.strip()}" if refused.returncode else None
+
+
+def _namespaces() -> list[str]:
+    user = [] if os.getuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+    return ["unshare", *user, "--net"]
 
 
 class Cluster:
     """A running cluster; a context manager. Its processes end with it, or with the process that made it."""
 
-    def __init__(self, num_nodes: int = 16) -> None:
-        """Start it and wait until all nodes are idle.
+    def __init__(self, num_nodes: int = NODES, newer: bool = False) -> None:
+        """Start it and wait until all nodes are idle; `newer`: of the Slurm in NEWER, not the system's.
 
         Raises:
             RuntimeError: it does not come up; with the last lines of the daemons' logs.
         """
+        self.newer = newer
         self.nodes = [f"node{i}" for i in range(1, num_nodes + 1)]
         self.directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds a socket
-        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
-        _write_files(self.directory, self.nodes)
+        path = f"{NEWER}/usr/bin:{NEWER}/usr/sbin:{PATH}" if newer else PATH
+        self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
+        _write_files(self.directory, self.nodes, newer)
         self._keeper = subprocess.Popen(
-            ["bash", HERE / "cluster.sh", self.directory, "up", *self.nodes],
+            [*_namespaces(), "bash", HERE / "cluster.sh", self.directory, "up", *self.nodes],
             stdin=subprocess.PIPE,
             env=self.environment,
             text=True,
             start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
         )
+        user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
+        self._inside = ["nsenter", f"--target={self._keeper.pid}", *user, "--net"]
         try:
             self.wait_for(self.nodes, ("idle",), 30.0)
         except BaseException:
@@ -134,13 +154,13 @@ class Cluster:
         self._keeper.wait(COMMAND_SECONDS)
 
     def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A Slurm command, in the project's root.
+        """A Slurm command, in the project's root and in the cluster's network.
 
         Raises:
             RuntimeError: it failed; the message is its standard error, or its exit code where that is empty.
         """
         done = subprocess.run(
-            [str(part) for part in command],
+            [*self._inside, *map(str, command)],
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
@@ -155,17 +175,22 @@ class Cluster:
         self, script: str, *arguments: object, log: Path, options: Sequence[str] = (), **environment: str
     ) -> Job:
         """`sbatch OPTIONS SCRIPT ARGUMENTS`, with these variables; the job's output goes to `log`."""
-        command = ["sbatch", "--parsable", f"--output={log}", *options, script, *arguments]
+        limited = ["prlimit", f"--nofile={OPEN_FILES}:"]
+        command = [*limited, "sbatch", "--parsable", f"--output={log}", *options, script, *arguments]
         return Job(self, self.run(*command, **environment).stdout.strip(), log)
 
     def crash(self, node: str) -> None:
         """Cut the node's power: its processes are gone, and nobody is told."""
         self._tell(f"crash {node}")
 
-    def boot(self, node: str) -> None:
-        """Start a node that crashed, and wait until it can take jobs."""
-        self._tell(f"start {node}")
+    def boot(self, node: str, lacks: Path | None = None) -> None:
+        """Start a node that crashed, and wait until it can take jobs; `lacks`: a directory that it finds empty."""
+        self._tell(f"start {node} {lacks or ''}")
         self.wait_for([node], ("idle", "allocated"), 60.0)
+
+    def refuse(self) -> None:
+        """Let the next node that is given a job fail at its preparation, so that Slurm requeues the job."""
+        (self.directory / "etc" / "refuses").touch()
 
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
@@ -237,7 +262,7 @@ class Job:
         self.wait(seconds=60.0)
 
 
-def _write_files(directory: Path, nodes: Sequence[str]) -> None:
+def _write_files(directory: Path, nodes: Sequence[str], newer: bool) -> None:
     for name in ("dev", "etc", "log", "munge/socket", "run", "state"):
         (directory / name).mkdir(parents=True)
     directory.chmod(0o755)  # munged refuses a socket that others could not reach
@@ -247,30 +272,25 @@ def _write_files(directory: Path, nodes: Sequence[str]) -> None:
     key.chmod(0o400)
     for i in range(GPUS):
         (directory / "dev" / f"nvidia{i}").symlink_to("/dev/null")
-    host, port = socket.gethostname().split(".")[0], _free_ports(len(nodes) + 1)
-    lines = [NODE.format(name=n, host=host, number=i, port=port + i) for i, n in enumerate(nodes, start=1)]
-    hosts = [f"127.0.0.1 localhost {host}", *(f"127.0.1.{i} {n}" for i, n in enumerate(nodes, start=1))]
+    host = socket.gethostname().split(".")[0]
+    addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(nodes, start=1)}
+    hosts = [f"127.0.0.1 localhost {host}", *(f"{address} {name}" for name, address in addresses.items())]
     files = {
         "slurm.conf": SLURM_CONF.format(
-            host=host, port=port, user=getpass.getuser(), directory=directory, nodes="\n".join(lines)
+            host=host,
+            controller=CONTROLLER,
+            timeout=60 if newer else 6,
+            user=getpass.getuser(),
+            directory=directory,
+            plugins=f"PluginDir={NEWER}/plugins" if newer else "",
+            nodes="\n".join(NODE.format(name=name, address=address) for name, address in addresses.items()),
         ),
         "gres.conf": GRES_CONF.format(directory=directory),
-        "cgroup.conf": CGROUP_CONF,
+        "cgroup.conf": NEWER_CGROUP_CONF if newer else CGROUP_CONF,
         "plugstack.conf": "",
+        "prolog": PROLOG.format(directory=directory),
         "hosts": "\n".join(hosts) + "\n",
     }
     for name, text in files.items():
         (directory / "etc" / name).write_text(text)
-
-
-def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row, below those that the system gives out."""
-    while True:
-        first = random.randrange(15000, 30000 - count)
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as trial:
-                    trial.bind(("", port))
-        except OSError:
-            continue
-        return first
+    (directory / "etc" / "prolog").chmod(0o755)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.config import Config, to_yaml
+from megatron_fipo.trainer import Trainer
 from tests.policies import make_config, make_task
+from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT, Cluster, Job, obstacle
 
 Train = Callable[..., Job]
-SECONDS = 280.0  # for a job to end: a rank starts in 10 seconds of one core, and other tests may want the cores
+SECONDS = 600.0  # for a job to end: a rank starts in 10 seconds of one core, and other tests may want the cores
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,19 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session", params=[False, True], ids=["system", "newer"])
+def each_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The cluster, and one of a newer Slurm."""
+    if not request.param:
+        yield request.getfixturevalue("cluster")
+        return
+    reason = obstacle(newer=True)
+    if reason:
+        pytest.skip(f"NO NEWER SLURM: {reason}")
+    with Cluster(newer=True) as newer:
+        yield newer
+
+
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random policy, its tokenizer, and problems."""
@@ -34,28 +50,60 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(cluster: Cluster, task: Path) -> Iterator[Train]:
-    """train(run, reward, *overrides, ranks=2, options=()): slurm/fipo_32b.sh on two nodes; run is the run's directory.
+    """train(run, reward, *overrides, ranks=2, options=(), on=None): slurm/fipo_32b.sh on two nodes.
 
-    Jobs that have not ended when the tests have are cancelled.
+    `run` is the run's directory, `on` another cluster than the system's. Jobs that have not ended when the tests have
+    are cancelled.
     """
     jobs: list[Job] = []
 
-    def submit(run: Path, reward: str, *overrides: str, ranks: int = 2, options: Sequence[str] = ()) -> Job:
+    def submit(
+        run: Path,
+        reward: str,
+        *overrides: str,
+        ranks: int = 2,
+        options: Sequence[str] = (),
+        on: Cluster | None = None,
+        **environment: str,
+    ) -> Job:
         config = run.parent / f"{run.name}.yaml"
         config.write_text(to_yaml(make_run(task, run, reward, ranks)))
-        job = cluster.submit(
+        job = (on or cluster).submit(
             *("slurm/fipo_32b.sh", config, *overrides),
             log=run.parent / f"{run.name}.log",
             options=["--nodes=2", f"--ntasks-per-node={ranks // 2}", *options],
             PYTHONPATH=str(ROOT),
-            FIPO_TEST_RUN=str(run),
+            **{"FIPO_TEST_RUN": str(run), **environment},
         )
-        jobs.append(job)
+        if on is None:
+            jobs.append(job)
         return job
 
     yield submit
     for job in jobs:
         job.cancel()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """What the same run learns on two local ranks, without Slurm."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(_train, 2, make_run(task, run, "parity", 2))
+    return learned(run)
+
+
+def _train(config: Config) -> None:
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+
+
+def await_fault(run: Path, job: Job, attempt: int = 0) -> None:
+    """Wait until both ranks are in the middle of the step that the fault is in."""
+    deadline, marks = time.monotonic() + SECONDS, [run / f"waiting_{rank}" for rank in range(2)]
+    while not all(mark.exists() and mark.read_text() == str(attempt) for mark in marks):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
 
 
 def make_run(task: Path, run: Path, reward: str, ranks: int) -> Config:
@@ -75,7 +123,7 @@ def make_run(task: Path, run: Path, reward: str, ranks: int) -> Config:
 
 
 def learned(run: Path) -> list[dict[str, float]]:
-    """What a run has recorded of its steps, without what the clock said."""
+    """What a run has recorded of its steps, without what depends on speed."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "throughput/", "wall_seconds")
+    timed = ("time/", "throughput/", "wall_seconds", "sampling/cancelled")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

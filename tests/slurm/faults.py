@@ -7,8 +7,10 @@ the run's directory. What an attempt was asked to judge is counted in FIPO_TEST_
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +63,37 @@ def waits_for_crashes(responses: Sequence[str], ground_truths: Sequence[str], da
     """In the first two attempts, all ranks wait for the end."""
     if _in_broken_step() and _attempt() < 2:
         _wait(lambda: False)
+    return parity(responses, ground_truths, data_sources)
+
+
+def waits_in_second(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """In the second attempt, all ranks wait for the signal to stop."""
+    if _in_broken_step() and _attempt() == 1:
+        _wait(interrupt.requested)
+    return parity(responses, ground_truths, data_sources)
+
+
+def stalls_the_disk(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """In the first attempt, all ranks wait for the signal to stop, and then no file comes to the disk any more."""
+    if _in_broken_step() and _is_first_attempt():
+        _wait(interrupt.requested)
+        os.fsync = lambda file: time.sleep(600.0)  # type: ignore[assignment]
+    return parity(responses, ground_truths, data_sources)
+
+
+def fills_the_disk(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """Rank 0's node has somebody who writes all that its file system takes, if FIPO_TEST_FILLS says so."""
+    if _in_broken_step() and os.environ["RANK"] == "0" and "FIPO_TEST_FILLS" in os.environ:
+        with (_run() / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+    return parity(responses, ground_truths, data_sources)
+
+
+def notes_limits(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> Scores:
+    """No fault: each rank notes how many files it may have open, and how many it could be allowed."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (_run() / f"limits_{os.environ['RANK']}").write_text(" ".join(map(str, limits)))
     return parity(responses, ground_truths, data_sources)
 
 

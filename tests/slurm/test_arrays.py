@@ -73,19 +73,19 @@ while not (here / "go").exists():
 @pytest.mark.slurm
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("which", ["1", "3"])  # the last task has the array's own job ID
-def test_one_task_of_an_array_is_requeued(which: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_one_task_of_an_array_is_requeued(which: str, each_cluster: Cluster, tmp_path: Path) -> None:
     """It starts again, once, while the others go on as if nothing had happened."""
     script = tmp_path / "job.sh"
     script.write_text(REQUEUES.format(python=sys.executable, directory=tmp_path, which=which))
     options = ("--array=1-3", "--ntasks=1", "--time=5", "--requeue")
-    array = cluster.submit(str(script), log=tmp_path / "%a.log", options=options, PYTHONPATH=str(ROOT))
+    array = each_cluster.submit(str(script), log=tmp_path / "%a.log", options=options, PYTHONPATH=str(ROOT))
     try:
-        tasks = {n: Job(cluster, f"{array.number}_{n}", tmp_path / f"{n}.log") for n in "123"}
+        tasks = {n: Job(each_cluster, f"{array.number}_{n}", tmp_path / f"{n}.log") for n in "123"}
         tasks[which].wait(("RUNNING",), restarts=1)
         (tmp_path / "go").touch()
         ended = {n: task.wait() for n, task in tasks.items()}
     finally:
-        cluster.run("scancel", array.number)
+        each_cluster.run("scancel", array.number)
     assert {n: job["JobState"] for n, job in ended.items()} == dict.fromkeys("123", "COMPLETED")
     assert {n: job["Restarts"] for n, job in ended.items()} == {n: "1" if n == which else "0" for n in "123"}
 

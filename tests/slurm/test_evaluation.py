@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT, Cluster, Job
 from tests.slurm.conftest import SECONDS
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 K, PROBLEMS, CHUNK, RANKS = 6, 8, 4, 2
 BEFORE_FAULT = 2 * CHUNK * RANKS  # samples that are kept when all ranks are at their third chunks

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from megatron_fipo.config import Config
-from megatron_fipo.trainer import Trainer
-from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster, Job
-from tests.slurm.conftest import SECONDS, Train, learned, make_run
+from tests.slurm.conftest import SECONDS, Train, await_fault, learned
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,28 +19,6 @@ def limited(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job
     return train(run, "waits_for_signal", options=("--time=3", "--signal=USR1@60")), run
 
 
-@pytest.fixture(scope="module")
-def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """What the same run learns on two local ranks, without Slurm."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_ranks(_train, 2, make_run(task, run, "parity", 2))
-    return learned(run)
-
-
-def _train(config: Config) -> None:
-    trainer = Trainer(config)
-    trainer.train()
-    trainer.close()
-
-
-def _await_fault(run: Path, job: Job) -> None:
-    """Until both ranks are in the middle of the step that the fault is in."""
-    deadline = time.monotonic() + SECONDS
-    while not all((run / f"waiting_{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_node_failure(
     which: int, undisturbed: list[dict[str, float]], train: Train, cluster: Cluster, tmp_path: Path
@@ -52,7 +26,7 @@ def test_node_failure(
     """A node is gone in the middle of a step, the one with rank 0 and the batch script or the other: the job is
     started again on nodes that are there, and ends with the metrics of a run that nothing disturbed."""
     job = train(tmp_path / "run", "waits_for_crash")
-    _await_fault(tmp_path / "run", job)
+    await_fault(tmp_path / "run", job)
     node = job.nodes()[which]
     cluster.crash(node)
     try:
@@ -68,7 +42,7 @@ def test_preemption(undisturbed: list[dict[str, float]], train: Train, cluster: 
     """A job that has to give way makes a checkpoint and goes at once, not at the end of its grace time of 60 seconds;
     it goes on when the nodes are free again."""
     job = train(tmp_path / "run", "waits_for_signal", options=("--partition=preemptible",))
-    _await_fault(tmp_path / "run", job)
+    await_fault(tmp_path / "run", job)
     urgent = cluster.submit(
         *("slurm/convert.sh", "--help"), log=tmp_path / "urgent.log", options=[f"--nodelist={job.nodes()[1]}"]
     )
@@ -89,7 +63,7 @@ def test_crash_loop(train: Train, tmp_path: Path) -> None:
 def test_cancelled_job_stays_cancelled(train: Train, cluster: Cluster, tmp_path: Path) -> None:
     """scancel's signal makes a checkpoint, as any does, but the job does not come back."""
     job = train(tmp_path / "run", "waits_for_signal")
-    _await_fault(tmp_path / "run", job)
+    await_fault(tmp_path / "run", job)
     nodes = job.nodes()
     job.cancel()
     cluster.wait_for(nodes, ("idle",), SECONDS)  # nothing of the job is left that could ask for another start

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import load_config
-from tests.slurm.cluster import Cluster
+from megatron_fipo.rollout.vllm import devices
+from tests.slurm.cluster import OPEN_FILES, Cluster
 
 ROOT = Path(__file__).parents[2]
 SOURCED = "requeue.sh"  # by the batch scripts
@@ -23,8 +24,9 @@ RECIPES = [name for name in SCRIPTS if "examples/" in (ROOT / "slurm" / name).re
 PRINTS_ITS_PLACE = r"""#!/bin/bash
 printf '{"world": "%s", "rank": "%s", "local": "%s", "node": "%s", ' \
   "$SLURM_NTASKS" "$SLURM_PROCID" "$SLURM_LOCALID" "$(hostname)"
-printf '"gpus": "%s", "cores": "%s", "arguments": "%s"}\n' \
-  "$CUDA_VISIBLE_DEVICES" "$SLURM_CPUS_PER_TASK" "$(printf '%s|' "$@")"
+printf '"gpus": "%s", "cores": "%s", "bound": "%s", "files": "%s", "arguments": "%s"}\n' \
+  "$CUDA_VISIBLE_DEVICES" "$SLURM_CPUS_PER_TASK" "$(taskset -cp $$ | sed 's/.*: //')" "$(ulimit -Sn)" \
+  "$(printf '%s|' "$@")"
 """
 
 
@@ -111,20 +113,20 @@ def test_site_file_gives_srun_its_options(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_slurm_accepts_the_resources(script: str, cluster: Cluster) -> None:
+def test_slurm_accepts_the_resources(script: str, each_cluster: Cluster) -> None:
     """`sbatch --test-only` finds as many nodes of 8 GPUs as the script asks for, on a cluster of 16."""
     nodes = int(_asked(script, "nodes"))
-    said = cluster.run("sbatch", "--test-only", f"slurm/{script}").stderr
+    said = each_cluster.run("sbatch", "--test-only", f"slurm/{script}").stderr
     assert re.search(r"to start at .* on nodes node", said)
     expected = "node1" if nodes == 1 else f"node[1-{nodes}]"
     assert f"on nodes {expected} in partition batch" in said
 
 
 @pytest.mark.slurm
-def test_slurm_refuses_more_than_there_is(cluster: Cluster) -> None:
+def test_slurm_refuses_more_than_there_is(each_cluster: Cluster) -> None:
     """That acceptance means something: 17 nodes are too many."""
     with pytest.raises(RuntimeError, match="node configuration is not available"):
-        cluster.run("sbatch", "--test-only", "--nodes=17", "slurm/fipo_32b.sh")
+        each_cluster.run("sbatch", "--test-only", "--nodes=17", "slurm/fipo_32b.sh")
 
 
 def _command(script: str) -> str:
@@ -134,18 +136,18 @@ def _command(script: str) -> str:
 
 
 @pytest.fixture
-def ranks(cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
+def ranks(each_cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
     """ranks(script, *arguments, options=()): what each started rank was given, in order, in place of running it."""
     command = tmp_path / "bin" / "megatron-fipo"
     command.parent.mkdir()
     command.write_text(PRINTS_ITS_PLACE)
     command.chmod(0o755)
     site = tmp_path / "site.env"
-    site.write_text(f'export PATH="{command.parent}:$PATH"\nFIPO_SRUN=(--label)\n')
+    site.write_text(f'export PATH="{command.parent}:{each_cluster.environment["PATH"]}"\nFIPO_SRUN=(--label)\n')
 
     def run(script: str, *arguments: str, options: tuple[str, ...] = ()) -> list[dict[str, str]]:
-        job = cluster.submit(
-            f"slurm/{script}", *arguments, log=tmp_path / "job.log", options=options, FIPO_SITE=str(site)
+        job = each_cluster.submit(
+            f"slurm/{script}", *arguments, log=tmp_path / f"{script}.log", options=options, FIPO_SITE=str(site)
         )
         assert job.wait(seconds=60.0)["JobState"] == "COMPLETED", job.output()
         # srun also says that this cluster binds no task to cores.
@@ -169,7 +171,34 @@ def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[st
     for rank in started:
         assert rank["gpus"] == ("" if script == "convert.sh" else "0,1,2,3,4,5,6,7")
         assert rank["cores"] == _asked(script, "cpus-per-task")
+        assert rank["files"] == str(OPEN_FILES)  # which the command has to raise
         assert rank["arguments"] == f"{_command(script)}|a b.yaml|run.name=c|"
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.cpu_count() == 1, reason="nothing to be bound to")
+def test_ranks_may_use_all_cores(ranks: Callable[..., list[dict[str, str]]], each_cluster: Cluster) -> None:
+    """A recipe's ranks, of which one starts all servers of its node, are not bound to cores; srun's own way binds."""
+    everywhere = {rank["bound"] for rank in ranks("fipo_7b.sh", "x.yaml", options=("--nodes=1",))}
+    assert everywhere == {_cores(os.sched_getaffinity(0))}
+    (bound,) = ranks("convert.sh", "x", options=("--cpus-per-task=1",))
+    assert bound["bound"] == "0"
+
+
+def _cores(numbers: set[int]) -> str:
+    """The set as taskset prints it, for cores in a row."""
+    return f"{min(numbers)}-{max(numbers)}" if len(numbers) > 2 else ",".join(map(str, sorted(numbers)))
+
+
+@pytest.mark.slurm
+def test_a_gpu_for_each_task(ranks: Callable[..., list[dict[str, str]]]) -> None:
+    """Where each task is shown a GPU of its own, the first of a node still knows all of them for its servers."""
+    started = ranks("fipo_7b.sh", "x.yaml", options=("--nodes=2", "--gpus-per-task=1"))
+    for node in ("node1", "node2"):
+        views = [(rank["gpus"],) for rank in started if rank["node"] == node]
+        assert views == [(str(index),) for index in range(8)]
+        assert devices.share_of(views, 0, tensor_parallel=4) == (tuple("01234567"), 8, True)
+        assert not devices.share_of(views, 1, tensor_parallel=4).is_owner
 
 
 @pytest.mark.slurm

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Job
+from tests.slurm.cluster import OPEN_FILES, Job
 from tests.slurm.conftest import SECONDS, Train, learned
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
 def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """A job on 2 nodes x 2 ranks that has ended, and its run's directory."""
     run = tmp_path_factory.mktemp("train") / "run"
-    job = train(run, "parity", ranks=4)
+    job = train(run, "notes_limits", ranks=4)
     job.wait(seconds=SECONDS)
     return job, run
 
@@ -30,6 +30,14 @@ def test_trains(finished: tuple[Job, Path]) -> None:
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), job.output()
     assert "4 ranks on 2 nodes" in job.output()
     assert [row["step"] for row in learned(run)] == [1, 2, 3]
+
+
+def test_every_rank_may_open_files(finished: tuple[Job, Path]) -> None:
+    """Jobs start with Slurm's copy of a shell's soft limit; ranks have the hard one."""
+    _, run = finished
+    for rank in range(4):
+        soft, hard = map(int, (run / f"limits_{rank}").read_text().split())
+        assert soft == hard > OPEN_FILES
 
 
 def test_every_rank_has_a_log(finished: tuple[Job, Path]) -> None:
@@ -44,8 +52,8 @@ def test_chain_of_jobs_goes_on(finished: tuple[Job, Path], train: Train) -> None
     """A job after another (afterok), and one after all of its name (singleton): each goes on where the last ended,
     on as many ranks as it has."""
     job, run = finished
-    second = train(run, "parity", "trainer.max_steps=4", options=(f"--dependency=afterok:{job.number}",))
-    third = train(run, "parity", "trainer.max_steps=5", options=("--dependency=singleton",))
+    second = train(run, "notes_limits", "trainer.max_steps=4", options=(f"--dependency=afterok:{job.number}",))
+    third = train(run, "notes_limits", "trainer.max_steps=5", options=("--dependency=singleton",))
     ended = third.wait(seconds=2 * SECONDS)
     assert ended["JobState"] == "COMPLETED", third.output()
     assert ended["StartTime"] >= second.read()["EndTime"]

@@ -25,6 +25,7 @@ class FakeServer:
         hung: it answers nothing at all, until this is False again.
         dead: its front is there, but no engine behind it.
         drops: so many more generation requests have their connection cut without an answer.
+        vocabulary: size of the one that its tokens are from.
         asked: how often each seed was requested (None: no seed); `answered` how often a response was sent.
         most: the most responses it drew at the same time.
         bodies: what control routes answer instead of `{}`, as it goes over the wire.
@@ -39,6 +40,7 @@ class FakeServer:
         self.status = 200
         self.hung = self.dead = False
         self.drops = 0
+        self.vocabulary = 100
         self.asked: Counter[int | None] = Counter()
         self.answered: Counter[int | None] = Counter()
         self.most = self.busy = 0
@@ -62,10 +64,10 @@ class FakeServer:
         self._thread.join()
 
 
-def tokens_for(seed: int | None, prompt: list[int]) -> list[int]:
+def tokens_for(seed: int | None, prompt: list[int], vocabulary: int = 100) -> list[int]:
     """What every fake server answers to a request."""
     draw = random.Random(f"{seed} {prompt}")
-    return [draw.randrange(100) for _ in range(draw.randrange(1, 9))]
+    return [draw.randrange(vocabulary) for _ in range(draw.randrange(1, 9))]
 
 
 class _Server(ThreadingHTTPServer):
@@ -159,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fake.status != 200:
             self._send(fake.status, {"error": "broken"})
         else:
-            tokens = tokens_for(seed, body["token_ids"])
+            tokens = tokens_for(seed, body["token_ids"], fake.vocabulary)
             if paused:
                 tokens = tokens[: len(tokens) // 2]
             with fake.lock:  # before it is sent: whoever has it may look at once
