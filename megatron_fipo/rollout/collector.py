@@ -1,15 +1,18 @@
-"""What collecting training batches needs, however responses are drawn."""
+"""The parts of a collector of training batches that do not depend on how responses are scheduled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_fipo.algorithm import GroupCollector
+from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
-from megatron_fipo.data import PromptStream
+from megatron_fipo.data import Prompt, PromptStream
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.reward import RewardFunction
 from megatron_fipo.rollout.protocol import RolloutEngine, Sampling
+
+Score = Callable[[Sequence[Prompt], Rollouts], Rollouts]  # responses, one a prompt, with their rewards
 
 
 class Collector:
@@ -25,8 +28,7 @@ class Collector:
         config: Config,
         topology: Topology,
         engine: RolloutEngine,
-        reward: RewardFunction,
-        tokenizer: Any,
+        score: Score,
         stream: PromptStream,
         stop_token_ids: tuple[int, ...],
     ) -> None:
@@ -34,8 +36,7 @@ class Collector:
         self.config = config
         self.topology = topology
         self.engine = engine
-        self.reward = reward
-        self.tokenizer = tokenizer
+        self.score = score
         self.stream = stream
         self.sampling = Sampling(
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stop_token_ids

@@ -30,10 +30,9 @@ from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.reward import RewardFunction
-from megatron_fipo.rollout.assembly import Collected, no_rollouts, response_rows, train_batch, verdicts, with_rewards
+from megatron_fipo.rollout.assembly import StepBatch, no_rollouts, response_rows, step_batch
 from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
-from megatron_fipo.rollout.collector import Collector
+from megatron_fipo.rollout.collector import Collector, Score
 from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
 from megatron_fipo.rollout.kept import packed, unpacked
 from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, StreamingEngine
@@ -45,8 +44,7 @@ def make_collector(
     config: Config,
     topology: Topology,
     engine: RolloutEngine,
-    reward: RewardFunction,
-    tokenizer: Any,
+    score: Score,
     stream: PromptStream,
     stop_token_ids: tuple[int, ...],
 ) -> RolloutCollector | StreamingCollector:
@@ -61,13 +59,13 @@ def make_collector(
             f"rollout.partial=true: {type(engine).__name__} cannot pause a response; set rollout.partial=false"
         )
     if isinstance(engine, StreamingEngine):
-        return StreamingCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+        return StreamingCollector(config, topology, engine, score, stream, stop_token_ids)
     if rollout.max_staleness:
         raise ValueError(
             f"rollout.max_staleness = {rollout.max_staleness}: {type(engine).__name__} cannot draw while the policy is "
             "trained; set rollout.max_staleness=0 or rollout.engine=vllm"
         )
-    return RolloutCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+    return RolloutCollector(config, topology, engine, score, stream, stop_token_ids)
 
 
 @dataclass(frozen=True)
@@ -99,27 +97,27 @@ class StreamingCollector(Collector):
             else None
         )
         self._under_way = False
-        self._settled: Collected | None = None  # a full batch that is not yet handed out
+        self._settled: StepBatch | None = None  # a full batch that is not yet handed out
         self._kept: dict[str, Any] = packed([])  # what stays for the batch that comes next, at its beginning
 
     # Batches
 
     @property
-    def is_ahead(self) -> bool:
+    def has_prefetched(self) -> bool:
         """Whether the next batch was begun."""
         return self._under_way or self._settled is not None
 
-    def start_next(self) -> None:
+    def prefetch(self) -> None:
         """Begin the batch after the one that was handed out last, whose training is still to come. Returns at once;
         the engine has the weights that this training begins with."""
         self._start(version=self.batches - 1, patience=self.config.rollout.settle_seconds)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Wait until the batch that was begun, if any, is full. Nothing is under way afterwards.
 
         Raises:
             DynamicSamplingExhausted: `rollout.max_rounds` times the prompts of a round did not fill it.
-            Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `start_next`,
+            Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `prefetch`,
                 `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be drawn again.
         """
         if self._under_way:
@@ -128,15 +126,15 @@ class StreamingCollector(Collector):
             finally:
                 self._under_way = False
 
-    def collect(self) -> Collected:
+    def collect(self) -> StepBatch:
         """The next batch: the one that was begun, or one drawn now, with the engine's newest weights.
 
         Raises:
-            DynamicSamplingExhausted, Interrupted: as `settle`.
+            DynamicSamplingExhausted, Interrupted: as `drain`.
         """
-        if not self.is_ahead:
+        if not self.has_prefetched:
             self._start(version=self.batches, patience=0.0)
-        self.settle()
+        self.drain()
         collected, self._settled = self._settled, None
         assert collected is not None
         self.batches += 1
@@ -153,7 +151,7 @@ class StreamingCollector(Collector):
             version: of the policy that the engine serves.
             patience: seconds from a request to stop to giving this batch up.
         """
-        assert not self.is_ahead
+        assert not self.has_prefetched
         rollout, replicas = self.config.rollout, self.topology.dp.size()
         self._patience = patience
         self._asked_to_stop: float | None = None  # when this rank noticed
@@ -176,7 +174,7 @@ class StreamingCollector(Collector):
             self._goal = goal
             self._too_old = self._source.start(self._own_prompts(), version, oldest, goal)
 
-    def _fill(self) -> Collected:
+    def _fill(self) -> StepBatch:
         pause = _SHORTEST_PAUSE
         try:
             while not self._accept():
@@ -252,7 +250,7 @@ class StreamingCollector(Collector):
             self._source.aim(self._goal)
         return bool(news)
 
-    def _conclude(self) -> Collected:
+    def _conclude(self) -> StepBatch:
         """Make a batch of what was accepted; everything behind it ends, or is kept."""
         batch = self.collector.take()
         discarded = Discarded()
@@ -265,7 +263,7 @@ class StreamingCollector(Collector):
         rollouts = all_gather(Rollouts.concatenate([no_rollouts(), *mine]), self.topology.replica, self.topology.device)
         batch = replace(batch, rounds=-(-batch.generated_prompts // self.round_size))
         rows = torch.cat(self._seen)
-        collected = train_batch(batch, rollouts, rows, self.batches, self.config, self.topology)
+        collected = step_batch(batch, rollouts, rows)
         return replace(collected, metrics={**collected.metrics, **self._leftovers(discarded)})
 
     def _leftovers(self, discarded: Discarded) -> dict[str, float]:
@@ -296,10 +294,7 @@ class StreamingCollector(Collector):
         return derive_seed(self.config.run.seed, "rollout", response, *([tokens] if tokens else []))
 
     def _score(self, group: Group) -> Rollouts:
-        responses = [draft.tokens for draft in group.drafts]
-        prompts, stops = [group.prompt] * len(responses), self.sampling.stop_token_ids
-        scores = verdicts(self.reward, self.tokenizer, prompts, responses, stops)
-        return with_rewards(group.rollouts(), scores, self.config)
+        return self.score([group.prompt] * len(group.drafts), group.rollouts())
 
     def _informative(self, rollouts: Rollouts) -> bool:
         return self._may_train_on(rollouts.scores)
@@ -346,7 +341,7 @@ class StreamingCollector(Collector):
             return
         if state["settled"]:
             rollouts = Rollouts.concatenate([Rollouts.from_state_dict(part["settled"]) for part in kept_rollouts])
-            self._settled = Collected(self._own(rollouts), **state["settled"])
+            self._settled = StepBatch(self._own(rollouts), **state["settled"])
         if self._source is not None:
             size = self.config.rollout.group_size
             self._source.restore(unpacked(kept_rollouts, size, self._own_prompts()))
