@@ -125,7 +125,7 @@ class RunState:
 
     @property
     def is_last(self) -> bool:
-        """Whether the step that was finished last is the run's last one."""
+        """True once the run's last step is finished."""
         return self.progress.step == self.config.trainer.max_steps
 
     def evaluation_is_due(self) -> bool:
@@ -135,8 +135,10 @@ class RunState:
         return progress.before is None or (is_new and (self.is_last or is_due(progress.step, self.config.eval.every)))
 
     def drain(self) -> None:
-        """Finish the batch that is being sampled ahead, if any: the engine may then get other weights, and a checkpoint
-        holds the batch."""
+        """Finish the batch that is being sampled ahead, if any.
+
+        The engine may then get other weights, and a checkpoint holds the batch.
+        """
         self._batches.drain()
         self.mark_position()
 

@@ -118,8 +118,9 @@ class Trainer:
             self.log.note(f"validation data{f' {name}' if len(self.benchmarks) > 1 else ''}: {problems}")
 
     def train(self) -> None:
-        """Run to `trainer.max_steps` from the newest checkpoint, evaluating before the first step, every `eval.every`
-        and after the last.
+        """Run to `trainer.max_steps` from the newest checkpoint.
+
+        Evaluates before the first step, every `eval.every` steps and after the last one.
 
         Raises:
             Interrupted: a rank was asked to stop; all finished steps are in a checkpoint.
@@ -207,8 +208,11 @@ class Trainer:
         return replace(batch, rollouts=rollouts, metrics={**batch.metrics, **figures})
 
     def _sample(self, is_last: bool) -> StepBatch:
-        """Return this step's batch. With rollout.max_staleness it was sampled while the step before was trained, and
-        the next one is begun now, unless this step is the last."""
+        """Return this step's batch.
+
+        With rollout.max_staleness it was sampled while the step before was trained, and the next one is begun now,
+        unless this step is the last.
+        """
         prefetched = None
         if self.collector.has_prefetched:
             self.state.drain()
@@ -272,8 +276,10 @@ class Trainer:
         self.log.close()
 
     def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
-        """Attach the policy's log-probabilities before any update, packed as the updates will be, the initial policy's
-        for the KL penalty, and importance weights against the rollout engine."""
+        """Attach the policy's log-probabilities before any update, packed as the updates will be.
+
+        With them the initial policy's for the KL penalty, and importance weights against the rollout engine.
+        """
         old = [self.actor.log_probs(batch) for batch in batches]
         batches = [b.with_token_values(old_log_probs=values) for b, values in zip(batches, old, strict=True)]
         if self.config.algorithm.kl_coefficient:

@@ -1,4 +1,4 @@
-"""From prompts to a scored training batch: generation rounds, rewards, dynamic sampling, advantages.
+"""From prompts to a scored training batch: generation rounds, rewards, dynamic sampling.
 
 Every data-parallel replica generates and scores its own prompts; between replicas only counts and one row of numbers
 a response are exchanged. A group's number counts prompts over the whole run; a response's id is group number * group
@@ -25,12 +25,12 @@ from megatron_fipo.rollout.protocol import Request
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any numbers and names, the same on every machine."""
+    """Return a 63-bit seed from any numbers and names, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 class RolloutCollector(Collector):
-    """Draws a round of prompts after the other until a batch is full."""
+    """Collector that samples one round of prompts after another until a batch is full."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -68,16 +68,16 @@ class RolloutCollector(Collector):
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two batches: where the stream of prompts is, and the groups kept for the next batch."""
+        """Return, between two batches, the position of the prompts and the groups kept for the next batch."""
         return {**self.position(), "kept": self.collector.pending.copy()}
 
     def kept_rollouts(self) -> dict[str, torch.Tensor]:
-        """This replica's responses to the kept groups, as the fields of a `Rollouts`."""
+        """Return this replica's responses to the kept groups, as the fields of a `Rollouts`."""
         kept = [self._held[group] for group in self.collector.pending if group in self._held]
         return vars(Rollouts.concatenate([no_rollouts(), *kept]))
 
     def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Go on where `state` was taken.
+        """Resume where `state` was taken.
 
         Args:
             kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
@@ -118,7 +118,7 @@ class RolloutCollector(Collector):
         return ids // self.config.rollout.group_size
 
     def _generate(self, wanted: Sequence[tuple[int, Prompt]]) -> Rollouts:
-        """(id, prompt) pairs of this replica, each rank generating a share; the whole on every rank."""
+        """Return scored responses to this replica's (id, prompt) pairs, on every rank; each generates a share."""
         replica = self.topology.replica
         if self.engine.through_first_rank:
             mine = wanted if replica.rank() == 0 else []
@@ -143,7 +143,7 @@ class RolloutCollector(Collector):
         return all_gather(unless_interrupted(generate_and_score), replica, self.topology.device)
 
     def _over_replicas(self, rollouts: Rollouts) -> torch.Tensor:
-        """`response_rows` of all replicas."""
+        """Return `response_rows` of all replicas."""
         rows: list[Any] = [None] * self.topology.dp.size()
         dist.all_gather_object(rows, response_rows(rollouts), group=self.topology.dp)
         return torch.cat(rows)

@@ -16,7 +16,7 @@ Score = Callable[[Sequence[Prompt], Rollouts], Rollouts]  # responses, one a pro
 
 
 class Collector:
-    """Fills one training batch after another from a stream of prompts.
+    """Source of one training batch after another, from a stream of prompts.
 
     Attributes:
         next_group: number of the first group behind the last batch.
@@ -53,17 +53,18 @@ class Collector:
 
     @property
     def round_size(self) -> int:
-        """Prompts of a generation round."""
+        """Number of prompts of a generation round."""
         return self.config.rollout.prompts_per_round or self.config.rollout.prompts_per_step
 
     def position(self) -> dict[str, Any]:
-        """Where the stream of prompts is."""
+        """Return the position of the stream of prompts."""
         return {"stream": self.stream.state_dict(), "next_group": self.next_group, "batches": self.batches}
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """
+        """Move the stream of prompts to a position.
+
         Raises:
-            ValueError: the prompts, their seed or their shuffling are others than those of `position`.
+            ValueError: the prompts, their seed or their shuffling differ from those of `position`.
         """
         self.batches = position["batches"]  # also where the prompts are refused, and start anew
         self.stream.load_state_dict(position["stream"])

@@ -1,6 +1,6 @@
-"""Groups that are being drawn: on the first rank of a replica, in the background, with no word to other ranks.
+"""Groups that are being sampled: on the first rank of a replica, in the background, without other ranks.
 
-A response is drawn in one piece or, where it was paused, in several, each by the weights of its time.
+A response is sampled in one piece or, where it was paused, in several, each by the weights of its time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_fipo.rollout.protocol import PausingEngine, Request, Response, Sam
 
 @dataclass
 class Draft:
-    """A response on its way."""
+    """A partial response."""
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Group:
 
 
 class Discarded(NamedTuple):
-    """What was begun and is not kept, as far as it is known: responses under way do not tell their tokens."""
+    """Work that was begun and is not kept, as far as it is known: responses in flight do not tell their tokens."""
 
     groups: int = 0
     tokens: int = 0  # of finished responses
@@ -81,10 +81,10 @@ class Discarded(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """How far to go without another word.
+    """How far to sample without further instruction.
 
     Attributes:
-        window: unfinished groups under way.
+        window: unfinished groups in flight.
         enough: groups to have in hand. Those that may be trained on count and, with `count_unfinished`, all that are
             under way.
         horizon: groups before this one are wanted in any case, since others behind them are in hand.
@@ -99,7 +99,7 @@ class Goal:
 
 
 class GroupSource:
-    """Draws and scores this replica's groups.
+    """Samples and scores this replica's groups.
 
     One thread owns all that changes; the engine's callbacks and the public methods only send it work. Another one
     scores.
@@ -139,7 +139,7 @@ class GroupSource:
     # From the trainer's thread
 
     def start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, goal: Goal) -> int:
-        """Go on with what is there, and with new groups. Returns how many groups start over.
+        """Continue the groups that are there, and begin new ones; return how many groups start over.
 
         Args:
             prompts: this replica's groups in order, without end.
@@ -149,11 +149,11 @@ class GroupSource:
         return self._owner.submit(self._start, prompts, version, oldest, goal).result()
 
     def aim(self, goal: Goal) -> None:
-        """Another goal for what is under way."""
+        """Set another goal for the batch in progress."""
         self._owner.submit(self._aim, goal).result()
 
     def take(self) -> tuple[dict[int, Rollouts], int, int]:
-        """Groups that were scored since the last call, and how many are unfinished; the first one not yet begun.
+        """Return the groups scored since the last call, the number of unfinished ones, and the first one not yet begun.
 
         Raises:
             Exception: what went wrong in the background.
@@ -161,7 +161,7 @@ class GroupSource:
         return self._owner.submit(self._take).result()
 
     def stop(self, behind: int, keep: bool) -> Discarded:
-        """End what is under way, and forget all groups before `behind`.
+        """End the requests in flight, and forget all groups before `behind`.
 
         Args:
             keep: groups from `behind` on stay, paused where they are unfinished. Needs a `PausingEngine`.
@@ -169,17 +169,17 @@ class GroupSource:
         return self._owner.submit(self._stop, behind, keep).result()
 
     def groups(self) -> list[Group]:
-        """What is kept while nothing is under way, in order."""
+        """Return the groups that are kept while nothing is in flight, in order."""
         return self._owner.submit(self._in_order).result()
 
     def restore(self, groups: Sequence[Group]) -> None:
-        """What `groups` gave, before the first `start`."""
+        """Take groups that `groups` returned, before the first `start`."""
         for group in groups:
             group.informative = group.scored is not None and self._informative(group.scored)
         self._groups = {group.number: group for group in groups}
 
     def close(self) -> None:
-        """End what is under way, without waiting for its end."""
+        """Cancel the requests in flight, without waiting for their end."""
         self._owner.submit(self._cancel).result()
         self._scorer.shutdown(wait=False, cancel_futures=True)
         self._owner.shutdown(wait=False, cancel_futures=True)
@@ -239,7 +239,7 @@ class GroupSource:
         return sum(group.scored is None for group in self._groups.values())
 
     def _continue(self, group: Group) -> None:
-        """Ask for what is missing of a group."""
+        """Request the responses that a group lacks."""
         if group.scored is not None:
             return
         for place, draft in enumerate(group.drafts):
@@ -263,14 +263,14 @@ class GroupSource:
             self._owner.submit(self._guarded, work, *arguments)
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
-        """What goes wrong is told at the next `take`, where all ranks can hear of it."""
+        """Do the work; an error is raised at the next `take`, where all ranks learn of it."""
         try:
             work(*arguments)
         except Exception as error:
             self._error = self._error or error
 
     def _drawn(self, group: Group, place: int, future: Future[Response]) -> None:
-        """A response, or a piece of it, is there. Comes a second time for what `_stop` has taken in."""
+        """Take in a response, or a part of it. Called a second time for what `_stop` has taken in."""
         if group.requests.get(place) is not future:
             return
         del group.requests[place]
@@ -280,7 +280,7 @@ class GroupSource:
         self._score_if_drawn(group)
 
     def _check_version(self, response: Response) -> None:
-        """All that is drawn between two updates is drawn by the same weights."""
+        """Check that everything sampled between two updates was sampled with the same weights."""
         for number in response.weight_versions:
             if self._engine_version is None:
                 self._engine_version = number

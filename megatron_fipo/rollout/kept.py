@@ -1,4 +1,4 @@
-"""Groups that are kept from one batch to the next, as a checkpoint takes them."""
+"""Groups that are kept from one batch to the next, as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_fipo.rollout.drafts import Draft, Group
 
 
 def packed(groups: Sequence[Group]) -> dict[str, Any]:
-    """Groups that are paused or finished: their responses so far, and what is known of them."""
+    """Return paused or finished groups as tensors and lists: their responses so far, and their state."""
     rollouts = [group.scored or group.rollouts() for group in groups]
     return {
         "rollouts": vars(Rollouts.concatenate([no_rollouts(), *rollouts])),
@@ -25,7 +25,7 @@ def packed(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def unpacked(parts: Sequence[dict[str, Any]], group_size: int, prompts: Iterator[tuple[int, Prompt]]) -> list[Group]:
-    """What is among `prompts`, numbered and in order, of the groups that `packed` made into parts."""
+    """Return the groups that `packed` stored in parts, as far as they are among `prompts`, numbered and in order."""
     found: dict[int, tuple[list[Draft], Rollouts | None]] = {}
     for part in parts:
         rollouts = Rollouts.from_state_dict(part["rollouts"])

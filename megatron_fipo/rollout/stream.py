@@ -37,7 +37,7 @@ from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
 from megatron_fipo.rollout.kept import packed, unpacked
 from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, StreamingEngine
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at all replicas
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two polls of all replicas
 
 
 def make_collector(
@@ -48,7 +48,7 @@ def make_collector(
     stream: PromptStream,
     stop_token_ids: tuple[int, ...],
 ) -> RolloutCollector | StreamingCollector:
-    """The collector that suits the engine.
+    """Return the collector that suits the engine.
 
     Raises:
         ValueError: the engine cannot do what `rollout.max_staleness` or `rollout.partial` needs.
@@ -70,7 +70,7 @@ def make_collector(
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells all others at a look; first ranks of replicas tell of groups."""
+    """Report of a rank to all others at a poll; first ranks of replicas report groups."""
 
     rows: dict[int, torch.Tensor] = field(default_factory=dict)  # of newly finished groups
     unfinished: int = 0
@@ -80,10 +80,10 @@ class _Report:
 
 
 class StreamingCollector(Collector):
-    """Draws in the background. All methods but `close` are collective over all ranks.
+    """Collector that samples in the background. All methods but `close` are collective over all ranks.
 
-    Groups are dealt to replicas by their number. Only the first rank of a replica draws; every rank takes part in the
-    looks that decide, from the same reports, which groups are the batch.
+    Groups are dealt to replicas by their number. Only the first rank of a replica samples; every rank takes part in the
+    polls that decide, from the same reports, which groups are the batch.
     """
 
     engine: StreamingEngine
@@ -104,21 +104,23 @@ class StreamingCollector(Collector):
 
     @property
     def has_prefetched(self) -> bool:
-        """Whether the next batch was begun."""
+        """True once the next batch was begun."""
         return self._under_way or self._settled is not None
 
     def prefetch(self) -> None:
-        """Begin the batch after the one that was handed out last, whose training is still to come. Returns at once;
-        the engine has the weights that this training begins with."""
+        """Begin the batch after the one that was handed out last, whose training is still to come; return at once.
+
+        The engine has the weights that this training begins with.
+        """
         self._start(version=self.batches - 1, patience=self.config.rollout.settle_seconds)
 
     def drain(self) -> None:
-        """Wait until the batch that was begun, if any, is full. Nothing is under way afterwards.
+        """Wait until the batch that was begun, if any, is full. Nothing is in flight afterwards.
 
         Raises:
             DynamicSamplingExhausted: `rollout.max_rounds` times the prompts of a round did not fill it.
             Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `prefetch`,
-                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be drawn again.
+                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be sampled again.
         """
         if self._under_way:
             try:
@@ -127,7 +129,7 @@ class StreamingCollector(Collector):
                 self._under_way = False
 
     def collect(self) -> StepBatch:
-        """The next batch: the one that was begun, or one drawn now, with the engine's newest weights.
+        """Return the next batch: the one that was begun, or one sampled now, with the engine's newest weights.
 
         Raises:
             DynamicSamplingExhausted, Interrupted: as `drain`.
@@ -141,12 +143,13 @@ class StreamingCollector(Collector):
         return collected
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel all requests in flight."""
         if self._source is not None:
             self._source.close()
 
     def _start(self, version: int, patience: float) -> None:
-        """
+        """Begin a batch.
+
         Args:
             version: of the policy that the engine serves.
             patience: seconds from a request to stop to giving this batch up.
@@ -187,7 +190,7 @@ class StreamingCollector(Collector):
         return self._conclude()
 
     def _accept(self) -> bool:
-        """Go through finished groups in prompt order, as far as they go; True when the batch is full."""
+        """Accept finished groups in prompt order, as far as they go; return whether the batch is full."""
         while self.collector.needs_round():
             rows = self._rows.pop(self._upto, None)
             if rows is None:
@@ -201,7 +204,7 @@ class StreamingCollector(Collector):
         return True
 
     def _look(self) -> bool:
-        """Learn what was finished everywhere since the last look; whether there was anything.
+        """Poll all ranks for what was finished since the last poll; return whether there was anything.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -228,7 +231,7 @@ class StreamingCollector(Collector):
         return self._learn(reports)
 
     def _gives_up(self) -> bool:
-        """Whether this rank was asked to stop and has waited long enough."""
+        """Return whether this rank was asked to stop and has waited long enough."""
         if not interrupt.requested():
             return False
         if self._asked_to_stop is None:
@@ -251,7 +254,7 @@ class StreamingCollector(Collector):
         return bool(news)
 
     def _conclude(self) -> StepBatch:
-        """Make a batch of what was accepted; everything behind it ends, or is kept."""
+        """Make a batch of the accepted groups; everything behind it is cancelled, or kept."""
         batch = self.collector.take()
         discarded = Discarded()
         if self._source is not None:
@@ -267,7 +270,7 @@ class StreamingCollector(Collector):
         return replace(collected, metrics={**collected.metrics, **self._leftovers(discarded)})
 
     def _leftovers(self, discarded: Discarded) -> dict[str, float]:
-        """These depend on speed, unlike all other figures."""
+        """Return figures that depend on speed, unlike all others."""
         kept = len(self._kept["finished"]) // self.config.rollout.group_size
         totals = [sum(column) for column in zip(*self._gather((*discarded, kept, self._too_old)), strict=True)]
         names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
@@ -275,7 +278,7 @@ class StreamingCollector(Collector):
 
     @property
     def _enough(self) -> int:
-        """Groups, over all replicas, beyond which no new one is begun.
+        """Number of groups, over all replicas, beyond which no new one is begun.
 
         A group begun when a whole batch of informative ones is finished cannot come into the batch. One that would go
         on with later weights can wait for as many batches as its tokens may become old.
@@ -287,7 +290,7 @@ class StreamingCollector(Collector):
     # Groups of this replica
 
     def _own_prompts(self) -> Iterator[tuple[int, Prompt]]:
-        """Those behind the last batch, with their numbers, without end."""
+        """Yield the prompts behind the last batch, with their numbers, without end."""
         return _dealt(copy.copy(self.stream), self.next_group, self.topology.dp.rank(), self.topology.dp.size())
 
     def _seed(self, response: int, tokens: int) -> int:
@@ -313,8 +316,10 @@ class StreamingCollector(Collector):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream of prompts is, and a full batch that was not handed out; one that is not full is forgotten,
-        and begins again where it began."""
+        """Return the position of the prompts, and a full batch that was not handed out.
+
+        One that is not full is forgotten, and begins again where it began.
+        """
         settled = self._settled
         return {
             **self.position(),
@@ -323,12 +328,12 @@ class StreamingCollector(Collector):
         }
 
     def kept_rollouts(self) -> dict[str, Any]:
-        """This replica's responses that belong to the state."""
+        """Return this replica's responses that belong to the state."""
         settled = self._settled.rollouts if self._settled else no_rollouts()
         return {"settled": vars(settled), **self._kept}
 
     def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, Any]]) -> None:
-        """Go on where `state` was taken; a batch that was begun there and not full is begun when it is collected.
+        """Resume where `state` was taken; a batch that was begun there and not full is begun when it is collected.
 
         Args:
             kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
@@ -348,7 +353,7 @@ class StreamingCollector(Collector):
             self._kept = packed(self._source.groups())
 
     def _own(self, rollouts: Rollouts) -> Rollouts:
-        """Those of this replica's groups, in their order."""
+        """Return the responses of this replica's groups, in their order."""
         groups = rollouts.ids // self.config.rollout.group_size
         mine = rollouts.select((groups % self.topology.dp.size() == self.topology.dp.rank()).nonzero().squeeze(1))
         return mine.select(mine.ids.argsort())

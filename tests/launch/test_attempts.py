@@ -93,7 +93,7 @@ def test_an_attempt_that_ended_without_a_word() -> None:
         nodes="n[1-2]",
         host="n1",
         time="now",
-        cause="the attempt that started on n[1-2] at then ended without a word",
+        cause="the attempt that started on n[1-2] at then ended without reporting an error",
     )
 
 

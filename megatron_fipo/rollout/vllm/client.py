@@ -160,7 +160,7 @@ class Client:
         wait(futures)
 
     def close(self) -> None:
-        """Cancels what is under way."""
+        """Cancel all requests in flight."""
         if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(timeout=30)
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -222,7 +222,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server | None]:
-        """The usable server with the fewest outstanding tokens, once one has a free place; None when paused."""
+        """Return the usable server with the fewest outstanding tokens, once one has capacity; None when paused."""
         if turn.paused:
             yield None
             return
@@ -239,7 +239,8 @@ class Client:
                 self._hand_out()
 
     async def _attempt(self, server: _Server, body: dict[str, object]) -> httpx.Response:
-        """
+        """Send one request.
+
         Raises:
             Fault, Refused: the server answered with an error.
             TimeoutError: it did not answer in time.
@@ -322,7 +323,7 @@ class Client:
         return sum(server.busy for server in self._servers)
 
     def _places(self, server: _Server) -> int:
-        """Requests at a time; one that has just failed has to prove itself first."""
+        """Return how many requests a server may have; one that has just failed gets one at a time."""
         return 1 if server.pause else self._concurrency
 
     def _set_aside(self, server: _Server) -> None:

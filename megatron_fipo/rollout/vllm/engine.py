@@ -122,7 +122,7 @@ class VLLMEngine:
         self._client.expect(version, current)
 
     def _reload(self, control: Control) -> bool:
-        """Called by the keeper for a server that was restarted."""
+        """Give a restarted server the current weights; return whether there were any to give."""
         if self._newest is None:
             return False
         update.reload(control, *self._newest)
@@ -308,7 +308,7 @@ class VLLMEngine:
         return here and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers
 
     def _address(self) -> str:
-        """This machine's, for the servers and the other ranks: its own alone if there are no other machines."""
+        """Return this machine's address for servers and other ranks: loopback if there are no other machines."""
         if self._is_alone():
             return "127.0.0.1"
         return network.own_address(os.environ)
@@ -318,7 +318,7 @@ class VLLMEngine:
             self.keeper.report_hung(self._owned.index(number))
 
     def _everywhere(self, mine: dict[int, int | None]) -> list[int | None]:
-        """The life of every server, from its owner; of servers that ran already, 1.
+        """Return the restart count of every server, from its owner; 1 for servers that ran already.
 
         When this returns, no rank generates any more.
         """

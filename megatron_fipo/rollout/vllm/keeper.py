@@ -1,4 +1,4 @@
-"""Keeps this rank's servers alive: started, waited for, restarted, and given the current weights again."""
+"""Supervision of this rank's servers: started, waited for, restarted, and given the current weights again."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Keeper:
             return [s.life if s.state == "ready" else None for s in self.servers]
 
     def release(self, current: Sequence[bool]) -> None:
-        """New weights are out; `current`: which servers have them. The others are restarted."""
+        """Note which servers have the new weights (`current`), and restart the others."""
         with self._changed:
             for server, has in zip(self.servers, current, strict=True):
                 server.current = has and server.state == "ready"
@@ -125,7 +125,7 @@ class Keeper:
             self._changed.notify_all()
 
     def report_hung(self, number: int) -> None:
-        """A server does not answer."""
+        """Restart a server that does not answer."""
         with self._changed:
             server = self.servers[number]
             if server.state == "ready" and not self._held:
@@ -145,7 +145,7 @@ class Keeper:
                 server.control.close()
 
     def _keep(self, server: Kept) -> None:
-        """Runs in the server's own thread."""
+        """Supervise one server, in a thread of its own."""
         while not self._closing:
             if server.state == "lost":
                 self._restart(server)

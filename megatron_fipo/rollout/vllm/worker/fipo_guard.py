@@ -38,7 +38,7 @@ _BLOCK = 1 << 16  # bytes relayed at once
 
 
 def main(owner: int, address: str, command: list[str]) -> None:
-    """The outer guard: serve until something ends, then end the whole group."""
+    """Run the outer guard: serve until something ends, then end the whole group."""
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
     life = -1
@@ -162,7 +162,7 @@ def choose_devices(environment: MutableMapping[str, str]) -> None:
 
 
 def _serve(outer: int, command: list[str]) -> None:
-    """The inner guard, leader of the server's process group."""
+    """Run the inner guard, leader of the server's process group."""
     os.setsid()
     watched = select.poll()
     try:
