@@ -33,9 +33,9 @@ from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.rollout.assembly import StepBatch, no_rollouts, response_rows, step_batch
 from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
 from megatron_fipo.rollout.collector import Collector, Score
-from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
-from megatron_fipo.rollout.kept import packed, unpacked
+from megatron_fipo.rollout.in_flight import Discarded, Group, GroupSource, Target
 from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, StreamingEngine
+from megatron_fipo.rollout.saved_groups import packed, unpacked
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two polls of all replicas
 
@@ -112,7 +112,7 @@ class StreamingCollector(Collector):
 
         The engine has the weights that this training begins with.
         """
-        self._start(version=self.batches - 1, patience=self.config.rollout.settle_seconds)
+        self._start(version=self.batches - 1, grace_seconds=self.config.rollout.settle_seconds)
 
     def drain(self) -> None:
         """Wait until the batch that was begun, if any, is full. Nothing is in flight afterwards.
@@ -135,7 +135,7 @@ class StreamingCollector(Collector):
             DynamicSamplingExhausted, Interrupted: as `drain`.
         """
         if not self.has_prefetched:
-            self._start(version=self.batches, patience=0.0)
+            self._start(version=self.batches, grace_seconds=0.0)
         self.drain()
         collected, self._settled = self._settled, None
         assert collected is not None
@@ -147,16 +147,16 @@ class StreamingCollector(Collector):
         if self._source is not None:
             self._source.close()
 
-    def _start(self, version: int, patience: float) -> None:
+    def _start(self, version: int, grace_seconds: float) -> None:
         """Begin a batch.
 
         Args:
             version: of the policy that the engine serves.
-            patience: seconds from a request to stop to giving this batch up.
+            grace_seconds: from a request to stop to giving this batch up.
         """
         assert not self.has_prefetched
         rollout, replicas = self.config.rollout, self.topology.dp.size()
-        self._patience = patience
+        self._grace_seconds = grace_seconds
         self._asked_to_stop: float | None = None  # when this rank noticed
         self._seen: list[torch.Tensor] = []  # rows of the groups before `_upto`, in order
         self._rows: dict[int, torch.Tensor] = {}  # of finished groups from `_upto` on
@@ -167,15 +167,15 @@ class StreamingCollector(Collector):
         self._under_way = True
         if self._source is not None:
             # Until the first look a replica knows of itself only, and goes for its share.
-            goal = Goal(
+            target = Target(
                 window=-(-self.round_size // replicas),
                 enough=-(-self._enough // replicas),
                 count_unfinished=rollout.partial,
                 limit=self.next_group + rollout.max_rounds * self.round_size if rollout.max_rounds else None,
             )
             oldest = self.batches - rollout.max_staleness
-            self._goal = goal
-            self._too_old = self._source.start(self._own_prompts(), version, oldest, goal)
+            self._target = target
+            self._too_old = self._source.start(self._own_prompts(), version, oldest, target)
 
     def _fill(self) -> StepBatch:
         pause = _SHORTEST_PAUSE
@@ -236,7 +236,7 @@ class StreamingCollector(Collector):
             return False
         if self._asked_to_stop is None:
             self._asked_to_stop = time.monotonic()
-        return time.monotonic() - self._asked_to_stop >= self._patience
+        return time.monotonic() - self._asked_to_stop >= self._grace_seconds
 
     def _learn(self, reports: Sequence[_Report]) -> bool:
         news = {group: rows for report in reports for group, rows in report.rows.items()}
@@ -249,8 +249,8 @@ class StreamingCollector(Collector):
             if self.config.rollout.partial:
                 others += sum(r.unfinished for r in reports) - reports[self.topology.rank].unfinished
             horizon = max(report.upcoming for report in reports)
-            self._goal = replace(self._goal, enough=self._enough - others, horizon=horizon)
-            self._source.aim(self._goal)
+            self._target = replace(self._target, enough=self._enough - others, horizon=horizon)
+            self._source.set_target(self._target)
         return bool(news)
 
     def _conclude(self) -> StepBatch:
@@ -297,7 +297,7 @@ class StreamingCollector(Collector):
         return derive_seed(self.config.run.seed, "rollout", response, *([tokens] if tokens else []))
 
     def _score(self, group: Group) -> Rollouts:
-        return self.score([group.prompt] * len(group.drafts), group.rollouts())
+        return self.score([group.prompt] * len(group.responses), group.rollouts())
 
     def _informative(self, rollouts: Rollouts) -> bool:
         return self._may_train_on(rollouts.scores)

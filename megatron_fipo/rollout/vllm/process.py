@@ -184,7 +184,7 @@ class ServerProcess:
         answer = self._guard.stdout.readline() if answered.poll(_PORT_SECONDS * 1000) else ""
         if not answer.strip().isdigit():
             self.kill()
-            raise RuntimeError(f"a rollout server could not be started:\n{self.last_words()}")
+            raise RuntimeError(f"a rollout server could not be started:\n{self.log_tail()}")
         self._port = int(answer)
 
     def kill(self) -> None:
@@ -203,7 +203,7 @@ class ServerProcess:
         self._guard.stdout.close()
         self._guard = None
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """Return the tail of its log."""
         if not self.log.exists():
             return ""
