@@ -142,7 +142,7 @@ def _checkpoint_setting(text: str) -> str:
 
 
 def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path | None) -> tuple[Path, list[str]]:
-    """The first argument is an override where there is a recipe that it can be one of."""
+    """Return the config file and the overrides: with a recipe, the first argument may be an override."""
     if recipe is not None and (config is None or "=" in config):
         return recipe, [config, *overrides] if config is not None else overrides
     if config is None:
@@ -294,7 +294,7 @@ def _torch_dtype(name: str | None) -> Any:
 
 @contextmanager
 def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to be told (bytes just done, bytes in all), and shows GB/s and the time left."""
+    """Yield a function that takes (bytes just done, bytes in all) and shows GB/s and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -420,7 +420,7 @@ def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
 
 
 def _watch(trainer: Any) -> None:
-    """What looks on while it trains."""
+    """Add profilers to the trainer."""
     from megatron_fipo.scaling.timers import PipelineProfile
     from megatron_fipo.scaling.utilization import Utilization
 

@@ -1,4 +1,4 @@
-"""What this machine has for a run, what is missing, and what that costs; and whether a recipe could start here.
+"""Report of what this machine has for a run, what is missing, what that costs, and whether a recipe could start here.
 
 Packages are looked up, not imported: some raise on import where there is no GPU. torch alone is imported, for what
 only it knows about GPUs, and Transformer Engine, since nothing else shows whether it works.
@@ -113,11 +113,12 @@ def _notes(config: Config, name: str, login_node: bool) -> list[str]:
 
 
 def findings() -> list[Finding]:
+    """Probe this machine for all components."""
     return [_look_for(component) for component in COMPONENTS]
 
 
 def _look_for(component: Component) -> Finding:
-    """A broken installation may raise anything at all; saying so is what this command is for."""
+    """Probe one component; a broken installation may raise anything at all, which becomes part of the finding."""
     try:
         return Finding(component, component.probe(), True)
     except Missing as missing:
@@ -222,7 +223,7 @@ def _vllm() -> str:
 
 
 def _program(name: str, keyword: str) -> Callable[[], str]:
-    """The line of `name --version` that holds `keyword`."""
+    """Return the line of `name --version` that holds `keyword`."""
 
     def probe() -> str:
         path = shutil.which(name)
@@ -256,7 +257,7 @@ def _shared_memory() -> str:
 
 
 def _open_files() -> str:
-    """A run raises the soft limit, which Slurm copies from the shell, to the hard one."""
+    """Report the limit of open files: a run raises the soft limit, copied from the shell, to the hard one."""
     limit = limits.most_open_files()
     if limit is not None and limit < _OPEN_FILES:
         raise Missing(f"{limit} at most")

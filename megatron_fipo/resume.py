@@ -1,4 +1,4 @@
-"""Whether and where a run goes on: what its directory says of an earlier attempt, and what may differ from it."""
+"""Rules of resuming: what an earlier attempt left in a run's directory, and which settings may differ from it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Progress:
     seconds: float = 0.0
 
     def evaluated(self, result: Evaluation | None) -> Progress:
-        """With one more evaluation."""
+        """Return the progress with one more evaluation."""
         if result is None:
             return self
         best = result.avg if self.best is None else max(self.best, result.avg)
@@ -66,9 +66,9 @@ class Progress:
 
 
 def starts_over(config: Config) -> bool:
-    """Whether what an earlier run left is to be removed.
+    """Return whether what an earlier run left is to be removed.
 
-    A job that Slurm has put back into the queue comes with the arguments of its first start; that start's
+    A job that Slurm has requeued comes with the arguments of its first start; that start's
     `run.overwrite=true` was not meant for the job's own checkpoints.
     """
     return config.run.overwrite and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
@@ -84,7 +84,7 @@ def replaces_weights(config: Config) -> bool:
 
 
 def check_directory(config: Config) -> None:
-    """Whether a run may start, or go on, in its directory; asked before any rank starts.
+    """Check that a run may start, or resume, in its directory, before any rank starts.
 
     Raises:
         ValueError: the directory holds a run that this one would silently alter, or a finished one without
@@ -125,7 +125,7 @@ def _check_own(directory: Path) -> None:
 
 
 def changes(saved: Path, config: Config) -> list[str]:
-    """The settings that decide what is learned and differ from a saved configuration, as `name: old -> new`.
+    """Return the settings that decide what is learned and differ from a saved configuration, as `name: old -> new`.
 
     Raises:
         ValueError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""What a run leaves behind in its directory, written by rank 0; and what a person sees while it runs.
+"""Files that a run leaves in its directory, written by rank 0, and its output on the terminal.
 
 config.yaml            the resolved configuration
 began.json             when the run began, as chat templates that write the date are told

@@ -73,7 +73,8 @@ class WeightsAndBiases:
 
 
 def check_trackers(config: Config) -> None:
-    """
+    """Check that the package of the chosen tracker is installed.
+
     Raises:
         ValueError: a project is named, and the package is not there.
     """
@@ -82,7 +83,7 @@ def check_trackers(config: Config) -> None:
 
 
 def make_trackers(config: Config, next_step: int) -> list[Tracker]:
-    """Those that the config asks for."""
+    """Return the trackers that the config asks for."""
     trackers: list[Tracker] = []
     if config.trainer.tensorboard:
         trackers.append(TensorBoard(config.run_directory, next_step))

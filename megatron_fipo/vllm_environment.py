@@ -26,7 +26,7 @@ class Installed(NamedTuple):
 
 
 def interpreter(setting: str | None) -> Path:
-    """The interpreter that `rollout.vllm_python` or what stands in for it names.
+    """Return the interpreter that `rollout.vllm_python`, or its default, names.
 
     Raises:
         ValueError: it is not there.
@@ -43,9 +43,10 @@ def interpreter(setting: str | None) -> Path:
 
 @cache
 def installed(python: Path) -> Installed:
-    """
+    """Return the vLLM of an interpreter.
+
     Raises:
-        ValueError: it has no vllm, or one that this package does not know.
+        ValueError: it has no vllm, or one that this package does not support.
     """
     answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=120, check=False)
     distribution, _, version = answer.stdout.strip().partition(" ")

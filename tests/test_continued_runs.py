@@ -75,7 +75,7 @@ def _signal_at(trainer: Trainer, moment: str) -> None:
     place, _, number = moment.partition(" ")
     owner, name = {
         "reward": (trainer.reward, "__call__"),
-        "collect": (trainer, "_collect"),
+        "collect": (trainer, "_sample"),
         "update": (trainer, "_update_policy"),
     }[place]
     function: Callable[..., Any] = getattr(owner, name)
@@ -88,7 +88,7 @@ def _signal_at(trainer: Trainer, moment: str) -> None:
         return function(*args, **kwargs)
 
     if place == "reward":
-        trainer.reward = trainer.collector.reward = wrapped  # type: ignore[assignment]
+        trainer.reward = wrapped  # type: ignore[assignment]
         trainer.reward.close = lambda: None  # type: ignore[method-assign]
     else:
         setattr(trainer, name, wrapped)
@@ -104,7 +104,7 @@ def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
         trainer.train()
         return "finished", {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
     except Interrupted:
-        return f"interrupted after step {trainer.progress.step}", {}
+        return f"interrupted after step {trainer.state.progress.step}", {}
     finally:
         trainer.close()
         topologies.destroy()
@@ -112,14 +112,14 @@ def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
 
 def _train_until_exhausted(config: Config) -> str:
     """The third step's problems give no group to train on."""
-    trainer, collect = Trainer(config), Trainer._collect
+    trainer, collect = Trainer(config), Trainer._sample
 
-    def exhausted(last: bool) -> Any:
-        if trainer.progress.step == 2:
+    def exhausted(is_last: bool) -> Any:
+        if trainer.state.progress.step == 2:
             raise DynamicSamplingExhausted("all were wrong")
-        return collect(trainer, last)
+        return collect(trainer, is_last)
 
-    trainer._collect = exhausted  # type: ignore[method-assign]
+    trainer._sample = exhausted  # type: ignore[method-assign]
     try:
         trainer.train()
     except ValueError as error:
@@ -271,20 +271,20 @@ def _train_on_a_bad_disk(config: Config) -> str:
     interrupt.install()
     trainer = Trainer(config)
     _signal_at(trainer, "collect 3")
-    save = trainer._save
+    save = trainer.state.save
 
     def failing(score: float | None = None, wait: bool = False) -> None:
         save(score, wait)
-        if trainer.progress.step == 2 and not wait:
-            trainer.checkpointer.finish()
+        if trainer.state.progress.step == 2 and not wait:
+            trainer.state.checkpointer.finish()
             shutil.rmtree(config.run_directory / "checkpoints" / "step_2")
-            trainer.checkpointer.whole = None
+            trainer.state.checkpointer.whole = None
 
-    trainer._save = failing  # type: ignore[method-assign]
+    trainer.state.save = failing  # type: ignore[method-assign]
     try:
         trainer.train()
     except Interrupted:
-        return f"interrupted after step {trainer.progress.step}"
+        return f"interrupted after step {trainer.state.progress.step}"
     finally:
         trainer.close()
         topologies.destroy()

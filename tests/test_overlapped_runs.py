@@ -95,7 +95,7 @@ def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
         trainer.train()
         return "finished", {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
     except Interrupted:
-        return f"interrupted after step {trainer.progress.step}", {}
+        return f"interrupted after step {trainer.state.progress.step}", {}
     finally:
         _close(trainer)
 
@@ -202,7 +202,7 @@ def _weights_of_batches(config: Config) -> tuple[Weights, list[list[dict[str, to
 def _by_hand(config: Config, steps: int) -> Weights:
     """Each batch is drawn, in the open, before the update of the step before it."""
     trainer = _trainer(config, write=False)
-    trainer.checkpointer = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+    trainer.state.checkpointer = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
 
     def draw() -> Any:
         with trainer.actor.inference():
@@ -210,7 +210,7 @@ def _by_hand(config: Config, steps: int) -> Weights:
 
     batches = [draw(), draw()]
     for step in range(1, steps + 1):
-        trainer._collect = lambda last, batch=batches[step - 1]: batch  # type: ignore[method-assign]
+        trainer._sample = lambda is_last, batch=batches[step - 1]: batch  # type: ignore[method-assign]
         trainer.step(step)
         batches.append(draw())
     weights = {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}

@@ -20,7 +20,7 @@ from megatron_fipo.config import Config, load_config
 from megatron_fipo.ops.reference import future_kl_loop
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import Score
-from megatron_fipo.rollout.collect import Collected
+from megatron_fipo.rollout.collect import StepBatch
 from megatron_fipo.trainer import Trainer
 from tests.policies import make_config, make_task
 from tests.ranks import run_ranks
@@ -82,16 +82,14 @@ def _one_rank(config: Config, dry: Config, broken: Config) -> dict[str, Any]:
     trainer.close()
     topologies.destroy()
     trainer = Trainer(broken)
-    collect, steps = trainer.collector.collect, iter([False, True])
+    with_advantages, steps = trainer.with_advantages, iter([False, True])
 
-    def spoiled() -> Collected:
-        collected = collect()
-        if not next(steps):
-            return collected
-        rollouts = collected.rollouts
-        return dataclasses.replace(collected, rollouts=rollouts.replace(advantages=rollouts.advantages * torch.inf))
+    def spoiled(batch: StepBatch, policy_version: int) -> StepBatch:
+        batch = with_advantages(batch, policy_version)
+        advantages = batch.rollouts.advantages * (torch.inf if next(steps) else 1)
+        return dataclasses.replace(batch, rollouts=batch.rollouts.replace(advantages=advantages))
 
-    trainer.collector.collect = spoiled  # type: ignore[method-assign]
+    trainer.with_advantages = spoiled  # type: ignore[method-assign]
     with pytest.raises(GradientError) as error:
         trainer.train()
     trainer.close()

@@ -35,7 +35,7 @@ from megatron_fipo.parallel.topology import Topology
 
 
 class Engine(Protocol):
-    """What `infer` generates with; the rollout engines are such."""
+    """Rollout engine that `infer` generates with."""
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None: ...
 
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
 
 class Loss(Protocol):
-    """Of the last stage's output of a micro-batch; `PolicyLoss` is one."""
+    """Loss of the last stage's output of a micro-batch, as `PolicyLoss` is."""
 
     def __call__(
         self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
@@ -61,7 +61,7 @@ def _unrecorded(micro_batches: int, forward_only: bool) -> contextlib.AbstractCo
 
 
 class FIPOActor(AlignableGenerativeInterface):
-    """Holds the policy's model chunks and optimizer on this rank. All methods are collective over all ranks.
+    """Policy's model chunks and optimizer on this rank. All methods are collective over all ranks.
 
     Attributes:
         recorder: `with recorder(micro_batches, forward_only):` stands around every run of the pipeline's schedule.
@@ -91,7 +91,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.initial_weights = self._copy_weights() if config.algorithm.kl_coefficient else None
 
     def _make_chunks(self) -> list[PolicyModel]:
-        """This rank's model chunks, with their weights."""
+        """Return this rank's model chunks, with their weights."""
         return load_policy(self.arch, self.config, self.topology, self._reads)
 
     # Training
@@ -144,8 +144,10 @@ class FIPOActor(AlignableGenerativeInterface):
         self.last_update = self.optimizer.update(self._grad_norm)
 
     def token_values(self, batch: TrainBatch) -> list[torch.Tensor]:
-        """`[K, R]` float32 for each micro-batch of the last update, on every rank of the replica: what its loss saw and
-        made of each token (`credit.RECORDED`). Needs `records`."""
+        """Return the last update's inputs and results of each token (`credit.RECORDED`); needs `records`.
+
+        `[K, R]` float32 for each micro-batch, on every rank of the replica.
+        """
         assert self._record is not None, "there was no update whose tokens were recorded"
         sizes = [m.num_response_positions for m in batch.micro_batches]
         shape = len(RECORDED[self.config.algorithm.loss]), sum(sizes)
@@ -199,8 +201,11 @@ class FIPOActor(AlignableGenerativeInterface):
         return self.engine.generate(*args, **kwargs)
 
     def log_probs(self, batch: TrainBatch) -> list[torch.Tensor]:
-        """`[R]` float32 for each micro-batch, on every rank of the replica: the policy's log-probability of each
-        response position. Same packing, kernels and precision as an update on the same batch."""
+        """Return the policy's log-probability of each response position.
+
+        `[R]` float32 for each micro-batch, on every rank of the replica, with the packing, kernels and precision of an
+        update on the same batch.
+        """
         with torch.no_grad():
             outputs = self._run(batch.micro_batches, self._log_prob_step, forward_only=True)
         sizes = [m.num_response_positions for m in batch.micro_batches]
@@ -271,7 +276,7 @@ class FIPOActor(AlignableGenerativeInterface):
     # Shared
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy as Hugging Face tensors, one at a time, on every rank (see `convert.export`)."""
+        """Yield the policy as Hugging Face tensors, one at a time, on every rank (see `convert.export`)."""
         return export_weights(self.chunks, self.arch, self.topology)
 
     def pack(self, rollouts: Rollouts, index: Sequence[int]) -> MicroBatch:
@@ -304,7 +309,7 @@ class FIPOActor(AlignableGenerativeInterface):
             )
 
     def _messages(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """What tells Megatron's schedule the shapes of the pipeline's messages."""
+        """Return what gives Megatron's schedule the shapes of the pipeline's messages."""
         topology, config = self.topology, self.chunks[0].config
         if topology.pp.size() == 1:
             return {}

@@ -30,7 +30,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes along each ax
 
 
 def sharded_state(actor: FIPOActor, *, loading: bool) -> dict[str, Any]:
-    """What `dist_checkpointing` saves of the actor, or fills when it loads.
+    """Return the actor's state as `dist_checkpointing` saves it, or fills it when it loads.
 
     Weights are handed to `restore`, all the rest is loaded in place: into Adam's state, the initial policy's weights
     and, under `random`, tensors of their own. `random` has a row for each rank, so that it fits only as many ranks.
@@ -68,8 +68,7 @@ def restore(actor: FIPOActor, loaded: Mapping[str, Any]) -> None:
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The boxes of a tensor that together hold its flat elements `start..stop`, in their order; 3 for a matrix cut
-    within rows."""
+    """Yield the boxes of a tensor that hold its flat elements `start..stop`, in order; at most 3 for a matrix."""
     if start == stop:
         return
     if len(shape) == 1:
@@ -143,8 +142,10 @@ def _pieces(weight: Sharded, prefix: str, start: int, values: torch.Tensor) -> l
 
 
 def _contiguous_parts(weight: Sharded) -> Iterable[tuple[ShardedTensor, int]]:
-    """The sharded tensors that a weight is stored as, and where each starts in it: gate and up projections, which are
-    one weight here, are stored as the halves of one tensor."""
+    """Return the sharded tensors that a weight is stored as, and where each starts in it.
+
+    Gate and up projections, which are one weight here, are stored as the halves of one tensor.
+    """
     if isinstance(weight, ShardedTensor):
         return [(weight, 0)]
     parts = list(nested_values(weight.build()))

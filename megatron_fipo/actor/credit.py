@@ -1,4 +1,4 @@
-"""What an update's loss made of each token, brought together by response. K: kinds of values, R: response positions."""
+"""Values that an update's loss computed for each token, by response. K: kinds of values, R: response positions."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ class Slot:
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is in GPU memory."""
     return tensor.is_cuda
 
 
 class HostState:
-    """Moves state to one block of pinned memory, which every offload uses again, and back.
+    """One block of pinned memory that state is moved to and back, the same for every offload.
 
     Copies run on a stream of their own. `offload` ends when they have, since the GPU's memory is then given away;
     `restore` ends before, so that what comes next runs beside them: `wait` orders what needs the state behind them.

@@ -41,7 +41,7 @@ class UpdateStatistics:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """What the optimizer keeps of the part of one model parameter that this rank updates.
+    """Optimizer state of the part of one model parameter that this rank updates.
 
     Attributes:
         parameter: the model's parameter.
@@ -163,8 +163,7 @@ class PolicyOptimizer:
             self.scheduler.step(1)
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Adam's state on this rank, made as zeros where no update has made it yet: the first update then finds what
-        it would have made itself."""
+        """Yield Adam's state on this rank, made as zeros where no update has made it yet, as the first update would."""
         self._host.wait()
         for optimizer in self._parts():
             for parameter, start, main in _updated(optimizer):
@@ -176,7 +175,7 @@ class PolicyOptimizer:
                 yield ParameterState(parameter, start, main, {n: state[n] for n in ("exp_avg", "exp_avg_sq")})
 
     def counters(self) -> dict[str, int]:
-        """Updates applied, which Adam corrects its bias by; steps of the schedule; updates skipped in a row."""
+        """Return the numbers of applied updates (Adam's bias correction), schedule steps, and skips in a row."""
         return {
             "updates": self._updates(),
             "schedule": int(self.scheduler.num_steps),

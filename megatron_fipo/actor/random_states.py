@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def sharded(rank: int, world_size: int) -> dict[str, ShardedTensor]:
-    """This rank's states now; what is loaded into them must be given to `restore`."""
+    """Return this rank's states now; what is loaded into them must be given to `restore`."""
     return {
         name: ShardedTensor(
             key=f"random.{name}",

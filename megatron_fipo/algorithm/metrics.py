@@ -10,7 +10,7 @@ A metric is an entry of a plain dict. Its kind follows from its type and the end
 All are detached 0-dim float64 tensors (int64 histograms) on the device of the data, made without a host sync.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -171,3 +171,20 @@ def _unpack(metrics: Mapping[str, Mean | Tensor], sums: Tensor, minima: Tensor) 
             unpacked[name] = -minima[extremum] if name.endswith("_max") else minima[extremum]
             extremum += 1
     return unpacked
+
+
+def summarize_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return `policy/` metrics of a step from its updates': means, extrema of extrema, and the number of skips."""
+    summary: dict[str, float] = {}
+    for name in sorted({name for update in updates for name in update}):
+        values = [update[name] for update in updates if name in update]
+        if name.endswith("_max"):
+            value = max(values)
+        elif name.endswith("_min"):
+            value = min(values)
+        elif name == "skipped_updates":
+            value = sum(values)
+        else:
+            value = sum(values) / len(values)
+        summary[f"policy/{name}"] = value
+    return {**summary, "policy/updates": float(len(updates))}

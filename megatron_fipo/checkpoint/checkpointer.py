@@ -36,7 +36,7 @@ _MOST_FAILURES = 2
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a checkpoint that was written.
+    """Figures of a checkpoint that was written.
 
     Attributes:
         bytes: of all files.
@@ -100,14 +100,16 @@ class Checkpointer:
 
     @property
     def in_progress(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return self._pending is not None
 
     def save(
         self, step: int, state: dict[str, Any], part: Any = None, score: float | None = None, wait: bool = False
     ) -> None:
-        """Write `step_<step>`. Returns when everything is staged, so that training may go on; with `wait`, or without
-        checkpoint.asynchronous, when the checkpoint is whole on disk. A save in progress is brought to its end first.
+        """Write `step_<step>`, after the end of a save that is in progress.
+
+        Returns when everything is staged, so that training may go on; with `wait`, or without
+        checkpoint.asynchronous, when the checkpoint is whole on disk.
 
         Args:
             state: numbers, texts, lists and dicts, the same on all ranks.
@@ -152,8 +154,10 @@ class Checkpointer:
         self._join_deletion()
 
     def close(self) -> None:
-        """Give up a write in progress; to be called when training ends, however it ends, after `finish` if it ends
-        well. Not collective."""
+        """Give up a write in progress. Not collective.
+
+        To be called when training ends, however it ends, after `finish` if it ends well.
+        """
         self._queue.kill()
         self._pending = None
         self._staging.close()
@@ -173,7 +177,7 @@ class Checkpointer:
         retention.delete(files.leftovers(self.directory, "unfinished", "removed"))
 
     def _small_files(self, state: dict[str, Any], part: Any) -> dict[str, bytes]:
-        """This rank's, but for Megatron's."""
+        """Write this rank's files, except Megatron's."""
         small = {}
         if self.topology.rank == 0:
             small[files.STATE] = json.dumps(state).encode()
@@ -249,7 +253,7 @@ class Checkpointer:
             self._warn(f"old checkpoints in {self.directory} could not be removed: {failure}")
 
     def _remove_old(self, written: int) -> None:
-        """Deleting takes long on some file systems: training does not wait for it."""
+        """Delete in the background, since deleting takes long on some file systems."""
         self._join_deletion()
         old = retention.retire(self.directory, self.config, written)
         self._deletion = threading.Thread(target=retention.delete, args=(old,), daemon=True)
@@ -283,7 +287,8 @@ class Checkpointer:
     # Loading
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, every file of which was read; None if there is no checkpoint.
+        """Return the step of the newest whole checkpoint, all files of which were read; None if there is none.
+
         Damaged ones are named in a warning and passed over.
 
         Raises:
@@ -379,7 +384,7 @@ def _broadcast(value: Any) -> Any:
 
 
 def _first(problem: str | None) -> str | None:
-    """The problem of the lowest rank that has one, on all ranks."""
+    """Return the problem of the lowest rank that has one, on all ranks."""
     box: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(box, problem)
     return next((text for text in box if text is not None), None)

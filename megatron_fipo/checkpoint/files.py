@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk, and how one knows that it is whole.
+"""Files of a checkpoint on disk, and how to tell that it is whole.
 
 step_N/             appears by a rename, with everything in it
   *.distcp, .metadata, metadata.json, common.pt    Megatron's dist-checkpoint
@@ -37,13 +37,15 @@ Kind = Literal["unfinished", "removed"]
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written, and why."""
+    """A checkpoint that differs from what was written, and why."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and CRC-32 of a file. Of what Python ships, CRC-32 is the fastest: this is against damage, not
-    against forgery."""
+    """Size in bytes and CRC-32 of a file.
+
+    CRC-32 is the fastest checksum that Python ships; it detects damage, not forgery.
+    """
 
     bytes: int
     crc32: int
@@ -51,7 +53,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Marker:
-    """The content of complete.json.
+    """Content of complete.json.
 
     Attributes:
         layout: sizes of the parallel axes, `Checkpointer`'s own and `world`.
@@ -70,7 +72,7 @@ class Marker:
 
     @staticmethod
     def read(path: Path, step: int) -> Marker:
-        """The marker of the checkpoint in the directory `path`.
+        """Read the marker of the checkpoint in the directory `path`.
 
         Raises:
             DamagedError: there is none, it is not what was written, or it is another step's.
@@ -97,25 +99,28 @@ def _crc_of(content: Mapping[str, Any]) -> int:
 
 
 def directory_of(directory: Path, step: int) -> Path:
+    """Return the directory of a step's checkpoint."""
     return directory / f"step_{step}"
 
 
 def unfinished(directory: Path, step: int) -> Path:
+    """Return the directory in which a step's checkpoint is written."""
     return directory / f".step_{step}.unfinished"
 
 
 def removed(directory: Path, step: int) -> Path:
+    """Return the directory in which a step's checkpoint waits for its deletion."""
     return directory / f".step_{step}.removed"
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, newest first."""
+    """Return the steps that have a checkpoint, whole or damaged, newest first."""
     found = (_NAME.fullmatch(path.name) for path in _entries(directory) if path.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def leftovers(directory: Path, *kinds: Kind) -> dict[Path, int]:
-    """What a run that ended in the middle of writing or removing left, and the step it belongs to."""
+    """Return the directories that a run left in the middle of writing or removing, and the step of each."""
     found = {path: _HIDDEN.fullmatch(path.name) for path in _entries(directory)}
     return {path: int(match[1]) for path, match in found.items() if match and match[2] in kinds}
 
@@ -134,7 +139,7 @@ def record(path: Path) -> FileRecord:
 
 
 def damage(path: Path, name: str, expected: FileRecord) -> str | None:
-    """What is wrong with the checkpoint's file `name`; None if it is what was written."""
+    """Return what is wrong with the checkpoint's file `name`; None if it is as written."""
     _await_file(path / name)
     try:
         size = (path / name).stat().st_size
@@ -158,7 +163,7 @@ def _await_file(path: Path) -> None:
 
 
 def share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> list[str]:
-    """The files that `rank` checks, so that all ranks read about the same number of bytes."""
+    """Return the files that `rank` checks, so that all ranks read about the same number of bytes."""
     loads = [0] * world_size
     mine = []
     for name, file in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):

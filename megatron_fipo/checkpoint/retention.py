@@ -39,8 +39,13 @@ def publish(directory: Path, marker: Marker) -> None:
 
 
 def kept(scores: Mapping[int, float | None], written: int, config: CheckpointConfig) -> set[int]:
-    """Of checkpoints, given as step -> validation score, those that stay. The newest always does, and the one just
-    written, which is another where a run went back; of equal scores the latest counts as the best."""
+    """Return the steps whose checkpoints stay.
+
+    The newest always does, and the one just written, which is another where a run went back to an earlier step.
+
+    Args:
+        scores: validation score of each step's checkpoint; of equal scores the latest counts as the best.
+    """
     newest_first = sorted(scores, reverse=True)
     keep = {written, *newest_first[: max(1, config.keep_last)]}
     if config.keep_every:
@@ -52,10 +57,10 @@ def kept(scores: Mapping[int, float | None], written: int, config: CheckpointCon
 
 
 def retire(directory: Path, config: CheckpointConfig, written: int) -> list[Path]:
-    """Take the names of checkpoints that need not stay now that `written` is whole, so that nobody can take one that
-    is half deleted for whole. Those without a readable marker are left for a person to look at.
+    """Rename checkpoints that need not stay now that `written` is whole; return the directories to be deleted.
 
-    Returns what is to be deleted.
+    A checkpoint that is half deleted thus never looks whole. Those without a readable marker are left for a person to
+    inspect.
 
     Raises:
         OSError: the file system refuses.
@@ -78,6 +83,7 @@ def take_away(directory: Path, step: int) -> None:
 
 
 def delete(paths: Iterable[Path]) -> None:
+    """Delete directories with everything in them."""
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 

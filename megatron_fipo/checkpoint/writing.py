@@ -52,7 +52,7 @@ _LARGE = 1 << 20  # bytes; a checksum over more is worth a thread beside the wri
 
 @dataclass(frozen=True)
 class Payload:
-    """What one rank writes: its tensors into `name`, and small files as they are."""
+    """Content that one rank writes: its tensors into `name`, and small files as they are."""
 
     name: str
     items: list[tuple[WriteItem, torch.Tensor | io.BytesIO]]
@@ -61,7 +61,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank's writer did, or why it could not.
+    """Report of a rank's writer: what it wrote, or why it could not.
 
     Attributes:
         places: offset and length of each item in the rank's data file.
@@ -92,7 +92,7 @@ class Report:
         self._file.flush()
 
     def take(self) -> Written:
-        """The word, or that there is none."""
+        """Return the writer's report, or that there is none."""
         with self._file:
             self._file.seek(0)
             content = self._file.read()
@@ -114,7 +114,7 @@ class _Planned(FileSystemWriterAsync):
 
 
 def plan(state: Mapping[str, Any], directory: Path) -> tuple[_Planned, Metadata | None]:
-    """What this rank writes of a state without factories; on rank 0, the metadata of the whole. Collective."""
+    """Return this rank's part of a state without factories; on rank 0, also the metadata of the whole. Collective."""
     tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
     (planned, metadata, _), *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(tensors),
@@ -129,8 +129,10 @@ def plan(state: Mapping[str, Any], directory: Path) -> tuple[_Planned, Metadata 
 def request(
     directory: Path, payload: Payload, report: Report, staging: Staging, background: bool, finalize: Any
 ) -> AsyncRequest:
-    """The writing as Megatron's queue takes it. `finalize` is called when all ranks' writers are done; until then
-    `staging` must not be released."""
+    """Return the writing as a request for Megatron's queue.
+
+    `finalize` is called when all ranks' writers are done; until then `staging` must not be released.
+    """
     function = functools.partial(_write_in_background, os.getpid()) if background else _write
     return AsyncRequest(
         function, (directory, payload, report), [finalize], preload_fn=functools.partial(_to_host, payload, staging)
@@ -169,8 +171,10 @@ class _ForkCaller(TemporalAsyncCaller):
 
 @contextlib.contextmanager
 def _children_allowed() -> Iterator[None]:
-    """Python forbids children to daemonic processes since these would be left behind when it ends a daemon. Ours die
-    with their parent, so that for the moment of the fork the ban can be lifted."""
+    """Let a daemonic process have children inside.
+
+    Python forbids it, since they would be left behind when it ends a daemon. Ours die with their parent.
+    """
     config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     daemon = config.pop("daemon", None)
     try:
@@ -181,15 +185,18 @@ def _children_allowed() -> Iterator[None]:
 
 
 def _to_host(payload: Payload, staging: Staging) -> Payload:
-    """Bring tensors from the GPU. Those in host memory stay where they are: a forked process sees them as they were
-    at the fork, and memory is copied only where training changes it."""
+    """Copy tensors from the GPU to the host.
+
+    Those in host memory stay where they are: a forked process sees them as they were at the fork, and memory is copied
+    only where training changes it.
+    """
     copies = iter(staging.copy([x for _, x in payload.items if isinstance(x, torch.Tensor)]))
     items = [(i, next(copies) if isinstance(x, torch.Tensor) else x) for i, x in payload.items]
     return Payload(payload.name, items, payload.files)
 
 
 def _write_in_background(parent: int, directory: Path, payload: Payload, report: Report) -> None:
-    """The life of a writer process."""
+    """Write, in a process of its own, and report."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         return  # it died before it could be asked for

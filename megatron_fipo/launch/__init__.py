@@ -63,7 +63,7 @@ def started_ranks() -> int | None:
 
 
 def num_gpus() -> int:
-    """Of this machine."""
+    """Return the number of GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
@@ -217,7 +217,7 @@ def _check_number(parallel: ParallelConfig, started: int) -> None:
 
 @contextmanager
 def _logs(run_directory: Path | None) -> Iterator[Path]:
-    """The directory of the ranks' logs; without a run directory one that stays only if a rank fails."""
+    """Yield the directory of the ranks' logs; without a run directory, one that stays only if a rank fails."""
     if run_directory is not None:
         yield run_directory / "logs"
         return

@@ -85,7 +85,7 @@ class Attempt:
         return self._stopped("expired", "stopped by its time limit before a checkpoint was whole")
 
     def signalled(self) -> None:
-        """Slurm asks more than once."""
+        """Record the first request to stop; Slurm sends several."""
         if self.first and not self._signalled:
             self._record("signalled")
         self._signalled = True
@@ -118,7 +118,7 @@ class Attempt:
         return told if self.job is None else ""
 
     def failed(self, failure: Failure, message: str) -> RankFailure:
-        """The error to end with. The first of all supervisors to come here shows it, and may requeue the job."""
+        """Return the error to end with. The first of all supervisors to come here shows it, and may requeue the job."""
         exit_code = BAD_INPUT if failure.kind == "input" else FAILED
         if self._directory is None:
             return RankFailure(message, exit_code)
@@ -142,8 +142,11 @@ class Attempt:
         return RankFailure(message, exit_code, shown=self.job is not None)
 
     def failed_elsewhere(self, trouble: bool = False) -> Record | None:
-        """The end that another supervisor has recorded of this attempt; read more often in `trouble`, when a rank here
-        has lost its connections."""
+        """Return the end that another supervisor has recorded of this attempt, if any.
+
+        Args:
+            trouble: a rank here has lost its connections, so the records are read more often.
+        """
         if self.alone or self._directory is None:
             return None
         seconds = _POLL_SECONDS if trouble else _HEALTHY_POLL_SECONDS
@@ -181,7 +184,7 @@ class Attempt:
         return attempts.read(self._path)
 
     def _recent(self, seconds: float) -> list[Record]:
-        """The records as of so many seconds ago at most. Opened, since network file systems cache what `stat` says."""
+        """Return the records, at most so many seconds old; they are read, since network file systems cache `stat`."""
         if time.monotonic() >= self._last_look + seconds:
             self._last_look = time.monotonic()
             self._seen = self._records()

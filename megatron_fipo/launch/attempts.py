@@ -32,7 +32,9 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Attributes:
+    """One line of attempts.jsonl.
+
+    Attributes:
     job, restarts, launch: the attempt: Slurm's job number (None without Slurm), how often the job was requeued
         before, and srun's number within the job.
     step: how far the run has come by then, as a number that grows: the training step in progress, or what `unit` says.
@@ -59,7 +61,7 @@ class Record:
         return f"in step {self.step}" if self.unit == "step" else f"after {self.step} samples"
 
     def is_of(self, job: Job | None) -> bool:
-        """Whether it is of this attempt of the job."""
+        """Return whether the record is of this attempt of the job."""
         return job is not None and (self.job, self.restarts, self.launch) == (job.number, job.restarts, job.step)
 
 
@@ -79,6 +81,7 @@ def read(path: Path) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> None:
+    """Append a record, down to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -89,7 +92,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def new_record(event: Event, progress: Progress, job: Job | None, cause: str = "") -> Record:
-    """Of this moment and this node."""
+    """Return a record of this moment and this node."""
     return Record(
         event,
         progress.number,
@@ -105,7 +108,7 @@ def new_record(event: Event, progress: Progress, job: Job | None, cause: str = "
 
 
 def training_progress(run_directory: Path) -> Progress:
-    """The step after the last one in metrics.jsonl, 1 before there is any."""
+    """Return the step after the last one in metrics.jsonl, 1 before there is any."""
     try:
         lines = (run_directory / "metrics.jsonl").read_text(errors="replace").splitlines()
     except FileNotFoundError:
@@ -119,7 +122,7 @@ def training_progress(run_directory: Path) -> Progress:
 
 
 def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str], str]) -> Record | None:
-    """The failure of the job's previous attempt, if that ended without a word, as with its node.
+    """Return the failure of the job's previous attempt if that ended without reporting an error, as with its node.
 
     An attempt that was asked to stop and did not find the time is none, unless Slurm asked because of a lost node.
     `lost_nodes`: those of a node list that do not answer.
@@ -133,7 +136,7 @@ def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str]
     asked = any(r.event == "signalled" for r in after)
     if any(r.event not in ("signalled", "running") for r in after) or (asked and not lost):
         return None
-    cause = f"the attempt that started on {start.nodes} at {start.time} ended without a word"
+    cause = f"the attempt that started on {start.nodes} at {start.time} ended without reporting an error"
     return replace(
         start,
         event="failed",

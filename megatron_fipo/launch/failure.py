@@ -1,4 +1,4 @@
-"""What a failed rank tells its supervisor, and what kind of failure it is."""
+"""Report of a failed rank to its supervisor, and the kind of failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.whole_file import write_whole
 
-# input: a ValueError, the user's to mend. program: any other exception; it would come again. machine: a node, a device
+# input: a ValueError, a user error. program: any other exception; it would come again. machine: a node, a device
 # or a disk; another attempt may do better. connection: one of these, or the mere consequence of another rank's failure.
 Kind = Literal["input", "program", "machine", "connection"]
 
@@ -51,7 +51,7 @@ class Failure:
 
 
 def of_exit(rank: int, exit_code: int) -> Failure:
-    """Of a rank that ended without an exception."""
+    """Return the failure of a rank that ended without an exception."""
     if exit_code >= 0:
         return Failure(rank, host(), "program", f"it ended with exit code {exit_code}")
     number = signal.Signals(-exit_code)
@@ -62,7 +62,7 @@ def of_exit(rank: int, exit_code: int) -> Failure:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """By type where there is one to go by, otherwise by what libraries write into a RuntimeError."""
+    """Return the kind of an error, by its type or else by what libraries write into a RuntimeError."""
     names = {c.__name__ for c in type(error).__mro__}
     if type(error) is ValueError:
         return "input"

@@ -1,4 +1,4 @@
-"""What started this process as one of several: srun, Flux, or an MPI launcher (PBS, LSF and others use one).
+"""Launchers that start this process as one of several: srun, Flux, or an MPI launcher (PBS, LSF and others use one).
 
 A process that was started beside others but does not know it would train alone, and all of them in one directory; so
 what is not understood is refused.

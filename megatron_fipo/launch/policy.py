@@ -1,4 +1,4 @@
-"""Whether a job is requeued, from the records of its attempts.
+"""Decision whether a job is requeued, from the records of its attempts.
 
 An attempt is starting until its ranks have resumed (`running`), so that a node that does not come up is not taken for a
 step that fails. Three strikes: the same thing three times in a row ends the job.
@@ -25,7 +25,7 @@ _ENDS = ("failed", "expired", "interrupted", "finished")
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a job.
+    """Decision on a job.
 
     Attributes:
         refusal: why it is left alone; None: it is requeued.

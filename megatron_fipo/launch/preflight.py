@@ -43,7 +43,7 @@ _LITTLE_DEVICE_MEMORY = 0.9  # of the whole
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a rank. Bytes where there is no other unit; None: no GPU, or no run directory."""
+    """Facts about a rank. Bytes where there is no other unit; None: no GPU, or no run directory."""
 
     rank: int
     host: str
@@ -118,7 +118,7 @@ def device_index() -> int:
 
 
 class _Ranks:
-    """What the ranks tell each other through rank 0's key-value store, which works when nothing else does."""
+    """Exchange between ranks through rank 0's key-value store, which works when nothing else does."""
 
     def __init__(self, store: dist.Store) -> None:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -157,7 +157,7 @@ class _Ranks:
         return facts
 
     def _token(self, timeout: timedelta, run_directory: Path | None) -> Path | None:
-        """A file that rank 0 has just made in the run directory."""
+        """Yield a file that rank 0 has just made in the run directory."""
         if run_directory is None:
             return None
         if self.rank == 0:
@@ -190,7 +190,7 @@ class _Ranks:
         return self._facts()
 
     def _facts(self) -> list[Facts]:
-        """Of those that have come."""
+        """Return the facts of the ranks that have arrived."""
         keys = [f"facts/{rank}" for rank in range(self.world_size)]
         return [Facts(**json.loads(self.store.get(key))) for key in keys if self.store.check([key])]
 
@@ -300,7 +300,7 @@ def _gpu_problems(requirements: Requirements) -> list[str]:
 
 
 def _is_visible(file: Path) -> bool:
-    """Whether the file is, or within a minute becomes, one that this node sees."""
+    """Return whether this node sees the file, now or within a minute."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
         try:  # listing makes a network file system look again; asking for the name may repeat a cached answer

@@ -1,4 +1,4 @@
-"""What a configuration needs of every node, which ranks check before anything is built."""
+"""Requirements of a configuration on every node, which ranks check before anything is built."""
 
 from __future__ import annotations
 

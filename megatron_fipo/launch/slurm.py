@@ -1,4 +1,4 @@
-"""What srun tells its tasks through the environment, and the job's way back into the queue."""
+"""Environment that srun gives its tasks, and how a job requeues itself."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """The same on all nodes, and different for jobs of near numbers, a job's steps, and its attempts."""
+    """Return a port, the same on all nodes, and different for jobs of near numbers, a job's steps, and its attempts."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return _FIRST_PORT + (64 * job + 8 * (step % 8) + _restarts(environment) % 8) % _PORTS
 

@@ -35,7 +35,7 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class RankTask:
-    """What a rank is started with.
+    """Everything that a rank is started with.
 
     Attributes:
         environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, under srun MASTER_ADDR and MASTER_PORT; what
@@ -67,7 +67,7 @@ class RankTask:
 
 
 def _start_rank(task: RankTask) -> None:
-    """Runs in the rank's process."""
+    """Run a rank, in its own process."""
     from megatron_fipo.launch.rank import main
 
     main(task)
@@ -143,7 +143,7 @@ class Supervisor:
         self.attempt.finished()
 
     def _first_failure(self) -> Failure | None:
-        """The failure to be shown. A mere lost connection first waits for what may be behind it."""
+        """Return the failure to be shown. A lost connection first waits for the failure that may have caused it."""
         deadline = time.monotonic() + _PRIMARY_SECONDS
         while True:
             failures = self._failures()
@@ -159,7 +159,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _failures(self) -> list[Failure]:
-        """Of this process's ranks, in the order in which they were noted."""
+        """Return the failures of this process's ranks, in the order in which they were noted."""
         written = sorted(self._errors.glob("rank_*.json"), key=lambda f: f.stat().st_mtime_ns)
         told = [Failure.read(f) for f in written]
         known = {f.rank for f in told}
@@ -212,13 +212,13 @@ class Supervisor:
         if again:
             raise KeyboardInterrupt
         if len(self._interrupts) == 1:
-            print("stopping in good order; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
+            print("shutting down cleanly; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(number)
 
     def _kill(self, rank: int) -> None:
-        """The rank and the processes that it started, which are in its group."""
+        """End a rank and the processes that it started, which are in its group."""
         process = self._ranks[rank]
         if process.exitcode not in (0, RUN_AGAIN):
             with contextlib.suppress(ProcessLookupError):
@@ -267,7 +267,7 @@ def _write(file: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """The fork server and Python's resource tracker are started, and live, with these signals blocked.
+    """Start the fork server and Python's resource tracker with these signals blocked inside.
 
     Slurm signals every process of a job, and they would die of it. A rank is started so as well, and gets what came
     meanwhile when it is ready for it.
@@ -287,11 +287,14 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _start_method() -> str:
-    """Without a GPU, ranks are forked from a server that has imported the heavy packages once. CUDA does not survive a
-    fork, so there every rank starts afresh."""
+    """Return how ranks are started.
+
+    Without a GPU, they are forked from a server that has imported the heavy packages once. CUDA does not survive a
+    fork, so there every rank starts afresh.
+    """
     return "spawn" if has_gpu() else "forkserver"
 
 
 def has_gpu() -> bool:
-    """Asked of the driver's files: CUDA would keep memory of the device for this process."""
+    """Return whether there is a GPU, by the driver's files: CUDA would keep memory of the device for this process."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()

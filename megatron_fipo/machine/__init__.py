@@ -1,1 +1,1 @@
-"""What a run needs to know of the machine that it is on: limits, addresses, space, places for caches."""
+"""Facts about the machine that a run is on: limits, addresses, space, places for caches."""

@@ -1,4 +1,4 @@
-"""What the driver allows processes to do with a GPU."""
+"""Compute mode of a GPU: which processes the driver allows to use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this node is called."""
+"""Name of this node."""
 
 from __future__ import annotations
 

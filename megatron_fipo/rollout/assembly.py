@@ -1,4 +1,4 @@
-"""What becomes of drawn responses, whoever scheduled them: verdicts, one row of numbers each, the training batch."""
+"""From sampled responses to a step's batch, whoever scheduled them: scores, one row of numbers each, the batch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.algorithm import (
-    CollectedGroups,
-    group_relative_advantages,
-    length_weighted_mean_advantage,
-    overlong_penalty,
-)
+from megatron_fipo.algorithm import CollectedGroups, length_weighted_mean_advantage
 from megatron_fipo.batch import FAILURES, Rollouts
-from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
 from megatron_fipo.model.stop_tokens import without_stop_token
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.reward import RewardFunction, Score
+from megatron_fipo.reward import RewardFunction
 
 
 @dataclass(frozen=True)
-class Collected:
+class StepBatch:
     """A step's training batch.
 
     Attributes:
-        rollouts: this replica's share, with rewards and advantages; the same on every rank of the replica.
+        rollouts: this replica's share, with rewards; the same on every rank of the replica.
         groups: group numbers of the whole batch over all replicas, in prompt order.
-        metrics: what was seen on the way, the same on all ranks.
+        metrics: figures of all responses that were sampled for it, the same on all ranks.
     """
 
     rollouts: Rollouts
@@ -38,66 +32,43 @@ class Collected:
     metrics: dict[str, float]
 
 
-def verdicts(
-    reward: RewardFunction,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    responses: Sequence[Sequence[int]],
-    stops: Sequence[int],
-) -> list[Score]:
-    """Return the score of one response a prompt. The stop token, special or not, is no part of the text."""
-    tokens = [without_stop_token(response, stops) for response in responses]
+def score_responses(
+    reward: RewardFunction, tokenizer: Any, prompts: Sequence[Prompt], rollouts: Rollouts, stops: Sequence[int]
+) -> Rollouts:
+    """Return one response a prompt with the verifier's score, accuracy and failure.
+
+    The stop token, special or not, is no part of the text that the verifier reads.
+    """
+    tokens = [without_stop_token(response.tolist(), stops) for response in rollouts.response_tokens()]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return reward(texts, [p.ground_truth for p in prompts], [p.data_source for p in prompts])
-
-
-def with_rewards(rollouts: Rollouts, scores: Sequence[Score], config: Config) -> Rollouts:
-    """Return the responses with rewards, less the penalty for length, and with scores and accuracies without it."""
-    penalty = overlong_penalty(
-        rollouts.response_lengths,
-        config.rollout.max_response_tokens,
-        config.reward.overlong_buffer_tokens,
-        config.reward.overlong_penalty_factor,
-    )
-    unshaped = torch.tensor([s.reward for s in scores], dtype=torch.float32)
+    scores = reward(texts, [p.ground_truth for p in prompts], [p.data_source for p in prompts]) if texts else []
     return rollouts.replace(
-        rewards=unshaped + penalty,
-        scores=unshaped,
+        scores=torch.tensor([s.reward for s in scores], dtype=torch.float32),
         failures=torch.tensor([FAILURES.index(s.failure) for s in scores], dtype=torch.int8),
         accuracy=torch.tensor([s.accuracy for s in scores], dtype=torch.float32),
     )
 
 
 def response_rows(rollouts: Rollouts) -> torch.Tensor:
-    """Return what replicas tell each other, [B, 7] float64: id, reward, accuracy, response length, truncated, score,
-    failure."""
+    """Return [B, 7] float64 of id, reward, accuracy, response length, truncated, score and failure."""
     r = rollouts
     columns = (r.ids, r.rewards, r.accuracy, r.response_lengths, r.truncated, r.scores, r.failures)
     return torch.stack([c.double() for c in columns], dim=1)
 
 
 def no_rollouts() -> Rollouts:
+    """Return an empty batch."""
     return Rollouts.from_responses([], [], [], [], [])
 
 
-def train_batch(
-    batch: CollectedGroups[int],
-    rollouts: Rollouts,
-    rows: torch.Tensor,
-    policy_version: int,
-    config: Config,
-    topology: Topology,
-) -> Collected:
-    """Advantages, and the batch's figures over all replicas. Collective over the data-parallel group.
+def step_batch(batch: CollectedGroups[int], rollouts: Rollouts, rows: torch.Tensor) -> StepBatch:
+    """Return the batch with figures of all responses that were sampled for it.
 
     Args:
-        batch: its groups, and what it took to find them.
+        batch: its groups, and the rounds and prompts that it took to find them.
         rollouts: this replica's responses to them.
-        rows: of all responses that were looked at, dropped groups included, as `response_rows` gives them.
-        policy_version: of the weights that the batch is to train.
+        rows: `response_rows` of all sampled responses of all replicas, dropped groups included.
     """
-    advantages = group_relative_advantages(rollouts.rewards, rollouts.ids // config.rollout.group_size)
-    rollouts = rollouts.replace(advantages=advantages)
     metrics = {
         "sampling/rounds": float(batch.rounds),
         "sampling/prompts_generated": float(batch.generated_prompts),
@@ -105,13 +76,12 @@ def train_batch(
         "sampling/groups_all_wrong": float(batch.dropped_all_wrong),
         "sampling/surplus_groups": float(batch.surplus),
         **(_response_metrics(rows) if len(rows) else {}),
-        **_batch_metrics(rollouts, policy_version, topology),
     }
-    return Collected(rollouts, batch.groups, metrics)
+    return StepBatch(rollouts, batch.groups, metrics)
 
 
 def _response_metrics(rows: torch.Tensor) -> dict[str, float]:
-    """Rewards and lengths of all generated responses, dropped groups included."""
+    """Return rewards and lengths of all sampled responses, dropped groups included."""
     _, reward, accuracy, length, truncated, _, failure = rows.unbind(1)
     quantiles = torch.quantile(length, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
     right, wrong = length[accuracy > 0], length[accuracy <= 0]
@@ -127,8 +97,13 @@ def _response_metrics(rows: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _batch_metrics(rollouts: Rollouts, policy_version: int, topology: Topology) -> dict[str, float]:
-    """Of the training batch. Staleness counts the updates of a step as one."""
+def batch_metrics(rollouts: Rollouts, policy_version: int, topology: Topology) -> dict[str, float]:
+    """Return figures of the training batch over all replicas. Collective over the data-parallel group.
+
+    Args:
+        rollouts: this replica's share, with rewards and advantages.
+        policy_version: version of the weights that the batch is to train. Staleness counts a step's updates as one.
+    """
     weighted = length_weighted_mean_advantage(rollouts.advantages, rollouts.response_lengths)
     staleness = (policy_version - rollouts.weight_versions[rollouts.loss_mask]).double()
     parts = (

@@ -1,4 +1,4 @@
-"""From prompts to a scored training batch: generation rounds, rewards, dynamic sampling, advantages.
+"""From prompts to a scored training batch: generation rounds, rewards, dynamic sampling.
 
 Every data-parallel replica generates and scores its own prompts; between replicas only counts and one row of numbers
 a response are exchanged. A group's number counts prompts over the whole run; a response's id is group number * group
@@ -19,49 +19,24 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.data import Prompt
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import unless_interrupted
-from megatron_fipo.reward import RewardFunction, Score
-from megatron_fipo.rollout.assembly import (
-    Collected,
-    no_rollouts,
-    response_rows,
-    train_batch,
-    verdicts,
-    with_rewards,
-)
+from megatron_fipo.rollout.assembly import StepBatch, no_rollouts, response_rows, step_batch
 from megatron_fipo.rollout.collector import Collector
-from megatron_fipo.rollout.protocol import Request, Response, RolloutEngine, Sampling
+from megatron_fipo.rollout.protocol import Request
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any numbers and names, the same on every machine."""
+    """Return a 63-bit seed from any numbers and names, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def generate_and_score(
-    engine: RolloutEngine,
-    reward: RewardFunction,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    sampling: Sampling,
-) -> tuple[list[Response], list[Score]]:
-    """One response a prompt (repeat a prompt for more), and its verdict."""
-    if not prompts:
-        return [], []
-    requests = [Request(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    responses = engine.generate(requests, sampling)
-    drawn = [response.token_ids for response in responses]
-    return responses, verdicts(reward, tokenizer, prompts, drawn, sampling.stop_token_ids)
-
-
 class RolloutCollector(Collector):
-    """Draws a round of prompts after the other until a batch is full."""
+    """Collector that samples one round of prompts after another until a batch is full."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._held: dict[int, Rollouts] = {}  # this replica's responses, by group, that may still be trained on
 
-    def collect(self) -> Collected:
+    def collect(self) -> StepBatch:
         """Generate round after round until the batch is full. Collective over all ranks.
 
         Raises:
@@ -76,34 +51,33 @@ class RolloutCollector(Collector):
         self._held = {g: r for g, r in self._held.items() if g in set(self.collector.pending)}
         rollouts = Rollouts.concatenate([no_rollouts(), *kept])
         rows = torch.cat(seen) if seen else response_rows(no_rollouts())
-        collected = train_batch(batch, rollouts, rows, self.batches, self.config, self.topology)
         self.batches += 1
-        return collected
+        return step_batch(batch, rollouts, rows)
 
-    # What a collector that draws ahead does (`stream.StreamingCollector`); here nothing goes on between two batches.
+    # For `stream.StreamingCollector`, which samples ahead; here nothing goes on between two batches.
 
-    is_ahead = False
+    has_prefetched = False
 
-    def start_next(self) -> None:
+    def prefetch(self) -> None:
         pass
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         pass
 
     def close(self) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two batches: where the stream of prompts is, and the groups kept for the next batch."""
+        """Return, between two batches, the position of the prompts and the groups kept for the next batch."""
         return {**self.position(), "kept": self.collector.pending.copy()}
 
     def kept_rollouts(self) -> dict[str, torch.Tensor]:
-        """This replica's responses to the kept groups, as the fields of a `Rollouts`."""
+        """Return this replica's responses to the kept groups, as the fields of a `Rollouts`."""
         kept = [self._held[group] for group in self.collector.pending if group in self._held]
         return vars(Rollouts.concatenate([no_rollouts(), *kept]))
 
     def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Go on where `state` was taken.
+        """Resume where `state` was taken.
 
         Args:
             kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
@@ -144,7 +118,7 @@ class RolloutCollector(Collector):
         return ids // self.config.rollout.group_size
 
     def _generate(self, wanted: Sequence[tuple[int, Prompt]]) -> Rollouts:
-        """(id, prompt) pairs of this replica, each rank generating a share; the whole on every rank."""
+        """Return scored responses to this replica's (id, prompt) pairs, on every rank; each generates a share."""
         replica = self.topology.replica
         if self.engine.through_first_rank:
             mine = wanted if replica.rank() == 0 else []
@@ -152,21 +126,24 @@ class RolloutCollector(Collector):
             mine = wanted[replica.rank() :: replica.size()]
         ids, prompts = [i for i, _ in mine], [p for _, p in mine]
         seeds = [derive_seed(self.config.run.seed, "rollout", i) for i in ids]
-        responses, scores = unless_interrupted(
-            lambda: generate_and_score(self.engine, self.reward, self.tokenizer, prompts, seeds, self.sampling)
-        )
-        rollouts = Rollouts.from_responses(
-            ids=ids,
-            prompts=[p.token_ids for p in prompts],
-            responses=[r.token_ids for r in responses],
-            log_probs=[r.log_probs for r in responses],
-            truncated=[r.truncated for r in responses],
-            weight_versions=self.batches,
-        )
-        return all_gather(with_rewards(rollouts, scores, self.config), replica, self.topology.device)
+        requests = [Request(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+        def generate_and_score() -> Rollouts:
+            responses = self.engine.generate(requests, self.sampling) if requests else []
+            rollouts = Rollouts.from_responses(
+                ids=ids,
+                prompts=[p.token_ids for p in prompts],
+                responses=[r.token_ids for r in responses],
+                log_probs=[r.log_probs for r in responses],
+                truncated=[r.truncated for r in responses],
+                weight_versions=self.batches,
+            )
+            return self.score(prompts, rollouts)
+
+        return all_gather(unless_interrupted(generate_and_score), replica, self.topology.device)
 
     def _over_replicas(self, rollouts: Rollouts) -> torch.Tensor:
-        """`response_rows` of all replicas."""
+        """Return `response_rows` of all replicas."""
         rows: list[Any] = [None] * self.topology.dp.size()
         dist.all_gather_object(rows, response_rows(rollouts), group=self.topology.dp)
         return torch.cat(rows)

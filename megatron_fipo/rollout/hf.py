@@ -74,7 +74,7 @@ class HFEngine:
         return responses
 
     def release(self) -> None:
-        """The model is small beside the trainer's, and stays."""
+        """Keep the model, which is small beside the trainer's."""
 
     def close(self) -> None:
         del self.model, self._parameters

@@ -18,8 +18,10 @@ from megatron_fipo.parallel.topology import Topology
 
 
 def with_importance_weights(batches: Sequence[TrainBatch], config: RolloutConfig) -> list[TrainBatch]:
-    """Truncated importance weights of every token, where `rollout.importance_sampling` wants them. The batches have
-    their old log-probabilities."""
+    """Add truncated importance weights of every token, where `rollout.importance_sampling` asks for them.
+
+    The batches have their old log-probabilities.
+    """
     level = config.importance_sampling_level
     if level == "none":
         return list(batches)
@@ -55,8 +57,9 @@ def rollout_mismatch(batches: Sequence[TrainBatch], topology: Topology) -> dict[
 def mismatch_warning(
     mismatch: dict[str, float], rollouts: Rollouts, policy_version: int, config: RolloutConfig, topology: Topology
 ) -> str | None:
-    """What to tell the user about a mismatch above `rollout.mismatch_warning`; None below it. Collective where it is
-    above, since the versions of all replicas are looked at.
+    """Return a warning about a mismatch above `rollout.mismatch_warning`; None below it.
+
+    Collective where it is above, since the versions of all replicas are compared.
 
     Args:
         policy_version: of the weights that compute the old log-probabilities.

@@ -1,4 +1,4 @@
-"""What a rollout engine is asked and what it answers."""
+"""Protocol of rollout engines: requests, sampling parameters, responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Temperature 0 is greedy; top_k 0 keeps all tokens."""
+    """Sampling parameters. Temperature 0 is greedy; top_k 0 keeps all tokens."""
 
     temperature: float
     top_p: float
@@ -23,7 +23,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to draw. The same seed, prompt, weights and sampling give the same response."""
+    """Request for one response. The same seed, prompt, weights and sampling give the same response."""
 
     prompt_ids: Sequence[int]
     seed: int
@@ -35,10 +35,10 @@ class Response:
 
     Attributes:
         token_ids: the stop token that ended it included.
-        log_probs: of each token in the distribution it was drawn from: after temperature, top-k and top-p.
+        log_probs: of each token in the distribution it was sampled from: after temperature, top-k and top-p.
         truncated: it reached `max_tokens` without a stop token.
         unfinished: it was paused (`PausingEngine`) before either; it may have no token yet.
-        weight_versions: numbers of the `load_weights` that drew it, in order; empty where an engine does not tell.
+        weight_versions: numbers of the `load_weights` that it was sampled with, in order; empty: not known.
     """
 
     token_ids: list[int]
@@ -49,7 +49,8 @@ class Response:
 
 
 class RolloutEngine(Protocol):
-    """
+    """Engine that samples responses with the policy's weights.
+
     Attributes:
         through_first_rank: requests of a data-parallel replica go through its first rank; otherwise each of its ranks
             generates a share.
@@ -64,36 +65,36 @@ class RolloutEngine(Protocol):
         """
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        """One response a request, in order.
+        """Return one response a request, in order.
 
         Raises:
-            Interrupted: this rank was asked to stop (`parallel.interrupt`) before all were drawn.
+            Interrupted: this rank was asked to stop (`parallel.interrupt`) before all were sampled.
         """
 
     def release(self) -> None:
-        """Generation is over until the next `load_weights`: give back device memory that training needs."""
+        """Give back device memory that training needs, until the next `load_weights`."""
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Close the engine."""
 
 
 @runtime_checkable
 class StreamingEngine(RolloutEngine, Protocol):
-    """An engine that draws in the background, so that responses can be taken up one by one as they are finished.
+    """Engine that samples in the background, so that responses can be processed as they are finished.
 
     All requests of a replica go through its first rank.
     """
 
     def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
-        """One response, drawn sooner or later by the weights of the newest `load_weights`; returns at once.
+        """Request one response with the weights of the newest `load_weights`; return at once.
 
-        `Future.cancel` ends it at any time. There is none under way when `load_weights` is called.
+        `Future.cancel` ends it at any time. None is in flight when `load_weights` is called.
         """
 
 
 @runtime_checkable
 class PausingEngine(StreamingEngine, Protocol):
-    """One that can say how far a response has come."""
+    """Engine that can return partial responses."""
 
     def pause(self, futures: Sequence[Future[Response]]) -> None:
-        """End these requests and return when they are ended; their results are what was drawn so far."""
+        """End these requests and return when they are ended; their results are the partial responses."""

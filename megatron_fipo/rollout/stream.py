@@ -30,27 +30,25 @@ from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.reward import RewardFunction
-from megatron_fipo.rollout.assembly import Collected, no_rollouts, response_rows, train_batch, verdicts, with_rewards
+from megatron_fipo.rollout.assembly import StepBatch, no_rollouts, response_rows, step_batch
 from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
-from megatron_fipo.rollout.collector import Collector
-from megatron_fipo.rollout.drafts import Discarded, Goal, Group, GroupSource
-from megatron_fipo.rollout.kept import packed, unpacked
+from megatron_fipo.rollout.collector import Collector, Score
+from megatron_fipo.rollout.in_flight import Discarded, Group, GroupSource, Target
 from megatron_fipo.rollout.protocol import PausingEngine, RolloutEngine, StreamingEngine
+from megatron_fipo.rollout.saved_groups import packed, unpacked
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at all replicas
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two polls of all replicas
 
 
 def make_collector(
     config: Config,
     topology: Topology,
     engine: RolloutEngine,
-    reward: RewardFunction,
-    tokenizer: Any,
+    score: Score,
     stream: PromptStream,
     stop_token_ids: tuple[int, ...],
 ) -> RolloutCollector | StreamingCollector:
-    """The collector that suits the engine.
+    """Return the collector that suits the engine.
 
     Raises:
         ValueError: the engine cannot do what `rollout.max_staleness` or `rollout.partial` needs.
@@ -61,18 +59,18 @@ def make_collector(
             f"rollout.partial=true: {type(engine).__name__} cannot pause a response; set rollout.partial=false"
         )
     if isinstance(engine, StreamingEngine):
-        return StreamingCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+        return StreamingCollector(config, topology, engine, score, stream, stop_token_ids)
     if rollout.max_staleness:
         raise ValueError(
             f"rollout.max_staleness = {rollout.max_staleness}: {type(engine).__name__} cannot draw while the policy is "
             "trained; set rollout.max_staleness=0 or rollout.engine=vllm"
         )
-    return RolloutCollector(config, topology, engine, reward, tokenizer, stream, stop_token_ids)
+    return RolloutCollector(config, topology, engine, score, stream, stop_token_ids)
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells all others at a look; first ranks of replicas tell of groups."""
+    """Report of a rank to all others at a poll; first ranks of replicas report groups."""
 
     rows: dict[int, torch.Tensor] = field(default_factory=dict)  # of newly finished groups
     unfinished: int = 0
@@ -82,10 +80,10 @@ class _Report:
 
 
 class StreamingCollector(Collector):
-    """Draws in the background. All methods but `close` are collective over all ranks.
+    """Collector that samples in the background. All methods but `close` are collective over all ranks.
 
-    Groups are dealt to replicas by their number. Only the first rank of a replica draws; every rank takes part in the
-    looks that decide, from the same reports, which groups are the batch.
+    Groups are dealt to replicas by their number. Only the first rank of a replica samples; every rank takes part in the
+    polls that decide, from the same reports, which groups are the batch.
     """
 
     engine: StreamingEngine
@@ -99,28 +97,30 @@ class StreamingCollector(Collector):
             else None
         )
         self._under_way = False
-        self._settled: Collected | None = None  # a full batch that is not yet handed out
+        self._settled: StepBatch | None = None  # a full batch that is not yet handed out
         self._kept: dict[str, Any] = packed([])  # what stays for the batch that comes next, at its beginning
 
     # Batches
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether the next batch was begun."""
+    def has_prefetched(self) -> bool:
+        """True once the next batch was begun."""
         return self._under_way or self._settled is not None
 
-    def start_next(self) -> None:
-        """Begin the batch after the one that was handed out last, whose training is still to come. Returns at once;
-        the engine has the weights that this training begins with."""
-        self._start(version=self.batches - 1, patience=self.config.rollout.settle_seconds)
+    def prefetch(self) -> None:
+        """Begin the batch after the one that was handed out last, whose training is still to come; return at once.
 
-    def settle(self) -> None:
-        """Wait until the batch that was begun, if any, is full. Nothing is under way afterwards.
+        The engine has the weights that this training begins with.
+        """
+        self._start(version=self.batches - 1, grace_seconds=self.config.rollout.settle_seconds)
+
+    def drain(self) -> None:
+        """Wait until the batch that was begun, if any, is full. Nothing is in flight afterwards.
 
         Raises:
             DynamicSamplingExhausted: `rollout.max_rounds` times the prompts of a round did not fill it.
-            Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `start_next`,
-                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be drawn again.
+            Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `prefetch`,
+                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be sampled again.
         """
         if self._under_way:
             try:
@@ -128,34 +128,35 @@ class StreamingCollector(Collector):
             finally:
                 self._under_way = False
 
-    def collect(self) -> Collected:
-        """The next batch: the one that was begun, or one drawn now, with the engine's newest weights.
+    def collect(self) -> StepBatch:
+        """Return the next batch: the one that was begun, or one sampled now, with the engine's newest weights.
 
         Raises:
-            DynamicSamplingExhausted, Interrupted: as `settle`.
+            DynamicSamplingExhausted, Interrupted: as `drain`.
         """
-        if not self.is_ahead:
-            self._start(version=self.batches, patience=0.0)
-        self.settle()
+        if not self.has_prefetched:
+            self._start(version=self.batches, grace_seconds=0.0)
+        self.drain()
         collected, self._settled = self._settled, None
         assert collected is not None
         self.batches += 1
         return collected
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel all requests in flight."""
         if self._source is not None:
             self._source.close()
 
-    def _start(self, version: int, patience: float) -> None:
-        """
+    def _start(self, version: int, grace_seconds: float) -> None:
+        """Begin a batch.
+
         Args:
             version: of the policy that the engine serves.
-            patience: seconds from a request to stop to giving this batch up.
+            grace_seconds: from a request to stop to giving this batch up.
         """
-        assert not self.is_ahead
+        assert not self.has_prefetched
         rollout, replicas = self.config.rollout, self.topology.dp.size()
-        self._patience = patience
+        self._grace_seconds = grace_seconds
         self._asked_to_stop: float | None = None  # when this rank noticed
         self._seen: list[torch.Tensor] = []  # rows of the groups before `_upto`, in order
         self._rows: dict[int, torch.Tensor] = {}  # of finished groups from `_upto` on
@@ -166,17 +167,17 @@ class StreamingCollector(Collector):
         self._under_way = True
         if self._source is not None:
             # Until the first look a replica knows of itself only, and goes for its share.
-            goal = Goal(
+            target = Target(
                 window=-(-self.round_size // replicas),
                 enough=-(-self._enough // replicas),
                 count_unfinished=rollout.partial,
                 limit=self.next_group + rollout.max_rounds * self.round_size if rollout.max_rounds else None,
             )
             oldest = self.batches - rollout.max_staleness
-            self._goal = goal
-            self._too_old = self._source.start(self._own_prompts(), version, oldest, goal)
+            self._target = target
+            self._too_old = self._source.start(self._own_prompts(), version, oldest, target)
 
-    def _fill(self) -> Collected:
+    def _fill(self) -> StepBatch:
         pause = _SHORTEST_PAUSE
         try:
             while not self._accept():
@@ -189,7 +190,7 @@ class StreamingCollector(Collector):
         return self._conclude()
 
     def _accept(self) -> bool:
-        """Go through finished groups in prompt order, as far as they go; True when the batch is full."""
+        """Accept finished groups in prompt order, as far as they go; return whether the batch is full."""
         while self.collector.needs_round():
             rows = self._rows.pop(self._upto, None)
             if rows is None:
@@ -203,7 +204,7 @@ class StreamingCollector(Collector):
         return True
 
     def _look(self) -> bool:
-        """Learn what was finished everywhere since the last look; whether there was anything.
+        """Poll all ranks for what was finished since the last poll; return whether there was anything.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -230,12 +231,12 @@ class StreamingCollector(Collector):
         return self._learn(reports)
 
     def _gives_up(self) -> bool:
-        """Whether this rank was asked to stop and has waited long enough."""
+        """Return whether this rank was asked to stop and has waited long enough."""
         if not interrupt.requested():
             return False
         if self._asked_to_stop is None:
             self._asked_to_stop = time.monotonic()
-        return time.monotonic() - self._asked_to_stop >= self._patience
+        return time.monotonic() - self._asked_to_stop >= self._grace_seconds
 
     def _learn(self, reports: Sequence[_Report]) -> bool:
         news = {group: rows for report in reports for group, rows in report.rows.items()}
@@ -248,12 +249,12 @@ class StreamingCollector(Collector):
             if self.config.rollout.partial:
                 others += sum(r.unfinished for r in reports) - reports[self.topology.rank].unfinished
             horizon = max(report.upcoming for report in reports)
-            self._goal = replace(self._goal, enough=self._enough - others, horizon=horizon)
-            self._source.aim(self._goal)
+            self._target = replace(self._target, enough=self._enough - others, horizon=horizon)
+            self._source.set_target(self._target)
         return bool(news)
 
-    def _conclude(self) -> Collected:
-        """Make a batch of what was accepted; everything behind it ends, or is kept."""
+    def _conclude(self) -> StepBatch:
+        """Make a batch of the accepted groups; everything behind it is cancelled, or kept."""
         batch = self.collector.take()
         discarded = Discarded()
         if self._source is not None:
@@ -265,11 +266,11 @@ class StreamingCollector(Collector):
         rollouts = all_gather(Rollouts.concatenate([no_rollouts(), *mine]), self.topology.replica, self.topology.device)
         batch = replace(batch, rounds=-(-batch.generated_prompts // self.round_size))
         rows = torch.cat(self._seen)
-        collected = train_batch(batch, rollouts, rows, self.batches, self.config, self.topology)
+        collected = step_batch(batch, rollouts, rows)
         return replace(collected, metrics={**collected.metrics, **self._leftovers(discarded)})
 
     def _leftovers(self, discarded: Discarded) -> dict[str, float]:
-        """These depend on speed, unlike all other figures."""
+        """Return figures that depend on speed, unlike all others."""
         kept = len(self._kept["finished"]) // self.config.rollout.group_size
         totals = [sum(column) for column in zip(*self._gather((*discarded, kept, self._too_old)), strict=True)]
         names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
@@ -277,7 +278,7 @@ class StreamingCollector(Collector):
 
     @property
     def _enough(self) -> int:
-        """Groups, over all replicas, beyond which no new one is begun.
+        """Number of groups, over all replicas, beyond which no new one is begun.
 
         A group begun when a whole batch of informative ones is finished cannot come into the batch. One that would go
         on with later weights can wait for as many batches as its tokens may become old.
@@ -289,17 +290,14 @@ class StreamingCollector(Collector):
     # Groups of this replica
 
     def _own_prompts(self) -> Iterator[tuple[int, Prompt]]:
-        """Those behind the last batch, with their numbers, without end."""
+        """Yield the prompts behind the last batch, with their numbers, without end."""
         return _dealt(copy.copy(self.stream), self.next_group, self.topology.dp.rank(), self.topology.dp.size())
 
     def _seed(self, response: int, tokens: int) -> int:
         return derive_seed(self.config.run.seed, "rollout", response, *([tokens] if tokens else []))
 
     def _score(self, group: Group) -> Rollouts:
-        responses = [draft.tokens for draft in group.drafts]
-        prompts, stops = [group.prompt] * len(responses), self.sampling.stop_token_ids
-        scores = verdicts(self.reward, self.tokenizer, prompts, responses, stops)
-        return with_rewards(group.rollouts(), scores, self.config)
+        return self.score([group.prompt] * len(group.responses), group.rollouts())
 
     def _informative(self, rollouts: Rollouts) -> bool:
         return self._may_train_on(rollouts.scores)
@@ -318,8 +316,10 @@ class StreamingCollector(Collector):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream of prompts is, and a full batch that was not handed out; one that is not full is forgotten,
-        and begins again where it began."""
+        """Return the position of the prompts, and a full batch that was not handed out.
+
+        One that is not full is forgotten, and begins again where it began.
+        """
         settled = self._settled
         return {
             **self.position(),
@@ -328,12 +328,12 @@ class StreamingCollector(Collector):
         }
 
     def kept_rollouts(self) -> dict[str, Any]:
-        """This replica's responses that belong to the state."""
+        """Return this replica's responses that belong to the state."""
         settled = self._settled.rollouts if self._settled else no_rollouts()
         return {"settled": vars(settled), **self._kept}
 
     def load_state_dict(self, state: dict[str, Any], kept_rollouts: Sequence[dict[str, Any]]) -> None:
-        """Go on where `state` was taken; a batch that was begun there and not full is begun when it is collected.
+        """Resume where `state` was taken; a batch that was begun there and not full is begun when it is collected.
 
         Args:
             kept_rollouts: of all replicas at that time; there may be more or fewer of them now.
@@ -346,14 +346,14 @@ class StreamingCollector(Collector):
             return
         if state["settled"]:
             rollouts = Rollouts.concatenate([Rollouts.from_state_dict(part["settled"]) for part in kept_rollouts])
-            self._settled = Collected(self._own(rollouts), **state["settled"])
+            self._settled = StepBatch(self._own(rollouts), **state["settled"])
         if self._source is not None:
             size = self.config.rollout.group_size
             self._source.restore(unpacked(kept_rollouts, size, self._own_prompts()))
             self._kept = packed(self._source.groups())
 
     def _own(self, rollouts: Rollouts) -> Rollouts:
-        """Those of this replica's groups, in their order."""
+        """Return the responses of this replica's groups, in their order."""
         groups = rollouts.ids // self.config.rollout.group_size
         mine = rollouts.select((groups % self.topology.dp.size() == self.topology.dp.rank()).nonzero().squeeze(1))
         return mine.select(mine.ids.argsort())

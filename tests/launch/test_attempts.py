@@ -93,7 +93,7 @@ def test_an_attempt_that_ended_without_a_word() -> None:
         nodes="n[1-2]",
         host="n1",
         time="now",
-        cause="the attempt that started on n[1-2] at then ended without a word",
+        cause="the attempt that started on n[1-2] at then ended without reporting an error",
     )
 
 
@@ -103,7 +103,7 @@ def test_an_attempt_that_lost_a_node() -> None:
     lost = attempts.abandoned(records, NOW, lambda nodes: f"of {nodes} n2 is DOWN")
     assert lost is not None
     assert (lost.event, lost.step, lost.restarts) == ("failed", 9, 0)
-    assert lost.cause.endswith("without a word; of n[1-2] n2 is DOWN")
+    assert lost.cause.endswith("without reporting an error; of n[1-2] n2 is DOWN")
 
 
 def test_the_record_is_readable(tmp_path: Path) -> None:

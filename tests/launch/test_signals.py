@@ -66,7 +66,7 @@ def test_ctrl_c_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
         launch.run(sleep, TWO_RANKS, (tmp_path,))
     assert seen == [[True, True]] * 2
     assert not any(map(alive, pids(tmp_path)))
-    assert capfd.readouterr().err.count("stopping in good order; press Ctrl-C again to end at once\n") == 1
+    assert capfd.readouterr().err.count("shutting down cleanly; press Ctrl-C again to end at once\n") == 1
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ from megatron_fipo.machine import limits
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, int(sys.argv[1])))
 limits.raise_limits()
 from megatron_fipo.rollout.protocol import Request, Sampling
-from megatron_fipo.rollout.vllm.client import Client, Patience
+from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 urls = [f"http://127.0.0.1:{port}" for port in sys.argv[3:]]
-client = Client(urls, ["key"] * len(urls), Patience(deadline=120.0, wait=60.0), 256)
+client = Client(urls, ["key"] * len(urls), ClientTimeouts(deadline=120.0, wait=60.0), 256)
 client.expect("run-1", [True] * len(urls))
 futures = [client.submit(Request([n], n), Sampling(1.0, 1.0, 0, 1, (9999,))) for n in range(int(sys.argv[2]))]
 assert [f.result().token_ids for f in futures] == [[n] for n in range(len(futures))]

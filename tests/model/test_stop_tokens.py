@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.batch import Rollouts
 from megatron_fipo.evaluation.evaluate import _judged
 from megatron_fipo.model.stop_tokens import declared_stop_tokens, stop_token_ids, without_stop_token
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Response
-from megatron_fipo.rollout.assembly import verdicts
+from megatron_fipo.rollout.assembly import score_responses
 from tests.policies import save_tokenizer
 
 
@@ -100,7 +101,8 @@ def test_what_ended_a_response_is_not_judged(tmp_path: Path) -> None:
         return [Score(1.0, 1.0, None)] * len(texts)
 
     prompt = SimpleNamespace(ground_truth="12", data_source="x")
-    verdicts(reward, tokenizer, [prompt] * 4, responses, stops)  # type: ignore[arg-type, list-item]
+    rollouts = Rollouts.from_responses(range(4), [[1]] * 4, responses, [[0.0] * len(r) for r in responses], [False] * 4)
+    score_responses(reward, tokenizer, [prompt] * 4, rollouts, stops)  # type: ignore[arg-type, list-item]
     drawn = [
         (SimpleNamespace(key=("b", 0, i), seed=0, prompt=prompt), Response(r, [0.0] * len(r), truncated=i >= 2))
         for i, r in enumerate(responses)

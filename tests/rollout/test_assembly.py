@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import PER_SEQUENCE, Rollouts
+from megatron_fipo.data import Prompt
 from megatron_fipo.reward import Score
-from megatron_fipo.rollout.assembly import _response_metrics, response_rows, with_rewards
+from megatron_fipo.rollout.assembly import _response_metrics, response_rows
 from tests.policies import make_config
+from tests.rollout.scoring import scorer
 
 CONFIG = make_config(
     "unused",
@@ -26,7 +31,9 @@ def _scored(lengths: list[int], scores: list[Score]) -> Rollouts:
         log_probs=[[0.0] * n for n in lengths],
         truncated=[False] * len(lengths),
     )
-    return with_rewards(rollouts, scores, CONFIG)
+    tokenizer: Any = SimpleNamespace(batch_decode=lambda tokens, **_: [""] * len(tokens))
+    reward: Any = lambda texts, truths, sources: scores  # noqa: E731
+    return scorer(CONFIG, reward, tokenizer, ())([Prompt(0, [], [1], "x", "y")] * len(scores), rollouts)
 
 
 def test_groups_are_judged_without_the_penalty_for_length() -> None:

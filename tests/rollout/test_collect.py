@@ -18,9 +18,11 @@ from megatron_fipo.data import Prompt, PromptSet, PromptStream
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Response, Sampling
-from megatron_fipo.rollout.collect import Collected, RolloutCollector, derive_seed
+from megatron_fipo.rollout.assembly import StepBatch
+from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
+from tests.rollout.scoring import collect, scorer
 
 pytestmark = pytest.mark.distributed
 
@@ -91,17 +93,18 @@ def _collector(path: Path, world: int, **rollout: Any) -> RolloutCollector:
     tokenizer = AutoTokenizer.from_pretrained(path)
     stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
     engine, reward = ScriptedEngine(tokenizer), make_reward(RewardConfig(function="exact"))
-    return RolloutCollector(config, topology, engine, reward, tokenizer, stream, (tokenizer.eos_token_id,))
+    stops = (tokenizer.eos_token_id,)
+    return RolloutCollector(config, topology, engine, scorer(config, reward, tokenizer, stops), stream, stops)
 
 
 def _collect(path: Path, world: int, steps: int, **rollout: Any) -> dict[str, Any]:
     """What `steps` batches hold on this rank, or the error; and which responses this rank had to generate."""
     collector = _collector(path, world, **rollout)
-    collected: list[Collected] = []
+    collected: list[StepBatch] = []
     error = None
     try:
         for _ in range(steps):
-            collected.append(collector.collect())
+            collected.append(collect(collector))
     except DynamicSamplingExhausted as exhausted:
         error = str(exhausted)
     finally:
@@ -135,7 +138,7 @@ def _state_after_one_step(path: Path, world: int) -> tuple[dict[str, Any], dict[
 def _two_steps_from(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, torch.Tensor]]) -> Any:
     collector = _collector(path, world, **KEEP)
     collector.load_state_dict(json.loads(json.dumps(state)), parts)
-    steps = [collector.collect() for _ in range(2)]
+    steps = [collect(collector) for _ in range(2)]
     topologies.destroy()
     return steps
 

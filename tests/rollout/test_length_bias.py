@@ -20,6 +20,7 @@ from megatron_fipo.rollout.collect import derive_seed
 from megatron_fipo.rollout.stream import StreamingCollector
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
+from tests.rollout.scoring import scorer
 from tests.rollout.streaming import ScriptedStream
 
 pytestmark = pytest.mark.distributed
@@ -80,9 +81,8 @@ def _in_prompt_order(path: Path) -> tuple[list[int], int]:
     script = Script(tokenizer)
     engine = ScriptedStream(script, script.stop, "first", SLOTS)
     prompts = PromptSet((Prompt(0, [], [5, 6, 7], "bits", "1"),), 1, 1, 0)
-    collector = StreamingCollector(
-        config, topology, engine, EndsWithOne(), tokenizer, PromptStream(prompts, 1), (script.stop,)
-    )
+    score = scorer(config, EndsWithOne(), tokenizer, (script.stop,))
+    collector = StreamingCollector(config, topology, engine, score, PromptStream(prompts, 1), (script.stop,))
     lengths: list[int] = []
     for _ in range(STEPS):
         lengths += collector.collect().rollouts.response_lengths.tolist()

@@ -22,10 +22,12 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request
-from megatron_fipo.rollout.collect import Collected, RolloutCollector, derive_seed
+from megatron_fipo.rollout.assembly import StepBatch
+from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
 from megatron_fipo.rollout.stream import StreamingCollector, make_collector
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
+from tests.rollout.scoring import collect, scorer
 from tests.rollout.streaming import PausableStream, ScriptedStream, wait_until
 
 pytestmark = pytest.mark.distributed
@@ -89,7 +91,8 @@ def _collector(path: Path, world: int, order: str = "first", slots: int = 8, **r
     engine = kind(script, script.stop, order, slots)
     stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
     reward = make_reward(RewardConfig(function="exact"))
-    collector = make_collector(config, topology, engine, reward, tokenizer, stream, (script.stop,))
+    score = scorer(config, reward, tokenizer, (script.stop,))
+    collector = make_collector(config, topology, engine, score, stream, (script.stop,))
     assert isinstance(collector, StreamingCollector)
     collector.engine = engine  # type: ignore[attr-defined]
     return collector
@@ -104,12 +107,12 @@ def _close(collector: StreamingCollector) -> None:
 def _collect(path: Path, world: int, steps: int, **options: Any) -> dict[str, Any]:
     """What `steps` batches hold on this rank, or the error."""
     collector = _collector(path, world, **options)
-    collected: list[Collected] = []
+    collected: list[StepBatch] = []
     error = None
     try:
         for _ in range(steps):
             collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-            collected.append(collector.collect())
+            collected.append(collect(collector))
     except DynamicSamplingExhausted as exhausted:
         error = str(exhausted)
     finally:
@@ -138,26 +141,26 @@ def _ahead(path: Path, world: int) -> dict[str, Any]:
     batches, states = [], []
     for _ in range(2):
         ahead = None
-        if collector.is_ahead:
-            collector.settle()
+        if collector.has_prefetched:
+            collector.drain()
             states.append((collector.state_dict(), collector.kept_rollouts()))
-            ahead = collector.collect()
+            ahead = collect(collector)
         engine.load_weights(iter(()))
-        batches.append(ahead or collector.collect())
-        collector.start_next()
+        batches.append(ahead or collect(collector))
+        collector.prefetch()
     under_way = collector.state_dict()
     _close(collector)
     return {"batches": batches, "states": states, "under_way": under_way}
 
 
-def _restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, Any]]) -> list[Collected]:
+def _restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, Any]]) -> list[StepBatch]:
     collector = _collector(path, world, max_staleness=1)
     collector.load_state_dict(json.loads(json.dumps(state)), parts)
-    assert collector.is_ahead
-    batches = [collector.collect()]
+    assert collector.has_prefetched
+    batches = [collect(collector)]
     collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-    collector.start_next()
-    batches.append(collector.collect())
+    collector.prefetch()
+    batches.append(collect(collector))
     _close(collector)
     return batches
 
@@ -177,7 +180,7 @@ def _partial(path: Path, world: int) -> dict[str, Any]:
     batches, kept, states = [], [], []
     for _ in range(4):
         engine.load_weights(iter(()))
-        batches.append(collector.collect())
+        batches.append(collect(collector))
         kept.append(collector.kept_rollouts())
         states.append(collector.state_dict())
     _close(collector)
@@ -189,7 +192,7 @@ def _partial_restored(path: Path, world: int, state: dict[str, Any], parts: list
     collector.load_state_dict(json.loads(json.dumps(state)), parts)
     again = collector.kept_rollouts()
     collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-    batch = collector.collect()
+    batch = collect(collector)
     _close(collector)
     return {"again": again, "batch": batch}
 
@@ -206,7 +209,7 @@ def _interrupted(path: Path, world: int) -> list[str]:
     wait_until(lambda: not engine._serving)
     state = collector.state_dict()
     _close(collector)
-    return [str(state["next_group"]), str(state["stream"]["position"]), str(collector.is_ahead)]
+    return [str(state["next_group"]), str(state["stream"]["position"]), str(collector.has_prefetched)]
 
 
 def _with_another_engine(path: Path, world: int) -> list[int]:
@@ -215,7 +218,7 @@ def _with_another_engine(path: Path, world: int) -> list[int]:
     collector.collect()
     rounds = RolloutCollector(
         *(collector.config, collector.topology, collector.engine),  # type: ignore[attr-defined]
-        *(collector.reward, collector.tokenizer, copy.copy(collector.stream), (0,)),
+        *(collector.score, copy.copy(collector.stream), (0,)),
     )
     rounds.load_state_dict(json.loads(json.dumps(collector.state_dict())), [collector.kept_rollouts()] * world)
     state, part = rounds.state_dict(), rounds.kept_rollouts()
@@ -235,7 +238,7 @@ def _failing(path: Path, world: int) -> list[str]:
         raise ZeroDivisionError("no verdict")
 
     if collector.topology.rank == 0:
-        collector.reward = broken  # type: ignore[assignment]
+        collector.score = broken  # type: ignore[assignment]
     with pytest.raises((ZeroDivisionError, RuntimeError)) as error:
         collector.collect()
     _close(collector)

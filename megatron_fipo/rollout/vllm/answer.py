@@ -1,4 +1,4 @@
-"""What a generation request says and how its answer is read (vLLM's /inference/v1/generate: tokens in, tokens out)."""
+"""Body of a generation request, and how its answer is read (vLLM's /inference/v1/generate: tokens in, tokens out)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Stale(Exception):
 
 
 def payload(request: Request, sampling: Sampling, name: str, seeded: bool) -> dict[str, Any]:
+    """Return the body of a generation request."""
     return {
         "request_id": name,
         "token_ids": list(request.prompt_ids),
@@ -44,19 +45,19 @@ def payload(request: Request, sampling: Sampling, name: str, seeded: bool) -> di
 
 
 def engine_names(names: Sequence[str]) -> list[str]:
-    """What vLLM's engine calls requests of these names, without and with the prefix that its HTTP front puts there."""
+    """Return vLLM's internal names of requests, without and with the prefix that its HTTP server adds."""
     return [prefix + name for name in names for prefix in ("", "generate-tokens-")]
 
 
 def nothing_yet() -> Response:
-    """Of a request that was paused before its first token."""
+    """Response to a request that was paused before its first token."""
     return Response([], [], truncated=False, unfinished=True)
 
 
 def read(
     answer: httpx.Response, sampling: Sampling, version: str | None, paused: bool, vocabulary: int = 1 << 31
 ) -> Response:
-    """The response in a successful answer, or as much of it as was drawn when it was `paused`.
+    """Return the response in a successful answer, or the part of it that was sampled when it was `paused`.
 
     Args:
         vocabulary: token IDs are below this.

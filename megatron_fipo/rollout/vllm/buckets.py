@@ -17,7 +17,7 @@ class Bucket:
     tensors: list[torch.Tensor]
 
     def description(self, checked: bool) -> dict[str, Any]:
-        """What a worker is told of it."""
+        """Return the bucket's metadata for a worker."""
         return {
             "names": self.names,
             "shapes": [list(t.shape) for t in self.tensors],

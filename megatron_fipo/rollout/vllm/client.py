@@ -36,7 +36,7 @@ _ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told
 
 
 @dataclass(frozen=True)
-class Patience:
+class ClientTimeouts:
     """Seconds, except for `strikes`.
 
     Attributes:
@@ -112,7 +112,7 @@ class Client:
         self,
         urls: Sequence[str],
         keys: Sequence[str],
-        patience: Patience,
+        timeouts: ClientTimeouts,
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
         seeded: bool = True,
@@ -121,7 +121,7 @@ class Client:
     ) -> None:
         self._seeded = seeded
         self._vocabulary = vocabulary
-        self._patience = patience
+        self._timeouts = timeouts
         self._concurrency = concurrency
         self._on_hung = on_hung
         # A pool for each server: a pool looks through all of its connections whenever a request comes or goes.
@@ -147,7 +147,7 @@ class Client:
         """One response, sooner or later.
 
         The future's exception is ValueError for a request that servers refuse (a wrong key is such), RuntimeError if
-        no server can be used for `patience.wait` seconds or all attempts failed.
+        no server can be used for `timeouts.wait` seconds or all attempts failed.
         """
         turn = _Turn(len(request.prompt_ids) + sampling.max_tokens)
         future = asyncio.run_coroutine_threadsafe(self._draw(turn, request, sampling), self._loop)
@@ -160,7 +160,7 @@ class Client:
         wait(futures)
 
     def close(self) -> None:
-        """Cancels what is under way."""
+        """Cancel all requests in flight."""
         if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(timeout=30)
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -207,13 +207,13 @@ class Client:
                 except Refused as error:
                     raise ValueError(f"{server.url} refuses a request: {error}") from None
                 except TimeoutError:
-                    seconds = f"{self._patience.deadline:g}"
+                    seconds = f"{self._timeouts.deadline:g}"
                     problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
                     turn.avoid.add(server.number)
                 except _OutOfFiles:
                     problem = f"for {server.url}: {_out_of_files()}"
                     self._connections = max(1, min(self._connections, self._busy - 1))
-                    await asyncio.sleep(self._patience.first)
+                    await asyncio.sleep(self._timeouts.first)
                 except (_Lost, Fault, Stale) as error:
                     problem = f"by {server.url}: {type(error).__name__.lower().removeprefix('_')}: {error}"
                     turn.avoid.add(server.number)
@@ -222,7 +222,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server | None]:
-        """The usable server with the fewest outstanding tokens, once one has a free place; None when paused."""
+        """Return the usable server with the fewest outstanding tokens, once one has capacity; None when paused."""
         if turn.paused:
             yield None
             return
@@ -239,7 +239,8 @@ class Client:
                 self._hand_out()
 
     async def _attempt(self, server: _Server, body: dict[str, object]) -> httpx.Response:
-        """
+        """Send one request.
+
         Raises:
             Fault, Refused: the server answered with an error.
             TimeoutError: it did not answer in time.
@@ -249,7 +250,7 @@ class Client:
         attempt = self._loop.create_task(server.http.post("/inference/v1/generate", json=body))
         server.attempts.add(attempt)
         try:
-            async with asyncio.timeout(self._patience.deadline):
+            async with asyncio.timeout(self._timeouts.deadline):
                 answer = await asyncio.shield(attempt)
         except httpx.TransportError as error:
             if limits.is_out_of_files(error):
@@ -288,7 +289,7 @@ class Client:
         """Have the server answer these requests with what it has; in vain if it is lost, which `_watch` finds out."""
         body = {"request_ids": engine_names(names)}
         with contextlib.suppress(httpx.HTTPError):
-            await server.http.post("/inference/v1/abort_requests", json=body, timeout=self._patience.probe)
+            await server.http.post("/inference/v1/abort_requests", json=body, timeout=self._timeouts.probe)
 
     # Servers
 
@@ -322,7 +323,7 @@ class Client:
         return sum(server.busy for server in self._servers)
 
     def _places(self, server: _Server) -> int:
-        """Requests at a time; one that has just failed has to prove itself first."""
+        """Return how many requests a server may have; one that has just failed gets one at a time."""
         return 1 if server.pause else self._concurrency
 
     def _set_aside(self, server: _Server) -> None:
@@ -332,15 +333,15 @@ class Client:
         server.look.set()
 
     def _look_later(self, server: _Server) -> None:
-        server.pause = min(max(2 * server.pause, self._patience.first), self._patience.longest)
+        server.pause = min(max(2 * server.pause, self._timeouts.first), self._timeouts.longest)
 
     async def _watch(self, server: _Server) -> None:
         while True:
             if server.usable:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(server.look.wait(), self._patience.probe)
+                    await asyncio.wait_for(server.look.wait(), self._timeouts.probe)
             else:
-                await asyncio.sleep(server.pause or self._patience.first)
+                await asyncio.sleep(server.pause or self._timeouts.first)
             server.look.clear()
             if self._version is not None:
                 await self._look_at(server)
@@ -349,14 +350,14 @@ class Client:
     async def _look_at(self, server: _Server) -> None:
         """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
         try:
-            answer = await server.http.get("/weight_info", timeout=self._patience.probe)
+            answer = await server.http.get("/weight_info", timeout=self._timeouts.probe)
             found = answer.raise_for_status().json()["weight_version"]
         except (httpx.HTTPError, ValueError, LookupError) as error:
             if limits.is_out_of_files(error):
                 return
             server.strikes += 1  # its engine may be gone, and only its front be there
             self._look_later(server)
-            if server.strikes >= self._patience.strikes:
+            if server.strikes >= self._timeouts.strikes:
                 self._give_up(server)
             return
         server.strikes = 0
@@ -376,13 +377,13 @@ class Client:
         now = time.monotonic()
         if any(s.usable for s in self._servers):
             self._usable_since = now
-        elif now - self._usable_since > self._patience.wait:
+        elif now - self._usable_since > self._timeouts.wait:
             urls = ", ".join(s.url for s in self._servers)
             for turn in self._waiting:
                 if turn.waiting is not None and not turn.waiting.done():
                     turn.waiting.set_exception(
                         MachineFailure(
-                            f"no rollout server with the current weights for {self._patience.wait:g} s "
+                            f"no rollout server with the current weights for {self._timeouts.wait:g} s "
                             f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"
                         )
                     )

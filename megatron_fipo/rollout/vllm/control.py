@@ -35,7 +35,7 @@ class Control:
             return False
 
     def version(self, timeout: float) -> str:
-        """Of the weights. The answer comes from the engine itself, not from the process in front of it.
+        """Return the version of the weights. The answer comes from the engine, not from the HTTP process before it.
 
         Raises:
             ControlError: no answer within `timeout` seconds, or another one.
@@ -114,11 +114,12 @@ def address(url: str) -> tuple[str, str | None]:
 
 
 def authorization(key: str) -> dict[str, str]:
+    """Return the header that carries a server's key."""
     return {"Authorization": f"Bearer {key}"}
 
 
 def explain(answer: httpx.Response) -> str:
-    """An error's status, what the server says of it, and what to do where that is known."""
+    """Return an error's status, the server's message, and what to do where that is known."""
     advice = {
         401: "wrong or missing key: set MEGATRON_FIPO_VLLM_KEY to the key that the server was started with",
         403: "the server was not started with --enable-scale-out",

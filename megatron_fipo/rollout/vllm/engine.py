@@ -31,11 +31,11 @@ from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm import update
-from megatron_fipo.rollout.vllm.client import Client, Patience
+from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
-from megatron_fipo.rollout.vllm.keeper import Keeper
 from megatron_fipo.rollout.vllm.process import Place, ServerProcess, arguments, environment, places
+from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from megatron_fipo.rollout.vllm.transport import (
     BroadcastTransport,
     FileTransport,
@@ -46,7 +46,7 @@ from megatron_fipo.rollout.vllm.transport import (
 from megatron_fipo.rollout.vllm.versions import new_run, version_name
 from megatron_fipo.vllm_environment import external_keys, installed, interpreter
 
-_LOOK_SECONDS = 0.1  # for a request to stop, while responses are drawn
+_POLL_SECONDS = 0.1  # for a request to stop, while responses are drawn
 _SLEEP_SECONDS = 120.0  # for a server to move its weights out of the GPU, or make room there
 
 
@@ -54,22 +54,22 @@ class VLLMEngine:
     """Servers start with the first `load_weights`. `load_weights` and `release` are collective over all ranks.
 
     Args:
-        patience: replaces what the configuration says of deadlines and probes, for tests.
+        timeouts: replaces what the configuration says of deadlines and probes, for tests.
         vocabulary: size of the model's; a server's answer with a token outside of it is drawn anew.
     """
 
     through_first_rank = True
 
     def __init__(
-        self, config: Config, topology: Topology, patience: Patience | None = None, vocabulary: int = 1 << 31
+        self, config: Config, topology: Topology, timeouts: ClientTimeouts | None = None, vocabulary: int = 1 << 31
     ) -> None:
         rollout = config.rollout
         self.config = config
         self.topology = topology
         self.updates = 0  # number of the newest weights
         self.compared = (0, 0)  # parameters that the last checked update compared on a server, and tensors it received
-        self.keeper = Keeper([], rollout.start_seconds, self._reload)
-        self._patience = patience or Patience(rollout.deadline_seconds, rollout.start_seconds)
+        self.supervisor = Supervisor([], rollout.start_seconds, self._reload)
+        self._timeouts = timeouts or ClientTimeouts(rollout.deadline_seconds, rollout.start_seconds)
         self._client: Client | None = None
         self._vocabulary = vocabulary
         self._controls: list[Control] = []
@@ -87,20 +87,24 @@ class VLLMEngine:
         """
         client = self._start()
         client.expect(None)
-        lives = self._everywhere(self._awake(dict(zip(self._owned, self.keeper.hold(), strict=True))))
+        incarnations = self._everywhere(self._awake(dict(zip(self._owned, self.supervisor.hold(), strict=True))))
         self.updates += 1
         version = version_name(self._run, self.updates)
         every = self.config.rollout.verify_weights
         send = update.Update(
             self._transport,
             version,
-            {s: (self._controls[s], life) for s in self._transport.feeds if (life := lives[s]) is not None},
+            {
+                s: (self._controls[s], incarnation)
+                for s in self._transport.feeds
+                if (incarnation := incarnations[s]) is not None
+            },
             checked=bool(every) and self.updates % every == 0,
         )
         send.run(weights, self.config.rollout.weight_bucket_mb << 20)
-        self._conclude(send, version, lives)
+        self._conclude(send, version, incarnations)
 
-    def _conclude(self, send: update.Update, version: str, lives: Sequence[int | None]) -> None:
+    def _conclude(self, send: update.Update, version: str, incarnations: Sequence[int | None]) -> None:
         """Agree on which servers have the new weights, and use those."""
         newest = self._transport.newest if isinstance(self._transport, FileTransport) else None
         reports = _gather((send.failures, send.problem, send.compared, newest))
@@ -108,8 +112,11 @@ class VLLMEngine:
         problem = next((problem for _, problem, *_ in reports if problem), None)
         self.compared = max(compared for _, _, compared, _ in reports)
         self._newest = reports[0][3]
-        current = [life is not None and s not in failures and problem is None for s, life in enumerate(lives)]
-        self.keeper.release([current[s] for s in self._owned])
+        current = [
+            incarnation is not None and s not in failures and problem is None
+            for s, incarnation in enumerate(incarnations)
+        ]
+        self.supervisor.release([current[s] for s in self._owned])
         if problem is not None:
             raise ValueError(problem)
         if self.topology.rank == 0:
@@ -122,7 +129,7 @@ class VLLMEngine:
         self._client.expect(version, current)
 
     def _reload(self, control: Control) -> bool:
-        """Called by the keeper for a server that was restarted."""
+        """Give a restarted server the current weights; return whether there were any to give."""
         if self._newest is None:
             return False
         update.reload(control, *self._newest)
@@ -154,7 +161,7 @@ class VLLMEngine:
             while pending:
                 if interrupt.requested():
                     raise interrupt.Interrupted
-                done, pending = wait(pending, timeout=_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+                done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
             return [future.result() for future in futures]
@@ -172,27 +179,27 @@ class VLLMEngine:
                 update.begin(self._controls[server])
                 self._controls[server].sleep(_SLEEP_SECONDS)
             except ControlError as error:
-                self.keeper.report_hung(place)
+                self.supervisor.report_hung(place)
                 print(printable(f"rollout server did not free its GPUs: {error}"), file=sys.stderr)
         dist.barrier()
 
-    def _awake(self, lives: dict[int, int | None]) -> dict[int, int | None]:
+    def _awake(self, incarnations: dict[int, int | None]) -> dict[int, int | None]:
         """Colocated servers, of those that are ready, that have their GPUs again."""
         if self.config.rollout.placement == "colocated" and self.updates:
-            for server in [s for s, life in lives.items() if life is not None]:
+            for server in [s for s, incarnation in incarnations.items() if incarnation is not None]:
                 try:
                     self._controls[server].wake_up(_SLEEP_SECONDS)
                 except ControlError as error:
-                    lives[server] = None
+                    incarnations[server] = None
                     print(printable(f"rollout server did not wake up: {error}"), file=sys.stderr)
-        return lives
+        return incarnations
 
     def close(self) -> None:
         """End the servers that this engine started."""
         if self._client is None:
             return
         self._client.close()
-        self.keeper.close()
+        self.supervisor.close()
         self._transport.close()
         for control in self._controls:
             control.close()
@@ -220,22 +227,22 @@ class VLLMEngine:
         except RuntimeError as failed:  # an interpreter that does not run, on this node
             error = MachineFailure(str(failed), [host()])
         told = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
-        reports = _gather((told, [(s.process.url, s.process.key) for s in self.keeper.servers if s.life]))
+        reports = _gather((told, [(s.process.url, s.process.key) for s in self.supervisor.servers if s.incarnation]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
-            self.keeper.close()
+            self.supervisor.close()
             text, hosts = problem
             raise ValueError(text) if hosts is None else MachineFailure(text, hosts)
         if not urls:
             before = sum(len(theirs) for _, theirs in reports[: self.topology.rank])
-            self._owned = list(range(before, before + len(self.keeper.servers)))
+            self._owned = list(range(before, before + len(self.supervisor.servers)))
             urls = [url for _, theirs in reports for url, _ in theirs]
             keys = [key for _, theirs in reports for _, key in theirs]
         self._controls = [Control(url, key) for url, key in zip(urls, keys, strict=True)]
         self._transport = self._make_transport(len(urls))
         seeded = not torch.cuda.is_available() if rollout.seeded is None else rollout.seeded
         most, vocabulary = rollout.max_concurrency, self._vocabulary
-        self._client = Client(urls, keys, self._patience, most, self._report_hung, seeded, vocabulary)
+        self._client = Client(urls, keys, self._timeouts, most, self._report_hung, seeded, vocabulary)
         return self._client
 
     def _views(self) -> list[tuple[str, ...]]:
@@ -263,14 +270,14 @@ class VLLMEngine:
             None if self._is_alone() else self._address(),
         )
         first = local_rank if share.ranks < len(views) else 0  # of the logs' numbers, where every rank has a server
-        self.keeper = Keeper(
+        self.supervisor = Supervisor(
             [self._process(found, place, number) for number, place in enumerate(where, first)],
             config.rollout.start_seconds,
             self._reload,
         )
         started = time.monotonic()
-        self.keeper.start()
-        self.keeper.wait()
+        self.supervisor.start()
+        self.supervisor.wait()
         print(
             f"{len(where)} rollout servers of {found.distribution} {found.version} are ready after "
             f"{time.monotonic() - started:.0f} s",
@@ -308,22 +315,22 @@ class VLLMEngine:
         return here and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers
 
     def _address(self) -> str:
-        """This machine's, for the servers and the other ranks: its own alone if there are no other machines."""
+        """Return this machine's address for servers and other ranks: loopback if there are no other machines."""
         if self._is_alone():
             return "127.0.0.1"
         return network.own_address(os.environ)
 
     def _report_hung(self, number: int) -> None:
         if number in self._owned:
-            self.keeper.report_hung(self._owned.index(number))
+            self.supervisor.report_hung(self._owned.index(number))
 
     def _everywhere(self, mine: dict[int, int | None]) -> list[int | None]:
-        """The life of every server, from its owner; of servers that ran already, 1.
+        """Return the restart count of every server, from its owner; 1 for servers that ran already.
 
         When this returns, no rank generates any more.
         """
-        lives = {server: life for part in _gather(mine) for server, life in part.items()}
-        return [lives.get(server, 1) for server in range(len(self._controls))]
+        incarnations = {server: incarnation for part in _gather(mine) for server, incarnation in part.items()}
+        return [incarnations.get(server, 1) for server in range(len(self._controls))]
 
 
 def _gather(value: Any) -> list[Any]:

@@ -90,7 +90,7 @@ def _memory(config: Config, place: Place) -> dict[str, str]:
 
 
 def environment(base: Mapping[str, str], place: Place, key: str, weights: Path | None) -> dict[str, str]:
-    """What a server finds: its key, and nothing that tells its workers that they are ranks of the trainer."""
+    """Return a server's environment: its key, and nothing by which its workers would take themselves for ranks."""
     ours = (
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"),
         "FIPO_WEIGHTS",
@@ -142,7 +142,7 @@ class ServerProcess:
 
     @property
     def key(self) -> str:
-        """What its clients must show."""
+        """Key that its clients must send."""
         return self._environment["VLLM_API_KEY"]
 
     @property
@@ -157,7 +157,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the guard; None while there is none."""
+        """Process ID of the guard; None while there is none."""
         return self._guard.pid if self._guard is not None and self._guard.poll() is None else None
 
     def start(self) -> None:
@@ -184,7 +184,7 @@ class ServerProcess:
         answer = self._guard.stdout.readline() if answered.poll(_PORT_SECONDS * 1000) else ""
         if not answer.strip().isdigit():
             self.kill()
-            raise RuntimeError(f"a rollout server could not be started:\n{self.last_words()}")
+            raise RuntimeError(f"a rollout server could not be started:\n{self.log_tail()}")
         self._port = int(answer)
 
     def kill(self) -> None:
@@ -203,8 +203,8 @@ class ServerProcess:
         self._guard.stdout.close()
         self._guard = None
 
-    def last_words(self) -> str:
-        """The end of its log."""
+    def log_tail(self) -> str:
+        """Return the tail of its log."""
         if not self.log.exists():
             return ""
         lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]

@@ -37,7 +37,7 @@ class Transport(Protocol):
     @property
     def feeds(self) -> Sequence[int]: ...
 
-    def connect(self, server: int, control: Control, life: int) -> None:
+    def connect(self, server: int, control: Control, incarnation: int) -> None:
         """Make ready to send to a server; called for every update."""
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class FileTransport:
         self._told: list[dict[str, Any]] = []
         self.newest: tuple[str, list[dict[str, Any]]] | None = None
 
-    def connect(self, server: int, control: Control, life: int) -> None:
+    def connect(self, server: int, control: Control, incarnation: int) -> None:
         control.post("/init_weight_transfer_engine", {"init_info": {"transport": "file"}}, timeout=TRANSFER_SECONDS)
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
@@ -116,18 +116,18 @@ class BroadcastTransport:
     def __init__(self, backend: str, device: torch.device, address: str, rank: int, ranks: int, servers: int) -> None:
         self.feeds = range(rank, servers, ranks)
         self._backend, self._device, self._address = backend, device, address
-        self._groups: dict[int, tuple[int, fipo_wire.Group]] = {}  # server -> its life, the group
+        self._groups: dict[int, tuple[int, fipo_wire.Group]] = {}  # server -> its incarnation, the group
         self._buffer = torch.empty(0)
 
-    def connect(self, server: int, control: Control, life: int) -> None:
-        if server in self._groups and self._groups[server][0] == life:
+    def connect(self, server: int, control: Control, incarnation: int) -> None:
+        if server in self._groups and self._groups[server][0] == incarnation:
             return
         timeout = timedelta(seconds=TRANSFER_SECONDS)
         world = 1 + control.world_size(timeout=60)
         store = fipo_wire.store(self._address, 0, is_master=True, timeout=timeout)
         how = {"transport": self._backend, "address": self._address, "port": store.port, "world_size": world}
         told = _in_background(control, "/init_weight_transfer_engine", {"init_info": how})
-        self._groups[server] = life, fipo_wire.Group(self._backend, store, 0, world, timeout)
+        self._groups[server] = incarnation, fipo_wire.Group(self._backend, store, 0, world, timeout)
         told.result()
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class IPCTransport:
         self._device = device
         self._buffer = torch.empty(0)
 
-    def connect(self, server: int, control: Control, life: int) -> None:
+    def connect(self, server: int, control: Control, incarnation: int) -> None:
         control.post("/init_weight_transfer_engine", {"init_info": {"transport": "ipc"}}, timeout=TRANSFER_SECONDS)
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Update:
     """This rank's part of one update.
 
     Args:
-        targets: the servers that this rank feeds and that can take weights, with their lives.
+        targets: the servers that this rank feeds and that can take weights, with their incarnations.
         checked: send checksums, and compare what was loaded with what was sent.
     """
 
@@ -54,9 +54,11 @@ class Update:
             for number, bucket in enumerate(buckets(weights, limit)):
                 told = self._stage(number, bucket)
                 if told is not None:
-                    self._on_all(pool, lambda s, control, life, told=told: self._transport.deliver(s, control, told))
+                    self._on_all(
+                        pool, lambda s, control, incarnation, told=told: self._transport.deliver(s, control, told)
+                    )
             if self.problem is None:
-                self._on_all(pool, lambda s, control, life: self._complete(control))
+                self._on_all(pool, lambda s, control, incarnation: self._complete(control))
         self._transport.finish(self._version, self.problem is None)
 
     def _on_all(self, pool: ThreadPoolExecutor, action: Callable[..., None]) -> None:
@@ -69,9 +71,9 @@ class Update:
                 self.failures[server] = str(error)
                 del self._targets[server]
 
-    def _begin(self, server: int, control: Control, life: int) -> None:
+    def _begin(self, server: int, control: Control, incarnation: int) -> None:
         begin(control)
-        self._transport.connect(server, control, life)
+        self._transport.connect(server, control, incarnation)
         control.post("/start_weight_update", timeout=_SECONDS)
 
     def _stage(self, number: int, bucket: Bucket) -> dict[str, Any] | None:

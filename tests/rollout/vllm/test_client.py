@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.rollout import Request, Sampling
-from megatron_fipo.rollout.vllm.client import Client, Patience
+from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from tests.rollout.streaming import wait_until
 from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
 
 SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
-QUICK = Patience(deadline=20.0, wait=5.0, probe=0.2, strikes=2, first=0.02, longest=0.2)
+QUICK = ClientTimeouts(deadline=20.0, wait=5.0, probe=0.2, strikes=2, first=0.02, longest=0.2)
 MakeClient = Callable[..., Client]
 
 
@@ -32,8 +32,8 @@ def connect(servers: list[FakeServer]) -> Iterator[MakeClient]:
     """Makes a client of the servers that uses all of them."""
     clients: list[Client] = []
 
-    def make(patience: Patience = QUICK, concurrency: int = 64, key: str = KEY, **more: object) -> Client:
-        client = Client([s.url for s in servers], [key] * len(servers), patience, concurrency, **more)  # type: ignore[arg-type]
+    def make(timeouts: ClientTimeouts = QUICK, concurrency: int = 64, key: str = KEY, **more: object) -> Client:
+        client = Client([s.url for s in servers], [key] * len(servers), timeouts, concurrency, **more)  # type: ignore[arg-type]
         clients.append(client)
         client.expect("run-1", [True] * len(servers))
         return client
@@ -170,12 +170,12 @@ def test_server_without_engine(servers: list[FakeServer], connect: MakeClient) -
 def test_deadline(servers: list[FakeServer], connect: MakeClient) -> None:
     """A response that takes too long is drawn anew; in the end the setting is named."""
     servers[0].delay = 1.0
-    patience = Patience(deadline=0.3, wait=5.0, probe=5.0, strikes=2, first=0.02, longest=0.2)
-    draw_all(connect(patience), 2)
+    timeouts = ClientTimeouts(deadline=0.3, wait=5.0, probe=5.0, strikes=2, first=0.02, longest=0.2)
+    draw_all(connect(timeouts), 2)
     assert sent(servers)[1] == 2
     servers[1].delay = 1.0
     with pytest.raises(RuntimeError, match=r"rollout\.deadline_seconds=0\.3"):
-        draw_all(connect(patience), 1)
+        draw_all(connect(timeouts), 1)
 
 
 def test_other_weights_do_not_count(servers: list[FakeServer], connect: MakeClient) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import Request, Sampling, VLLMEngine
-from megatron_fipo.rollout.vllm.client import Patience
+from megatron_fipo.rollout.vllm.client import ClientTimeouts
 from tests.policies import make_config
 from tests.ranks import run_ranks
 from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
@@ -24,7 +24,7 @@ from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
 pytestmark = pytest.mark.distributed
 
 SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
-PATIENCE = Patience(deadline=20.0, wait=5.0, probe=0.5, strikes=2, first=0.02, longest=0.2)
+PATIENCE = ClientTimeouts(deadline=20.0, wait=5.0, probe=0.5, strikes=2, first=0.02, longest=0.2)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megatron_fipo.rollout import Request, Response, Sampling, VLLMEngine
-from megatron_fipo.rollout.vllm.client import Client, Patience
+from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError, address
 from tests.policies import make_config
 from tests.rollout.vllm.models import VOCABULARY, log_probs, make_model, weights_of
@@ -48,7 +48,7 @@ def start(directory: Path, tied: bool = False, **rollout: Any) -> Case:
         rollout={"max_response_tokens": 500, "verify_weights": 1, **defaults, **rollout},
     )
     topology: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    return Case(VLLMEngine(config, topology, Patience(deadline=240, wait=600, probe=5.0)), models)
+    return Case(VLLMEngine(config, topology, ClientTimeouts(deadline=240, wait=600, probe=5.0)), models)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,12 +174,12 @@ def test_paused_responses_go_on_with_other_weights(two: Case) -> None:
 def test_more_prompts_than_a_step_takes(two: Case) -> None:
     """Long prompts with seeds, none of which is in the cache, end no server."""
     two.engine.load_weights(weights_of(two.models[0]))
-    lives = [server.life for server in two.engine.keeper.servers]
+    incarnations = [server.incarnation for server in two.engine.supervisor.servers]
     generator = torch.Generator().manual_seed(3)
     wanted = [Request(torch.randint(0, VOCABULARY, (430,), generator=generator).tolist(), i) for i in range(48)]
     assert len(two.engine.generate(wanted, SAMPLED)) == 48
-    assert [server.life for server in two.engine.keeper.servers] == lives
-    assert all(server.state == "ready" and server.current for server in two.engine.keeper.servers)
+    assert [server.incarnation for server in two.engine.supervisor.servers] == incarnations
+    assert all(server.state == "ready" and server.current for server in two.engine.supervisor.servers)
 
 
 def client_of(engine: VLLMEngine) -> Client:
@@ -213,7 +213,7 @@ def tokens(responses: list[Response]) -> list[list[int]]:
 
 def processes(case: Case, server: int) -> list[int]:
     """The processes of a server's group, the API server first."""
-    guard = case.engine.keeper.servers[server].process.pid
+    guard = case.engine.supervisor.servers[server].process.pid
     children = subprocess.run(["pgrep", "-P", str(guard)], capture_output=True, text=True, check=True).stdout.split()
     group = subprocess.run(["pgrep", "-g", children[0]], capture_output=True, text=True, check=True).stdout.split()
     return sorted(int(pid) for pid in group if pid != children[0])
@@ -240,14 +240,18 @@ def test_faults_while_responses_are_drawn(two: Case, fault: Callable[[Case], Non
     two.engine.load_weights(weights_of(two.models[2]))
     wanted = requests(64)
     expected = tokens(two.engine.generate(wanted, LONG))
-    life = two.engine.keeper.servers[0].life
+    incarnation = two.engine.supervisor.servers[0].incarnation
     failing = threading.Timer(1.0, fault, [two])
     failing.start()
     responses = two.engine.generate(wanted, LONG)
     assert failing.finished.is_set()  # and not after the last response
     assert tokens(responses) == expected
     failing.join()
-    wait_for(lambda: two.engine.keeper.servers[0].current and two.engine.keeper.servers[0].life == life + 1)
+    wait_for(
+        lambda: (
+            two.engine.supervisor.servers[0].current and two.engine.supervisor.servers[0].incarnation == incarnation + 1
+        )
+    )
     client_of(two.engine).expect(current(two.engine), [True, False])
     check_greedy(two.models[2], two.engine)
     assert tokens(two.engine.generate(wanted[:8], LONG)) == expected[:8]
@@ -280,7 +284,7 @@ def _damage(seen: list[str], server: int, control: Control, told: dict[str, Any]
 def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., dict[str, Any]]) -> None:
     """A server that got half of the tensors, or a wrong one, serves nothing, is restarted, and then has all of them."""
     deliver = two.engine._transport.deliver
-    life = two.engine.keeper.servers[0].life
+    incarnation = two.engine.supervisor.servers[0].incarnation
     seen: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(two.engine._transport, "deliver", lambda s, c, told: deliver(s, c, fault(seen, s, c, told)))
@@ -290,7 +294,11 @@ def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Ca
         two.engine.load_weights(weights_of(two.models[0]))
     assert set(seen) == {UNFINISHED}
     check_greedy(two.models[0], two.engine)
-    wait_for(lambda: two.engine.keeper.servers[0].current and two.engine.keeper.servers[0].life == life + 1)
+    wait_for(
+        lambda: (
+            two.engine.supervisor.servers[0].current and two.engine.supervisor.servers[0].incarnation == incarnation + 1
+        )
+    )
     client_of(two.engine).expect(current(two.engine), [True, False])
     check_greedy(two.models[0], two.engine)
     client_of(two.engine).expect(current(two.engine), [True, True])
@@ -298,7 +306,7 @@ def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Ca
 
 def test_servers_that_run_already(two: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is given URLs and a key uses those servers, and leaves them running."""
-    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", ",".join(s.process.key for s in two.engine.keeper.servers))
+    monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", ",".join(s.process.key for s in two.engine.supervisor.servers))
     found = [processes(two, server) for server in range(2)]
     case = start(tmp_path, servers=tuple(control.url for control in two.engine._controls))
     try:
@@ -319,14 +327,14 @@ def test_everything_needs_the_key(two: Case, route: str) -> None:
     """Control routes as well, which vLLM itself leaves open; and the key is in no log and no command line."""
     import httpx
 
-    first, second = (server.process.key for server in two.engine.keeper.servers)
+    first, second = (server.process.key for server in two.engine.supervisor.servers)
     base, socket = address(two.engine._controls[1].url)
     with httpx.Client(base_url=base, transport=httpx.HTTPTransport(uds=socket), trust_env=False) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {first}"}):
             for method in ("GET", "POST"):
                 assert client.request(method, route, headers=headers).status_code == 401
     key = second.encode()
-    assert key not in two.engine.keeper.servers[1].process.log.read_bytes()
+    assert key not in two.engine.supervisor.servers[1].process.log.read_bytes()
     for pid in processes(two, 1):
         assert key not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -342,7 +350,7 @@ def test_close_leaves_nothing(tmp_path: Path) -> None:
         assert len(found) >= 3
         assert case.engine._directory.exists()
         kill_engine(case)
-        wait_for(lambda: case.engine.keeper.servers[0].life == 2)
+        wait_for(lambda: case.engine.supervisor.servers[0].incarnation == 2)
         found += processes(case, 0)
     finally:
         case.engine.close()

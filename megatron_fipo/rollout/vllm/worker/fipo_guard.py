@@ -38,16 +38,16 @@ _BLOCK = 1 << 16  # bytes relayed at once
 
 
 def main(owner: int, address: str, command: list[str]) -> None:
-    """The outer guard: serve until something ends, then end the whole group."""
+    """Run the outer guard: serve until something ends, then end the whole group."""
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
-    life = -1
+    owner_file = -1
     if owner:  # on another node the owner is seen through standard input alone
         try:
-            life = os.pidfd_open(owner)
+            owner_file = os.pidfd_open(owner)
         except ProcessLookupError:
             return
-        watched.register(life, select.POLLIN)
+        watched.register(owner_file, select.POLLIN)
     listener, path = _endpoint(address)
     outer, inner = os.getpid(), os.fork()
     if inner == 0:
@@ -60,7 +60,7 @@ def main(owner: int, address: str, command: list[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(inner, signal.SIGKILL)
     end_group(inner)
-    abandoned = bool(owner and _has_ended(life))
+    abandoned = bool(owner and _has_ended(owner_file))
     _remove(path, with_directory=abandoned or listener is not None)
     if abandoned and "FIPO_WEIGHTS" in os.environ:
         shutil.rmtree(os.environ["FIPO_WEIGHTS"], ignore_errors=True)
@@ -134,10 +134,10 @@ def widen_affinity(environment: Mapping[str, str]) -> None:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def _has_ended(life: int) -> bool:
+def _has_ended(owner_file: int) -> bool:
     """Return whether the process of this pidfd has ended."""
     ended = select.poll()
-    ended.register(life, select.POLLIN)
+    ended.register(owner_file, select.POLLIN)
     return bool(ended.poll(0))
 
 
@@ -162,7 +162,7 @@ def choose_devices(environment: MutableMapping[str, str]) -> None:
 
 
 def _serve(outer: int, command: list[str]) -> None:
-    """The inner guard, leader of the server's process group."""
+    """Run the inner guard, leader of the server's process group."""
     os.setsid()
     watched = select.poll()
     try:

@@ -39,11 +39,12 @@ def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def buffer_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> int:
+    """Return the size of a buffer that holds tensors of these shapes."""
     return sum(_aligned(_num_bytes(s, d)) for s, d in zip(shapes, dtypes, strict=True))
 
 
 def pack(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The tensors' bytes as one uint8 buffer on `device`."""
+    """Return the tensors' bytes as one uint8 buffer on `device`."""
     shapes, dtypes = [list(t.shape) for t in tensors], [dtype_name(t.dtype) for t in tensors]
     buffer = torch.zeros(buffer_bytes(shapes, dtypes), dtype=torch.uint8, device=device)
     for view, tensor in zip(unpack(buffer, shapes, dtypes), tensors, strict=True):
@@ -52,7 +53,7 @@ def pack(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
 
 
 def unpack(buffer: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> list[torch.Tensor]:
-    """Views of the tensors in a buffer."""
+    """Return views of the tensors in a buffer."""
     views, start = [], 0
     for shape, dtype in zip(shapes, dtypes, strict=True):
         size = _num_bytes(shape, dtype)
@@ -62,6 +63,7 @@ def unpack(buffer: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequen
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -119,7 +121,7 @@ _BYTES = (0, 4, 6)  # of what torch's `rebuild_cuda_tensor` takes after the devi
 
 
 def ipc_handle(buffer: torch.Tensor) -> dict[str, Any]:
-    """Of a flat uint8 buffer, which must live, unchanged, until the other process is done with it."""
+    """Return the IPC handle of a flat uint8 buffer, which must not change until the other process is done."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     shared = list(reduce_tensor(buffer)[1][7:])
@@ -129,7 +131,7 @@ def ipc_handle(buffer: torch.Tensor) -> dict[str, Any]:
 
 
 def from_ipc_handle(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """The sender's buffer."""
+    """Open the sender's buffer."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     shared = list(handle["shared"])
@@ -142,7 +144,7 @@ def from_ipc_handle(handle: dict[str, Any], device: torch.device) -> torch.Tenso
 
 
 def gpu_name(device: torch.device) -> str:
-    """The same in all processes, whatever devices are visible to them."""
+    """Return a device's identity, the same in all processes, whatever devices are visible to them."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

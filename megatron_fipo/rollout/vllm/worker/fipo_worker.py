@@ -147,7 +147,7 @@ class WorkerExtension:
 def _published(
     parameters: dict[str, torch.Tensor], received: dict[str, tuple[int, int]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(published name, the model's value of it) where the shapes show that the worker holds all of it."""
+    """Yield (published name, the model's value of it) where the shapes show that the worker holds all of it."""
     for name, parameter in parameters.items():
         module, _, leaf = name.rpartition(".")
         prefix, _, last = module.rpartition(".")

@@ -1,4 +1,4 @@
-"""Keeps this rank's servers alive: started, waited for, restarted, and given the current weights again."""
+"""Supervision of this rank's servers: started, waited for, restarted, and given the current weights again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_fipo.printable import printable
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.process import ServerProcess
 
-_LOOK_SECONDS = 0.3
+_POLL_SECONDS = 0.3
 _REPORT_SECONDS = 20.0
 _START_RETRIES = 2  # of a server that has never been ready, before the run is given up
 _MOST_RESTARTS = 5  # in a row without having been ready for _STABLE_SECONDS
@@ -26,17 +26,17 @@ Reload = Callable[[Control], bool]  # gives a server the current weights; False:
 
 
 @dataclass(eq=False)
-class Kept:
+class ManagedServer:
     """A server and what is known of it.
 
     Attributes:
-        state: `loading` is ready, and its weights are being changed by its keeper.
-        life: counts its starts.
+        state: `loading` is ready, and its weights are being changed by its supervisor.
+        incarnation: counts its starts.
     """
 
     process: ServerProcess
     state: Literal["starting", "ready", "loading", "lost", "given up"] = "lost"
-    life: int = 0
+    incarnation: int = 0
     current: bool = False  # has the newest weights
     failures: int = 0
     ready_since: float | None = None  # None: not since its last start
@@ -48,11 +48,11 @@ class Kept:
         return Control(self.process.url, self.process.key)
 
 
-class Keeper:
+class Supervisor:
     """A thread for each server does the work; methods may be called from any other thread."""
 
     def __init__(self, servers: Sequence[ServerProcess], start_seconds: float, reload: Reload) -> None:
-        self.servers = [Kept(process) for process in servers]
+        self.servers = [ManagedServer(process) for process in servers]
         self._start_seconds = start_seconds
         self._reload = reload
         self._changed = threading.Condition()
@@ -67,8 +67,8 @@ class Keeper:
         """
         for server in self.servers:
             server.process.start()  # here, so that its URL is known, and a missing interpreter is told at once
-            server.state, server.life = "starting", 1
-            server.thread = threading.Thread(target=self._keep, args=(server,), name="vllm-keeper", daemon=True)
+            server.state, server.incarnation = "starting", 1
+            server.thread = threading.Thread(target=self._keep, args=(server,), name="vllm-supervisor", daemon=True)
             server.thread.start()
 
     def wait(self) -> None:
@@ -98,9 +98,9 @@ class Keeper:
                 self._changed.wait(timeout=1.0)
 
     def hold(self) -> list[int | None]:
-        """Leave the weights of servers alone until `release`; the life of each server that can take new ones.
+        """Leave the weights of servers alone until `release`; the incarnation of each server that can take new ones.
 
-        Waits for the keeper's own changes to end, and, as long as none can take any, for one that is being started.
+        Waits for the supervisor's own changes to end, and, as long as none can take any, for one that is being started.
         """
         deadline = time.monotonic() + self._start_seconds
         with self._changed:
@@ -112,10 +112,10 @@ class Keeper:
                 and time.monotonic() < deadline
             ):
                 self._changed.wait(timeout=1.0)
-            return [s.life if s.state == "ready" else None for s in self.servers]
+            return [s.incarnation if s.state == "ready" else None for s in self.servers]
 
     def release(self, current: Sequence[bool]) -> None:
-        """New weights are out; `current`: which servers have them. The others are restarted."""
+        """Note which servers have the new weights (`current`), and restart the others."""
         with self._changed:
             for server, has in zip(self.servers, current, strict=True):
                 server.current = has and server.state == "ready"
@@ -125,7 +125,7 @@ class Keeper:
             self._changed.notify_all()
 
     def report_hung(self, number: int) -> None:
-        """A server does not answer."""
+        """Restart a server that does not answer."""
         with self._changed:
             server = self.servers[number]
             if server.state == "ready" and not self._held:
@@ -144,8 +144,8 @@ class Keeper:
             if "control" in vars(server):
                 server.control.close()
 
-    def _keep(self, server: Kept) -> None:
-        """Runs in the server's own thread."""
+    def _keep(self, server: ManagedServer) -> None:
+        """Supervise one server, in a thread of its own."""
         while not self._closing:
             if server.state == "lost":
                 self._restart(server)
@@ -158,18 +158,18 @@ class Keeper:
                     continue
                 self._bring_up_to_date(server)
                 with self._changed:
-                    self._changed.wait(timeout=_LOOK_SECONDS)
+                    self._changed.wait(timeout=_POLL_SECONDS)
             else:
                 return
 
-    def _lose(self, server: Kept, reason: str) -> None:
+    def _lose(self, server: ManagedServer, reason: str) -> None:
         since, server.ready_since = server.ready_since, None
         stable = since is not None and time.monotonic() - since > _STABLE_SECONDS
         server.failures = 1 if stable else server.failures + 1
         server.state, server.current, server.reason = "lost", False, reason
 
-    def _restart(self, server: Kept) -> None:
-        words = server.process.last_words()
+    def _restart(self, server: ManagedServer) -> None:
+        words = server.process.log_tail()
         text = f"rollout server {server.process.url} is restarted: {server.reason}"
         print(printable(text), file=sys.stderr, flush=True)
         if server.failures > _MOST_RESTARTS:
@@ -183,10 +183,10 @@ class Keeper:
                 self._lose(server, str(error))
                 self._changed.wait(timeout=min(2.0**server.failures, 30.0))
             return
-        server.life += 1
+        server.incarnation += 1
         self._set(server, "starting")
 
-    def _await_ready(self, server: Kept) -> None:
+    def _await_ready(self, server: ManagedServer) -> None:
         deadline = time.monotonic() + self._start_seconds
         while not self._closing:
             if server.control.healthy():
@@ -196,14 +196,14 @@ class Keeper:
             if server.process.pid is None or time.monotonic() > deadline:
                 how = "ended early" if server.process.pid is None else "took longer than rollout.start_seconds"
                 with self._changed:
-                    self._lose(server, f"its start {how}\n{server.process.last_words()}")
+                    self._lose(server, f"its start {how}\n{server.process.log_tail()}")
                     self._changed.notify_all()
                 return
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
-    def _bring_up_to_date(self, server: Kept) -> None:
+    def _bring_up_to_date(self, server: ManagedServer) -> None:
         with self._changed:
-            if server.current or self._held or server.life == 1:
+            if server.current or self._held or server.incarnation == 1:
                 return
             server.state = "loading"
         try:
@@ -213,7 +213,7 @@ class Keeper:
             with self._changed:
                 self._lose(server, str(error))
 
-    def _set(self, server: Kept, state: Literal["starting", "ready", "given up"], reason: str = "") -> None:
+    def _set(self, server: ManagedServer, state: Literal["starting", "ready", "given up"], reason: str = "") -> None:
         with self._changed:
             server.state = state
             server.reason = reason or server.reason

@@ -1,6 +1,6 @@
-"""Groups that are being drawn: on the first rank of a replica, in the background, with no word to other ranks.
+"""Groups that are being sampled: on the first rank of a replica, in the background, without other ranks.
 
-A response is drawn in one piece or, where it was paused, in several, each by the weights of its time.
+A response is sampled in one piece or, where it was paused, in several, each by the weights of its time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_fipo.rollout.protocol import PausingEngine, Request, Response, Sam
 
 
 @dataclass
-class Draft:
-    """A response on its way."""
+class PartialResponse:
+    """A partial response."""
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -43,48 +43,48 @@ class Group:
 
     number: int
     prompt: Prompt
-    drafts: list[Draft]
+    responses: list[PartialResponse]
     requests: dict[int, Future[Response]] = field(default_factory=dict)  # by place in the group, while under way
     scored: Rollouts | None = None
     informative: bool = False  # once scored: whether it may be trained on
 
     @property
     def finished(self) -> bool:
-        return all(draft.finished for draft in self.drafts)
+        return all(response.finished for response in self.responses)
 
     @property
     def oldest_version(self) -> int | None:
-        return min((draft.versions[0] for draft in self.drafts if draft.versions), default=None)
+        return min((response.versions[0] for response in self.responses if response.versions), default=None)
 
     def start_over(self) -> None:
-        self.drafts = [Draft() for _ in self.drafts]
+        self.responses = [PartialResponse() for _ in self.responses]
         self.scored = None
 
     def rollouts(self) -> Rollouts:
-        size = len(self.drafts)
+        size = len(self.responses)
         return Rollouts.from_responses(
             ids=[self.number * size + i for i in range(size)],
             prompts=[self.prompt.token_ids] * size,
-            responses=[d.tokens for d in self.drafts],
-            log_probs=[d.log_probs for d in self.drafts],
-            truncated=[d.truncated for d in self.drafts],
-            weight_versions=[d.versions for d in self.drafts],
+            responses=[d.tokens for d in self.responses],
+            log_probs=[d.log_probs for d in self.responses],
+            truncated=[d.truncated for d in self.responses],
+            weight_versions=[d.versions for d in self.responses],
         )
 
 
 class Discarded(NamedTuple):
-    """What was begun and is not kept, as far as it is known: responses under way do not tell their tokens."""
+    """Work that was begun and is not kept, as far as it is known: responses in flight do not tell their tokens."""
 
     groups: int = 0
     tokens: int = 0  # of finished responses
 
 
 @dataclass(frozen=True)
-class Goal:
-    """How far to go without another word.
+class Target:
+    """How far to sample without further instruction.
 
     Attributes:
-        window: unfinished groups under way.
+        window: unfinished groups in flight.
         enough: groups to have in hand. Those that may be trained on count and, with `count_unfinished`, all that are
             under way.
         horizon: groups before this one are wanted in any case, since others behind them are in hand.
@@ -99,7 +99,7 @@ class Goal:
 
 
 class GroupSource:
-    """Draws and scores this replica's groups.
+    """Samples and scores this replica's groups.
 
     One thread owns all that changes; the engine's callbacks and the public methods only send it work. Another one
     scores.
@@ -131,29 +131,29 @@ class GroupSource:
         self._prompts: Iterator[tuple[int, Prompt]] = iter(())
         self._upcoming: tuple[int, Prompt] | None = None
         self._news: list[int] = []
-        self._goal: Goal | None = None  # None: nothing is under way
+        self._target: Target | None = None  # None: nothing is under way
         self._version = 0
         self._engine_version: int | None = None  # what the engine calls the weights it serves now
         self._error: BaseException | None = None
 
     # From the trainer's thread
 
-    def start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, goal: Goal) -> int:
-        """Go on with what is there, and with new groups. Returns how many groups start over.
+    def start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, target: Target) -> int:
+        """Continue the groups that are there, and begin new ones; return how many groups start over.
 
         Args:
             prompts: this replica's groups in order, without end.
             version: of the policy that the engine serves from now on.
             oldest: groups with a token of an older version start over.
         """
-        return self._owner.submit(self._start, prompts, version, oldest, goal).result()
+        return self._owner.submit(self._start, prompts, version, oldest, target).result()
 
-    def aim(self, goal: Goal) -> None:
-        """Another goal for what is under way."""
-        self._owner.submit(self._aim, goal).result()
+    def set_target(self, target: Target) -> None:
+        """Set another target for the batch in progress."""
+        self._owner.submit(self._set_target, target).result()
 
     def take(self) -> tuple[dict[int, Rollouts], int, int]:
-        """Groups that were scored since the last call, and how many are unfinished; the first one not yet begun.
+        """Return the groups scored since the last call, the number of unfinished ones, and the first one not yet begun.
 
         Raises:
             Exception: what went wrong in the background.
@@ -161,7 +161,7 @@ class GroupSource:
         return self._owner.submit(self._take).result()
 
     def stop(self, behind: int, keep: bool) -> Discarded:
-        """End what is under way, and forget all groups before `behind`.
+        """End the requests in flight, and forget all groups before `behind`.
 
         Args:
             keep: groups from `behind` on stay, paused where they are unfinished. Needs a `PausingEngine`.
@@ -169,28 +169,28 @@ class GroupSource:
         return self._owner.submit(self._stop, behind, keep).result()
 
     def groups(self) -> list[Group]:
-        """What is kept while nothing is under way, in order."""
+        """Return the groups that are kept while nothing is in flight, in order."""
         return self._owner.submit(self._in_order).result()
 
     def restore(self, groups: Sequence[Group]) -> None:
-        """What `groups` gave, before the first `start`."""
+        """Take groups that `groups` returned, before the first `start`."""
         for group in groups:
             group.informative = group.scored is not None and self._informative(group.scored)
         self._groups = {group.number: group for group in groups}
 
     def close(self) -> None:
-        """End what is under way, without waiting for its end."""
+        """Cancel the requests in flight, without waiting for their end."""
         self._owner.submit(self._cancel).result()
         self._scorer.shutdown(wait=False, cancel_futures=True)
         self._owner.shutdown(wait=False, cancel_futures=True)
 
     # In the owner's thread
 
-    def _start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, goal: Goal) -> int:
+    def _start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, target: Target) -> int:
         self._prompts = (item for item in prompts if item[0] not in self._groups)
         self._upcoming = next(self._prompts)
         self._version, self._engine_version = version, None
-        self._goal = goal
+        self._target = target
         too_old = [g for g in self._groups.values() if g.oldest_version is not None and g.oldest_version < oldest]
         for group in too_old:
             group.start_over()
@@ -206,8 +206,8 @@ class GroupSource:
     def _in_order(self) -> list[Group]:
         return [self._groups[number] for number in sorted(self._groups)]
 
-    def _aim(self, goal: Goal) -> None:
-        self._goal = goal
+    def _set_target(self, target: Target) -> None:
+        self._target = target
         self._guarded(self._begin_more)
 
     def _take(self) -> tuple[dict[int, Rollouts], int, int]:
@@ -219,38 +219,38 @@ class GroupSource:
         return scored, self._num_unfinished(), self._upcoming[0]
 
     def _begin_more(self) -> None:
-        while self._error is None and self._goal is not None and self._wants_more(self._goal):
+        while self._error is None and self._target is not None and self._wants_more(self._target):
             assert self._upcoming is not None
             number, prompt = self._upcoming
             self._upcoming = next(self._prompts)
-            self._groups[number] = group = Group(number, prompt, [Draft() for _ in range(self._group_size)])
+            self._groups[number] = group = Group(number, prompt, [PartialResponse() for _ in range(self._group_size)])
             self._continue(group)
 
-    def _wants_more(self, goal: Goal) -> bool:
+    def _wants_more(self, target: Target) -> bool:
         assert self._upcoming is not None
         unfinished = self._num_unfinished()
-        if unfinished >= goal.window or (goal.limit is not None and self._upcoming[0] >= goal.limit):
+        if unfinished >= target.window or (target.limit is not None and self._upcoming[0] >= target.limit):
             return False
         good = sum(g.scored is not None and g.informative for g in self._groups.values())
-        in_hand = good + (unfinished if goal.count_unfinished else 0)
-        return in_hand < goal.enough or self._upcoming[0] < goal.horizon
+        in_hand = good + (unfinished if target.count_unfinished else 0)
+        return in_hand < target.enough or self._upcoming[0] < target.horizon
 
     def _num_unfinished(self) -> int:
         return sum(group.scored is None for group in self._groups.values())
 
     def _continue(self, group: Group) -> None:
-        """Ask for what is missing of a group."""
+        """Request the responses that a group lacks."""
         if group.scored is not None:
             return
-        for place, draft in enumerate(group.drafts):
-            if not draft.finished:
-                self._draw(group, place, draft)
+        for place, response in enumerate(group.responses):
+            if not response.finished:
+                self._draw(group, place, response)
         self._score_if_drawn(group)
 
-    def _draw(self, group: Group, place: int, draft: Draft) -> None:
-        have = len(draft.tokens)
+    def _draw(self, group: Group, place: int, response: PartialResponse) -> None:
+        have = len(response.tokens)
         seed = self._seed(group.number * self._group_size + place, have)
-        request = Request([*group.prompt.token_ids, *draft.tokens], seed)
+        request = Request([*group.prompt.token_ids, *response.tokens], seed)
         sampling = self._sampling
         if have:
             sampling = Sampling(**{**vars(sampling), "max_tokens": sampling.max_tokens - have})
@@ -263,24 +263,24 @@ class GroupSource:
             self._owner.submit(self._guarded, work, *arguments)
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
-        """What goes wrong is told at the next `take`, where all ranks can hear of it."""
+        """Do the work; an error is raised at the next `take`, where all ranks learn of it."""
         try:
             work(*arguments)
         except Exception as error:
             self._error = self._error or error
 
     def _drawn(self, group: Group, place: int, future: Future[Response]) -> None:
-        """A response, or a piece of it, is there. Comes a second time for what `_stop` has taken in."""
+        """Take in a response, or a part of it. Called a second time for what `_stop` has taken in."""
         if group.requests.get(place) is not future:
             return
         del group.requests[place]
         response = future.result()
         self._check_version(response)
-        group.drafts[place].extend(response, self._version, self._sampling.max_tokens)
+        group.responses[place].extend(response, self._version, self._sampling.max_tokens)
         self._score_if_drawn(group)
 
     def _check_version(self, response: Response) -> None:
-        """All that is drawn between two updates is drawn by the same weights."""
+        """Check that everything sampled between two updates was sampled with the same weights."""
         for number in response.weight_versions:
             if self._engine_version is None:
                 self._engine_version = number
@@ -302,7 +302,7 @@ class GroupSource:
             self._begin_more()
 
     def _stop(self, behind: int, keep: bool) -> Discarded:
-        self._goal = None
+        self._target = None
         ahead = [g for g in self._groups.values() if g.number >= behind]
         if keep:
             self._pause(ahead)
@@ -310,7 +310,7 @@ class GroupSource:
             return Discarded()
         self._cancel()
         self._groups = {}
-        return Discarded(len(ahead), sum(len(d.tokens) for g in ahead for d in g.drafts))
+        return Discarded(len(ahead), sum(len(d.tokens) for g in ahead for d in g.responses))
 
     def _pause(self, groups: Sequence[Group]) -> None:
         assert isinstance(self._engine, PausingEngine)
@@ -324,7 +324,7 @@ class GroupSource:
         self._scorer.submit(lambda: None).result()  # what is drawn is scored; `_scored` comes next in this thread
 
     def _cancel(self) -> None:
-        self._goal = None
+        self._target = None
         for future in [f for group in self._groups.values() for f in group.requests.values()]:
             future.cancel()
         for group in self._groups.values():

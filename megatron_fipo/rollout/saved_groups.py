@@ -1,4 +1,4 @@
-"""Groups that are kept from one batch to the next, as a checkpoint takes them."""
+"""Groups that are kept from one batch to the next, as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ import torch
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout.assembly import no_rollouts
-from megatron_fipo.rollout.drafts import Draft, Group
+from megatron_fipo.rollout.in_flight import Group, PartialResponse
 
 
 def packed(groups: Sequence[Group]) -> dict[str, Any]:
-    """Groups that are paused or finished: their responses so far, and what is known of them."""
+    """Return paused or finished groups as tensors and lists: their responses so far, and their state."""
     rollouts = [group.scored or group.rollouts() for group in groups]
     return {
         "rollouts": vars(Rollouts.concatenate([no_rollouts(), *rollouts])),
-        "finished": [draft.finished for group in groups for draft in group.drafts],
+        "finished": [response.finished for group in groups for response in group.responses],
         "scored": [group.scored is not None for group in groups],
     }
 
 
 def unpacked(parts: Sequence[dict[str, Any]], group_size: int, prompts: Iterator[tuple[int, Prompt]]) -> list[Group]:
-    """What is among `prompts`, numbered and in order, of the groups that `packed` made into parts."""
-    found: dict[int, tuple[list[Draft], Rollouts | None]] = {}
+    """Return the groups that `packed` stored in parts, as far as they are among `prompts`, numbered and in order."""
+    found: dict[int, tuple[list[PartialResponse], Rollouts | None]] = {}
     for part in parts:
         rollouts = Rollouts.from_state_dict(part["rollouts"])
-        drafts = _drafts(rollouts, part["finished"])
+        responses = _partial_responses(rollouts, part["finished"])
         for place, scored in enumerate(part["scored"]):
             rows = torch.arange(place * group_size, (place + 1) * group_size)
             number = int(rollouts.ids[rows[0]]) // group_size
-            found[number] = drafts[rows[0] : rows[-1] + 1], rollouts.select(rows) if scored else None
+            found[number] = responses[rows[0] : rows[-1] + 1], rollouts.select(rows) if scored else None
     last = max(found, default=-1)
     groups = []
     for number, prompt in takewhile(lambda item: item[0] <= last, prompts):
         if number in found:
-            its_drafts, its_scores = found[number]
-            groups.append(Group(number, prompt, its_drafts, scored=its_scores))
+            its_partial_responses, its_scores = found[number]
+            groups.append(Group(number, prompt, its_partial_responses, scored=its_scores))
     return groups
 
 
-def _drafts(rollouts: Rollouts, finished: Sequence[bool]) -> list[Draft]:
+def _partial_responses(rollouts: Rollouts, finished: Sequence[bool]) -> list[PartialResponse]:
     values = (rollouts.tokens, rollouts.rollout_log_probs, rollouts.weight_versions)
     columns = [[x.tolist() for x in v.split(rollouts.lengths.tolist())] for v in values]
     prompts, truncated = rollouts.prompt_lengths.tolist(), rollouts.truncated.tolist()
     rows = zip(prompts, *columns, finished, truncated, strict=True)
-    return [Draft(t[p:], log_p[p:], versions[p:], done, cut) for p, t, log_p, versions, done, cut in rows]
+    return [PartialResponse(t[p:], log_p[p:], versions[p:], done, cut) for p, t, log_p, versions, done, cut in rows]

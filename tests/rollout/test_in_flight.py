@@ -14,7 +14,7 @@ import torch
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout import Request, Response, Sampling
-from megatron_fipo.rollout.drafts import Goal, Group, GroupSource
+from megatron_fipo.rollout.in_flight import Group, GroupSource, Target
 from tests.rollout.streaming import wait_until
 
 SAMPLING = Sampling(1.0, 1.0, 0, 5, (0,))
@@ -91,13 +91,13 @@ def _finish(source: GroupSource, engine: Manual, places: range) -> None:
     wait_until(lambda: bool(seen.update(source.take()[0])) or 2 * len(seen) == len(places))
 
 
-GOAL = Goal(window=3, enough=2, count_unfinished=False)
+GOAL = Target(window=3, enough=2, count_unfinished=False)
 
 
 def test_window_and_goal(source: GroupSource, engine: Manual) -> None:
     """Three groups are kept under way until two informative ones are scored; then none is begun any more, but those
     that others are ahead of."""
-    source.start(_prompts(), version=0, oldest=0, goal=GOAL)
+    source.start(_prompts(), version=0, oldest=0, target=GOAL)
     assert [r.prompt_ids for r, _, _ in engine.requests] == [[50], [50], [51], [51], [52], [52]]
     assert [r.seed for r, _, _ in engine.requests] == [0, 100, 200, 300, 400, 500]
     _finish(source, engine, range(2, 4))  # group 1, not informative
@@ -107,7 +107,7 @@ def test_window_and_goal(source: GroupSource, engine: Manual) -> None:
     _finish(source, engine, range(4, 6))
     assert source.take()[1:] == (2, 5)
     assert len(engine.requests) == 10
-    source.aim(dataclasses.replace(GOAL, horizon=6))
+    source.set_target(dataclasses.replace(GOAL, horizon=6))
     assert source.take()[1:] == (3, 6)
     assert len(engine.requests) == 12
 
@@ -119,7 +119,7 @@ def test_limit(source: GroupSource, engine: Manual) -> None:
 
 
 def test_unfinished_groups_may_count(source: GroupSource, engine: Manual) -> None:
-    """What is under way counts towards the goal where it will be kept."""
+    """What is under way counts towards the target where it will be kept."""
     source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, count_unfinished=True))
     assert source.take()[1:] == (2, 2)
 
@@ -144,11 +144,11 @@ def test_paused_and_continued(source: GroupSource, engine: Manual) -> None:
     source.stop(behind=1, keep=True)
     kept = source.groups()
     assert [g.number for g in kept] == [1, 2, 3]
-    assert [[len(d.tokens) for d in g.drafts] for g in kept] == [[2, 3], [4, 5], [5, 5]]
-    assert [[d.finished for d in g.drafts] for g in kept] == [[False, False], [False, True], [True, True]]
-    assert all(d.truncated for d in kept[2].drafts)
+    assert [[len(d.tokens) for d in g.responses] for g in kept] == [[2, 3], [4, 5], [5, 5]]
+    assert [[d.finished for d in g.responses] for g in kept] == [[False, False], [False, True], [True, True]]
+    assert all(d.truncated for d in kept[2].responses)
     before = len(engine.requests)
-    assert source.start(_prompts(1), version=1, oldest=0, goal=GOAL) == 0
+    assert source.start(_prompts(1), version=1, oldest=0, target=GOAL) == 0
     request, sampling, _ = engine.requests[before]
     assert (list(request.prompt_ids), request.seed, sampling.max_tokens) == ([51, 1, 2], 202, 3)
     engine.answer(before, [8, 0], version=8)
@@ -164,7 +164,7 @@ def test_too_old_starts_over(source: GroupSource, engine: Manual) -> None:
     source.start(_prompts(), 0, 0, GOAL)
     source.stop(behind=1, keep=True)
     before = len(engine.requests)
-    assert source.start(_prompts(1), version=2, oldest=1, goal=GOAL) == 2
+    assert source.start(_prompts(1), version=2, oldest=1, target=GOAL) == 2
     assert [r.seed for r, _, _ in engine.requests[before : before + 4]] == [200, 300, 400, 500]
     assert all(sampling.max_tokens == 5 for _, sampling, _ in engine.requests[before:])
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_fipo.outcome import MachineFailure
-from megatron_fipo.rollout.vllm import keeper as keepers
-from megatron_fipo.rollout.vllm.keeper import Keeper
+from megatron_fipo.rollout.vllm import supervisor as supervisors
 from megatron_fipo.rollout.vllm.process import Place
+from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from tests.rollout.streaming import wait_until
 from tests.rollout.vllm.fake_server import KEY, FakeServer
 
@@ -37,7 +37,7 @@ class Process:
     def kill(self) -> None:
         self.pid = None
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         return "its log's end"
 
 
@@ -49,46 +49,46 @@ def fake() -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def keep(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Keeper]]:
-    """keep(ends=, raises=): a keeper of one server, started; it answers only while its process is there."""
-    monkeypatch.setattr(keepers, "_LOOK_SECONDS", 0.01)
+def keep(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Supervisor]]:
+    """keep(ends=, raises=): a supervisor of one server, started; it answers only while its process is there."""
+    monkeypatch.setattr(supervisors, "_POLL_SECONDS", 0.01)
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
-    made: list[Keeper] = []
+    made: list[Supervisor] = []
 
-    def make(**faults: int) -> Keeper:
+    def make(**faults: int) -> Supervisor:
         process: Any = Process(fake, tmp_path / "log", **faults)
-        keeper = Keeper([process], 60.0, lambda control: True)
-        real = keeper.servers[0].control.healthy
-        monkeypatch.setattr(keeper.servers[0].control, "healthy", lambda: process.pid is not None and real())
-        made.append(keeper)
-        keeper.start()
-        return keeper
+        supervisor = Supervisor([process], 60.0, lambda control: True)
+        real = supervisor.servers[0].control.healthy
+        monkeypatch.setattr(supervisor.servers[0].control, "healthy", lambda: process.pid is not None and real())
+        made.append(supervisor)
+        supervisor.start()
+        return supervisor
 
     yield make
-    for keeper in made:
-        keeper.close()
+    for supervisor in made:
+        supervisor.close()
 
 
 @pytest.mark.parametrize("ends", [0, 1, 2])
-def test_a_start_that_fails_is_tried_again(ends: int, keep: Callable[..., Keeper]) -> None:
+def test_a_start_that_fails_is_tried_again(ends: int, keep: Callable[..., Supervisor]) -> None:
     """Two more starts: one of 32 servers that fails at first does not end the run."""
-    keeper = keep(ends=ends)
-    keeper.wait()
-    assert keeper.servers[0].process.starts == ends + 1  # type: ignore[attr-defined]
+    supervisor = keep(ends=ends)
+    supervisor.wait()
+    assert supervisor.servers[0].process.starts == ends + 1  # type: ignore[attr-defined]
 
 
-def test_a_server_that_never_starts(keep: Callable[..., Keeper]) -> None:
+def test_a_server_that_never_starts(keep: Callable[..., Supervisor]) -> None:
     """After three starts it is machine trouble of its node, told with the end of its log."""
-    keeper = keep(ends=100)
+    supervisor = keep(ends=100)
     with pytest.raises(
         MachineFailure, match=r"(?s)did not start in \d attempts: its start ended early.its log"
     ) as error:
-        keeper.wait()
+        supervisor.wait()
     assert error.value.hosts == ("node7",)
 
 
-def test_no_more_files_at_a_restart(keep: Callable[..., Keeper]) -> None:
+def test_no_more_files_at_a_restart(keep: Callable[..., Supervisor]) -> None:
     """The server's thread goes on, and starts it once there are files again."""
-    keeper = keep(ends=1, raises=1)
-    wait_until(lambda: keeper.servers[0].state == "ready")
-    assert keeper.servers[0].process.starts == 3  # type: ignore[attr-defined]
+    supervisor = keep(ends=1, raises=1)
+    wait_until(lambda: supervisor.servers[0].state == "ready")
+    assert supervisor.servers[0].process.starts == 3  # type: ignore[attr-defined]

@@ -1,0 +1,21 @@
+"""Collectives of Python objects, pickled by torch: for counts, names and reports, never for tensors of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's value, in the order of ranks. Collective over `group` (None: the default group)."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """Return the value of the global rank `src`. Collective over `group` (None: the default group)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=src, group=group)
+    return box[0]

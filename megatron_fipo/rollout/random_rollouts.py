@@ -1,0 +1,34 @@
+"""Random responses for a dry run: the memory and the kernels of an update, without a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_fipo.batch import Rollouts
+from megatron_fipo.config import Config
+from megatron_fipo.data import Prompt
+from megatron_fipo.parallel.topology import Topology
+
+
+def random_rollouts(
+    groups: Sequence[int], prompts: Sequence[Prompt], vocab_size: int, config: Config, topology: Topology
+) -> Rollouts:
+    """Return random responses and advantages for this replica's share of `groups`; one response has the full length."""
+    rollout = config.rollout
+    generator = torch.Generator().manual_seed(config.run.seed + topology.dp.rank())
+    size = rollout.group_size
+    ids = [group * size + i for group in groups[topology.dp.rank() :: topology.dp.size()] for i in range(size)]
+    lengths = torch.randint(1, rollout.max_response_tokens + 1, (len(ids),), generator=generator).tolist()
+    if lengths:
+        lengths[0] = rollout.max_response_tokens
+    responses = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    rollouts = Rollouts.from_responses(
+        ids=ids,
+        prompts=[prompts[i // size % len(prompts)].token_ids for i in ids],
+        responses=responses,
+        log_probs=[[0.0] * n for n in lengths],
+        truncated=[False] * len(ids),
+    )
+    return rollouts.replace(advantages=torch.randn(len(ids), generator=generator))
