@@ -63,7 +63,7 @@ def test_deep_json(tmp_path: Path) -> None:
         check_sizes(tmp_path)
     with pytest.raises(ValueError, match="is not JSON"):
         prepare(tmp_path / "questions.jsonl", tmp_path / "out.parquet")
-    with pytest.raises(ValueError, match=r"no measured row in .*x\.json is left out"):
+    with pytest.raises(ValueError, match=r"no measured rows in .*x\.json is skipped"):
         read_rows(tmp_path)
     assert attempts.read(tmp_path / "metrics.jsonl") == []
     assert attempts.training_progress(tmp_path).number == 1
@@ -128,6 +128,6 @@ def test_numbers_beyond_all_measurements() -> None:
     stages = row["timeline"]["stages"] * 1000
     found, problems = parse_row({**row, "seconds": 1e308, "timeline": {"chunks": 1, "stages": stages}})
     assert (found.seconds, found.timeline) == (None, None)
-    assert problems == ["seconds is 1e+308", "timeline is not one: no chunks, or not 1 to 512 stages"]
-    with pytest.raises(ValueError, match="gpus is 1000000000000000000000"):
+    assert problems == ["seconds is 1e+308", "timeline is invalid: chunks must be at least 1, and stages 1 to 512"]
+    with pytest.raises(ValueError, match="gpus must be an integer of at least 1, got 1000000000000000000000"):
         parse_row({**row, "gpus": 10**21})

@@ -143,7 +143,7 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     study = write_study(tmp_path, *_sweep())
     (study / "plan.csv").write_text("gpus,tensor\n8,x\n")
     text = write_scaling_report(study)
-    assert f"warning: line 1 of {study / 'plan.csv'}: tensor is 'x' and must be a whole number of at least 1" in text
+    assert f"warning: line 1 of {study / 'plan.csv'}: tensor must be an integer of at least 1, got 'x'" in text
     assert f"{len(_sweep())} measured" in text
 
 
@@ -210,7 +210,7 @@ def test_broken_rows_are_warned_of(tmp_path: Path) -> None:
     study = write_study(tmp_path, make_row(), make_row(8, 4, seconds=float("nan"), mfu="high"))
     (study / "rows" / "half.json").write_text("{")
     text = write_scaling_report(study)
-    assert "warning: rows/half.json is left out" in text
+    assert "warning: rows/half.json is skipped" in text
     assert "seconds is nan" in text
     assert "mfu is &#x27;high&#x27;" in (study / "report.html").read_text()
 
