@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.evaluation.evaluate import _judged
+from megatron_fipo.evaluation.evaluate import _scored
 from megatron_fipo.model.stop_tokens import declared_stop_tokens, stop_token_ids, without_stop_token
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Response
@@ -87,7 +87,7 @@ def test_only_the_last_token_ends_a_response(tokens: list[int], left: list[int])
     assert without_stop_token(tokens, (8, 9)) == left
 
 
-def test_what_ended_a_response_is_not_judged(tmp_path: Path) -> None:
+def test_what_ended_a_response_is_not_scored(tmp_path: Path) -> None:
     """Special or not: `12` ended by the digit 5, by the tokenizer's special token, and cut off at its length."""
     tokenizer = save_tokenizer(tmp_path)
     one, two, five = tokenizer.convert_tokens_to_ids(["1", "2", "5"])
@@ -105,7 +105,7 @@ def test_what_ended_a_response_is_not_judged(tmp_path: Path) -> None:
         (SimpleNamespace(key=("b", 0, i), seed=0, prompt=prompt), Response(r, [0.0] * len(r), truncated=i >= 2))
         for i, r in enumerate(responses)
     ]
-    samples = list(_judged(drawn, reward, tokenizer, stops))  # type: ignore[arg-type]
+    samples = list(_scored(drawn, reward, tokenizer, stops))  # type: ignore[arg-type]
     plain = tokenizer.batch_decode([[one, two], [one, two], [one, two], [one, five, two]])
     assert judged == [*plain, *plain]
     assert [sample.response for sample in samples] == plain
