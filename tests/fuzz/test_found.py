@@ -12,7 +12,7 @@ import pytest
 from megatron_fipo.checkpoint.files import DamagedError, Marker
 from megatron_fipo.config import load_config
 from megatron_fipo.convert.huggingface import INDEX, Checkpoint
-from megatron_fipo.convert.unfinished import MANIFEST, check_sizes
+from megatron_fipo.convert.staging import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
 from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts
@@ -35,11 +35,11 @@ CHOICE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({}, "names no tensors"),
+        ({}, "contains no tensors"),
         ({"a": 3}, "names 3 for a, expected the name of a file beside it"),
         ({"a": "../x.safetensors"}, "names '../x.safetensors' for a"),
         ({"a": ".."}, r"names '\.\.' for a"),
-        ([], "is no index of safetensors files"),
+        ([], "is not a valid index of safetensors files"),
     ],
 )
 def test_indexes(tmp_path: Path, places: Any, message: str) -> None:
@@ -57,7 +57,7 @@ def test_deep_json(tmp_path: Path) -> None:
     (tmp_path / "rows" / "x.json").write_text(DEEP)
     with pytest.raises(DamagedError, match="cannot be read"):
         Marker.read(tmp_path, 1)
-    with pytest.raises(ValueError, match="is no index of safetensors files"):
+    with pytest.raises(ValueError, match="is not a valid index of safetensors files"):
         Checkpoint(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         check_sizes(tmp_path)
