@@ -207,10 +207,10 @@ def test_directory_as_data_file(task: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("dapoo", "'dapoo' is none of dapo, math, exact, package.module:function"),
-        ("no_such_package:score", "reward.function no_such_package:score: cannot import it"),
-        ("math:no_such_function", "reward.function math:no_such_function: cannot import it"),
-        ("math:pi", "is a float, not a function"),
+        ("dapoo", "'dapoo' must be one of dapo, math, exact, package.module:function"),
+        ("no_such_package:score", "reward.function no_such_package:score: cannot be imported"),
+        ("math:no_such_function", "reward.function math:no_such_function: cannot be imported"),
+        ("math:pi", "must be a function, got float"),
     ],
 )
 def test_unknown_reward(task: Path, function: str, says: str) -> None:

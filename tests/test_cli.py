@@ -163,7 +163,7 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
     "unknown reward": (
         lambda t: 0,
         ["reward.function=dappo"],
-        "reward.function 'dappo' is none of dapo, math, exact",
+        "reward.function 'dappo' must be one of dapo, math, exact",
     ),
     "FIPO as a no-op, strictly": (
         lambda t: 0,
