@@ -108,7 +108,7 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
     "heads not divisible by tp": (
         lambda t: 0,
         ["parallel.tensor=3", "parallel.world_size=3"],
-        "2 key/value heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
+        "2 key/value heads cannot be split over parallel.tensor 3: must be one of [1, 2, 4]",
     ),
     "layers not divisible by pp": (
         lambda t: 0,

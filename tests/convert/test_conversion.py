@@ -116,7 +116,7 @@ def test_unknown_model_type(source: Path, tmp_path: Path) -> None:
     """Only exact model types are known."""
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_moe"}))
-    with pytest.raises(ValueError, match=r"model type 'qwen2_moe' of .* is not supported; supported: qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"model type 'qwen2_moe' of .* is not supported: must be one of qwen2, qwen3"):
         to_megatron(source, tmp_path / "out")
 
 

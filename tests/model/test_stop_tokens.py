@@ -56,13 +56,17 @@ def test_overrides_replace_the_config_s(tmp_path: Path) -> None:
     [
         ("{}", '{"eos_token_id": [5, 6', r"generation_config\.json cannot be read"),
         ("{}", "", r"generation_config\.json cannot be read"),
-        ("{}", "[5]", r"generation_config\.json cannot be read: expected an object"),
+        ("{}", "[5]", r"generation_config\.json cannot be read: expected a JSON object"),
         ('{"eos_token_id": 5', "{}", r"/config\.json cannot be read"),
-        ('{"eos_token_id": "5"}', "{}", r"eos_token_id of .*/config\.json is '5'; expected a token id"),
-        ("{}", '{"eos_token_id": [5, null]}', r"eos_token_id of .*generation_config\.json is \[5, None\]"),
-        ("{}", '{"eos_token_id": -1}', "is -1; expected a token id"),
-        ("{}", '{"eos_token_id": true}', "is True; expected a token id"),
-        ("{}", '{"eos_token_id": 5.0}', "is 5.0; expected a token id"),
+        (
+            '{"eos_token_id": "5"}',
+            "{}",
+            r"eos_token_id of .*/config\.json must be a token id or a list of them, got '5'",
+        ),
+        ("{}", '{"eos_token_id": [5, null]}', r"eos_token_id of .*generation_config\.json must be .*, got \[5, None\]"),
+        ("{}", '{"eos_token_id": -1}', "must be a token id or a list of them, got -1"),
+        ("{}", '{"eos_token_id": true}', "must be a token id or a list of them, got True"),
+        ("{}", '{"eos_token_id": 5.0}', "must be a token id or a list of them, got 5.0"),
     ],
 )
 def test_a_broken_file_is_an_error(config: str, generation: str, message: str, tmp_path: Path) -> None:
@@ -74,7 +78,7 @@ def test_a_broken_file_is_an_error(config: str, generation: str, message: str, t
 def test_no_end_at_all(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, (None,))
     assert declared_stop_tokens(path, None) == ()
-    with pytest.raises(ValueError, match=r"names no end-of-sequence token \(eos_token_id\)"):
+    with pytest.raises(ValueError, match=r"has no end-of-sequence token \(eos_token_id\)"):
         stop_token_ids(path, SimpleNamespace(eos_token_id=None))
 
 
