@@ -78,7 +78,7 @@ class Rollouts:
         return [s[p:] for s, p in zip(sequences, self.prompt_lengths.tolist(), strict=True)]
 
     def select(self, index: torch.Tensor) -> Rollouts:
-        """The responses at `index` ([K] int64), in that order."""
+        """Return the responses at `index` ([K] int64), in that order."""
         starts, lengths = self.offsets[:-1][index], self.lengths[index]
         token_index = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths) + torch.arange(
             int(lengths.sum())
@@ -198,7 +198,7 @@ class TrainBatch:
     micro_batches: tuple[MicroBatch, ...]
 
     def with_token_values(self, **values: Sequence[torch.Tensor]) -> TrainBatch:
-        """A copy whose micro-batches carry the given per-token tensors, e.g. `old_log_probs=[...]`."""
+        """Return a copy whose micro-batches have the given per-token tensors, e.g. `old_log_probs=[...]`."""
         columns = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
         return TrainBatch(tuple(m.replace(**c) for m, c in zip(self.micro_batches, columns, strict=True)))
 
@@ -348,7 +348,7 @@ def plan_micro_batches(
 
 
 def micro_batch_order(loads: Sequence[float], order: MicroBatchOrder, multiple: int = 1) -> list[int]:
-    """The places of the micro-batches in the order in which the pipeline is to take them.
+    """Return the indices of micro-batches in the order in which the pipeline processes them.
 
     "longest_middle" rises to the longest and falls again: a pipeline is as slow to fill as its first micro-batches are
     long, and as slow to drain as its last ones. With interleaving, whole rounds of `multiple` similar micro-batches

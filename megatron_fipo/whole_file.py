@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to be written; it takes `path`'s place when the block ends, and goes when the block fails.
+    """Yield a temporary file that replaces `path` atomically at the end, and is removed if the block fails.
 
     Of several processes that write `path` at the same time, on whatever machines, one wins.
     """
@@ -32,6 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically."""
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -64,7 +65,7 @@ def time_in(path: Path, text: Any) -> datetime:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """As parquet, on the disk when this returns; its directory is made."""
+    """Write a table as parquet, synced to disk; creates the directory."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
