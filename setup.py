@@ -89,24 +89,26 @@ def compile_cuda(build_dir: Path) -> CudaPart:
 
 
 def find_nvcc() -> str | None:
+    """Return the path of nvcc, from CUDA_HOME if it is set."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """Those of `CUDA_ARCHITECTURES` that this nvcc knows; a newer GPU compiles the last one's PTX when it starts."""
+    """Return the `CUDA_ARCHITECTURES` that this nvcc supports; newer GPUs compile the last one's PTX at start-up."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [name for name in CUDA_ARCHITECTURES if name in known]
 
 
 def gencode_flags(architectures: list[str]) -> list[str]:
+    """Return nvcc's flags for machine code of all architectures, and PTX of the last one."""
     numbers = [name.removeprefix("sm_") for name in architectures]
     machine_code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*machine_code, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
 
 def cuda_link_flags(nvcc: str) -> list[str]:
-    """The CUDA runtime, statically: whichever one torch brings stays its own affair."""
+    """Return the flags that link the CUDA runtime statically, independent of the one in torch."""
     probe = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
     dry_run = subprocess.run(probe, capture_output=True, text=True).stderr  # names the toolkit's library folders
     folders = re.findall(r'"(-L[^"]*)"', "".join(line for line in dry_run.splitlines() if "LIBRARIES=" in line))
@@ -117,7 +119,7 @@ def cuda_link_flags(nvcc: str) -> list[str]:
 
 
 def cpu_sources() -> list[Path]:
-    """The translation units for this machine's architecture."""
+    """Return the translation units for this machine's architecture."""
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     return [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if on_x86 or path.stem not in ISA_FLAGS]
 
@@ -165,6 +167,7 @@ class BuildExtension(build_ext):
 
 
 def extensions() -> list[Extension]:
+    """Return the extension to build, or none if it is switched off."""
     if os.environ.get("MEGATRON_FIPO_EXTENSION", "1") == "0":
         print("megatron_fipo extension: off (MEGATRON_FIPO_EXTENSION=0)")
         return []

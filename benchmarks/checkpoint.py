@@ -1,12 +1,12 @@
-"""What a checkpoint costs training: the pause of a save, and how fast its bytes reach the disk.
+"""Cost of checkpoints in training: the pause of a save, and the speed of writing to disk.
 
     python benchmarks/checkpoint.py [--size tiny|small|large] [--layout one|tp2|pp2|dp2] [--rounds 5] [--directory DIR]
 
-A step is one update as training does it (forward, backward, clipping, Adam), without the rollouts that take most of a
-real step: shares of a real one are smaller. Each round times, in turn, a plain step, a save that training waits for,
-the same bytes written raw (every rank writes as many from memory, sequentially, with fsync), and a save in the
-background with the steps that run beside it. `pause` is how long `save` and `poll` hold training up; `slowdown` is
-what the writers and the pages that they make training copy cost the steps beside them. Prints a table, and as its
+A step is one update as in training (forward, backward, clipping, Adam), without the rollouts that take most of a
+real step: shares of a real one are smaller. Each round times, in turn, a plain step, a blocking save,
+a raw write of the same bytes (sequentially from each rank's memory, with fsync), and an asynchronous
+save with the steps that run beside it. `pause` is how long `save` and `poll` block training; `slowdown` is
+the cost of the writers and of copy-on-write pages for the steps beside them. Prints a table, and as its
 last line one JSON object with the same figures, medians over the rounds.
 """
 
@@ -39,7 +39,7 @@ _BLOCK = 1 << 22  # bytes
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds until all ranks have done it."""
+    """Return the seconds until all ranks have finished the action."""
     torch.cuda.synchronize()  # a barrier of the hosts does not wait for their devices
     dist.barrier()
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def write_raw(path: Path, size: int) -> None:
-    """As many bytes as the rank's data file has, from memory."""
+    """Write as many bytes as in the rank's data file, from memory."""
     block = os.urandom(_BLOCK)
     with open(path, "wb", buffering=0) as stream:
         for start in range(0, size, _BLOCK):
@@ -59,7 +59,7 @@ def write_raw(path: Path, size: int) -> None:
 
 
 def measure(config: Config, rounds: int, directory: str, out: str) -> None:
-    """One rank's part; rank 0 leaves each round's figures in `out`."""
+    """Measure on one rank; rank 0 writes each round's results to `out`."""
     topology = topologies.initialize(config.parallel, seed=1)
     actor = FIPOActor(config, check_model(config), topology)
     batch = make_batch(actor)
@@ -92,15 +92,16 @@ def measure(config: Config, rounds: int, directory: str, out: str) -> None:
         figures.append(figure)
     checkpointer.close()
     if topology.rank == 0:
-        Path(out).write_text(json.dumps(figures[1:]))  # the first round warms up
+        Path(out).write_text(json.dumps(figures[1:]))  # the first round is a warm-up
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
+    parser.add_argument("--size", choices=SIZES, default="small", help="model size")
     parser.add_argument("--layout", choices=LAYOUTS, default="one")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
-    parser.add_argument("--directory", type=Path, default=Path.cwd(), help="on the disk that is to be measured")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
+    parser.add_argument("--directory", type=Path, default=Path.cwd(), help="directory on the disk to measure")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory, prefix=".checkpoint-benchmark-") as directory:
         make_model(Path(directory), *SIZES[args.size])
@@ -110,6 +111,8 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
+    """Print the results."""
+
     def median(figure: Callable[[dict[str, Any]], float], digits: int = 4) -> float:
         return round(statistics.median(map(figure, rounds)), digits)
 

@@ -1,11 +1,11 @@
-"""Conversion, both directions: speed against a plain copy of the same bytes, peak memory, and what 32B would take.
+"""Conversion in both directions: speed relative to a plain copy, peak memory, and a projection to 32B.
 
     python benchmarks/convert.py [--layers 28] [--directory DIR] [--rounds 2]
 
-A synthetic Qwen2.5-1.5B (real sizes, random bfloat16 weights, 3.1 GB) is made, converted to a Megatron checkpoint and
-back. Right before each conversion the plain copy runs over the files that it will read: a loop of 16 MiB reads and
-writes, then fsync. Both read from disk: the files' pages are dropped from the cache first. Each runs in a fresh
-process, the clock around the work alone; a round pairs one copy with one conversion, and the best of each counts.
+A synthetic Qwen2.5-1.5B (real sizes, random bfloat16 weights, 3.1 GB) is created, converted to a Megatron checkpoint
+and back. Right before each conversion, the files that it will read are copied: a loop of 16 MiB reads and
+writes, then fsync. Both read from disk: the files' pages are dropped from the cache first. Each runs in a new
+process, timing only the work; a round pairs one copy with one conversion, and the best of each counts.
 Peak memory is VmHWM, mapped files included; its limit is 2 x the largest fused tensor + 600 MB. 32B is projected: its
 bytes at the measured speed, and the memory of an idle process + the measured multiple of the largest tensor.
 The result is compared bit by bit with the original at the end.
@@ -56,7 +56,7 @@ DIRECTIONS = {"to_megatron": ("hf", "megatron"), "to_hf": ("megatron", "back")}
 
 
 def make_checkpoint(directory: Path, layers: int) -> None:
-    """Random finite bfloat16 numbers of absolute value below 2, in files as the published ones."""
+    """Write random finite bfloat16 numbers of absolute value below 2, in files like the published ones."""
     config = Qwen2Config(**_QWEN_1B5, num_hidden_layers=layers, dtype="bfloat16")
     directory.mkdir()
     tensors = {n: (shape, torch.bfloat16) for n, shape in tables.huggingface_shapes(architecture(config)).items()}
@@ -70,13 +70,14 @@ def make_checkpoint(directory: Path, layers: int) -> None:
 
 
 def sizes(config: dict[str, Any]) -> tuple[int, int]:
-    """(bytes of all parameters, of the largest fused tensor) in bfloat16."""
+    """Return (bytes of all parameters, of the largest fused tensor) in bfloat16."""
     parameters = tables.parameters(architecture(Qwen2Config(**config)))
     counts = [2 * torch.Size(parameter.shape).numel() for parameter in parameters]
     return sum(counts), max(counts)
 
 
 def drop_from_cache(directory: Path) -> None:
+    """Drop the files' pages from the page cache."""
     for file in directory.iterdir():
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
@@ -84,7 +85,7 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def plain_copy(source: Path, out: Path) -> None:
-    """The floor: read and write 16 MiB at a time, then fsync."""
+    """Read and write 16 MiB at a time, then fsync: the lower bound."""
     out.mkdir()
     for file in source.iterdir():
         with open(file, "rb", buffering=0) as reader, open(out / file.name, "wb", buffering=0) as writer:
@@ -94,7 +95,7 @@ def plain_copy(source: Path, out: Path) -> None:
 
 
 def work(kind: str, source: Path, out: Path) -> dict[str, float]:
-    """Seconds and peak memory of one copy or conversion, in this process."""
+    """Return seconds and peak memory of one copy or conversion in this process."""
     drop_from_cache(source)
     before = _memory("VmRSS")
     started = time.perf_counter()
@@ -108,11 +109,13 @@ def _memory(field: str) -> int:
 
 
 def in_fresh_process(kind: str, source: Path, out: Path) -> dict[str, float]:
+    """Run `work` in a new process."""
     command = [sys.executable, "-W", "ignore", __file__, "--worker", kind, str(source), str(out)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def measure(directory: Path, rounds: int) -> dict[str, Any]:
+    """Measure all rounds."""
     figures: dict[str, Any] = {}
     for direction, (source, out) in DIRECTIONS.items():
         copies, conversions = [], []
@@ -136,7 +139,7 @@ def measure(directory: Path, rounds: int) -> dict[str, Any]:
 
 
 def project(figures: dict[str, Any], largest: int) -> None:
-    """Add the limit of memory, and what 32B would take."""
+    """Add the memory limit and the projection to 32B."""
     bytes_32b, largest_32b = sizes(_QWEN_32B)
     figures["peak_limit_bytes"] = 2 * largest + 600_000_000
     figures["projected_32b_limit_bytes"] = 2 * largest_32b + 600_000_000
@@ -148,6 +151,7 @@ def project(figures: dict[str, Any], largest: int) -> None:
 
 
 def show(figures: dict[str, Any]) -> None:
+    """Print the results."""
     table = Table(
         title=f"Conversion of {figures['bytes'] / 1e9:.2f} GB (Qwen2.5-1.5B, {figures['layers']} layers), one process"
     )
@@ -176,15 +180,19 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--directory", type=Path, default=Path("."), help="on the disk to measure; needs 4 x the model")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("."), help="directory on the disk to measure; needs 4 x the model's size"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the benchmark."""
     args = parse_arguments()
     if args.worker:
         kind, source, out = args.worker

@@ -1,8 +1,8 @@
-"""Fits the constants of megatron_fipo/scaling/efficiency.yaml: few, the same for all rows of a GPU generation or code.
+"""Fit of the constants in megatron_fipo/scaling/efficiency.yaml, shared by all rows of a GPU generation or code.
 
-Coordinate search in the logarithm of each constant, from the same guesses every time, on a robust loss of the logarithm
-of predicted over measured step time. Rows of one source share a weight that grows with the root of their number, so
-that no long table decides alone; a weak prior holds constants that nothing measures near the guesses.
+Coordinate search in the logarithm of each constant, always from the same start, on a robust loss of the logarithm
+of predicted over measured step time. Rows of one source share a weight that grows with the square root of their
+number, so that no long table dominates; a weak prior keeps unmeasured constants near the start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SOFTWARE = {
     "aleph_alpha": ("node_network", "tensor_exposed", "step_seconds"),
     "megatron": ("tensor_exposed",),
 }
-_STARTS = {  # guesses without these runs, and the prior's centre: a fit does not depend on the one before
+_STARTS = {  # start values and centre of the prior, independent of previous fits
     "bfloat16": 0.7,
     "float8": 0.6,
     "float4": 0.5,
@@ -49,7 +49,7 @@ _STARTS = {  # guesses without these runs, and the prior's centre: a fit does no
     "straggling": 0.003,
     "node_network": 15e9,
 }
-_LIMITS = {  # what is physically possible
+_LIMITS = {  # physical limits
     "gemm": (0.2, 0.95),
     "attention": (0.1, 0.9),
     "memory": (0.5, 0.95),
@@ -67,7 +67,7 @@ _LIMITS = {  # what is physically possible
 @dataclass
 class _Constant:
     path: Path
-    rows: np.ndarray  # that it can change
+    rows: np.ndarray  # rows that it affects
     start: float
     step: float
 
@@ -80,13 +80,13 @@ class _Constant:
 
 
 def fit(rows: Sequence[Row], known: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """`known` with fitted constants, changed in place."""
+    """Fit the constants of `known` in place and return it."""
     rows = _thinned(rows)
     counts = Counter(row.source for row in rows)
     weight = np.array([(0.5 if row.moe else 1.0) / math.sqrt(counts[row.source]) for row in rows])
     constants, bubbles = list(_constants(rows, known)), _Bubbles(rows)
     for number in range(rounds):
-        bubbles.known.clear()  # they hardly depend on the constants: computed once a round
+        bubbles.known.clear()  # they hardly depend on the constants: computed once per round
         error = bubbles.errors(range(len(rows)), known)
         for constant in constants:
             _improve(constant, known, bubbles, error, weight)
@@ -95,7 +95,7 @@ def fit(rows: Sequence[Row], known: dict[str, Any], rounds: int) -> dict[str, An
 
 
 def _improve(c: _Constant, known: dict[str, Any], bubbles: _Bubbles, error: np.ndarray, weight: np.ndarray) -> None:
-    """One step up or down, if that is better."""
+    """Step up or down if that reduces the loss."""
     before = _get(known, c.path)
     best = float((weight[c.rows] * _loss(error[c.rows])).sum()) + c.prior(before)
     for direction in (1, -1):
@@ -111,14 +111,14 @@ def _improve(c: _Constant, known: dict[str, Any], bubbles: _Bubbles, error: np.n
 
 
 class _Bubbles:
-    """Errors of rows, with each pipeline's time over that of its busiest stage remembered."""
+    """Errors of rows, with cached ratios of pipeline time to busiest stage time."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.known: dict[int, float] = {}
 
-    def errors(self, places: Sequence[int] | np.ndarray, known: dict[str, Any]) -> np.ndarray:
-        return np.array([self._error(int(i), known) for i in places])
+    def errors(self, indices: Sequence[int] | np.ndarray, known: dict[str, Any]) -> np.ndarray:
+        return np.array([self._error(int(i), known) for i in indices])
 
     def _error(self, i: int, known: dict[str, Any]) -> float:
         def remembered(
@@ -146,14 +146,14 @@ def _constants(rows: Sequence[Row], known: dict[str, Any]) -> list[_Constant]:
             found.append(_Constant(path, np.flatnonzero(uses), start, step))
 
     for name, efficiency in known["efficiencies"].items():
-        mine = [g == name for g in generation]
-        for precision in efficiency["gemm"]:  # heads and unfused attention are in bfloat16 in every run
-            uses = [m and precision in ("bfloat16", row.precision) for m, row in zip(mine, rows, strict=True)]
+        own_rows = [g == name for g in generation]
+        for precision in efficiency["gemm"]:  # heads and unfused attention use bfloat16 in every run
+            uses = [m and precision in ("bfloat16", row.precision) for m, row in zip(own_rows, rows, strict=True)]
             add(("efficiencies", name, "gemm", precision), uses, 0.05)
         for field in (*_GENERATION, *(("casts",) if len(efficiency["gemm"]) > 1 else ())):
-            add(("efficiencies", name, field), mine, 0.1)
+            add(("efficiencies", name, field), own_rows, 0.1)
         for field in _EXPERTS:
-            add(("efficiencies", name, field), [m and row.moe for m, row in zip(mine, rows, strict=True)], 0.1)
+            add(("efficiencies", name, field), [m and row.moe for m, row in zip(own_rows, rows, strict=True)], 0.1)
     for name, fields in _SOFTWARE.items():
         for field in fields:
             add(("software", name, field), [row.software == name for row in rows], 0.2)

@@ -1,7 +1,7 @@
-r"""Random mathematics with its value: an expression, the same rewritten, and a perturbed one, in several notations.
+r"""Random mathematical expressions with known value: one, an equivalent, and a perturbed one, in several notations.
 
-The value is computed beside the text, in 60 digits and for several values of the variables, so that whether two
-expressions are equal is known without the verifier that is tested.
+Values are computed independently, with 60 digits and for several values of the variables, so that equality of two
+expressions is known without the verifier under test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EQUAL, _LARGEST = mpf(10) ** -45, mpf(10) ** 40
 
 @dataclass(frozen=True)
 class Node:
-    """An expression: a leaf with its spelling, or an operator and its parts."""
+    """Expression: a leaf with its spelling, or an operator with its operands."""
 
     kind: str  # integer, constant, variable, root, power, exp, ln, sin, sum, product, quotient, negative, factorial
     parts: tuple[Node, ...] = ()
@@ -36,11 +36,11 @@ class Case:
     truth: str
     answer: str
     equal: bool
-    kind: str  # what was done to the answer
+    kind: str  # how the answer was derived
 
 
 def make_case(seed: int) -> Case:
-    """Return a pair of answers, and whether they are equal. The same seed gives the same pair."""
+    """Return a pair of answers and whether they are equal; deterministic for each seed."""
     rng = random.Random(seed)
     while True:
         node = _random_node(rng, depth=rng.choice((1, 1, 2, 2, 3)))
@@ -56,11 +56,11 @@ def make_case(seed: int) -> Case:
             continue
         equal = all(abs(a - b) <= _EQUAL * max(abs(a), abs(b)) for a, b in zip(values, others, strict=True))
         if equal != (kind == "rewritten"):
-            continue  # a perturbation without effect, or digits lost
+            continue  # a perturbation without effect, or a loss of precision
         return _wrapped(_text(node, rng), _text(other, rng), equal, kind, rng)
 
 
-# Making expressions
+# Generation of expressions
 
 
 def _leaf(rng: random.Random) -> Node:
@@ -115,7 +115,7 @@ def _integer(value: int) -> Node:
 
 
 def _rewritten(node: Node, rng: random.Random) -> Node:
-    """The same value in another form."""
+    """Return an equivalent expression in another form."""
     parts = node.parts if node.kind == "factorial" else tuple(_rewritten(part, rng) for part in node.parts)
     node = Node(node.kind, parts, node.value)
     if node.kind in ("sum", "product") and rng.random() < 0.5:
@@ -136,7 +136,7 @@ def _rewritten(node: Node, rng: random.Random) -> Node:
 
 
 def _perturbed(node: Node, rng: random.Random) -> tuple[str, Node]:
-    """Another value, near or far."""
+    """Return the kind of perturbation and an expression of a different value, near or far."""
     tiny = Node("power", (_integer(10),), -rng.choice((8, 20, 30)))
     changes: dict[str, Callable[[], Node]] = {
         "+1": lambda: Node("sum", (node, _integer(1))),
@@ -157,8 +157,8 @@ def _with_other_leaf(node: Node, rng: random.Random) -> Node:
         if node.kind == "constant":
             return Node("constant", value="e" if node.value == "pi" else "pi")
         return Node("variable", value=rng.choice([v for v in VARIABLES if v != node.value]))
-    place = rng.randrange(len(node.parts))
-    parts = [_with_other_leaf(part, rng) if i == place else part for i, part in enumerate(node.parts)]
+    index = rng.randrange(len(node.parts))
+    parts = [_with_other_leaf(part, rng) if i == index else part for i, part in enumerate(node.parts)]
     return Node(node.kind, tuple(parts), node.value)
 
 
@@ -166,7 +166,7 @@ def _with_other_leaf(node: Node, rng: random.Random) -> Node:
 
 
 def _values(node: Node) -> list[Any] | None:
-    """At each sample; None where one is not finite and of reasonable size."""
+    """Return the value at each sample; None if one is not finite or too large."""
     with mp.workdps(DIGITS):
         try:
             values = [_value(node, {name: mpf(v) for name, v in sample.items()}) for sample in _SAMPLES]
@@ -188,7 +188,7 @@ def _value(node: Node, at: dict[str, Any]) -> Any:
     match node.kind:
         case "sum":
             total = first + parts[1]
-            # Digits that cancel are digits that the value here lacks.
+            # Cancellation loses precision.
             if total and abs(total) < mpf(10) ** -8 * abs(first) and node.parts[1].kind != "power":
                 raise ValueError("cancellation")
             return total
@@ -208,7 +208,7 @@ def _value(node: Node, at: dict[str, Any]) -> Any:
             return mp.exp(first)
         case "sin":
             if abs(first) > 10**6:
-                raise ValueError("too large an angle")
+                raise ValueError("angle too large")
             value = mp.sin(first)
             if abs(value) < mpf(10) ** -20:
                 return mpf(0)
@@ -311,13 +311,13 @@ class _Writer:
         return f"({self.write(node)})" if node.kind in ("sum", "negative") else self.write(node)
 
     def _atom(self, node: Node) -> str:
-        """As base of a power or below a stroke."""
+        """Write an operand that is the base of a power or a denominator."""
         plain = node.kind in ("constant", "variable") or (node.kind == "integer" and node.value < 1000)
         return self.write(node) if plain else f"({self.write(node)})"
 
 
 def _wrapped(truth: str, answer: str, equal: bool, kind: str, rng: random.Random) -> Case:
-    """Most pairs as they are; some inside a tuple, a set, an equation or a closed interval, and some with a unit."""
+    """Wrap some pairs in a tuple, a set, an equation or a closed interval, or add a unit."""
     frames = ("({},\\ 7)", "\\{{ {}; 11 \\}}", "z = {}", "[{}, \\infty)", "{}\\text{{ cm}}", "\\left( {} \\right)")
     if rng.random() < 0.8:
         return Case(truth, answer, equal, kind)
@@ -326,7 +326,7 @@ def _wrapped(truth: str, answer: str, equal: bool, kind: str, rng: random.Random
 
 
 def decimal_case(seed: int) -> Case:
-    """Return a fraction and a decimal of 7 digits or more that it rounds to, or one that is off in the sixth."""
+    """Return a fraction and a decimal of at least 7 digits that it rounds to, or one that differs in the sixth."""
     rng = random.Random(seed)
     value = Fraction(rng.randint(1, 10**6), rng.randint(1, 10**4))
     digits = rng.randint(7, 12)

@@ -1,21 +1,21 @@
-"""The Future-KL scan and the fused loss: their time, and what it is of what this machine can do.
+"""Future-KL scan and fused loss: time, and share of the machine's copy bandwidth.
 
     python benchmarks/future_kl.py [--device cpu] [--sizes 8x20480 64x4096 mix 25M] [--seconds 2] [--skip-published]
 
-For each size: the compiled scan alone, the compiled loss (sum, gradient and all metrics), and the share of the copy
-bandwidth that the same run measures with the same threads, out of cache. Both move 13 bytes a token: two log-probs and
-a mask byte read, one float written. Sizes that fit the cache may exceed 100%. Ratios are to
+For each size: the compiled scan, the compiled loss (sum, gradient and all metrics), and the share of the copy
+bandwidth measured in the same run with the same threads, out of cache. Both move 13 bytes per token: two log-probs
+and a mask byte read, one float written. Sizes that fit the cache may exceed 100%. Ratios are relative to
 (a) the published algorithm for the scan, padded rows times a decay matrix in chunks, O(T^2);
 (b) the torch reference of the loss, forward and backward with metrics.
 
-Times are the least over `--seconds` of calls, at least three; (a) runs once. On CPU, glibc is told to keep freed
-memory (`KEEP_FREED`): the copy writes where memory is mapped already, and so do the ops then, as they do with torch's
-CUDA allocator. With `--fresh-memory` each call of an op pays for the first touch of its outputs instead; for (b) too.
-Run it on an idle machine; `load_before` in the last line says whether it was.
+Times are minima over `--seconds` of calls, at least three; (a) runs once. On CPU, glibc is configured to keep freed
+memory (`KEEP_FREED`): copies and ops write to mapped memory, as with torch's
+CUDA allocator. With `--fresh-memory` each call of an op includes the first touch of its outputs; also for (b).
+Run it on an idle machine; see `load_before` in the last line.
 
-On a GPU (`--device cuda --sizes 8x20480 64x4096 mix 25M 25M-mix`) the copy is from device to device, and two more
-figures are printed: what the loss of a micro-batch of 20,480 tokens launches, and the memory that the loss of 25M
-tokens takes beside its inputs and outputs.
+On a GPU (`--device cuda --sizes 8x20480 64x4096 mix 25M 25M-mix`) the copy is on the device, and two more
+results are printed: kernels launched by the loss of a micro-batch of 20,480 tokens, and the memory that the loss of
+25M tokens uses beside its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from megatron_fipo.ops import compiled_summary
 BYTES_PER_TOKEN = 13
 COPY_ELEMENTS = 64 * 2**20  # 256 MiB each way, beyond any cache
 PUBLISHED_CHUNK = 128  # rows of the decay matrix at a time
-PUBLISHED_LIMIT = 2**40  # B T^2 multiply-adds, a few minutes on two cores; beyond, (a) is left out
+PUBLISHED_LIMIT = 2**40  # B T^2 multiply-adds, a few minutes on two cores; above, (a) is skipped
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-QUEUE_CYCLES = 20_000_000  # for which a GPU sleeps while launches queue up, about 10 ms
+QUEUE_CYCLES = 20_000_000  # GPU sleep while launches queue up, about 10 ms
 CONFIG = FIPOLossConfig()
 
 
@@ -67,7 +67,7 @@ class Batch:
 
 
 def mixed_lengths(sequences: int, tokens: int, shortest: int = 250, longest: int = 20480) -> list[int]:
-    """Lengths spread evenly on a log scale between the two, shuffled, and scaled to add up to `tokens`."""
+    """Return lengths spread evenly on a log scale between the two, shuffled, and scaled to sum to `tokens`."""
     scale = torch.logspace(
         torch.log10(torch.tensor(float(shortest))), torch.log10(torch.tensor(float(longest))), sequences
     )
@@ -92,7 +92,7 @@ MICRO_BATCHES = {"1 x 20480": [20480], "80 x 256": [256] * 80}
 
 
 def make_batch(lengths: list[int], device: str) -> Batch:
-    """Log-ratios of standard deviation 0.05 and 5% of the tokens masked, as in a late mini-batch."""
+    """Return a batch with log-ratios of standard deviation 0.05 and 5% masked tokens, like a late mini-batch."""
     generator = torch.Generator(device).manual_seed(0)
     size = sum(lengths)
     old = -torch.rand(size, generator=generator, device=device)
@@ -103,9 +103,9 @@ def make_batch(lengths: list[int], device: str) -> Batch:
 
 
 def seconds(function: Callable[[], Any], device: str, budget: float) -> float:
-    """Least time of a call within `budget` seconds, after one that does not count.
+    """Return the minimum time of a call within `budget` seconds, after a warm-up call.
 
-    On CUDA between events, and launched while the device still sleeps: a small size would else be the host's time.
+    On CUDA, measured between events with launches queued while the device sleeps, so that the host is not measured.
     """
     function()
     times: list[float] = []
@@ -127,13 +127,13 @@ def seconds(function: Callable[[], Any], device: str, budget: float) -> float:
 
 
 def copy_bandwidth(device: str, budget: float) -> float:
-    """Bytes a second of an out-of-cache copy, reads and writes counted."""
+    """Return the bytes per second of an out-of-cache copy, counting reads and writes."""
     source, target = (torch.ones(COPY_ELEMENTS, device=device) for _ in range(2))
     return 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source), device, budget)
 
 
 def published_scan(batch: Batch) -> Callable[[], Tensor]:
-    """The published algorithm: padded [B, T] times the transposed decay matrix, a chunk of its rows at a time."""
+    """Return the published algorithm: padded [B, T] times the transposed decay matrix, in chunks of its rows."""
     rows = [part.nan_to_num() for part in (batch.log_probs - batch.old_log_probs).split(batch.lengths)]
     values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, T]
     masks = torch.nn.utils.rnn.pad_sequence(batch.mask.split(batch.lengths), batch_first=True)
@@ -154,6 +154,7 @@ def published_scan(batch: Batch) -> Callable[[], Tensor]:
 
 
 def loss_and_backward(batch: Batch, backend: str) -> Callable[[], Tensor]:
+    """Return a function that runs the loss and its backward pass."""
     log_probs = batch.log_probs.clone().requires_grad_()
     inputs = batch.inputs()[1:]
 
@@ -165,7 +166,7 @@ def loss_and_backward(batch: Batch, backend: str) -> Callable[[], Tensor]:
 
 
 def fused_loss(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The compiled op alone: loss sum, gradient, metrics, histograms, vetoes."""
+    """Run the compiled op: loss sum, gradient, metrics, histograms, vetoes."""
     low, high = CONFIG.influence_bounds
     outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(
         *inputs,
@@ -186,9 +187,9 @@ def fused_loss(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def launches(batch: Batch) -> dict[str, int]:
-    """What one loss puts on the stream, by name, and how often."""
+    """Return the kernels that one loss launches, with their counts."""
     inputs = batch.inputs()
-    fused_loss(inputs)  # whatever happens on a first call only
+    fused_loss(inputs)  # warm-up
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         fused_loss(inputs)
         torch.cuda.synchronize()
@@ -196,7 +197,7 @@ def launches(batch: Batch) -> dict[str, int]:
 
 
 def extra_memory(batch: Batch) -> int:
-    """Most bytes of device memory that one loss holds beside its inputs and outputs."""
+    """Return the peak device memory of one loss beside its inputs and outputs."""
     inputs = batch.inputs()
     fused_loss(inputs)
     torch.cuda.reset_peak_memory_stats()
@@ -207,6 +208,7 @@ def extra_memory(batch: Batch) -> int:
 
 
 def show_cuda_figures() -> dict[str, Any]:
+    """Print and return the CUDA-only results."""
     launched = {name: launches(make_batch(lengths, "cuda")) for name, lengths in MICRO_BATCHES.items()}
     for name, counts in launched.items():
         print(f"launched by the loss of {name}: " + ", ".join(f"{n} x {kernel}" for kernel, n in counts.items()))
@@ -218,6 +220,7 @@ def show_cuda_figures() -> dict[str, Any]:
 def measure(
     name: str, device: str, budget: float, copy: float, with_published: bool, with_reference: bool = True
 ) -> dict[str, Any]:
+    """Measure one size."""
     batch = make_batch(SIZES[name](), device)
     tokens = batch.mask.numel()
     inputs = batch.inputs()
@@ -255,6 +258,7 @@ def measure(
 
 
 def seconds_once(function: Callable[[], Any], device: str) -> float:
+    """Return the seconds of a single call."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -265,6 +269,7 @@ def seconds_once(function: Callable[[], Any], device: str) -> float:
 
 
 def show(rows: list[dict[str, Any]], copy: float) -> None:
+    """Print the results."""
     table = Table(title=f"Future-KL; copy {copy / 1e9:.1f} GB/s; {compiled_summary()}")
     for heading in ("size", "scan ms", "GB/s", "of copy", "fused ms", "GB/s", "of copy", "(a) / scan", "(b) / loss"):
         table.add_column(heading, justify="right")
@@ -285,12 +290,13 @@ def show(rows: list[dict[str, Any]], copy: float) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["8x20480", "64x4096", "mix", "25M"])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time given to each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time budget per measurement")
     parser.add_argument("--fresh-memory", action="store_true", help="let the allocator return freed memory (CPU)")
-    parser.add_argument("--skip-published", action="store_true", help="leave out (a), about a minute on two cores")
+    parser.add_argument("--skip-published", action="store_true", help="skip (a), about a minute on two cores")
     args = parser.parse_args()
     if args.device == "cpu" and not args.fresh_memory and not KEEP_FREED.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED})

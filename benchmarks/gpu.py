@@ -1,19 +1,19 @@
-"""Everything that a GPU changes the speed of, in one table, in about 4 minutes on one GPU.
+"""All GPU-dependent performance in one table, in about 4 minutes on one GPU.
 
     python benchmarks/gpu.py [--model 1.5b|0.5b|7b-8-layers|DIR] [--parts loss head update deterministic servers]
-    python benchmarks/gpu.py --toy        # the same code on the CPU, in seconds, with figures that mean nothing
+    python benchmarks/gpu.py --toy        # the same code on the CPU, in seconds, with meaningless numbers
 
-loss: the fused loss of micro-batches of 20,480 tokens and of 25M tokens, its share of the copy bandwidth, launches.
-head: LM head, log-probabilities and entropy, forward and backward, against four bare products of its size; its memory.
+loss: fused loss of micro-batches of 20,480 tokens and of 25M tokens, its share of the copy bandwidth, launches.
+head: LM head, log-probabilities and entropy, forward and backward, relative to four matmuls of its size; its memory.
 update: forward, backward and Adam of a policy of random weights, with Transformer Engine off and on: seconds, model
-FLOP/s and their share of the data sheet's (MFU), peak memory; FIPO over language modelling with the same head, and over
+FLOP/s and MFU, peak memory; FIPO relative to language modelling with the same head, and to
 Megatron's own step with Megatron's own head and cross-entropy; old log-probabilities; Adam's state to the host and
 back; the pause of a checkpoint. `first_log_ratio_abs_max` must be 0.
-deterministic: what run.deterministic costs beside `update`, and whether the same update twice gave the same bits.
-servers: new weights for vLLM by transport (--transports ipc file) against a copy of the same bytes; tokens a second
-beside vLLM alone. Half of the time.
+deterministic: cost of run.deterministic relative to `update`, and whether repeated updates had the same bits.
+servers: weight updates of vLLM by transport (--transports ipc file) relative to a copy of the same bytes; tokens/s
+relative to vLLM alone. Half of the time.
 
-Prints a table, and as its last line one JSON object with the same figures. What a machine lacks is named there.
+Prints a table, and as its last line one JSON object with the same results; unavailable parts are named there.
 """
 
 from __future__ import annotations
@@ -61,36 +61,45 @@ def one_rank(on_gpu: bool) -> Iterator[None]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="1.5b", help="a shape, or a directory with a config.json")
+    parser.add_argument("--model", default="1.5b", help="model shape, or directory with a config.json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tokens", type=int, default=8192, help="budget of a micro-batch")
-    parser.add_argument("--sequences", type=int, default=32, help=f"in an update; a multiple of {GROUP}")
-    parser.add_argument("--lengths", default="p50=750,p90=2000,p100=8000", help="of the sequences")
-    parser.add_argument("--steps", type=int, default=3, help="timed repetitions of an update, after one to warm up")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time given to each measurement of the loss")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per micro-batch")
+    parser.add_argument("--sequences", type=int, default=32, help=f"sequences per update; a multiple of {GROUP}")
+    parser.add_argument("--lengths", default="p50=750,p90=2000,p100=8000", help="sequence lengths")
+    parser.add_argument("--steps", type=int, default=3, help="timed updates, after a warm-up update")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time budget per measurement of the loss")
     parser.add_argument("--lm-head-chunk", type=int, default=4096, help="model.lm_head_chunk_tokens")
-    parser.add_argument("--transports", nargs="+", help="of weights to vLLM: ipc or file, on the CPU file or gloo")
-    parser.add_argument("--directory", type=Path, default=None, help="for a checkpoint of 14 bytes a parameter; /tmp")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, on the CPU unless --device says otherwise")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda, or with --toy cpu, if not given")
+    parser.add_argument(
+        "--transports", nargs="+", help="weight transports to vLLM: ipc or file, on the CPU file or gloo"
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=None,
+        help="directory for a checkpoint of 14 bytes per parameter; default: /tmp",
+    )
+    parser.add_argument("--toy", action="store_true", help="a tiny model, on the CPU unless --device is given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, or cpu with --toy")
     arguments = parser.parse_args()
     if arguments.toy:
         arguments.model, arguments.tokens, arguments.lengths = "toy", 512, "p50=60,p100=300"
         arguments.sequences, arguments.seconds, arguments.steps = 16, 0.02, min(arguments.steps, 2)
     arguments.device = arguments.device or ("cpu" if arguments.toy else "cuda")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --toy runs the same code on the CPU")
+        parser.error("no GPU is available; --toy runs the same code on the CPU")
     if arguments.device == "cpu" and torch.cuda.is_available():
-        parser.error("Megatron takes the GPU where there is one: hide it with CUDA_VISIBLE_DEVICES= for --device cpu")
+        parser.error("Megatron uses a GPU if there is one: hide it with CUDA_VISIBLE_DEVICES= for --device cpu")
     if unknown := set(arguments.transports or ()) - set(TRANSPORTS[arguments.device]):
-        parser.error(f"--transports {' '.join(unknown)}: possible are {' '.join(TRANSPORTS[arguments.device])}")
+        parser.error(f"--transports {' '.join(unknown)}: must be among {' '.join(TRANSPORTS[arguments.device])}")
     if arguments.sequences < GROUP or arguments.sequences % GROUP or arguments.steps < 1:
         parser.error(f"--sequences must be a multiple of {GROUP}, and --steps at least 1")
     return arguments
 
 
 def main() -> None:
+    """Run the benchmark."""
     arguments = parse_arguments()
     on_gpu = arguments.device == "cuda"
     figures: dict[str, Any] = {

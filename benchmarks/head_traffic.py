@@ -1,13 +1,13 @@
-"""Kernels launched and bytes moved by the LM head and the loss of one micro-batch: in plain torch, and compiled.
+"""Kernel launches and memory traffic of the LM head and the loss of one micro-batch: plain torch and compiled.
 
     python benchmarks/head_traffic.py [--tokens 16384] [--vocab 151936] [--hidden 1536] [--chunk-tokens 4096]
         [--terabytes-per-second 3.35]
 
-Counted, not timed, so that it needs no GPU: every torch operation on a small case is seen by a dispatch mode, with the
-bytes of what it reads and writes, and scaled up to the size asked for, in bfloat16. Views and empty tensors launch
-nothing. The compiled kernels read each logit once; forward and backward are one launch a chunk. Matrix products are
-left out: both ways have the same four.
-The last column is the time that the bytes take at the memory bandwidth given (3.35 TB/s: an H100 SXM's data sheet).
+Counted instead of timed, so no GPU is needed: a dispatch mode records every torch operation of a small case with
+the bytes it reads and writes, scaled to the requested size, in bfloat16. Views and empty tensors launch
+nothing. The compiled kernels read each logit once; forward and backward are one launch per chunk. Matmuls are
+excluded: both variants have the same four.
+The last column is the time of the traffic at the given memory bandwidth (3.35 TB/s: data sheet of an H100 SXM).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ NO_KERNEL = (
     "_unsafe_view",
     "alias",
 )
-ROWS, COLUMNS, TOKENS = 16, 4096, 4096  # of the small cases
+ROWS, COLUMNS, TOKENS = 16, 4096, 4096  # sizes of the small cases
 
 
 @dataclass
 class Traffic:
-    """Kernels launched, and bytes read and written by them."""
+    """Kernel launches, and bytes they read and write."""
 
     launches: float = 0
     bytes: float = 0
@@ -57,7 +57,7 @@ class Traffic:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the traffic of torch's operations."""
+    """Dispatch mode that sums the traffic of torch's operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def count(call: Callable[[], Any]) -> Traffic:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Let one element-wise block hold all rows of the small case, in plain torch."""
+    """Make one element-wise block hold all rows of the small case, in plain torch."""
     with (
         mock.patch.object(logit_ops, "serves", return_value=False),
         mock.patch.object(logit_ops, "_BLOCK_BYTES_CPU", 4 * ROWS * COLUMNS),
@@ -116,7 +116,7 @@ def loss_in_torch() -> Traffic:
 
 
 def rows_of_table(args: argparse.Namespace) -> list[tuple[str, Traffic, Traffic]]:
-    """Return (what, in plain torch, compiled) for the size asked for."""
+    """Return (what, plain torch, compiled) for the requested size."""
     logits, chunks = args.tokens * args.vocab, -(-args.tokens // args.chunk_tokens)
     blocks = -(-args.tokens // ((64 << 20) // (4 * args.vocab)))  # in plain torch on a GPU, of 64 MiB
 
@@ -133,7 +133,7 @@ def rows_of_table(args: argparse.Namespace) -> list[tuple[str, Traffic, Traffic]
         (
             "head, sum of the weight's gradient",
             Traffic(chunks * -(-args.vocab // 16384) * 2 + 2, weight * ((2 + 2 + 8) * chunks + 6 + 10)),
-            Traffic(0, weight * 8 * chunks),  # in the epilogue of the product
+            Traffic(0, weight * 8 * chunks),  # in the matmul's epilogue
         ),
         (
             "FIPO loss and its gradient",
@@ -144,6 +144,7 @@ def rows_of_table(args: argparse.Namespace) -> list[tuple[str, Traffic, Traffic]
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384, help="response tokens of the micro-batch")
     parser.add_argument("--vocab", type=int, default=151_936)

@@ -1,13 +1,13 @@
-"""Is a run that is killed again and again the run that was not? N kills at random moments, then a comparison by bits.
+"""Repeatedly killed runs must equal an undisturbed one: N kills at random moments, then a bitwise comparison.
 
     python benchmarks/kill_soak.py [N] [--layout tp2|dp2|pp2|one] [--seed 0] [--steps 8]
 
-One run is left alone. Others, of the same configuration, are ended over and over: by SIGKILL to the launcher and all
-its ranks, or, one time in four, by SIGUSR1 to the launcher as Slurm sends it. Each is started again by the same
-command until it is through. One moment in four is uniform over the whole attempt, start-up included; the others are
+One run is undisturbed. Others, with the same configuration, are repeatedly ended: with SIGKILL to the launcher and
+all its ranks, or, one time in four, with SIGUSR1 to the launcher as from Slurm. Each is restarted with the same
+command until it finishes. One moment in four is uniform over the whole attempt, including start-up; the others are
 uniform over its training, so they fall into generation, updates, evaluations and asynchronous checkpoints alike.
-Metrics (times left out), trained responses and the final weights are compared with those of the undisturbed run:
-every difference is an error, and so is an attempt that fails by itself.
+Metrics (except times), trained responses and the final weights are compared with those of the undisturbed run:
+every difference is an error, and so is an attempt that fails on its own.
 Prints a table, and as its last line one JSON object with the same figures.
 """
 
@@ -54,18 +54,18 @@ eval: {every: 3, samples: 2}
 checkpoint: {every: 2}
 """
 UNREPEATABLE = ("time/", "throughput/", "wall_seconds")
-# The base model knows nothing; by this rule it is right half of the time, so that groups are informative.
+# The base model is untrained; this reward is correct half of the time, so that groups are informative.
 REWARD = """
 def parity(responses, ground_truths, data_sources):
     return [1.0 if sum(map(ord, response)) % 2 == 0 else -1.0 for response in responses]
 """
-ENDED_BY_REQUEST = 75  # the exit code that asks to be started again
+ENDED_BY_REQUEST = 75  # exit code that requests a restart
 ATTEMPT_LIMIT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
 class Usual:
-    """Seconds of the undisturbed run: of the whole command, and of its training."""
+    """Durations of the undisturbed run in seconds: of the whole command, and of its training."""
 
     attempt: float
     training: float
@@ -73,17 +73,17 @@ class Usual:
 
 @dataclass
 class Soak:
-    """What happened to the disturbed runs."""
+    """Statistics of the disturbed runs."""
 
     kills: int = 0
     requests: int = 0
     runs: int = 0
-    resumed_from: list[int] = field(default_factory=list)  # step of the checkpoint that each attempt found
+    resumed_from: list[int] = field(default_factory=list)  # step of the checkpoint found by each attempt
     errors: list[str] = field(default_factory=list)
 
 
 def make_task(directory: Path) -> None:
-    """The quickstart's task with a hardly trained model, and the reward above."""
+    """Create the quickstart's task with a barely trained model, and the reward above."""
     command = [sys.executable, str(MAKE_TASK), "--out", str(directory / "base"), "--steps", "1"]
     subprocess.run([*command, "--train-problems", "64", "--validation-problems", "4"], check=True, capture_output=True)
     (directory / "soak_reward.py").write_text(REWARD)
@@ -91,19 +91,20 @@ def make_task(directory: Path) -> None:
 
 
 def command(run: str, layout: str, steps: int) -> list[str]:
-    """The command that starts a run, and starts it again."""
+    """Return the command that starts or restarts a run."""
     overrides = [f"run.directory={run}", f"trainer.max_steps={steps}", *LAYOUTS[layout]]
     return [sys.executable, "-m", "megatron_fipo.cli", "train", "soak.yaml", *overrides]
 
 
 def start(arguments: list[str], directory: Path) -> subprocess.Popen[bytes]:
+    """Start the command."""
     environment = {**os.environ, "PYTHONPATH": f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     log = (directory / "attempts.log").open("ab")
     return subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, cwd=directory)
 
 
 def end(process: subprocess.Popen[bytes], politely: bool) -> None:
-    """SIGUSR1 to the launcher, or SIGKILL to it and to every process that it started."""
+    """Send SIGUSR1 to the launcher, or SIGKILL to it and all its processes."""
     if politely:
         process.send_signal(signal.SIGUSR1)
         process.wait(ATTEMPT_LIMIT)
@@ -123,7 +124,7 @@ def end(process: subprocess.Popen[bytes], politely: bool) -> None:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything of a finished run that must be repeatable."""
+    """Return everything of a finished run that must be reproducible."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {
         f"step {row['step']}, {name}": value
@@ -140,11 +141,12 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], seen: dict[str, Any]) -> list[str]:
+    """Return the names of the differences."""
     return [name for name in sorted(expected.keys() | seen.keys()) if expected.get(name) != seen.get(name)]
 
 
 def survives_until_its_moment(process: subprocess.Popen[bytes], run: Path, usual: Usual, rng: random.Random) -> bool:
-    """Wait for a random moment of an attempt; False: the attempt came to an end before."""
+    """Wait for a random moment of an attempt; return False if the attempt ended before."""
     if rng.random() < 0.25:
         return _still_runs_after(process, rng.uniform(0.0, usual.attempt))
     before = _rows(run)
@@ -169,7 +171,7 @@ def _still_runs_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def disturbed_run(arguments: list[str], run: Path, kills: int, usual: Usual, rng: random.Random, soak: Soak) -> None:
-    """Start a run until it is through, ending up to `kills` attempts at random moments."""
+    """Restart a run until it finishes, ending up to `kills` attempts at random moments."""
     soak.runs += 1
     while True:
         whole = [int(p.parent.name.partition("_")[2]) for p in run.glob("checkpoints/step_*/complete.json")]
@@ -183,20 +185,22 @@ def disturbed_run(arguments: list[str], run: Path, kills: int, usual: Usual, rng
             end(process, politely=False)
             soak.errors.append(f"{run.name}: an attempt took more than {ATTEMPT_LIMIT:.0f} s")
         elif process.returncode != 0:
-            soak.errors.append(f"{run.name}: an attempt failed by itself with {process.returncode}")
+            soak.errors.append(f"{run.name}: an attempt failed on its own with {process.returncode}")
         return
 
 
 def disturb(process: subprocess.Popen[bytes], politely: bool, soak: Soak) -> None:
+    """End an attempt and record it."""
     end(process, politely)
     soak.requests += politely
     soak.kills += not politely
-    # A request that comes before the launcher listens ends it as it ends any program; one that comes last is too late.
+    # A request before the launcher handles signals ends it like any program; one at the very end is too late.
     if politely and process.returncode not in (0, ENDED_BY_REQUEST, -signal.SIGUSR1):
-        soak.errors.append(f"asked to stop, an attempt exited with {process.returncode}")
+        soak.errors.append(f"after a stop request, an attempt exited with {process.returncode}")
 
 
 def main() -> None:
+    """Run the soak test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=4)
     parser.add_argument("--layout", choices=LAYOUTS, default="tp2")
@@ -232,6 +236,7 @@ def main() -> None:
 
 
 def report(soak: Soak, options: argparse.Namespace, usual: Usual) -> None:
+    """Print the results."""
     table = Table(title=f"kill soak, layout {options.layout}, {options.steps} steps, seed {options.seed}")
     table.add_column("what")
     table.add_column("number", justify="right")

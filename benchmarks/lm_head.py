@@ -1,15 +1,15 @@
-"""LM head + log-probability + entropy by chunks: its peak memory, and its time against the naive way and the floor.
+"""Chunked LM head, log-probability and entropy: peak memory, and time relative to the naive way and a lower bound.
 
     python benchmarks/lm_head.py [--tokens 8192] [--vocab 151936] [--hidden 896] [--compare-tokens 1024]
         [--device cuda --dtype bfloat16]
 
-Each measurement runs in a fresh process. Peaks are counted above inputs and gradients, which are there before, as
-when gradients accumulate over micro-batches: what the naive way adds to the old gradient of the weights counts; ours
+Each measurement runs in a new process. Peaks exclude inputs and gradients, which exist before, as
+when gradients accumulate over micro-batches: the naive way's addition to the old weight gradient counts; ours
 adds to Megatron-Core's float32 buffer, as in training.
 On Linux CPUs a peak is VmHWM, reset just before; on CUDA it is torch.cuda.max_memory_allocated.
 Naive is F.linear -> float32 -> log_softmax -> gather and entropy, under autograd, with the same float32 head.
-The floor is four matrix products (forward, its recomputation, two gradients) at the rate this machine reaches in
-the same run with the three products of the naive way, unchunked and into memory that is there already.
+The lower bound is four matmuls (forward, its recomputation, two gradients) at the rate this machine reaches in
+the same run with the three matmuls of the naive way, unchunked and into preallocated memory.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the naive way: all logits at once."""
     log_p = torch.log_softmax(F.linear(hidden, weight).float(), dim=-1)  # [R, V]
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def chunked(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the chunked head as a function."""
+
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return token_log_probs_and_entropy(
             hidden,
@@ -59,21 +62,22 @@ def chunked(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def make_inputs(args: argparse.Namespace, tokens: int) -> Inputs:
-    """hidden [R, H], weight [V, H] and targets [R]; logits of standard deviation about 1."""
+    """Return hidden [R, H], weight [V, H] and targets [R]; logits of standard deviation about 1."""
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     hidden = torch.randn(tokens, args.hidden, **to).requires_grad_()
     weight = torch.randn(args.vocab, args.hidden, **to).mul_(args.hidden**-0.5).requires_grad_()
-    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # written, so that its pages are there
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # written, so that its pages are mapped
     return hidden, weight, torch.randint(args.vocab, (tokens,), device=args.device)
 
 
 def forward_backward(function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> None:
+    """Run forward and backward once."""
     log_probs, entropy = function(*inputs)
     (log_probs.mean() + 0.1 * entropy.mean()).backward()
 
 
 def memory_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process. ru_maxrss would not do: it survives exec, so holds the parent's peak too."""
+    """Return VmRSS or VmHWM of this process; ru_maxrss survives exec, so would include the parent's peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -81,17 +85,17 @@ def memory_bytes(field: str) -> int:
 def measure_peak(
     args: argparse.Namespace, function: Callable[..., tuple[Tensor, Tensor]], tokens: int
 ) -> dict[str, Any]:
-    """Peak bytes of forward + backward above the inputs and their gradients."""
+    """Return the peak bytes of forward + backward beyond the inputs and their gradients."""
     inputs = make_inputs(args, tokens)
     for tensor in inputs[:2]:
-        tensor.grad = torch.ones_like(tensor)  # written, so that its pages are there
-    # Thread pools and libraries come with the first few rows.
+        tensor.grad = torch.ones_like(tensor)  # written, so that its pages are mapped
+    # The first few rows initialize thread pools and libraries.
     forward_backward(naive, make_inputs(argparse.Namespace(**vars(args) | {"vocab": 64}), 8))
     cuda = args.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = torch.cuda.memory_allocated() if cuda else memory_bytes("VmRSS")
     forward_backward(function, inputs)
     peak = torch.cuda.max_memory_allocated() if cuda else memory_bytes("VmHWM")
@@ -99,7 +103,7 @@ def measure_peak(
 
 
 def seconds(args: argparse.Namespace, call: Callable[[], None]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call, with the device's queue empty before and after."""
+    """Return wall and CPU seconds of one call, with the device's queue empty before and after."""
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -109,7 +113,7 @@ def seconds(args: argparse.Namespace, call: Callable[[], None]) -> tuple[float, 
 
 
 def measure_time(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """Alternates ours, naive and the bare products; ratios are medians over rounds of the ratio within a round."""
+    """Alternate ours, naive and the plain matmuls; ratios are medians over rounds of the ratio within a round."""
     inputs, ours = make_inputs(args, tokens), chunked(args)
     hidden, weight = inputs[0].detach(), inputs[1].detach()
     logits, grad_hidden, grad_weight = hidden @ weight.T, torch.zeros_like(hidden), torch.zeros_like(weight)
@@ -143,6 +147,7 @@ def measure_time(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
 
 
 def run_worker(args: argparse.Namespace) -> dict[str, Any]:
+    """Run one measurement in a worker process."""
     torch.manual_seed(1)
     torch.set_num_threads(args.threads)
     if args.worker == "time":
@@ -153,18 +158,21 @@ def run_worker(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_fresh_process(worker: str) -> dict[str, Any]:
+    """Run a worker in a new process."""
     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--worker", worker]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
 def machine(device: str) -> str:
+    """Return the name of the machine."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()}-core {os.uname().machine.replace('_', '-')} CPU"
 
 
 def show(figures: dict[str, Any]) -> None:
+    """Print the results."""
     at_full = f"{figures['tokens']:,} tokens"
     at_compare = f"{figures['compare_tokens']:,} tokens"
     table = Table(
@@ -192,21 +200,25 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="rows for our peak memory")
+    parser.add_argument("--tokens", type=int, default=8192, help="rows for the chunked head's peak memory")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--compare-tokens", type=int, default=1024, help="rows where the naive way fits too")
+    parser.add_argument(
+        "--compare-tokens", type=int, default=1024, help="rows for the comparison, where the naive way fits"
+    )
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all inputs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of all inputs")
     parser.add_argument("--worker", choices=["peak-ours", "peak-naive", "time"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the benchmark."""
     args = parse_arguments()
     if args.worker:
         print(json.dumps(run_worker(args)))

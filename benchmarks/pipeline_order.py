@@ -1,9 +1,9 @@
-"""How long a simulated update takes in each order of its micro-batches, over the step with the longest first.
+"""Simulated update time for each order of micro-batches, relative to the longest first.
 
-For every pipeline, responses of three length distributions are dealt to replicas and micro-batches by the trainer's own
-packer; a step is that of the slowest replica. `worst` is the least favourable mini-batch of "longest_middle", `search`
-the step that random exchanges find from it on, over its own. `known_shapes` is of "longest_first": shapes known to all
-stages, over shapes sent ahead of every message.
+For every pipeline, responses of three length distributions are distributed to replicas and micro-batches by the
+trainer's packer; a step is that of the slowest replica. `worst` is the least favourable mini-batch of
+"longest_middle", `search` the step found by random swaps from it, relative to it. `known_shapes` is for
+"longest_first": shapes known to all stages, relative to shapes sent ahead of every message.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from megatron_fipo.scaling.simulate import Communication
 
 PIPELINES = [(2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (8, 2), (4, 4)]  # stages, chunks
 BASE = ORDERS["longest_first"]
-SEARCHED = 32  # micro-batches up to which an order is searched for
+SEARCHED = 32  # maximum micro-batches for searching an order
 
 
 def settings(stages: int, chunks: int) -> list[Setting]:
+    """Return the settings of a pipeline."""
     return [
         Setting(stages, chunks, replicas=replicas, sequences=sequences, lengths=lengths)
         for lengths in LENGTHS
@@ -42,7 +43,7 @@ def settings(stages: int, chunks: int) -> list[Setting]:
 
 
 def measure(stages: int, chunks: int, seeds: range) -> dict[str, float]:
-    """Geometric means over settings and seeds, and the worst."""
+    """Return geometric means over settings and seeds, and the worst."""
     ratios: dict[str, list[float]] = {name: [] for name in (*ORDERS, "search", "known_shapes")}
     for setting in settings(stages, chunks):
         for name, values in compare_orders(setting, seeds).items():
@@ -60,8 +61,9 @@ def measure(stages: int, chunks: int, seeds: range) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="drawn mini-batches of each setting")
+    parser.add_argument("--seeds", type=int, default=3, help="sampled mini-batches per setting")
     seeds = range(parser.parse_args().seeds)
     results = {f"pp{p}" + (f"_vpp{v}" if v > 1 else ""): measure(p, v, seeds) for p, v in PIPELINES}
     columns = list(next(iter(results.values())))

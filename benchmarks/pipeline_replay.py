@@ -1,12 +1,12 @@
-"""Published times of pipeline stages, replayed: the simulated step and bubble over the measured ones.
+"""Replay of published pipeline stage times: simulated step and bubble relative to measured ones.
 
 The profiles (data/pipeline_profiles.csv, each row with its source) are of two kinds:
 - Times of every stage, with the step measured in the same run (Vocabulary Parallelism, 8 A100s). `baseline` and `redis`
   are Megatron's 1F1B, with the output layer on the last stage, and with layers moved away from it. The other kinds add
-  passes of a divided vocabulary, which are counted here as part of forward and backward. Transfers are not published
-  and taken as free.
-- One time for all stages, with transfers, profiled under another schedule than the one the step was measured under
-  (Zero Bubble, 8 A100s). The step need not agree. The bubble is what the source's own calculation made of the profile.
+  passes of a split vocabulary, which are counted here as part of forward and backward. Transfers are not published
+  and assumed free.
+- One time for all stages, with transfers, profiled under a different schedule than the measured step
+  (Zero Bubble, 8 A100s). The step need not agree. The bubble is the source's own calculation from the profile.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron_fipo.scaling.schedule import Schedule
 from megatron_fipo.scaling.simulate import Communication, simulate
 
 DATA = Path(__file__).parent / "data" / "pipeline_profiles.csv"
-MEGATRON = ("baseline", "redis")  # profiled and measured under Megatron's own schedule
+MEGATRON = ("baseline", "redis")  # profiled and measured under Megatron's schedule
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One measured configuration. Errors: simulated over measured step, less 1; and of the bubble's fraction."""
+    """One measured configuration. Errors: simulated over measured step, minus 1; and of the bubble fraction."""
 
     name: str
     kind: str
@@ -41,6 +41,7 @@ class Replay:
 
 
 def replays() -> list[Replay]:
+    """Return the replays of all profiles."""
     with DATA.open() as file:
         rows = list(csv.DictReader(file))
     shared = ("source", "model", "sequence", "kind", "stages", "chunks", "micro_batches", "step_s")
@@ -48,7 +49,7 @@ def replays() -> list[Replay]:
 
 
 def _replay(rows: list[dict[str, str]]) -> Replay:
-    """Of the rows of a configuration's stages, or the one row that stands for all of them."""
+    """Replay the rows of a configuration's stages, or the one row that represents all of them."""
     row = rows[0]
     schedule = Schedule(int(row["stages"]), int(row["micro_batches"]), int(row["chunks"]))
     assert [r["stage"] for r in rows] in ([str(i) for i in range(schedule.stages)], ["all"])
@@ -64,6 +65,7 @@ def _replay(rows: list[dict[str, str]]) -> Replay:
 
 
 def main() -> None:
+    """Print the table."""
     table = Table("configuration", "kind", "step, s", "error of step", "bubble", "error of bubble")
     results = replays()
     for r in results:

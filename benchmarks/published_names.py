@@ -1,4 +1,4 @@
-"""What published tables call models, GPUs and precisions -> the planner's names and shapes."""
+"""Mapping of models, GPUs and precisions in published tables to the planner's names and shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Fields = dict[str, str]
 
 
 class Unusable(Exception):
-    """Why a row says too little, or something else."""
+    """Reason why a row cannot be used."""
 
 
 NAMES = (  # pattern in the lower-case model name -> published shape
@@ -41,7 +41,7 @@ NAMES = (  # pattern in the lower-case model name -> published shape
 )
 SHAPES = {**PUBLISHED, "llama-like-3b": make_shape(28, 3072, 8192, 32, 32, 49152)}
 OTHER_MODELS = r"nemotron.?3.?(super|nano)|deepseekv4|maverick|paxml|proxy|size not in"
-GPUS = (  # pattern in the name -> one of hardware.yaml
+GPUS = (  # pattern in the name -> key of hardware.yaml
     (r"^a[18]00.*40", "A100-40"),
     (r"^a[18]00", "A100-80"),
     (r"^h800", "H800-80"),
@@ -51,12 +51,12 @@ GPUS = (  # pattern in the name -> one of hardware.yaml
 
 
 def model_of(f: Fields) -> ModelShape:
-    """The published shape that the name says, with the row's own numbers where it prints them."""
+    """Return the published shape with this name, with the row's own numbers where printed."""
     number = {k: int(float(f[k])) for k in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab") if f[k]}
     name = name_of(f)
     if name is not None and number.get("hidden", SHAPES[name].hidden_size) == SHAPES[name].hidden_size:
         known = SHAPES[name]
-        # A table that mixes proxies of few layers with the model's own prints the layers of each.
+        # A table that mixes proxies of few layers with the full model prints the layers of each.
         layers = number.get("layers", known.num_layers)
         return replace(known, num_layers=layers, vocab_size=number.get("vocab", known.vocab_size))
     if not {"layers", "hidden", "heads"} <= number.keys():
@@ -76,7 +76,7 @@ def model_of(f: Fields) -> ModelShape:
 
 
 def name_of(f: Fields) -> str | None:
-    """Of a published shape, by the table above or because the model is called so."""
+    """Return the name of a published shape, from the table above or because the model has this name."""
     listed = next((shape for pattern, shape in NAMES if re.search(pattern, f["model"].lower())), None)
     plain = re.sub(r"[^a-z0-9]", "", f["model"].lower())
     called = [shape for shape in PUBLISHED if re.sub(r"[^a-z0-9]", "", shape) in plain]
@@ -84,6 +84,7 @@ def name_of(f: Fields) -> str | None:
 
 
 def gpu_of(name: str) -> str:
+    """Return the key of hardware.yaml."""
     for pattern, known in GPUS:
         if found := re.search(pattern, name.lower()):
             return known or found[1].upper()
@@ -91,7 +92,7 @@ def gpu_of(name: str) -> str:
 
 
 def precision_of(name: str) -> str:
-    """Of the layers' products; float16 is as fast as bfloat16."""
+    """Return the matmul dtype of the layers; float16 is as fast as bfloat16."""
     if "fp8" in name:
         return "float8"
     if "fp4" in name:

@@ -1,7 +1,7 @@
-"""Rows of published runs -> what the planner's cost model predicts, and the step time that was measured.
+"""Rows of published runs, with the cost model's prediction and the measured step time.
 
-A row is a line of a CSV with the columns of data/published_throughput.csv. What a source does not print is filled in
-by rules that hold for whole sources or models, never for single rows; each is written down here.
+A row is a line of a CSV with the columns of data/published_throughput.csv. Missing values are filled in
+by rules for whole sources or models, never for single rows; each is documented here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Row:
     """One published run.
 
     Attributes:
-        source: without the commit, so that releases of one table stay together.
+        source: without the commit, so that releases of one table are grouped.
         software: a name in efficiency.yaml.
-        seconds: measured, of one update.
-        schedule: 1F1B, or another whose bubble the literature gives in closed form.
+        seconds: measured per update.
+        schedule: 1F1B, or another with a closed-form bubble in the literature.
     """
 
     fields: Fields
@@ -57,13 +57,13 @@ class Row:
         return self.model.experts is not None
 
 
-# Sources that count the query-key pairs that a causal mask leaves; the others count all
+# Sources that count only query-key pairs left by a causal mask; the others count all
 CAUSAL_CONVENTION = r"Megatron-Bridge"
 
 
 @cache
 def _printed_chunks() -> dict[tuple[str, ...], str]:
-    """Interleaving by repository, model and layout, where a table prints it."""
+    """Return interleaving by repository, model and layout, where a table prints it."""
     with THROUGHPUT.open(newline="") as file:
         return {_recipe(f): f["vpp"] for f in csv.DictReader(file) if f["vpp"] not in ("", "1")}
 
@@ -74,7 +74,7 @@ def _recipe(f: Fields) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[tuple[Fields, str]]]:
-    """Usable rows, and the others with the reason."""
+    """Return usable rows, and the others with the reason."""
     rows, left_out = [], []
     with THROUGHPUT.open(newline="") as file:
         blank = dict.fromkeys(next(csv.reader(file)), "")  # another file may lack columns
@@ -89,7 +89,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[tuple[Fields, str]]]:
 
 
 def parse(f: Fields) -> Row:
-    """Raises Unusable."""
+    """Parse a row; raise Unusable."""
     notes = f["notes"]
     if "WARNING" in notes:
         raise Unusable("WARNING in notes")
@@ -99,7 +99,7 @@ def parse(f: Fields) -> Row:
         raise Unusable("model that the planner cannot describe, or one without a size")
     if not all(f[x] for x in ("num_gpus", "tp", "pp")) or not f["gpu"]:
         raise Unusable("no layout")
-    # Releases of a recipe leave out what an earlier one printed.
+    # Releases of a recipe omit what an earlier one printed.
     f = {**f, "vpp": f["vpp"] or _printed_chunks().get(_recipe(f), "")}
     model, parallel = model_of(f), _parallel(f)
     length = int(
@@ -148,7 +148,7 @@ def _note(notes: str, key: str) -> str:
 def _parallel(f: Fields) -> ParallelConfig:
     size = {k: int(float(f[k] or 1)) for k in ("num_gpus", "tp", "pp", "cp", "ep", "vpp")}
     if size["num_gpus"] % (size["tp"] * size["pp"] * size["cp"]):
-        raise Unusable("ranks that do not divide by the layout")
+        raise Unusable("ranks not divisible by the layout")
     sequence = {"true": True, "false": False}.get(f["sequence_parallel"].lower(), _stack(f) == "nemo")
     return ParallelConfig(
         world_size=size["num_gpus"],
@@ -162,7 +162,7 @@ def _parallel(f: Fields) -> ParallelConfig:
 
 
 def _layout(f: Fields, model: ModelShape, p: ParallelConfig, tokens: int) -> Layout:
-    """Layers dealt out as evenly as they go; embedding and LM head count as a layer each where that makes them even."""
+    """Return layers split evenly if possible; embedding and LM head count as a layer each if that makes them even."""
     layers, virtual = model.num_layers, p.virtual_pipeline
     if p.pipeline > 1 and not f["vpp"] and "interleav" in f["notes"]:
         each = (layers + (0 if layers % p.pipeline == 0 else 2)) // p.pipeline
@@ -186,7 +186,7 @@ def _layout(f: Fields, model: ModelShape, p: ParallelConfig, tokens: int) -> Lay
 
 
 def _redistributed(model: ModelShape, stages: int) -> list[int]:
-    """Layers moved from the last stage until it is no slower than the others, the head weighed by its weights."""
+    """Move layers from the last stage until it is no slower than the others, weighing the head by its weights."""
     head = (
         model.hidden_size
         * model.vocab_size
@@ -210,7 +210,7 @@ def _stack(f: Fields) -> str:
 
 
 def _software(f: Fields) -> tuple[str, str, bool]:
-    """Name of the software, its attention and whether its norms are one kernel."""
+    """Return the software, its attention, and whether its norms are fused."""
     kernel, stack = _note(f["notes"], "kernel"), _stack(f)
     if not kernel:
         old = re.search(r"2104\.04473|2205\.05198", f["source"])
@@ -220,7 +220,7 @@ def _software(f: Fields) -> tuple[str, str, bool]:
 
 
 def _seconds(f: Fields, model: ModelShape, batch: Batch, precision: str) -> float:
-    """The step time, or what tokens/s, TFLOP/s or MFU make of it: in that order, since conventions differ."""
+    """Return the step time, or derive it from tokens/s, TFLOP/s or MFU, in this order, since conventions differ."""
     gpus, tokens = float(f["num_gpus"]), batch.all_tokens
     if f["step_time_s"]:
         return float(f["step_time_s"])
@@ -242,7 +242,7 @@ def _seconds(f: Fields, model: ModelShape, batch: Batch, precision: str) -> floa
 
 
 def fitted_sources(rows: list[Row]) -> list[str]:
-    """Every other source, by name, among those whose rows are mostly of one GPU generation, dense or not."""
+    """Return every other source by name, among those mostly of one GPU generation, dense or not."""
     strata: dict[tuple[str, bool], list[str]] = {}
     for source in sorted({row.source for row in rows}):
         kinds = [(find_hardware(row.gpu).gpu.generation, row.moe) for row in rows if row.source == source]
@@ -251,20 +251,20 @@ def fitted_sources(rows: list[Row]) -> list[str]:
 
 
 def hardware_of(row: Row, known: dict[str, Any]) -> Hardware:
-    """With the row's own kind of attention and norms."""
+    """Return the hardware with the row's kind of attention and norms."""
     found = build_hardware(known, row.gpu, row.software)
     software = replace(found.software, attention=row.attention, fused_norms=row.fused_norms)
     return replace(found, software=software)
 
 
 def predict(row: Row, known: dict[str, Any], schedule: Schedule | None = None) -> StepCost:
-    """By the planner's cost model; `known`: contents of the hardware and efficiency files."""
+    """Predict with the planner's cost model; `known`: contents of the hardware and efficiency files."""
     model = CostModel(row.model, hardware_of(row, known), row.precision, not row.adapters)
     return model.step(row.layout, row.batch, schedule or schedule_of(row))
 
 
 def schedule_of(row: Row) -> Schedule:
-    """1F1B, or a zero-bubble schedule (arXiv 2401.10241): half of a backward pass is of the weights and can wait."""
+    """Return 1F1B or a zero-bubble schedule (arXiv 2401.10241), in which half of backward (weights) can be delayed."""
     if not row.schedule.startswith("ZB"):
         return pipeline_time
     kept = 0.0 if row.schedule.startswith("ZB-2p") else 1.0
@@ -284,7 +284,7 @@ def schedule_of(row: Row) -> Schedule:
 
 
 def sweeps(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows of one table about one model, GPU, precision and sequence length, where there are five or more."""
+    """Yield rows of one table with the same model, GPU, precision and sequence length, if five or more."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.sweep, []).append(row)

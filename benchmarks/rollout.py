@@ -1,15 +1,15 @@
-"""vLLM servers as the rollout engine: speed against the embedded engine, cost of new weights, time spent waiting.
+"""vLLM servers as the rollout engine: speed relative to the embedded engine, cost of weight updates, waiting time.
 
     python benchmarks/rollout.py [--pairs 3] [--steps 8] [--parts speed refit waiting]
 
-speed: both engines draw the same number of tokens from the same model and prompts, in turns; the figure is the median
-of the ratios, vLLM's tokens a second over those of `transformers` in the ranks. `transformers` has all cores; the
-worker of a server has one thread, since the process that schedules for it keeps another core busy.
-refit: seconds from exported weights to a server that draws with them, by transport and by model size, against a plain
-copy of the same bytes in memory. Includes the pause, the version, the prefix cache and the resumption.
+speed: both engines alternately generate the same number of tokens from the same model and prompts; the result is the
+median ratio of vLLM's tokens/s to those of `transformers` in the ranks. `transformers` has all cores; the
+worker of a server has one thread, since its scheduler process keeps another core busy.
+refit: seconds from exported weights to a server that generates with them, by transport and model size, relative to a
+copy of the same bytes in memory. Includes pausing, version, prefix cache and resumption.
 waiting: the share of a training step in which the trainer only waits for responses, with `rollout.max_staleness` 0 and
 1, on examples/quickstart.yaml with one server. Where ranks and servers share cores, as here, overlap gains little.
-Needs what `make vllm-env` installs. Prints a table, and as its last line one JSON object with the same figures.
+Requires `make vllm-env`. Prints a table, and as its last line one JSON object with the same results.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("speed", "refit", "waiting")
 SIZES = {"small": (256, 4), "medium": (1024, 8)}  # hidden size and layers
 TRANSPORTS = ("file", "gloo")
-PROMPTS, GROUP, RESPONSE = 8, 8, 128  # responses have all the same length: there is no stop token
+PROMPTS, GROUP, RESPONSE = 8, 8, 128  # no stop token: all responses have the same length
 REFITS = 5
 CONSOLE = Console(stderr=True)
 
 
 def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the model's weights."""
     yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 @contextmanager
 def server(directory: Path, topology: Topology, transport: str = "file") -> Iterator[VLLMEngine]:
-    """An engine with one server, which starts with the first weights."""
+    """Yield an engine with one server that has the first weights."""
     engine = VLLMEngine(
         Config(
             run=RunConfig(directory=str(directory / "run")),
@@ -72,7 +73,7 @@ def server(directory: Path, topology: Topology, transport: str = "file") -> Iter
 
 
 def speed(directory: Path, topology: Topology, pairs: int) -> dict[str, float]:
-    """Tokens a second of both engines, and the median of their ratios."""
+    """Return tokens/s of both engines, and the median of their ratios."""
     model = make_model(directory, *SIZES["small"])
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, VOCABULARY, (PROMPTS, 32), generator=generator).tolist()
@@ -88,7 +89,7 @@ def speed(directory: Path, topology: Topology, pairs: int) -> dict[str, float]:
                 started = time.perf_counter()
                 responses = engine.generate(requests, sampling)
                 seconds = time.perf_counter() - started
-                if pair:  # the first one warms up
+                if pair:  # the first pair is a warm-up
                     rates[name].append(sum(len(r.token_ids) for r in responses) / seconds)
     ratios = [v / h for v, h in zip(rates["vllm"], rates["hf"], strict=True)]
     return {
@@ -99,7 +100,7 @@ def speed(directory: Path, topology: Topology, pairs: int) -> dict[str, float]:
 
 
 def refit(directory: Path, topology: Topology) -> dict[str, float]:
-    """Seconds of an update by transport and size, and how many copies of the same bytes that is."""
+    """Return seconds of a weight update by transport and size, and its ratio to copying the same bytes."""
     figures: dict[str, float] = {}
     cases = [(size, transport) for size in SIZES for transport in TRANSPORTS]
     for size, transport in track(cases, "refit", console=CONSOLE):
@@ -123,7 +124,7 @@ def refit(directory: Path, topology: Topology) -> dict[str, float]:
 
 
 def waiting(directory: Path, steps: int) -> dict[str, float]:
-    """Share of all but the first two steps in which the trainer waits for responses, and seconds of a step."""
+    """Return the share of time spent waiting for responses, without the first two steps, and seconds per step."""
     task = [sys.executable, str(ROOT / "examples/quickstart/make_task.py"), "--out", str(directory / "base")]
     subprocess.run(task, check=True, capture_output=True)
     figures: dict[str, float] = {}
@@ -153,13 +154,14 @@ def waiting(directory: Path, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of the two engines, after one to warm up")
-    parser.add_argument("--steps", type=int, default=8, help="training steps with each staleness")
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of the two engines, after a warm-up pair")
+    parser.add_argument("--steps", type=int, default=8, help="training steps per staleness")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     if options.pairs < 1 or options.steps < 3:
-        parser.error("at least 1 pair and 3 steps are needed")
+        parser.error("--pairs must be at least 1 and --steps at least 3")
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,14 +1,14 @@
-"""How right the layout planner is: its cost and memory model against published runs.
+"""Accuracy of the layout planner: its cost and memory model against published runs.
 
     python benchmarks/scaling_accuracy.py [ROWS.csv] [--feasibility LAYOUTS.csv]
-    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/efficiency.yaml as it is here
+    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/efficiency.yaml
 
-Every row with a layout and something measured is predicted by the planner's own cost model with the constants of
+Every row with a layout and a measurement is predicted by the planner's cost model with the constants of
 efficiency.yaml, which were fitted on every other source of data/published_throughput.csv (by name, among those of one
 GPU generation, dense and mixtures of experts apart; the file lists them). All other sources, and all rows of another
 file, are held out. Errors are |predicted - measured| / measured step time; the rank correlation is Spearman's, of time
-a token and GPU, inside each sweep of five rows or more, averaged over sweeps by their rows. The naive predictor knows
-the median model FLOP/s that all these rows reach on a GPU and precision. Rows left out are counted with the reason.
+per token and GPU, within each sweep of five rows or more, averaged over sweeps weighted by rows. The naive predictor
+uses the median model FLOP/s of all these rows per GPU and precision. Skipped rows are counted by reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Predicted = dict[int, float]  # by the row's identity
 
 
 def summary(rows: Sequence[Row], seconds: Predicted) -> dict[str, Any]:
-    """Errors and rank correlation, None where there are no rows or sweeps."""
+    """Return errors and rank correlation, None without rows or sweeps."""
     if not rows:
         return {"rows": 0, "median_abs_error": None, "p90_abs_error": None, "rank_correlation": None}
     error = np.array([abs(seconds[id(row)] / row.seconds - 1) for row in rows])
@@ -56,7 +56,7 @@ def summary(rows: Sequence[Row], seconds: Predicted) -> dict[str, Any]:
 
 
 def _rank_correlation(sweep: Sequence[Row], seconds: Predicted) -> float | None:
-    """Of time a token and GPU; None if all predictions or all measurements are equal."""
+    """Return the correlation of time per token and GPU; None if all predictions or all measurements are equal."""
     share = [row.layout.parallel.world_size / row.batch.all_tokens for row in sweep]
     predicted = _ranks([seconds[id(row)] * s for row, s in zip(sweep, share, strict=True)])
     measured = _ranks([row.seconds * s for row, s in zip(sweep, share, strict=True)])
@@ -66,13 +66,13 @@ def _rank_correlation(sweep: Sequence[Row], seconds: Predicted) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Ties share their mean rank."""
+    """Return ranks; ties share their mean rank."""
     order = np.array(values)
     return np.array([(order < v).sum() + (order == v).sum() / 2 for v in order])
 
 
 def naive(rows: Sequence[Row], flops: dict[int, float]) -> Predicted:
-    """Step times at the median FLOP/s of the GPU and precision."""
+    """Return step times at the median FLOP/s of the GPU and precision."""
     rates: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         rate = flops[id(row)] / row.seconds / row.layout.parallel.world_size
@@ -84,7 +84,7 @@ def naive(rows: Sequence[Row], flops: dict[int, float]) -> Predicted:
 
 
 def memory_confusion(rows: Sequence[Row], path: Path) -> dict[str, int]:
-    """Layouts that ran, and those that ran out of memory in the same studies, against what the planner says."""
+    """Compare layouts that ran, and those that ran out of memory in the same studies, with the planner."""
     failed = []
     with path.open(newline="") as file:
         for fields in csv.DictReader(file):
@@ -106,6 +106,7 @@ def memory_confusion(rows: Sequence[Row], path: Path) -> dict[str, int]:
 
 
 def fits(row: Row) -> bool:
+    """Return whether the planner predicts that the row fits."""
     gpu = hardware_of(row, hardware_files())
     stages = range(row.layout.parallel.pipeline)
     most = max(
@@ -115,7 +116,7 @@ def fits(row: Row) -> bool:
 
 
 def evaluate(path: Path, feasibility: Path | None) -> dict[str, Any]:
-    """Prints the tables and returns the figures."""
+    """Print the tables and return the results."""
     console, known = Console(width=120), hardware_files()
     rows, left_out = read_rows(path)
     costs = [predict(row, known) for row in rows]
@@ -125,10 +126,10 @@ def evaluate(path: Path, feasibility: Path | None) -> dict[str, Any]:
     held_out = [row for row in rows if row.source not in fitted]
     figures: dict[str, Any] = {"file": path.name, "left_out": len(left_out)}
     for name, moe in (("dense", False), ("moe", True)):
-        mine = [row for row in rows if row.moe == moe]
-        figures[name] = summary(mine, seconds)
+        selected = [row for row in rows if row.moe == moe]
+        figures[name] = summary(selected, seconds)
         figures[name]["held_out"] = summary([row for row in held_out if row.moe == moe], seconds)
-        figures[name]["naive"] = summary(mine, guessed)
+        figures[name]["naive"] = summary(selected, guessed)
     _show_sources(console, rows, seconds, guessed, fitted)
     _show_sweeps(console, rows, seconds)
     _show_summary(console, figures)
@@ -146,12 +147,12 @@ def _show_sources(console: Console, rows: list[Row], seconds: Predicted, guessed
         table.add_column(column, justify="left" if column in ("source", "") else "right", overflow="fold")
     for moe in (False, True):
         for source in sorted({row.source for row in rows if row.moe == moe}):
-            mine = [row for row in rows if row.source == source and row.moe == moe]
-            ours, simple = summary(mine, seconds), summary(mine, guessed)
+            selected = [row for row in rows if row.source == source and row.moe == moe]
+            ours, simple = summary(selected, seconds), summary(selected, guessed)
             name = source.replace("github.com/", "").replace("NeurIPS-WANT-submission-efficient-parallelization-", "")
             kind = ("fitted" if source in fitted else "held out") + (", MoE" if moe else "")
             numbers = (ours["median_abs_error"], ours["p90_abs_error"], simple["median_abs_error"])
-            table.add_row(name, kind, str(len(mine)), *(f"{x:.1%}" for x in numbers))
+            table.add_row(name, kind, str(len(selected)), *(f"{x:.1%}" for x in numbers))
     console.print(table)
 
 
@@ -190,13 +191,14 @@ def _show_memory(console: Console, count: dict[str, int]) -> None:
 
 
 def write_fit(rounds: int) -> None:
+    """Fit the constants and write the file."""
     rows, _ = read_rows(THROUGHPUT)
     known, sources = hardware_files(), fitted_sources(rows)
     known = fit([row for row in rows if row.source in set(sources)], known, rounds)
     content = {key: known[key] for key in ("efficiencies", "software")}
     header = (
         "# Written by `python benchmarks/scaling_accuracy.py --fit ROUNDS`; megatron_fipo/scaling/hardware.py has the\n"
-        "# fields. Constants of megatron_fipo itself are derived, not fitted: it was in no published table.\n"
+        "# fields. Constants of megatron_fipo itself are derived, not fitted: no published table includes it.\n"
     )
     rounded = {
         section: {name: {k: _rounded(v) for k, v in fields.items()} for name, fields in part.items()}
@@ -214,10 +216,11 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="?", type=Path, default=THROUGHPUT)
     parser.add_argument("--feasibility", type=Path, help="layouts that ran out of memory")
-    parser.add_argument("--fit", type=int, metavar="ROUNDS", help="of the coordinate search")
+    parser.add_argument("--fit", type=int, metavar="ROUNDS", help="rounds of the coordinate search")
     arguments = parser.parse_args()
     if arguments.fit:
         write_fit(arguments.fit)

@@ -1,4 +1,4 @@
-"""What several benchmarks work on: a small Qwen2 of random weights, made-up responses, and a table for the figures."""
+"""Common parts of several benchmarks: a small Qwen2 with random weights, random responses, and a result table."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import Rollouts, TrainBatch, plan_micro_batches
 from megatron_fipo.config import Config, load_config
 
-VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens; lengths spread as rollouts' are
+VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens; lengths spread like rollouts'
 TOKENS_PER_MICRO_BATCH = 2048
 
 
 def make_model(directory: Path, hidden: int, layers: int) -> PreTrainedModel:
-    """A float32 checkpoint in `directory`; heads have 64 dimensions."""
+    """Create a float32 checkpoint in `directory`; heads have 64 dimensions."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -38,7 +38,7 @@ def make_model(directory: Path, hidden: int, layers: int) -> PreTrainedModel:
 
 
 def make_config(directory: Path, layout: Mapping[str, int], dtype: str, recompute: str = "none") -> Config:
-    """Training of the model in `directory` on as many ranks as the layout needs."""
+    """Return the config for training the model in `directory` on as many ranks as the layout needs."""
     ranks = max([1, *layout.values()])
     yaml = directory / "config.yaml"
     yaml.write_text(
@@ -53,8 +53,10 @@ def make_config(directory: Path, layout: Mapping[str, int], dtype: str, recomput
 
 
 def make_batch(actor: FIPOActor) -> TrainBatch:
-    """This replica's share of random responses of unequal lengths, with old log-probabilities that are a little off
-    the policy's, as after a first update."""
+    """Return this replica's share of random responses of unequal lengths.
+
+    Old log-probabilities differ slightly from the policy's, as after a first update.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(*RESPONSE, (SEQUENCES,), generator=generator).tolist()
 
@@ -78,7 +80,7 @@ def make_batch(actor: FIPOActor) -> TrainBatch:
 
 
 def show(title: str, figures: Mapping[str, object]) -> None:
-    """A table, and one JSON object as the last line."""
+    """Print a table, and one JSON object as the last line."""
     table = Table("figure", "value", title=title)
     for name, value in figures.items():
         table.add_row(name, str(value))

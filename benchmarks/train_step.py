@@ -1,13 +1,13 @@
-"""What FIPO costs over plain language modelling: the update's forward and backward against Megatron's own.
+"""Cost of FIPO relative to plain language modelling: forward and backward of an update against Megatron's own.
 
     python benchmarks/train_step.py [--layout tp2|pp2|one] [--recompute none|full] [--dtype float32|bfloat16]
         [--pairs 9] [--profile]
 
 Both sides run Megatron's schedule over the same packed micro-batches, layers, layout and recomputation, and end with
 reduced gradients. The baseline is GPTModel with Megatron's vocabulary-parallel cross-entropy; ours adds entropies,
-the Future-KL scan, the FIPO loss and its metrics, and never holds whole logits. They are timed in turn, and the
-figure is the median of the ratios. The model's LM head has the share of parameters that it has at 7B (about 8%).
-With --profile the baseline is the same update, and what is measured against it is profile.pipeline: its timers, and a
+the Future-KL scan, the FIPO loss and its metrics, and never materializes all logits. They are timed alternately; the
+result is the median ratio. The model's LM head has the same share of parameters as at 7B (about 8%).
+With --profile the baseline is the same update, and its overhead of profile.pipeline is measured: its timers, and a
 trace written after each update. Prints a table, and as its last line one JSON object with the same figures.
 """
 
@@ -46,7 +46,7 @@ LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 
 
 class CrossEntropyModel(GPTModel):
-    """Megatron's model with Megatron's loss, taking the same micro-batches as the policy."""
+    """Megatron's model with Megatron's loss, with the policy's micro-batches as input."""
 
     def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         packed = PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths)
@@ -61,7 +61,7 @@ class CrossEntropyModel(GPTModel):
 
 
 def cross_entropy(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """The mean over response positions, as Megatron's per-token loss wants it."""
+    """Return the mean over response positions, in the form of Megatron's per-token loss."""
     mask = torch.zeros(output.numel(), device=output.device)
     mask[micro_batch.hidden_index] = 1
     loss = (output.view(-1).float() * mask).sum()
@@ -69,7 +69,7 @@ def cross_entropy(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.
 
 
 def baseline_step(arch: Architecture, config: Config, topology: Topology, batch: TrainBatch) -> Callable[[], None]:
-    """Forward and backward of the language-modelling loss over the batch."""
+    """Return a function that runs forward and backward of the language-modelling loss over the batch."""
     megatron_config = transformer_config(arch, config)
     fused = use_transformer_engine(config.model.transformer_engine)
     model = CrossEntropyModel(
@@ -107,7 +107,7 @@ def baseline_step(arch: Architecture, config: Config, topology: Topology, batch:
 
 
 def profiled_step(actor: FIPOActor, step: Callable[[], None], directory: Path) -> Callable[[], None]:
-    """The step as profile.pipeline runs it."""
+    """Return the step with profile.pipeline."""
     profile = PipelineProfile(actor.chunks[0].config, actor.topology.pp, directory)
     unrecorded = actor.recorder
 
@@ -121,7 +121,7 @@ def profiled_step(actor: FIPOActor, step: Callable[[], None], directory: Path) -
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds until all ranks have done it, and their devices too, which a barrier of the hosts does not wait for."""
+    """Return the seconds until all ranks and their devices have finished; a host barrier is not enough."""
     torch.cuda.synchronize()
     dist.barrier()
     started = time.perf_counter()
@@ -132,7 +132,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def measure(config: Config, pairs: int, profile: bool, out: str) -> None:
-    """One rank's part; rank 0 leaves the seconds of each pair in `out`."""
+    """Measure on one rank; rank 0 writes the seconds of each pair to `out`."""
     arch = check_model(config)
     topology = topologies.initialize(config.parallel, seed=1)
     actor = FIPOActor(config, arch, topology)
@@ -155,18 +155,19 @@ def measure(config: Config, pairs: int, profile: bool, out: str) -> None:
         seconds.append((times[0], times[1]))
     if topology.rank == 0:
         tokens = sum(m.input_ids.numel() for m in batch.micro_batches)
-        Path(out).write_text(json.dumps({"tokens": tokens, "seconds": seconds[1:]}))  # the first pair warms up
+        Path(out).write_text(json.dumps({"tokens": tokens, "seconds": seconds[1:]}))  # the first pair is a warm-up
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="one")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and activations"
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of weights and activations"
     )
-    parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after one to warm up")
-    parser.add_argument("--profile", action="store_true", help="what profile.pipeline costs, instead")
+    parser.add_argument("--pairs", type=int, default=9, help="timed pairs, after a warm-up pair")
+    parser.add_argument("--profile", action="store_true", help="measure the cost of profile.pipeline instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), hidden=512, layers=8)
@@ -177,6 +178,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the results."""
     ours, baseline = (statistics.median(times) for times in zip(*result["seconds"], strict=True))
     ratios = sorted(a / b for a, b in result["seconds"])
     names = ("profiled", "plain") if args.profile else ("fipo", "cross_entropy")

@@ -1,16 +1,16 @@
-r"""The `math` verifier beside bare math-verify: verdicts on known pairs, agreement, and speed.
+r"""The `math` verifier compared with plain math-verify: accuracy on known pairs, agreement, and speed.
 
     python benchmarks/verifier.py [--pairs 10000] [--answers 8192] [--workers 2] [--step-seconds 600] [--samples FILE]
 
 Pairs are random expressions against themselves rewritten and against perturbed ones, in several notations (see
-`expressions.py`), nine in ten of them, and decimals against fractions. Their truth is known from values computed with
-60 digits. Task answers are those of the quickstart's arithmetic, right and wrong ones, in the forms that models give.
-`--samples` takes the recorded answers of an evaluation (its samples.parquet) instead; whether they are right is known
-for whole numbers, which the quickstart's are.
-Bare math-verify gets the same two answers as boxes, its time limit 5 s. Speed: `--answers` answers through the pool at
-once, as of one training batch, seven in eight of them task answers and the others random expressions; its share of a
+`expressions.py`), nine in ten of them, and decimals against fractions. Their equality is known from values computed
+with 60 digits. Task answers are those of the quickstart's arithmetic, correct and incorrect, in forms that models use.
+`--samples` uses the recorded answers of an evaluation (its samples.parquet) instead; their correctness is known
+for integers, which the quickstart's are.
+Plain math-verify gets the same two answers as boxes, with its time limit of 5 s. Speed: `--answers` answers at once,
+like a training batch, seven in eight of them task answers and the others random expressions; its share of a
 step is of a step of `--step-seconds`.
-A table is printed, and as the last line one JSON object with the same figures.
+Prints a table, and as its last line one JSON object with the same results.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from expressions import Case, decimal_case, make_case
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.reward import RewardFunction, Score, make_reward
 
-_EXAMPLES = 3  # of each kind of difference that are printed
-_BATCH = 500  # pairs at once, so that a bar of progress can be shown
+_EXAMPLES = 3  # printed examples per kind of difference
+_BATCH = 500  # pairs per call, for progress
 
 
 def corpus(pairs: int, first: int = 0) -> list[Case]:
-    """Return the pairs of the seeds from `first` on."""
+    """Return the pairs for seeds starting with `first`."""
     return [decimal_case(seed) if seed % 10 == 9 else make_case(seed) for seed in range(first, first + pairs)]
 
 
 def task_answers(count: int, seed: int = 0) -> list[Case]:
-    """Return answers to sums of small numbers, as the quickstart asks for them: right and wrong, in many forms."""
+    """Return answers to sums of small numbers, as in the quickstart: correct and incorrect, in many forms."""
     rng = random.Random(seed)
     forms = ("{}", "{}.0", "{}.", r"\text{{{}}}", "{}^\\circ", "0{}", "+{}", "x = {}", r"{}\text{{ units}}", "{}/1")
     cases = []
@@ -58,10 +58,10 @@ def task_answers(count: int, seed: int = 0) -> list[Case]:
 
 
 def recorded_answers(path: Path) -> list[Case]:
-    """Return the answers of an evaluation against its ground truths; those without one are left out.
+    """Return the answers of an evaluation with their ground truths; samples without an answer are skipped.
 
     Raises:
-        ValueError: a ground truth is no whole number.
+        ValueError: a ground truth is not an integer.
     """
     rows = pq.read_table(path, columns=["answer", "ground_truth"]).to_pylist()
     return [
@@ -79,6 +79,7 @@ def _same_integer(answer: str, truth: int) -> bool:
 
 
 def ours(reward: RewardFunction, cases: Sequence[Case]) -> list[Score]:
+    """Score the cases with the `math` verifier."""
     scores: list[Score] = []
     for start in range(0, len(cases), _BATCH):
         some = cases[start : start + _BATCH]
@@ -88,7 +89,7 @@ def ours(reward: RewardFunction, cases: Sequence[Case]) -> list[Score]:
 
 
 def bare(cases: Sequence[Case], workers: int) -> list[bool]:
-    """math-verify as its own documentation calls it."""
+    """Score the cases with math-verify as documented."""
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_bare, cases, chunksize=50))
 
@@ -102,12 +103,14 @@ def _bare(case: Case) -> bool:
 
 
 def speed(workers: int, answers: int) -> tuple[float, int]:
-    """Return seconds for `answers` questions to running workers, and how many could not be decided."""
+    """Return the seconds for `answers` comparisons by running workers, and how many were undecided."""
     cases = [*task_answers(answers - answers // 8, seed=1), *corpus(answers // 8, first=10**6)]
     random.Random(0).shuffle(cases)
     reward = make_reward(RewardConfig(function="math", workers=workers))
     try:
-        reward([rf"\boxed{{{i}.5}}" for i in range(8 * workers)], ["0"] * 8 * workers, [""] * 8 * workers)  # all are up
+        reward(
+            [rf"\boxed{{{i}.5}}" for i in range(8 * workers)], ["0"] * 8 * workers, [""] * 8 * workers
+        )  # starts all workers
         started = time.monotonic()
         responses, truths = [rf"\boxed{{{c.answer}}}" for c in cases], [c.truth for c in cases]
         scores = reward(responses, truths, [""] * len(cases))
@@ -116,10 +119,10 @@ def speed(workers: int, answers: int) -> tuple[float, int]:
         reward.close()
 
 
-def differences(cases: Sequence[Case], mine: Sequence[Score], theirs: Sequence[bool]) -> dict[str, list[Case]]:
-    """Group the pairs on which the two differ by who is right, and by what kind of pair it is."""
+def differences(cases: Sequence[Case], scores: Sequence[Score], theirs: Sequence[bool]) -> dict[str, list[Case]]:
+    """Group the pairs on which the two differ by which one is correct, and by kind of pair."""
     groups: dict[str, list[Case]] = {}
-    for case, score, other in zip(cases, mine, theirs, strict=True):
+    for case, score, other in zip(cases, scores, theirs, strict=True):
         if (score.accuracy > 0) != other:
             who = "ours right" if (score.accuracy > 0) == case.equal else "math-verify right"
             groups.setdefault(f"{who}: {'equal' if case.equal else 'different'}, {_about(case)}", []).append(case)
@@ -127,7 +130,7 @@ def differences(cases: Sequence[Case], mine: Sequence[Score], theirs: Sequence[b
 
 
 def _about(case: Case) -> str:
-    """Why the library judges such a pair otherwise, as far as its text tells."""
+    """Return why the library's result may differ, judging from the text."""
     text = case.truth + case.answer
     if "task" in case.kind:
         return case.kind
@@ -144,8 +147,8 @@ def _about(case: Case) -> str:
     return "other"
 
 
-def _row(table: Table, name: str, cases: Iterable[Case], verdicts: Iterable[bool]) -> dict[str, int]:
-    counts = Counter((case.equal, verdict) for case, verdict in zip(cases, verdicts, strict=True))
+def _row(table: Table, name: str, cases: Iterable[Case], results: Iterable[bool]) -> dict[str, int]:
+    counts = Counter((case.equal, result) for case, result in zip(cases, results, strict=True))
     figures = {
         "pairs": counts.total(),
         "wrong_called_right": counts[False, True],
@@ -156,6 +159,7 @@ def _row(table: Table, name: str, cases: Iterable[Case], verdicts: Iterable[bool
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--tasks", type=int, default=1000)
@@ -171,12 +175,12 @@ def main() -> None:
     listed: list[tuple[str, list[Case]]] = []
     task = recorded_answers(options.samples) if options.samples else task_answers(options.tasks)
     for name, cases in (("random", corpus(options.pairs)), ("recorded" if options.samples else "task", task)):
-        mine = ours(reward, cases)
+        scores = ours(reward, cases)
         theirs = bare(cases, options.workers)
-        figures[f"{name}_ours"] = _row(table, f"math, {name}", cases, [s.accuracy > 0 for s in mine])
+        figures[f"{name}_ours"] = _row(table, f"math, {name}", cases, [s.accuracy > 0 for s in scores])
         figures[f"{name}_math_verify"] = _row(table, f"math-verify, {name}", cases, theirs)
-        figures[f"{name}_failures"] = dict(Counter(s.failure for s in mine if s.failure))
-        found = differences(cases, mine, theirs)
+        figures[f"{name}_failures"] = dict(Counter(s.failure for s in scores if s.failure))
+        found = differences(cases, scores, theirs)
         figures[f"{name}_agreement"] = 1 - sum(map(len, found.values())) / max(1, len(cases))
         figures[f"{name}_differences"] = {kind: len(some) for kind, some in found.items()}
         listed += found.items()

@@ -1,5 +1,5 @@
-// The Python face of fipo.h: its structs as classes made from keywords, its functions without the lock of the
-// interpreter. Pointers are integers, 0 for null. Nothing is checked here, see `megatron_fipo/ops/extension.py`.
+// Python bindings of fipo.h: its structs as classes with keyword constructors, its functions without the GIL.
+// Pointers are integers, 0 for null. Arguments are checked in `megatron_fipo/ops/extension.py`, not here.
 #include <pybind11/pybind11.h>
 
 #include "fipo.h"

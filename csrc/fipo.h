@@ -1,4 +1,4 @@
-// The contract between the kernels and everything that calls them: FIPO's Future-KL scan and its fused loss
+// Interface of the kernels: FIPO's Future-KL scan and its fused loss
 // (arXiv 2603.19835, eq. 6 to 8) on packed sequences. No torch header: plain pointers and sizes.
 //
 //     d_t = clamp(logp_t - logp_old_t),  r_t = exp(d_t)
@@ -7,15 +7,15 @@
 //     l_t = clipped surrogate of the weighted advantage f_t A_t
 //
 // Letters: N packed tokens, S segments. Segment i is [offsets[i], offsets[i + 1]), maybe empty, at any alignment.
-// A segment is a whole sequence, or, where sequences are sharded, one contiguous chunk of one; `Shard` then carries
-// what the chunk cannot know of the rest of its sequence.
+// A segment is a whole sequence, or, if sequences are sharded, one contiguous chunk of one; `Shard` then provides
+// the information about the rest of its sequence.
 //
 // For every function below:
-// - Where N or S is 0, the arrays of that size may be null, required ones too.
+// - If N or S is 0, the arrays of that size may be null, including required ones.
 // - Outputs must not overlap inputs or each other. Pointers called optional may be null. Every element of an output
-//   that is not null is written, whatever it held before.
-// - Masked tokens may hold anything, NaN included, in every input of theirs: they are selected away, never multiplied.
-//   They still count as distance for the decay. A NaN that the mask lets through makes the sums it enters NaN.
+//   that is not null is written, regardless of its previous value.
+// - Masked tokens may have any value, including NaN, in every input: they are selected away, never multiplied.
+//   They still count as distance for the decay. A NaN at an unmasked token makes the sums it enters NaN.
 // - Arithmetic is float32, sums over tokens are float64.
 // - Same inputs, same bits. On CPU also for any number of threads, and the per-token outputs of a sequence (which is
 //   one segment) do not depend on how it is packed with others.
@@ -26,29 +26,29 @@
 
 namespace fipo {
 
-enum class Float : int32_t { kFloat32 = 0, kBFloat16 = 1 };  // bf16 is read by CUDA only
+enum class Float : int32_t { kFloat32 = 0, kBFloat16 = 1 };  // bf16 is read by CUDA kernels only
 
 enum class Aggregation : int32_t {
-  kTokenMean = 0,           // each token's loss as it is
+  kTokenMean = 0,           // each token's loss unchanged
   kSeqMeanTokenSum = 1,     // the same
-  kSeqMeanTokenMean = 2,    // divided by the loss tokens of its sequence
+  kSeqMeanTokenMean = 2,    // divided by the number of loss tokens of its sequence
   kSeqMeanTokenSumNorm = 3  // divided by norm_length
 };
 
 // Histograms of d_t as in megatron_fipo/algorithm/metrics.py: bin k counts values in width 1/256 centred on
-// k / 256 - 20, beyond +-20 the end bins do. [2][kHistogramBins]: tokens with A < 0, then tokens with A > 0.
+// k / 256 - 20; values beyond +-20 count in the end bins. [2][kHistogramBins]: tokens with A < 0, then with A > 0.
 constexpr int32_t kHistogramBinsPerNat = 256;
 constexpr int32_t kHistogramRange = 20;
 constexpr int32_t kHistogramBins = 2 * kHistogramRange * kHistogramBinsPerNat + 1;
 
-// The metrics tensor: [kNumMetrics] float64. Counts are exact. All are over loss tokens (those under the mask), vetoed
-// or not, but for the three that say otherwise. Sums first, then extrema, which hold +inf or -inf where there is no
-// data. The influence block is 0 (sums) or no data (extrema) where `Constants::influence` is 0.
+// Metrics tensor: [kNumMetrics] float64. Counts are exact. All are over loss tokens (unmasked ones), vetoed
+// or not, except the three marked otherwise. Sums first, then extrema, which are +inf or -inf without
+// data. The influence block is 0 (sums) or without data (extrema) if `Constants::influence` is 0.
 enum Metric : int32_t {
-  kLossSum,         // of surviving tokens, weighted as the aggregation says
+  kLossSum,         // of surviving tokens, weighted by the aggregation
   kNumTokens,       // surviving
   kNumSequences,    // surviving, with a loss token
-  kLossTokens,      // under the mask
+  kLossTokens,      // unmasked
   kLossSequences,   // sequences with a loss token, vetoed or not
   kVetoed,          // sequences
   kPolicyKl,        // sum of -d
@@ -76,14 +76,14 @@ enum Metric : int32_t {
   kNumMetrics
 };
 constexpr int32_t kFirstExtremum = kLogRatioAbsMax;
-constexpr double kMaxLogWeight = 600.0;  // nats; exp of it, added up over any batch, is finite in float64
+constexpr double kMaxLogWeight = 600.0;  // nats; exp of it, summed over any batch, is finite in float64
 
-// What every function reads. All pointers are of the device that the function runs on.
+// Inputs of all functions. All pointers are on the device that the function runs on.
 struct Tokens {
   const void* log_probs;      // [N] nats, of type `dtype`
   const void* old_log_probs;  // [N], optional: null means that log_probs holds log-ratios
-  const uint8_t* mask;        // [N], nonzero where a token counts
-  const int64_t* offsets;     // [S + 1], from 0 to N, never decreasing
+  const uint8_t* mask;        // [N], nonzero for tokens that count
+  const int64_t* offsets;     // [S + 1], from 0 to N, non-decreasing
   const float* advantages;    // [N] or [S]; not read by `scan`
   const float* token_weights; // [N], optional (1): multiplies each token's loss; read by `loss` only
   int64_t num_tokens;
@@ -93,55 +93,55 @@ struct Tokens {
 };
 
 struct Constants {
-  double half_life;         // tokens, > 0; powers of gamma are taken in float64
+  double half_life;         // tokens, > 0; powers of gamma are computed in float64
   float log_ratio_clamp;    // nats; +inf: none
-  float log_dual_clip;      // ln c: larger log-ratios are left out of the scan; +inf: none. Below: read by `loss`
+  float log_dual_clip;      // ln c: larger ones are excluded from the scan; +inf: none. Below: read by `loss`
   float dual_clip;          // c
   float ratio_low;          // 1 - clip_ratio_low
   float ratio_high;         // 1 + clip_ratio_high
-  float influence_low;      // 0 .. 10 where the recipe does not clip
+  float influence_low;      // 0 .. 10 if the recipe does not clip
   float influence_high;
   float safety_threshold;   // a ratio
-  float pinned_low;         // f at or below counts as pinned to the lower bound
+  float pinned_low;         // f at or below counts as clipped at the lower bound
   float pinned_high;
   float norm_length;        // tokens
-  int64_t max_dual_clipped; // a sequence with more is vetoed; negative: never
+  int64_t max_dual_clipped; // sequences with more are vetoed; negative: never
   Aggregation aggregation;
-  int32_t influence;        // 1: FIPO; 0: DAPO/GRPO, every weight is 1, S is not computed, its outputs are 0 and 1
+  int32_t influence;        // 1: FIPO; 0: DAPO/GRPO: every weight is 1, S is not computed, its outputs are 0 and 1
 };
 
-// What a segment that is one chunk of a sequence has to be told. Each is optional; null means that segments are whole
+// Information for segments that are chunks of sequences. Each is optional; null means that segments are whole
 // sequences. `vetoed` replaces the count of dual-clipped tokens.
 struct Shard {
-  const float* carry_in;          // [S] S_t of the token that follows the segment's last one; null: 0
+  const float* carry_in;          // [S] S_t of the token after the segment's last one; null: 0
   const uint8_t* vetoed;          // [S] the segment's whole sequence is vetoed
   const int64_t* sequence_tokens; // [S] loss tokens of the segment's whole sequence
   const uint8_t* counts_sequence; // [S] the segment counts its sequence in kNumSequences, kLossSequences, kVetoed:
-                                  // one segment of each sequence does, on one rank. Needs sequence_tokens.
+                                  // exactly one segment of each sequence does, on one rank. Needs sequence_tokens.
 };
 
 // Outputs of `scan`, each optional.
 struct ScanOutput {
   float* future_kl;       // [N] S_t
-  float* carry_out;       // [S] S_t of the segment's first token; the carry-in where the segment is empty
+  float* carry_out;       // [S] S_t of the segment's first token; the carry-in for an empty segment
   int64_t* dual_clipped;  // [S] tokens with A < 0 and d > ln c; the only output that reads `Tokens::advantages`
-  int64_t* loss_tokens;   // [S] tokens under the mask
+  int64_t* loss_tokens;   // [S] unmasked tokens
 };
 
 struct LossOutput {
-  float* gradient;           // [N] d(loss sum) / d(logp_t); 0 where masked, clipped or vetoed
+  float* gradient;           // [N] d(loss sum) / d(logp_t); 0 if masked, clipped or vetoed
   float* future_kl;          // [N] optional
   float* influence_weights;  // [N] optional
-  float* loss_sum;           // [1] metrics[kLossSum], rounded: what autograd takes, without a conversion of its own
+  float* loss_sum;           // [1] metrics[kLossSum], rounded, for autograd
   double* metrics;           // [kNumMetrics]
   int64_t* histograms;       // [2][kHistogramBins]
   uint8_t* vetoed;           // [S] 0 or 1
 };
 
-// ---- CPU. `threads` >= 1: how many to use at most. Both return when the outputs are written.
+// ---- CPU. `threads` >= 1: maximum number of threads. Both return after the outputs are written.
 
 // S_t, and what the chunks of a sharded sequence exchange: a chunk's carry_out without carry-in, its length and its two
-// counts are all that the others need of it, as carry_out(with c) = carry_out(with 0) + gamma^length * c.
+// counts suffice, since carry_out(with c) = carry_out(with 0) + gamma^length * c.
 void scan_cpu(const Tokens& tokens, const Constants& constants, const float* carry_in, const ScanOutput& out,
               int threads);
 
@@ -149,12 +149,12 @@ void scan_cpu(const Tokens& tokens, const Constants& constants, const float* car
 void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& shard, const LossOutput& out,
               int threads);
 
-// "scalar", "avx2" or "avx512": the fastest this machine has, or the one that MEGATRON_FIPO_ISA names. Null where
-// that is unknown or not to be had here. Read once.
+// "scalar", "avx2" or "avx512": the fastest of this machine, or the one named by MEGATRON_FIPO_ISA. Null if
+// that is unknown or not available here. Read once.
 const char* cpu_isa();
 
-// ---- CUDA, where it is built. Both only enqueue on `stream`, a cudaStream_t: no host sync, no allocation.
-// `workspace` is device memory of at least the size asked for, whose contents do not matter.
+// ---- CUDA, if built. Both only enqueue on `stream`, a cudaStream_t: no host sync, no allocation.
+// `workspace` is device memory of at least the requested size, with arbitrary contents.
 
 int64_t scan_cuda_workspace(int64_t num_tokens, int64_t num_segments);
 int64_t loss_cuda_workspace(int64_t num_tokens, int64_t num_segments);

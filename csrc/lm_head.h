@@ -1,15 +1,15 @@
-// Contract of the LM head's kernels: the statistics of one chunk of logits from which log-probability and entropy
-// follow, and the gradient of the loss with respect to those logits. With z_j = x_j / temperature for the logits x of
+// Interface of the LM head's kernels: the statistics of one chunk of logits that determine log-probability and entropy,
+// and the gradient of the loss with respect to those logits. With z_j = x_j / temperature for the logits x of
 // one row, and p = softmax(z) over the whole vocabulary, of which the row holds one shard:
 //
 //     statistics: max z,  sum_j exp(z_j - max z),  sum_j exp(z_j - max z) (z_j - max z),  z of the target
 //     gradient:   [j = target] log_prob - p_j (slope log p_j + offset),  log p_j = z_j - logsumexp
 //
-// As in fipo.h: pointers are of the device that the function runs on, outputs do not overlap inputs unless said
+// As in fipo.h: pointers are on the device that the function runs on, outputs do not overlap inputs unless stated
 // otherwise, every element of an output is written, same inputs give the same bits (on CPU for any number of threads),
 // and arguments are checked by the caller, `megatron_fipo/ops/lm_head.py`.
 // Logits are read once from memory, in their own type; arithmetic is float32. A logit of -inf has probability 0. A
-// logit that is NaN or +inf makes the statistics of its row NaN.
+// NaN or +inf logit makes the statistics of its row NaN.
 #pragma once
 
 #include "fipo.h"
@@ -20,7 +20,7 @@ constexpr int64_t kLogitAlignment = 16;  // bytes, of every row of logits and of
 
 struct Logits {
   const void* values;      // [rows, columns] of type `dtype`; row i begins `i * stride` elements behind `values`
-  const int64_t* targets;  // [rows] column of the target; anything outside [0, columns) where another shard holds it
+  const int64_t* targets;  // [rows] column of the target; any value outside [0, columns) if it is in another shard
   int64_t rows, columns, stride;
   float inverse_temperature;
   Float dtype;
@@ -31,7 +31,7 @@ struct LogitStatistics {
   float* maximum;          // max z
   float* sum_exp;          // sum exp(z - max z)
   float* sum_exp_shifted;  // sum exp(z - max z) (z - max z)
-  float* target;           // z of the target; 0 where another shard holds it
+  float* target;           // z of the target; 0 if it is in another shard
 };
 
 struct LogitGradient {

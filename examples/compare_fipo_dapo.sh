@@ -1,10 +1,10 @@
 #!/bin/bash
-# FIPO against DAPO and its own ablations on the quickstart's task, several seeds each, in one report.
+# Compare FIPO with DAPO and ablations on the quickstart's task, with several seeds each, in one report.
 #
 #   examples/compare_fipo_dapo.sh [-s SEEDS] [-v VARIANT,...] [-o DIRECTORY] [KEY=VALUE ...]
 #
-# SEEDS: 3 if not given; VARIANT: those below if not given; KEY=VALUE: settings of all runs. A run takes about two
-# minutes on two cores. What is finished is not run again, so the same command goes on after an interruption.
+# SEEDS: default 3; VARIANT: default all below; KEY=VALUE: settings of all runs. A run takes about two minutes on two
+# cores. Finished runs are skipped, so the same command continues after an interruption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -21,7 +21,7 @@ while getopts "s:v:o:" option; do
 done
 shift $((OPTIND - 1))
 
-settings_of() { # of a variant, beside those that all runs have, a line each
+settings_of() { # settings of a variant, one per line
   case $1 in
     fipo) ;;
     dapo) echo algorithm.loss=grpo ;;

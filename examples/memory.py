@@ -1,8 +1,8 @@
-"""What a recipe needs of each GPU, as the tables of examples/README.md have it.
+"""Memory that a recipe needs per GPU, as in the tables of examples/README.md.
 
     python examples/memory.py examples/fipo_32b.yaml [section.key=value ...]
 
-The model's shape is read from model.hf_path, or known here for the models of the recipes.
+The model's shape is read from model.hf_path, or built in for the recipes' models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_fipo.model.architecture import Architecture, check_model
 from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
 from megatron_fipo.scaling.models import PUBLISHED, plain_architecture
 
-GPU_GB = 80  # what an H100 has
+GPU_GB = 80  # H100
 TRAINING: dict[str, Callable[[TrainingMemory], int]] = {
     "parameters, 2 bytes each": lambda m: m.parameters,
     "gradients, 4 bytes each": lambda m: m.gradients,
@@ -28,7 +28,7 @@ TRAINING: dict[str, Callable[[TrainingMemory], int]] = {
 
 
 def shape(config: Config) -> Architecture:
-    """Of the recipe's model, whether or not it has been downloaded."""
+    """Return the architecture of the recipe's model, whether or not it has been downloaded."""
     path = Path(config.model.hf_path)
     if (path / "config.json").is_file() or path.name.lower() not in PUBLISHED:
         return check_model(config)
@@ -36,11 +36,13 @@ def shape(config: Config) -> Architecture:
 
 
 def training_table(stages: list[TrainingMemory]) -> list[str]:
+    """Return the table of training memory."""
     rows = [[name, *(f"{value(m) / 1e9:.1f}" for m in stages)] for name, value in TRAINING.items()]
     return _table(["update, GB a GPU", *_stage_names(len(stages))], rows)
 
 
 def rollout_table(stages: list[RolloutMemory], config: Config) -> list[str]:
+    """Return the table of rollout memory."""
     share, size = config.rollout.gpu_memory_utilization, config.rollout.tensor_parallel
     engine = share * GPU_GB * 1e9
     rows = [
@@ -62,6 +64,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")

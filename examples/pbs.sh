@@ -4,8 +4,8 @@
 #   qsub -v CONFIG=examples/fipo_7b.yaml examples/pbs.sh
 #
 # parallel.world_size must be the number of tasks: here 4 nodes x 8. PBS sends SIGTERM before it ends the job
-# (`qsub -l walltime`, kill_delay); the run then writes a checkpoint and ends with exit code 75, and the script submits
-# itself again.
+# (`qsub -l walltime`, kill_delay); the run then writes a checkpoint and exits with code 75, and the script resubmits
+# itself.
 #
 #PBS -N fipo
 #PBS -l select=4:ncpus=96:ngpus=8:mpiprocs=8

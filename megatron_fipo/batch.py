@@ -198,7 +198,7 @@ class TrainBatch:
     micro_batches: tuple[MicroBatch, ...]
 
     def with_token_values(self, **values: Sequence[torch.Tensor]) -> TrainBatch:
-        """Return a copy whose micro-batches carry the given per-token tensors, e.g. `old_log_probs=[...]`."""
+        """Return a copy whose micro-batches have the given per-token tensors, e.g. `old_log_probs=[...]`."""
         columns = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
         return TrainBatch(tuple(m.replace(**c) for m, c in zip(self.micro_batches, columns, strict=True)))
 
@@ -348,7 +348,7 @@ def plan_micro_batches(
 
 
 def micro_batch_order(loads: Sequence[float], order: MicroBatchOrder, multiple: int = 1) -> list[int]:
-    """Return the indices of micro-batches in the order in which the pipeline is to process them.
+    """Return the indices of micro-batches in the order in which the pipeline processes them.
 
     "longest_middle" rises to the longest and falls again: a pipeline is as slow to fill as its first micro-batches are
     long, and as slow to drain as its last ones. With interleaving, whole rounds of `multiple` similar micro-batches

@@ -1,4 +1,4 @@
-"""Checks before ranks are started and the model is built."""
+"""Checks before ranks start and the model is built."""
 
 from __future__ import annotations
 

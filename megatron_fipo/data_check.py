@@ -49,13 +49,13 @@ def _stops(config: Config, tokenizer: Any) -> str:
 
 
 def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Return the first prompt, the last one and some between them."""
+    """Return the first prompt, the last one and some in between."""
     count = min(count, len(prompts))
     return [prompts[round(i * (len(prompts) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _scores(config: Config, prompts: Sequence[Prompt]) -> list[list[tuple[str, Score]]]:
-    """Return a right, a wrong and an empty answer to each prompt with their scores."""
+    """Return for each prompt a correct, an incorrect and an empty answer with their scores."""
     responses = [_answers(prompt) for prompt in prompts]
     flat = [(response, prompt) for some, prompt in zip(responses, prompts, strict=True) for response in some]
     reward = make_reward(config.reward)

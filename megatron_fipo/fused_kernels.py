@@ -61,7 +61,7 @@ class TransformerEngine:
 
     @property
     def installation_problem(self) -> str | None:
-        """Problem of the installation, and what to run; None: it imports."""
+        """Problem of the installation and the command that fixes it; None if it can be imported."""
         if self.version is None:
             return "Transformer Engine is not installed: run `make install GPU=yes`, or use an image that has it"
         if self.error is not None:

@@ -20,7 +20,7 @@ _BASELINE = 20  # steps that tell what is usual
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a run's configuration that the rules need, in tokens."""
+    """Limits from a run's configuration that the rules use, in tokens."""
 
     max_response_tokens: int
     overlong_buffer_tokens: int
@@ -60,7 +60,7 @@ class Watch:
         self._latest: dict[str, int] = {}  # rule -> place of its latest finding
 
     def update(self, row: Mapping[str, float | None]) -> list[Finding]:
-        """Return the findings that begin to hold with this step. Any metric may be missing or None."""
+        """Return the findings that begin with this step; any metric may be missing or None."""
         step = int(row["step"] or 0)
         watched = {n: v for n in _WATCHED if (v := row.get(n)) is not None and v == v}
         self._rows.append(watched)

@@ -38,11 +38,11 @@ HEADERS = {
 
 
 class CannotInstall(Exception):
-    """A missing requirement, and what to do."""
+    """Missing requirement, with instructions."""
 
 
 def main() -> None:
-    """Run the command."""
+    """Install Transformer Engine."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--show", action="store_true", help="print commands and environment, and do nothing")
     show = arguments.parse_args().show
@@ -75,7 +75,7 @@ def installed_torch() -> tuple[str, str]:
 
 
 def imports() -> bool:
-    """Return whether this version works with the installed torch, tried in a process of its own."""
+    """Return whether this version works with the installed torch, tried in a separate process."""
     return subprocess.run([sys.executable, "-c", _CHECK], capture_output=True, check=False).returncode == 0
 
 
@@ -141,7 +141,7 @@ def roots() -> Iterator[Path]:
 
 
 def has_headers(folder: Path, name: str, cuda: str) -> bool:
-    """Return whether all headers of a package are in a folder, CUDA's of the major version `cuda`."""
+    """Return whether all headers of a package are in a folder, and CUDA's have the major version `cuda`."""
     if not all((folder / header).is_file() for header in HEADERS[name]):
         return False
     return name != "CUDA" or _cuda_major(folder / "cuda.h") == cuda

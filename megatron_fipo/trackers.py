@@ -1,4 +1,4 @@
-"""Where a run's metrics can be watched: TensorBoard's files, and Weights & Biases where a project is named.
+"""Metric trackers: TensorBoard, and Weights & Biases if a project is configured.
 
 Both get the numbers of `metrics.jsonl`, which is the record; they are views of it.
 """
@@ -73,17 +73,17 @@ class WeightsAndBiases:
 
 
 def check_trackers(config: Config) -> None:
-    """Check that the package of the chosen tracker is installed.
+    """Check that the packages of the configured trackers are installed.
 
     Raises:
-        ValueError: a project is named, and the package is not there.
+        ValueError: a project is configured, but the package is not installed.
     """
     if config.trainer.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError("trainer.wandb_project needs a package that is not there: pip install wandb, or null")
 
 
 def make_trackers(config: Config, next_step: int) -> list[Tracker]:
-    """Return the trackers that the config asks for."""
+    """Return the configured trackers."""
     trackers: list[Tracker] = []
     if config.trainer.tensorboard:
         trackers.append(TensorBoard(config.run_directory, next_step))

@@ -1,4 +1,4 @@
-"""Where vLLM is: an interpreter of its own, since vLLM pins versions of what the trainer uses, too."""
+"""vLLM's Python environment, separate from the trainer's, since vLLM pins versions of shared dependencies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Installed(NamedTuple):
 
 
 def interpreter(setting: str | None) -> Path:
-    """Return the interpreter that `rollout.vllm_python`, or its default, names.
+    """Return the interpreter that `rollout.vllm_python` or its default selects.
 
     Raises:
         ValueError: it is not there.
@@ -43,10 +43,10 @@ def interpreter(setting: str | None) -> Path:
 
 @cache
 def installed(python: Path) -> Installed:
-    """Return the vLLM of an interpreter.
+    """Return the vllm that is installed for this interpreter.
 
     Raises:
-        ValueError: it has no vllm, or one that this package does not support.
+        ValueError: there is none, or its version is not supported.
     """
     answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=120, check=False)
     distribution, _, version = answer.stdout.strip().partition(" ")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a file beside `path` that replaces it when the block ends, and is removed when the block fails.
+    """Yield a temporary file that replaces `path` atomically at the end, and is removed if the block fails.
 
     Of several processes that write `path` at the same time, on whatever machines, one wins.
     """
@@ -65,7 +65,7 @@ def time_in(path: Path, text: Any) -> datetime:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table as parquet, on the disk when this returns, and its directory."""
+    """Write a table as parquet, synced to disk; creates the directory."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

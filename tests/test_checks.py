@@ -79,11 +79,11 @@ def test_everything_that_is_wrong_with_the_model_is_listed(task: Path) -> None:
     with pytest.raises(ValueError, match="does not fit the configuration") as error:
         check_run(config)
     assert str(error.value).splitlines()[1:] == [
-        "  - 4 attention heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
-        "  - 2 key/value heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
-        "  - MLP width 256 cannot be split over parallel.tensor 3",
-        "  - 2 layers = 2 over 3 pipeline stages leaves 2: set parallel.first_stage_layers / last_stage_layers so that "
-        "the other stages are equal and hold at least one layer, or change parallel.pipeline",
+        "  - 4 attention heads cannot be split over parallel.tensor 3: must be one of [1, 2, 4]",
+        "  - 2 key/value heads cannot be split over parallel.tensor 3: must be one of [1, 2, 4]",
+        "  - MLP width 256 must be a multiple of parallel.tensor 3",
+        "  - 2 layers = 2 over 3 pipeline stages leaves a remainder of 2: set parallel.first_stage_layers / "
+        "last_stage_layers so that the other stages are equal with at least one layer, or change parallel.pipeline",
         "  - data.max_prompt_tokens 64 + rollout.max_response_tokens 1024 = 1088 exceeds the model's "
         "max_position_embeddings 512; shorten them or set model.overrides.max_position_embeddings",
     ]
@@ -92,7 +92,7 @@ def test_everything_that_is_wrong_with_the_model_is_listed(task: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gpt_neox"}, "'gpt_neox' of .* is not supported; supported: .*qwen2"),
+        ({"model_type": "gpt_neox"}, "'gpt_neox' of .* is not supported: must be one of .*qwen2"),
         ({"model_type": "no_such_model"}, "no_such_model"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window"),
@@ -118,7 +118,7 @@ def test_broken_model_config_is_named(task: Path) -> None:
 
 def test_unknown_override_is_named(task: Path) -> None:
     """`model.overrides` replaces fields that exist, and no others."""
-    with pytest.raises(ValueError, match=r"model\.overrides\.max_positions: the qwen2 config has no such field"):
+    with pytest.raises(ValueError, match=r"model\.overrides\.max_positions: the qwen2 config does not have this field"):
         check_run(_config(task, model={"overrides": {"max_positions": 4096}}))
 
 
@@ -207,10 +207,10 @@ def test_directory_as_data_file(task: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("dapoo", "'dapoo' is none of dapo, math, exact, package.module:function"),
-        ("no_such_package:score", "reward.function no_such_package:score: cannot import it"),
-        ("math:no_such_function", "reward.function math:no_such_function: cannot import it"),
-        ("math:pi", "is a float, not a function"),
+        ("dapoo", "'dapoo' must be one of dapo, math, exact, package.module:function"),
+        ("no_such_package:score", "reward.function no_such_package:score: cannot be imported"),
+        ("math:no_such_function", "reward.function math:no_such_function: cannot be imported"),
+        ("math:pi", "must be a function, got float"),
     ],
 )
 def test_unknown_reward(task: Path, function: str, says: str) -> None:

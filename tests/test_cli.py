@@ -108,7 +108,7 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
     "heads not divisible by tp": (
         lambda t: 0,
         ["parallel.tensor=3", "parallel.world_size=3"],
-        "2 key/value heads cannot be split over parallel.tensor 3; possible: [1, 2, 4]",
+        "2 key/value heads cannot be split over parallel.tensor 3: must be one of [1, 2, 4]",
     ),
     "layers not divisible by pp": (
         lambda t: 0,
@@ -148,19 +148,23 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
             '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'
         ),
         [],
-        "names model-00002-of-00002.safetensors, which is not there",
+        "names model-00002-of-00002.safetensors, which does not exist",
     ),
     "tied output layer that differs": (
         lambda t: _edit_model(t, tie_word_embeddings=True),
         [],
-        "has tie_word_embeddings true in config.json, but lm_head.weight differs",
+        "has tie_word_embeddings=true in config.json, but lm_head.weight differs",
     ),
     "longer than the model's positions": (
         lambda t: _edit_model(t, max_position_embeddings=40),
         [],
         "16 + rollout.max_response_tokens 32 = 48 exceeds the model's max_position_embeddings 40",
     ),
-    "unknown reward": (lambda t: 0, ["reward.function=dappo"], "reward.function 'dappo' is none of dapo, math, exact"),
+    "unknown reward": (
+        lambda t: 0,
+        ["reward.function=dappo"],
+        "reward.function 'dappo' must be one of dapo, math, exact",
+    ),
     "FIPO as a no-op, strictly": (
         lambda t: 0,
         ["trainer.strict=true", "trainer.mini_batch_prompts=4"],

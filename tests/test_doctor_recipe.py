@@ -75,7 +75,7 @@ def test_a_cluster_s_limits(task: Path, command: Command, monkeypatch: pytest.Mo
     monkeypatch.setattr("megatron_fipo.scaling.space.room", lambda path: Room(1000, "the user quota of /home"))
     outcome = command("doctor", "config.yaml")
     assert outcome.code == 1
-    assert "has 0.0 GB left by the user quota of /home: too little for one and its successor" in outcome.stdout
+    assert "has 0.0 GB left by the user quota of /home: at least two checkpoints must fit" in outcome.stdout
     assert (
         "the limit of open files is 64 (`ulimit -Hn`), but a rank of this configuration opens up to" in outcome.stdout
     )

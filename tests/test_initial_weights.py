@@ -28,7 +28,7 @@ def _train_without_reading(config: Config) -> tuple[str, runs.Weights]:
     def refuse(*args: Any) -> None:
         raise RuntimeError("initial weights are read")
 
-    huggingface._Stored._read = refuse  # type: ignore[method-assign]
+    huggingface._StoredTensor._read = refuse  # type: ignore[method-assign]
     return runs._train(config)
 
 

@@ -42,7 +42,7 @@ def test_evaluation_goes_on_after_midnight(task: Path, tmp_path: Path) -> None:
     assert store.began() == YESTERDAY
     command.check(config, tmp_path / "out")
     today = datetime(2027, 2, 3)
-    with pytest.raises(ValueError, match="drawn with other settings"):
+    with pytest.raises(ValueError, match="samples with other settings"):
         store.claim(settings_of(config, load_benchmarks(config, tokenizer, today), YESTERDAY))
 
 

@@ -1,4 +1,4 @@
-"""Tokens a second of vLLM's offline interface; runs in vLLM's environment, reads a task as JSON from standard input."""
+"""Tokens/s of vLLM's offline interface; runs in vLLM's environment, with a JSON task from standard input."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
+    """Generate, and print the tokens per second."""
     task = json.load(sys.stdin)
     model = LLM(
         model=task["model"],

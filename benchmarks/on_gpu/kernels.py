@@ -1,4 +1,4 @@
-"""The fused loss and the LM head, by the benchmarks that they have of their own."""
+"""Fused loss and LM head, measured by their own benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS = ("scan_ms", "fused_ms", "fused_gb_per_s", "fused_share_of_copy", "scan_
 
 
 def fused_loss(settings: Settings) -> dict[str, Any]:
-    """Measure milliseconds and the share of the copy bandwidth by size, and on a GPU count a micro-batch's launches."""
+    """Measure milliseconds and the share of the copy bandwidth by size, and on a GPU a micro-batch's launches."""
     on_gpu = settings.device == "cuda"
     copy = future_kl.copy_bandwidth(settings.device, settings.seconds)
     figures: dict[str, Any] = {"copy_gb_per_s": copy / 1e9}

@@ -1,5 +1,7 @@
-"""vLLM as the rollout engine: new weights by transport against a copy of the same bytes, and tokens a second beside
-vLLM without this package."""
+"""vLLM as the rollout engine: weight updates and generation speed.
+
+Weight updates by transport relative to a copy of the same bytes, and tokens/s relative to vLLM without this package.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from megatron_fipo.vllm_environment import installed, interpreter
 from on_gpu.settings import Settings, free
 from train_step import timed
 
-PROMPT, RESPONSE, GPU_SHARE = 128, 512, 0.5  # tokens; the server's share of the GPU's memory
+PROMPT, RESPONSE, GPU_SHARE = 128, 512, 0.5  # tokens; the server's share of GPU memory
 
 
 def servers(settings: Settings) -> dict[str, Any]:
-    """Measure refits and generation; without a supported vLLM the only figure is the reason."""
+    """Measure weight updates and generation; without a supported vLLM the only result is the reason."""
     try:
         python = installed(interpreter(None)).python
     except ValueError as error:
@@ -59,7 +61,7 @@ def _random_weights(settings: Settings) -> dict[str, torch.Tensor]:
 def _with_server(
     settings: Settings, topology: Topology, weights: dict[str, torch.Tensor], transport: str
 ) -> dict[str, Any]:
-    """Measure refits of one server on this rank's GPU, or beside it, and generation with the first transport."""
+    """Measure one server on this rank's GPU, or beside it: weight updates, and generation with the first transport."""
     config = settings.config()
     rollout = replace(
         config.rollout,
@@ -103,14 +105,14 @@ def _requests(settings: Settings) -> Iterator[list[int]]:
 
 def _speed(settings: Settings, engine: VLLMEngine) -> dict[str, Any]:
     requests = [Request(prompt, number) for number, prompt in enumerate(_requests(settings))]
-    sampling = Sampling(1.0, 1.0, 0, RESPONSE, ())  # without stop tokens: all responses have the same length
+    sampling = Sampling(1.0, 1.0, 0, RESPONSE, ())  # no stop tokens: all responses have the same length
     engine.generate(requests[:8], sampling)
     seconds = timed(lambda: engine.generate(requests, sampling))
     return {"vllm_tokens_per_second": len(requests) * RESPONSE / seconds}
 
 
 def _bare(settings: Settings, python: Path) -> float:
-    """Return tokens a second of vLLM's offline interface with the same prompts and lengths."""
+    """Return tokens/s of vLLM's offline interface with the same prompts and lengths."""
     task = {
         "model": str(settings.hf_path()),
         "dtype": settings.dtype,

@@ -1,4 +1,4 @@
-"""The benchmark's arguments: the model's shape, the sequences of an update, and the number of repetitions."""
+"""Settings of the benchmark: model shape, sequences of an update, and number of repetitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = {
     "7b-8-layers": (3584, 18_944, 8, 28, 4, 152_064, False),
     "toy": (64, 128, 2, 4, 2, 512, True),
 }
-GROUP = 8  # responses a prompt
+GROUP = 8  # responses per prompt
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Settings:
 
     Attributes:
         model: a name in SHAPES, or a directory with a config.json.
-        tokens: budget of a micro-batch.
-        sequences: in one update; a multiple of GROUP.
-        lengths: their distribution, as `scaling plan --lengths` takes it.
-        steps: timed repetitions, after one to warm up.
-        seconds: time given to each measurement of a kernel.
-        transports: of weights to vLLM; each has a server of its own.
+        tokens: per micro-batch.
+        sequences: per update; a multiple of GROUP.
+        lengths: their distribution, in the format of `scaling plan --lengths`.
+        steps: timed repetitions, after a warm-up.
+        seconds: time budget per measurement of a kernel.
+        transports: weight transports to vLLM; each has its own server.
     """
 
     device: str
@@ -56,7 +56,7 @@ class Settings:
         return self.model == "toy"
 
     def hf_path(self) -> Path:
-        """Return the model's directory; for a named shape one is made that has a config.json and no weights."""
+        """Return the model's directory; for a named shape it is created with a config.json and without weights."""
         if self.model not in SHAPES:
             return Path(self.model)
         hidden, ffn, layers, heads, kv_heads, vocabulary, tied = SHAPES[self.model]
@@ -101,12 +101,12 @@ class Settings:
         return load_config(path)
 
     def measurement(self, config: Config) -> Measurement:
-        """Return the description that `scaling run`'s actor of random weights is built from."""
+        """Return the specification that `scaling run`'s actor with random weights is built from."""
         return Measurement(config, self.update(), "fipo", self.device, None, self.directory)
 
 
 def transformer_engine_choices(device: str) -> list[str]:
-    """Return the settings of model.transformer_engine that this machine has kernels for."""
+    """Return the values of model.transformer_engine that this machine supports."""
     if device != "cuda":
         return ["off"]
     try:
@@ -117,7 +117,7 @@ def transformer_engine_choices(device: str) -> list[str]:
 
 
 def free() -> None:
-    """Give back what objects that are gone have left in torch's cache."""
+    """Free torch's cached memory of deleted objects."""
     import gc
 
     gc.collect()

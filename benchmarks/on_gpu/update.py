@@ -1,5 +1,7 @@
-"""One update of the policy: FIPO against language modelling and against Megatron's own step, and what stands around it:
-old log-probabilities, offloading, a checkpoint."""
+"""One update of the policy: FIPO relative to language modelling and to Megatron's own step.
+
+Also measures old log-probabilities, offloading and a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from train_step import baseline_step, timed
 
 
 def updates(settings: Settings) -> dict[str, Any]:
-    """Measure with torch's layers and, where they are there, with Transformer Engine's, named `te_off_*` and `te_on_*`.
+    """Measure with torch's layers and, if available, with Transformer Engine's, named `te_off_*` and `te_on_*`.
 
     The last of these, as a run would use it, also gives `update_seconds`, offloading and a checkpoint.
     """
@@ -54,7 +56,7 @@ def updates(settings: Settings) -> dict[str, Any]:
 def deterministic(settings: Settings) -> dict[str, Any]:
     """Measure the seconds of an update with run.deterministic, and whether two of them gave the same bits.
 
-    In a rank of its own, as CUDA must find the environment before it starts.
+    Runs in a separate rank, since CUDA reads the environment at its start.
     """
     out = settings.directory / "deterministic.json"
     launch.run(_repeated, ParallelConfig(), (settings, str(out)), deterministic=True)
@@ -62,7 +64,7 @@ def deterministic(settings: Settings) -> dict[str, Any]:
 
 
 def _guarded(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Report a part that does not fit the GPU instead of ending; the others are measured all the same."""
+    """Report a part that does not fit the GPU instead of failing; the others are still measured."""
     try:
         return measure()
     except torch.OutOfMemoryError as error:
@@ -70,7 +72,7 @@ def _guarded(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _policy(settings: Settings, config: Config, topology: Topology, around: dict[str, Any] | None) -> dict[str, Any]:
-    """Measure one kind of layers, and put what stands around an update into `around` unless that is None."""
+    """Measure one kind of layers, and add the measurements around an update to `around` unless it is None."""
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     actor = MeasuredActor(settings.measurement(config), topology)
@@ -92,7 +94,7 @@ def _policy(settings: Settings, config: Config, topology: Topology, around: dict
             actor.loss = fipo_loss
 
     passes()
-    first = seen["log_ratio_abs_max"]  # of the very weights that the old log-probabilities are from
+    first = seen["log_ratio_abs_max"]  # same weights as for the old log-probabilities
     lm_passes()
     pairs = [(timed(passes), timed(lm_passes)) for _ in range(settings.steps)]
     with actor.training():
@@ -123,7 +125,7 @@ def _update(actor: MeasuredActor, batch: TrainBatch) -> None:
 
 
 def _offload(actor: MeasuredActor) -> dict[str, Any]:
-    """Time a trip of Adam's state to host memory and back."""
+    """Time moving Adam's state to host memory and back."""
     states = actor.optimizer.parameter_states()
     size = sum(t.nbytes for s in states for t in (s.main, *s.moments.values()))
     away, back = timed(actor.offload_adam_states), timed(actor.onload_adam_states)
@@ -131,7 +133,7 @@ def _offload(actor: MeasuredActor) -> dict[str, Any]:
 
 
 def _checkpoint(settings: Settings, actor: MeasuredActor, batch: TrainBatch) -> dict[str, Any]:
-    """Time the pauses of two saves in the background: the first one pins memory."""
+    """Time the pauses of two asynchronous saves: the first one pins memory."""
     directory = settings.directory / "checkpoints"
     checkpointer = Checkpointer(
         directory, CheckpointConfig(keep_last=1, keep_best=False), actor, actor.topology, warn=_refuse
@@ -174,7 +176,7 @@ def _megatron(settings: Settings, config: Config, topology: Topology) -> dict[st
 
 
 class _PackingOnly:
-    """Stand-in for an actor that packs batches and has no model."""
+    """Replacement for an actor that packs batches and has no model."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         from megatron_fipo.model.architecture import check_model
@@ -199,7 +201,7 @@ def _repeated(settings: Settings, out: str) -> None:
 
 
 def _repeats(actor: MeasuredActor, batch: TrainBatch) -> bool:
-    """Return whether the gradients of the same mini-batch are the same bits twice."""
+    """Return whether the gradients of the same mini-batch are bitwise equal twice."""
     first, second = (_gradients(actor, batch) for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -1,4 +1,4 @@
-// Included once per instruction set, after one of the lanes_*.h: what both kernels do to a vector of tokens.
+// Included once per instruction set, after one of the lanes_*.h: operations of both kernels on a vector of tokens.
 #pragma once
 
 #include <math.h>
@@ -18,10 +18,10 @@ using M = Lanes::M;
 constexpr int kWidth = Lanes::kWidth;
 constexpr float kOrdinaryExp = 80.0f;  // nats
 
-// Of |x| <= 2^22; halves to the even one.
+// Rounds |x| <= 2^22 to nearest even.
 FIPO_INLINE F nearest_whole(F x) { return Lanes::sub(Lanes::add(x, Lanes::set(kMagic)), Lanes::set(kMagic)); }
 
-// exp; the largest error is 0.9 ulp where the result is normal, 1.2 without a fused multiply-add. Any x will do: the
+// exp; the largest error is 0.9 ulp if the result is normal, 1.2 without a fused multiply-add. For any x: the
 // result is 0 below -104, +inf above 88.73, NaN for NaN. With `kOrdinary` |x| must be at most kOrdinaryExp; the bits
 // are the same.
 // Range reduction by ln 2 in two parts, then 1 + r + r^2 (...), a minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2].
@@ -42,7 +42,7 @@ FIPO_INLINE F exponential(F x) {
   return kOrdinary ? Lanes::add_exponent(p, magic_sum) : Lanes::scale(p, n);
 }
 
-// Where the next kWidth tokens are read and written; null where there is nothing to.
+// Addresses of the next kWidth tokens to read and write; null if absent.
 struct Window {
   const float* log_probs;
   const float* old_log_probs;
@@ -80,8 +80,8 @@ inline Window window_of(const Tokens& tokens) {
           nullptr};
 }
 
-// The fewer than kWidth tokens left at the start of a piece, as the last lanes of a window of their own: there the
-// carry that follows them enters as in any other window. The lanes before them are masked.
+// The fewer than kWidth tokens left at the start of a piece, as the last lanes of a separate window, so that
+// the carry enters as in any other window. The lanes before them are masked.
 class Edge {
  public:
   Edge(const Window& from, int count) : from_(from), skip_(kWidth - count) {
@@ -134,7 +134,7 @@ FIPO_INLINE Shift load_shift(const Window& window, F clamp, F log_dual_clip) {
   return {shift, log_ratio, mask, Lanes::both(mask, Lanes::greater(log_ratio, log_dual_clip))};
 }
 
-// S_t of the window, given that of the token after it; `carry` moves on to the window's first.
+// S_t of the window, given that of the token after it; `carry` is advanced to the window's first token.
 FIPO_INLINE F scan_window(const Shift& shift, const Decay& decay, F to_end, double* carry) {
   const F terms = Lanes::select(Lanes::without(shift.mask, shift.extreme), shift.log_ratio, Lanes::set(0.0f));
   const F alone = Lanes::reverse_scan(terms, decay);

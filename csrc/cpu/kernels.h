@@ -1,6 +1,6 @@
-// What the instruction-set-independent part (loss.cpp, scan.cpp) and the kernels compiled per instruction set share.
-// This header and the others that a kernel includes define nothing inline that two instruction sets could share: the
-// linker would keep one of the copies, maybe the one that this machine cannot run.
+// Declarations shared by the instruction-set-independent part (loss.cpp, scan.cpp) and the kernels per instruction set.
+// Headers included by kernels define no inline functions that two instruction sets could share: the linker would keep
+// one of the copies, possibly one that this machine cannot run.
 #pragma once
 
 #include "../fipo.h"
@@ -12,8 +12,8 @@ namespace cpu {
 constexpr int kMaxLanes = 16;
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a float32 of at most 2^22 added to it has no fraction bits left
 
-// Powers of gamma, rounded once from float64. From window to window the carry is in float64: near 1, what rounding
-// gamma^16 to float32 loses would add up over a long sequence.
+// Powers of gamma, rounded once from float64. The carry between windows is float64: near 1, the error of rounding
+// gamma^16 to float32 would accumulate over a long sequence.
 struct Decay {
   float by_one, by_two, by_four, by_eight;
   float to_end[kMaxLanes];  // to_end[i] = gamma^(kMaxLanes - i); the last W of them serve W lanes
@@ -28,8 +28,8 @@ struct Piece {
 };
 
 struct PieceSummary {
-  double first;          // S_t of the token at `begin`; the carry where the piece is empty
-  int64_t dual_clipped;  // both counted only where the job asks for it
+  double first;          // S_t of the token at `begin`; the carry if the piece is empty
+  int64_t dual_clipped;  // both counted only if the job requests it
   int64_t loss_tokens;
 };
 
@@ -49,31 +49,31 @@ struct LossJob {
   Decay decay;
 };
 
-// What one thread works at without hearing of the others: whole segments [first, last), or one tile of a long one.
+// Independent work of one thread: whole segments [first, last), or one tile of a long one.
 struct Run {
   int64_t first, last;
   bool is_tile;
-  // Of a tile only:
+  // For tiles only:
   Piece tile;
   bool vetoed;
   int64_t sequence_tokens;
 };
 
-// Where one thread counts tokens for the histograms. Nearly all log-ratios are near 0, often in the same bin, and an
-// increment waits for the one before it to the same place: neighbouring tokens count in different copies.
+// Per-thread histogram counts. Most log-ratios are near 0, often in the same bin, and an increment has to wait for
+// the previous one at the same address: neighbouring tokens use different copies.
 constexpr int32_t kCentreBin = kHistogramRange * kHistogramBinsPerNat;
-constexpr int32_t kNearBins = 192;  // each way of the centre, even: 0.75 nats
-constexpr int32_t kNearSlots = 2 * kNearBins + 2;  // the last is for tokens that are not counted
+constexpr int32_t kNearBins = 192;  // in each direction from the centre, even: 0.75 nats
+constexpr int32_t kNearSlots = 2 * kNearBins + 2;  // the last is for uncounted tokens
 constexpr int32_t kNearCopies = 4;
 
 struct Counts {
   uint32_t near[2][kNearCopies][kNearSlots];  // of A < 0, of A > 0
   bool uses_all;                              // `all` has been cleared, and holds what is not in `near`
-  uint32_t all[2 * kHistogramBins + 1];       // the last is for tokens that are not counted
+  uint32_t all[2 * kHistogramBins + 1];       // the last is for uncounted tokens
 };
 
 struct RunResult {
-  double metrics[kNumMetrics];  // the sequence counts of a tile's segment are left to the caller
+  double metrics[kNumMetrics];  // sequence counts of a tile's segment are left to the caller
   Counts* counts;               // of the thread; added to
 };
 
@@ -90,7 +90,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// Of the instruction set in use, see `cpu_isa`.
+// Functions of the selected instruction set, see `cpu_isa`.
 const Kernels& kernels();
 
 Decay make_decay(double half_life);

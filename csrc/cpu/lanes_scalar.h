@@ -24,7 +24,7 @@ struct Lanes {
   }
   static void store(float* p, F x) { memcpy(p, &x, sizeof x); }
   static F load_bfloat16(const uint16_t* p) { return (F)(U{p[0], p[1], p[2], p[3]} << 16); }
-  // To the nearest, halves to the even one; a NaN stays one.
+  // Rounds to nearest even; NaN is kept.
   static void store_bfloat16(uint16_t* p, F x) {
     const U bits = (U)x;
     const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -53,21 +53,21 @@ struct Lanes {
   static F select(M m, F a, F b) { return m ? a : b; }
   static int count(M m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static bool any(M m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
-  // Of the lanes where m: a sum, and extrema that a NaN x does not touch.
+  // Over the lanes in m: a sum, and extrema that ignore NaN.
   static F add_where(F sum, M m, F x) { return sum + select(m, x, set(0.0f)); }
   static F least_where(F least, M m, F x) { return m & (x < least) ? x : least; }
   static F largest_where(F largest, M m, F x) { return m & (x > largest) ? x : largest; }
 
-  // x 2^n for whole n in [-152, 130], in two steps as 2^n itself may be no normal number.
+  // x 2^n for integer n in [-152, 130], in two steps since 2^n may not be a normal number.
   static F scale(F x, F n) {
     const M whole = __builtin_convertvector(n, M);
     const M half = whole >> 1;
     const M one = {127, 127, 127, 127};
     return x * (F)((half + one) << 23) * (F)((whole - half + one) << 23);
   }
-  // x 2^n for whole n, given n + kMagic, where both x and the result are normal.
+  // x 2^n for integer n, given n + kMagic, if both x and the result are normal.
   static F add_exponent(F x, F magic_sum) { return (F)((U)x + ((U)magic_sum << 23)); }
-  // The nearest whole numbers, halves to the even one; |x| <= 2^22.
+  // Rounds |x| <= 2^22 to nearest even.
   static void store_indices(int32_t* p, F x) {
     const F magic = set(kMagic), whole = (x + magic) - magic;
     for (int i = 0; i < kWidth; ++i) p[i] = (int32_t)whole[i];

@@ -7,7 +7,7 @@
 namespace fipo {
 namespace {
 
-constexpr int64_t kElementsPerThread = 1 << 14;  // fewer are done before another thread has started
+constexpr int64_t kElementsPerThread = 1 << 14;  // with fewer, starting another thread does not pay off
 
 int useful_threads(const Logits& logits, int threads) {
   const int64_t worth = std::min(logits.rows, logits.rows * logits.columns / kElementsPerThread);

@@ -7,15 +7,15 @@
 
 namespace {
 
-constexpr int64_t kBlockColumns = 2048;  // read twice, for their maximum and their sums: the second time from the cache
-constexpr float kNoProbability = -104.0f;  // nats; exp of less is 0 in float32
+constexpr int64_t kBlockColumns = 2048;  // read twice, for maximum and sums: the second time from the cache
+constexpr float kNoProbability = -104.0f;  // nats; exp of smaller values is 0 in float32
 
 FIPO_INLINE F load_logits(const float* p) { return Lanes::load(p); }
 FIPO_INLINE F load_logits(const uint16_t* p) { return Lanes::load_bfloat16(p); }
 FIPO_INLINE void store_gradient(float* p, F x) { Lanes::store(p, x); }
 FIPO_INLINE void store_gradient(uint16_t* p, F x) { Lanes::store_bfloat16(p, x); }
 
-// The last columns of a row, fewer than kWidth, followed by logits without probability.
+// The last columns of a row, fewer than kWidth, padded with logits of probability 0.
 template <class T>
 struct RowEnd {
   T lanes[kWidth];
@@ -41,7 +41,7 @@ struct RowSums {
   double sum, shifted_sum;
 };
 
-// Of the columns [begin, end) of a row of which `end_lanes` holds what is behind the last whole vector.
+// For the columns [begin, end) of a row; `end_lanes` has the columns after the last full vector.
 template <class T>
 class RowStatistics {
  public:
@@ -65,7 +65,7 @@ class RowStatistics {
  private:
   FIPO_INLINE F load(const T* p) const { return Lanes::mul(load_logits(p), scale_); }
 
-  // Takes `count` columns, whole vectors of them, into the sums, after moving those to the new maximum.
+  // Adds `count` columns (full vectors) to the sums, after rescaling these to the new maximum.
   void add(const T* block, int64_t count, RowSums* sums) const {
     F largest = Lanes::set(-FLT_MAX);
     for (int64_t i = 0; i < count; i += kWidth) largest = Lanes::at_least(largest, load(block + i));
@@ -136,7 +136,7 @@ void row_gradient(const Logits& logits, int64_t row, const LogitGradient& out) {
                           Lanes::set(out.slope ? out.slope[row] : 0.0f), Lanes::set(-out.offset[row])};
   const int64_t columns = logits.columns, whole = columns / kWidth * kWidth, target = logits.targets[row];
   const bool is_here = target >= 0 && target < columns;
-  // Before `to`, which may be the same memory, is written.
+  // Read before `to`, which may be the same memory, is written.
   const F at_target = is_here ? Lanes::add(gradient_of(Lanes::set(one_logit(from + target)), terms),
                                            Lanes::set(out.log_prob[row]))
                               : terms.scale;

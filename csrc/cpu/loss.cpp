@@ -10,7 +10,7 @@ namespace fipo {
 namespace cpu {
 namespace {
 
-// What the whole of a long segment decides for its tiles, and its own entries of the outputs.
+// Values of a whole long segment that its tiles need, and its entries of the outputs.
 void settle_long_segment(const LossJob& job, LongSegment* segment, std::vector<Run>* runs, double* metrics) {
   const int64_t index = segment->segment;
   const Shard& shard = job.shard;
@@ -42,7 +42,7 @@ void merge(double* into, const double* from) {
   }
 }
 
-// Integers: their sum has one value in any order of the threads.
+// Integers: their sum does not depend on the order of the threads.
 void add_counts(const Counts& counts, int64_t* histograms) {
   for (int sign = 0; sign < 2; ++sign) {
     int64_t* near = histograms + sign * kHistogramBins + kCentreBin - kNearBins;
@@ -54,7 +54,7 @@ void add_counts(const Counts& counts, int64_t* histograms) {
 
 void finish(double* metrics, const Constants& constants) {
   if (!constants.influence) return;
-  // The raw extrema hold those of S, of which exp is monotone; -inf and +inf still mean that there is no data.
+  // Raw extrema are those of S (exp is monotone); -inf and +inf still mean no data.
   if (metrics[kInfluenceRawMin] == INFINITY) return;
   for (int i : {kInfluenceRawMin, kInfluenceRawMax}) metrics[i] = exp(std::min(metrics[i], kMaxLogWeight));
 }

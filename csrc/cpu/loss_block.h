@@ -1,37 +1,37 @@
-// The fused loss of a block of tokens. A first loop over it finds d_t and S_t and within which bounds they lie, a
-// second one all that follows from them. Where the first meets nothing out of the ordinary, as nearly everywhere in
-// training, the second leaves out what could have no effect there; no bit depends on which of its forms runs.
+// Fused loss of a block of tokens. A first loop computes d_t and S_t and their bounds, a second one everything
+// else. If the bounds are ordinary, as almost always in training, the second loop skips operations
+// without effect; the result has the same bits either way.
 #pragma once
 
 #include "tally.h"
 
 namespace {
 
-constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // what the safety rule clips weights to
+constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // bounds of the safety rule
 constexpr int kBlockWindows = 64;                   // float32 partial sums are over one block
 constexpr int kBlockTokens = kBlockWindows * kWidth;
-// Bounds on |d| in a calm block: this one keeps ratios below 2 and in the near bins. Those of the recipe count as
-// lower than they are by the margin, so that they hold for rounded ratios as well.
+// Bounds on |d| in a fast-path block: this one keeps ratios below 2 and in the near bins. The recipe's bounds are
+// lowered by a margin, so that they also hold for rounded ratios.
 constexpr float kCalmLogRatio = 0.69f, kCalmMargin = 1e-3f;
 
-// What of a piece a veto decides about.
+// Results of a piece that depend on the veto.
 struct PieceLoss {
   double loss;
   int64_t dual_clipped, loss_tokens;
 };
 
-// What the first loop finds out about a block's loss tokens. `calm`: their advantages have one sign or all are 0, no d
-// is NaN or beyond the bounds above, and exp(S) is ordinary.
+// Statistics of a block's loss tokens from the first loop. `calm` (fast path): advantages have one sign or are all 0,
+// no d is NaN or beyond the bounds above, and exp(S) is ordinary.
 struct Survey {
   bool calm;
-  bool negative, positive;  // where calm: the sign
+  bool negative, positive;  // if calm: the sign
   int64_t loss_tokens;
-  F log_ratio_min, log_ratio_max;  // one value a lane
+  F log_ratio_min, log_ratio_max;  // one value per lane
 };
 
 // Forms of the second loop.
 enum class Form {
-  kBare,  // calm, and of the optional inputs and outputs there are none
+  kBare,  // calm, and no optional inputs and outputs
   kCalm,
   kAny
 };
@@ -47,7 +47,7 @@ class LossBlock {
     if (!(constants.ratio_low <= constants.dual_clip && constants.ratio_high <= constants.dual_clip)) calm_ = -1.0f;
   }
 
-  // Of the piece whose blocks follow, from the last to the first. `advantage` is not read where tokens have their own.
+  // Of the piece whose blocks follow, from the last to the first. `advantage` is unused with per-token advantages.
   void start(double carry, float advantage, float coefficient) {
     carry_ = carry;
     advantage_ = advantage;
@@ -69,7 +69,7 @@ class LossBlock {
  private:
   // ---- the first loop ----
 
-  // What it adds up, one value a lane, and bounds of it; local to it, so that they stay in registers.
+  // Sums and bounds, one value per lane; local variables, so that they stay in registers.
   struct Bounds {
     F sum, least, largest;
     FIPO_INLINE void add(M mask, F x) {
@@ -77,7 +77,7 @@ class LossBlock {
       least = Lanes::least_where(least, mask, x);
       largest = Lanes::largest_where(largest, mask, x);
     }
-    // The extrema do not see a NaN, the sum does.
+    // Extrema ignore NaN, the sum does not.
     FIPO_INLINE bool within(float bound) const {
       const M below = Lanes::less(least, Lanes::set(-bound)), above = Lanes::greater(largest, Lanes::set(bound));
       return !Lanes::any(Lanes::either(below, above)) && !isnan(Lanes::sum(sum));
@@ -113,7 +113,7 @@ class LossBlock {
     const bool negative = window.advantages ? !Lanes::any(not_negative) : advantage_ < 0;
     const bool positive = !negative && (window.advantages ? !Lanes::any(not_positive) : advantage_ > 0);
     const bool one_sign = !window.advantages || negative || positive;
-    // At tokens under the mask, which the bounds leave out, S is what follows, decayed.
+    // Where masked, which the bounds exclude, S is the decayed S of what follows.
     const bool calm = one_sign && calm_ >= 0.0f && log_ratios.within(calm_) && future_kls.within(kOrdinaryExp) &&
                       fabs(carry_in) <= kOrdinaryExp;
     keep(log_ratios, future_kls);
@@ -138,7 +138,7 @@ class LossBlock {
 
   // ---- the second loop ----
 
-  // What it adds up, one value a lane, and what it compares with; local to it, so that they stay in registers.
+  // Sums and constants, one value per lane; local variables, so that they stay in registers.
   struct Sums {
     F loss, weight, raw, influence_min, influence_max;
     F pinned_upper, pinned_lower, ppo_clipped, dual_clipped;  // counts
@@ -193,7 +193,7 @@ class LossBlock {
     tally_.add(kPpoClipped, total(sums.ppo_clipped));
   }
 
-  // f_t, and the metrics of it.
+  // f_t and its metrics.
   template <Form kForm>
   FIPO_INLINE F influence(const Window& window, int t, M mask, F ratio, const Levels& levels, Sums* sums) {
     const F future_kl = Lanes::load(future_kl_ + t);
@@ -219,7 +219,7 @@ class LossBlock {
     return weight;
   }
 
-  // exp of the S that are above kOrdinaryExp, in float64: the sum of them would overflow in float32.
+  // exp of S above kOrdinaryExp, in float64: the sum would overflow in float32.
   __attribute__((noinline)) void add_large_raw(F future_kl) {
     float lanes[kWidth];
     Lanes::store(lanes, future_kl);
@@ -262,13 +262,13 @@ class LossBlock {
 
   using NearCounts = uint32_t[kNearSlots];  // one of kNearCopies in a row
 
-  // In bins from the lowest near one, to be rounded. Only the first sum rounds, as it does in the definition.
+  // In bins from the lowest near one, to be rounded. Only the first sum rounds, as in the definition.
   static FIPO_INLINE F near_bin(F log_ratio) {
     const F nats = Lanes::add(log_ratio, Lanes::set(kHistogramRange));
     return Lanes::fma(nats, Lanes::set(kHistogramBinsPerNat), Lanes::set(kNearBins - kCentreBin));
   }
 
-  // The ratio metrics of a calm block but for the histogram; where to count that, null if nothing is left to count.
+  // Ratio metrics of a calm block without the histogram; returns where to count that, null if already counted.
   NearCounts* near_counts(const Survey& survey) {
     if (survey.negative) keep_largest(&tally_.negative_max, survey.log_ratio_max);
     if (survey.positive) keep_largest(&tally_.positive_max, survey.log_ratio_max);
@@ -283,8 +283,8 @@ class LossBlock {
     return nullptr;
   }
 
-  // A window's bins are counted while the arithmetic is at the next: reading a vector's lanes back right after it was
-  // stored would wait for the store.
+  // A window's bins are counted during the arithmetic of the next one: reading a vector's lanes right after
+  // storing it would stall.
   FIPO_INLINE void store_bins(int t, F log_ratio, M mask) {
     const F bin = Lanes::select(mask, near_bin(log_ratio), Lanes::set(kNearSlots - 1));
     Lanes::store_indices(bins_ + t % (2 * kWidth), bin);
@@ -294,7 +294,7 @@ class LossBlock {
     for (int i = 0; i < kWidth; ++i) ++near[i % kNearCopies][static_cast<uint32_t>(bins[i])];
   }
 
-  // The ratio metrics of a window of a block that is not calm.
+  // Ratio metrics of a window of a block that is not calm.
   void uncommon_ratios(F log_ratio, F ratio, M mask, F advantage, F* dual_clipped) {
     const F zero = Lanes::set(0.0f);
     const M negative = Lanes::both(mask, Lanes::less(advantage, zero));
@@ -344,7 +344,7 @@ class LossBlock {
   const Constants constants_;
   const Decay decay_;
   Tally& tally_;
-  float calm_;  // |d| up to which a block may be calm; negative: none is
+  float calm_;  // maximum |d| of a calm block; negative: none
   double carry_ = 0.0;
   float advantage_ = 0.0f, coefficient_ = 1.0f;
   float log_ratio_[kBlockTokens], future_kl_[kBlockTokens];

@@ -1,4 +1,4 @@
-// The fused loss of one run of segments: each segment from its end to its start, in blocks that stay in the L1 cache.
+// Fused loss of one run of segments: each segment from its end to its start, in blocks that stay in the L1 cache.
 #pragma once
 
 #include "loss_block.h"
@@ -41,7 +41,7 @@ class LossRun {
 
  private:
   PieceLoss piece(const Piece& piece, int64_t sequence_tokens) {
-    // The flag decides, not the pointer: without tokens, per-token advantages are null while there may be segments.
+    // Use the flag, not the pointer: without tokens, per-token advantages are null while there may be segments.
     const bool per_token = job_.tokens.advantages_per_token != 0;
     block_.start(piece.carry, per_token ? 0.0f : job_.tokens.advantages[piece.segment],
                  coefficient(piece, sequence_tokens));

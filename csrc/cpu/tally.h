@@ -1,4 +1,4 @@
-// What a run of segments adds up for the metrics.
+// Sums of a run of segments for the metrics.
 #pragma once
 
 #include "kernel_common.h"
@@ -27,7 +27,7 @@ struct Tally {
     metrics[kFutureKlMax] = Lanes::largest(future_kl_max);
     metrics[kInfluenceMin] = Lanes::smallest(influence_min);
     metrics[kInfluenceMax] = Lanes::largest(influence_max);
-    // Until all runs are together these are extrema of S, of which exp is monotone; no data differs from S = -inf.
+    // Until all runs are merged, these are extrema of S (exp is monotone); S = -inf differs from no data.
     metrics[kInfluenceRawMin] = metrics[kFutureKlMin];
     metrics[kInfluenceRawMax] = metrics[kFutureKlMax];
     // exp turned "no data" into 0 for a maximum.
@@ -37,7 +37,7 @@ struct Tally {
 
   double sums[kFirstExtremum] = {};
   int64_t counts[kFirstExtremum] = {};
-  // One value a lane; those of ratios are of d.
+  // One value per lane; ratios are stored as d.
   F log_ratio_abs_max, negative_max, positive_min, positive_max;
   F future_kl_min, future_kl_max, influence_min, influence_max;
   Counts* const histograms;

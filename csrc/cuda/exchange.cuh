@@ -1,4 +1,4 @@
-// What the warps that share a segment tell each other: one summary each, folded from right to left.
+// Exchange between the warps that share a segment: one summary each, folded from right to left.
 #pragma once
 
 #include "segments.cuh"
@@ -6,26 +6,26 @@
 namespace fipo {
 namespace cuda {
 
-// Of a stretch of tokens.
+// Of a range of tokens.
 struct Summary {
-  float first;           // S of its first token; with carry 0 unless said otherwise
+  float first;           // S of its first token; with carry 0 unless stated otherwise
   int32_t loss_tokens;
   int32_t dual_clipped;
 };
 
 struct Exchanged {
-  float carry;    // S of the token behind this warp's stretch
-  Summary whole;  // of all stretches together, with the carry that came in
+  float carry;    // S of the token after this warp's range
+  Summary whole;  // of all ranges together, with the incoming carry
 };
 
-// Two of each, used in turn: a block that is ahead writes into one while the other is still being read.
+// Double buffer: a block that is ahead writes one while the other is still being read.
 template <class Shape>
 struct ExchangeMemory {
   Summary warps[2][Shape::kWarps];
   Summary blocks[2][Shape::kBlocks];
 };
 
-// Summaries of `count` equal stretches together, given the carry behind the last. *carry: what comes into `mine`.
+// Combines the summaries of `count` equal ranges, given the carry after the last. *carry: incoming carry of `mine`.
 template <int count>
 __device__ Summary fold(const Summary* stretches, float decay, float incoming, int mine, float* carry) {
   Summary whole = {incoming, 0, 0};
@@ -45,7 +45,7 @@ class Exchange {
   __device__ Exchange(const Decay<Shape>& decay, const Place<Shape>& place, ExchangeMemory<Shape>* memory)
       : decay_(decay), place_(place), memory_(memory) {}
 
-  // By all threads of the level; `rows` is how many rows each warp's stretch has.
+  // Called by all threads of the level; `rows` is the number of rows per warp.
   __device__ Exchanged all(Level level, const Summary& mine, float incoming, int rows) {
     const float over_warp = decay_.warp[rows];
     if (level == Level::kWarp)

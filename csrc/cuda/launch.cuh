@@ -1,4 +1,4 @@
-// How many clusters a kernel gets, and its launch. Host code.
+// Number of clusters of a kernel, and its launch. Host code.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,14 @@
 namespace fipo {
 namespace cuda {
 
-constexpr int64_t kMaxBlocks = 2048;  // more than any GPU holds at once
+constexpr int64_t kMaxBlocks = 2048;  // more than any GPU runs concurrently
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// One cluster for what it holds in registers at once, as then nothing has to be prepared or waited for; else shares
-// that are small enough to spread over the GPU, up to as many as it holds.
+// One cluster for what fits in its registers, which needs no preparation and no waiting; otherwise shares
+// small enough to spread over the GPU, up to the number of concurrent clusters.
 template <class Shape>
 int64_t wanted_clusters(int64_t num_tokens, int64_t num_segments) {
   const int64_t weight = num_tokens + kSegmentWeight * num_segments;
@@ -39,7 +39,7 @@ inline int current_device() {
   return device;
 }
 
-// Whether a cluster of blocks works at each segment, or one block. What one cluster holds, it takes in one go.
+// Whether a cluster of blocks or one block works on each segment. A single cluster takes what fits in one go.
 inline bool takes_clusters(const Tokens& tokens) {
   if (tokens.num_segments >= kManySegments && total_weight(tokens) > ClusterShape::kClusterTokens) return false;
   int major = 0;
@@ -50,7 +50,7 @@ inline bool takes_clusters(const Tokens& tokens) {
 template <class Work>
 using Kernel = void (*)(const Work);
 
-// The launch's attribute lives in here, so this stays where it is.
+// Contains the launch's attribute, so it must not move.
 template <class Shape>
 struct LaunchConfig {
   cudaLaunchAttribute cluster = {};
@@ -69,7 +69,7 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
-// How many clusters the current device holds at once.
+// Number of clusters that the current device runs concurrently.
 template <class Shape, class Work>
 int64_t ask_resident_clusters(Kernel<Work> kernel, int device) {
   int count = 0;
@@ -86,7 +86,7 @@ int64_t ask_resident_clusters(Kernel<Work> kernel, int device) {
   return std::max(count, 1);
 }
 
-// The same, asked once per kernel (there is one of a Shape and Work) and device.
+// The same, cached per kernel (one per Shape and Work) and device.
 template <class Shape, class Work>
 int64_t resident_clusters(Kernel<Work> kernel) {
   constexpr int kDevices = 64;

@@ -1,5 +1,5 @@
-// Statistics and gradient of one chunk of logits, see ../lm_head.h: one block a row, each logit read once, 16 bytes a
-// load. Sums are online: what is summed so far is scaled whenever a larger logit is met.
+// Statistics and gradient of one chunk of logits, see ../lm_head.h: one block per row, each logit read once, 16 bytes
+// per load. Sums are online: they are rescaled whenever a larger logit occurs.
 #pragma once
 
 #include <float.h>
@@ -12,20 +12,20 @@ namespace fipo {
 namespace cuda {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLeastLogProb = -1e4f;  // nats; exp of less is 0, and 0 times this is 0 where 0 times -inf is NaN
+constexpr float kLeastLogProb = -1e4f;  // nats; exp of less is 0, and 0 times this is 0, while 0 times -inf is NaN
 
-// How a row's columns are cut: `unroll` packs of 16 bytes are in flight in each thread.
+// Partition of a row's columns: `unroll` packs of 16 bytes are in flight per thread.
 template <int threads, int unroll>
 struct RowShape {
   static constexpr int kThreads = threads, kUnroll = unroll;
   static constexpr int kWarps = threads / kLanes;
-  static constexpr int kBlocks = 1;  // of a cluster, for `launch`
+  static constexpr int kBlocks = 1;  // blocks per cluster, for `launch`
 };
 
 using StatisticsShape = RowShape<512, 4>;
 using GradientShape = RowShape<256, 2>;
 
-// 2^x to 2^-22 of its value; 0 where that is no normal number. NaN for NaN.
+// 2^x with relative error 2^-22; 0 if not a normal number. NaN for NaN.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -68,7 +68,7 @@ struct LogitRow {
 
   __device__ int num_packs() const { return (columns + kPack - 1) / kPack; }
 
-  // What lies behind the last column has no probability.
+  // Columns after the last one have no probability.
   __device__ Pack<T, kPack> load(int pack) const {
     if (pack < columns / kPack) return reinterpret_cast<const Pack<T, kPack>*>(values)[pack];
     Pack<T, kPack> result;
@@ -93,11 +93,11 @@ struct OnlineSums {
   float maximum, sum, shifted_sum;
 };
 
-// The same sums, from a maximum that is not less; `scale` turns differences of logits into powers of two.
+// The same sums, relative to a maximum that is not smaller; `scale` converts differences of logits to powers of two.
 __device__ inline OnlineSums moved_to(const OnlineSums& sums, float maximum, float scale) {
   if (sums.sum == 0.0f) return {maximum, 0.0f, 0.0f};
   const float shift = sums.maximum - maximum, factor = exp2_fast(shift * scale);
-  const float sum = sums.sum * factor;  // 0 or NaN where the factor is 0: then so is the other
+  const float sum = sums.sum * factor;  // 0 or NaN if the factor is 0: then so is the other
   return {maximum, sum, factor == 0.0f ? sum : factor * fmaf(shift, sums.sum, sums.shifted_sum)};
 }
 
@@ -107,7 +107,7 @@ __device__ inline OnlineSums joined(const OnlineSums& a, const OnlineSums& b, fl
   return {maximum, x.sum + y.sum, x.shifted_sum + y.shifted_sum};
 }
 
-// By a whole warp; all its lanes get the result.
+// Called by a whole warp; all its lanes get the result.
 __device__ inline OnlineSums joined_over_warp(OnlineSums sums, float scale) {
 #pragma unroll
   for (int by = kLanes / 2; by > 0; by /= 2) {
@@ -177,7 +177,7 @@ struct GradientWork {
 };
 
 __device__ inline void store_as(float* to, float value) { *to = value; }
-// To the nearest bfloat16, halves to the even one; a NaN stays one.
+// Rounds to the nearest even bfloat16; NaN is kept.
 __device__ inline void store_as(uint16_t* to, float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);

@@ -1,4 +1,4 @@
-// The fused loss: one launch, and where the tokens are too many for one cluster, two fills before it.
+// Fused loss: one launch, preceded by two fills if the tokens exceed one cluster.
 #pragma once
 
 #include "launch.cuh"
@@ -26,7 +26,7 @@ struct LossWork {
 template <class Shape>
 class LossTask {
  public:
-  static constexpr bool kCountsFirst = true;  // the veto decides about the gradient
+  static constexpr bool kCountsFirst = true;  // the veto affects the gradient
 
   Metrics<Shape> metrics;
 
@@ -86,7 +86,7 @@ class LossTask {
     return 1.0f / static_cast<float>(sequence_tokens > 1 ? sequence_tokens : 1);
   }
 
-  // A loss token's metrics, its weight, and the derivative of its term of the loss sum.
+  // A loss token's metrics, its weight, and the derivative of its term in the loss sum.
   __device__ float loss_token(float log_ratio, float future_kl, float raw, float advantage, float scale,
                               float* weight) {
     const float ratio = expf(log_ratio);
@@ -105,7 +105,7 @@ class LossTask {
   float coefficient_, advantage_;
 };
 
-// By all threads of the only cluster; a barrier has to follow.
+// Called by all threads of the only cluster; a barrier must follow.
 template <class Shape>
 __device__ void clear_outputs(const LossWork<Shape>& work, const Place<Shape>& place) {
   constexpr int threads = Shape::kBlocks * Shape::kThreads;
@@ -115,7 +115,7 @@ __device__ void clear_outputs(const LossWork<Shape>& work, const Place<Shape>& p
   __threadfence();
 }
 
-// Whether this block is the last of the grid to arrive here; it sees what the others wrote before.
+// Whether this block is the last of the grid to arrive; it sees the writes of the others.
 __device__ inline bool is_last_block(uint32_t* blocks_done, bool* shared) {
   __threadfence();
   __syncthreads();

@@ -1,4 +1,4 @@
-// The metrics: each thread gathers those of a tile in registers and its own in shared memory; they are put together in
+// Metrics: each thread accumulates those of a tile in registers and its totals in shared memory; they are merged in
 // one fixed order over lanes, warps and blocks.
 #pragma once
 
@@ -7,18 +7,18 @@
 namespace fipo {
 namespace cuda {
 
-// Most log-ratios are close to 0. Their bins are counted in the block's shared memory, [-kNearNats, kNearNats].
+// Most log-ratios are close to 0; these bins are counted in the block's shared memory, [-kNearNats, kNearNats].
 constexpr int kNearNats = 2;
 constexpr int kNearBins = 2 * kNearNats * kHistogramBinsPerNat + 1;
 constexpr int kFirstNearBin = (kHistogramRange - kNearNats) * kHistogramBinsPerNat;
 
-constexpr float kExactExp = 80.0f;  // nats; above, exp(S) is summed in float64, since float32 overflows soon
+constexpr float kExactExp = 80.0f;  // nats; above, exp(S) is summed in float64, since float32 could overflow
 
 struct Counts {
   uint32_t ppo_clipped, pinned_upper, pinned_lower;
 };
 
-// The same of the few tokens that a thread has of one tile: 10 bits each.
+// The same for the few tokens of a thread in one tile: 10 bits each.
 struct TileCounts {
   static constexpr uint32_t kPpoClipped = 1, kPinnedUpper = 1 << 10, kPinnedLower = 1 << 20;
   uint32_t packed = 0;
@@ -61,7 +61,7 @@ struct Extrema {
 template <class Shape>
 struct MetricsMemory {
   uint32_t near_bins[2][kNearBins];
-  uint32_t counts[kFirstExtremum];  // tokens and sequences of whole segments, and what is rare
+  uint32_t counts[kFirstExtremum];  // tokens and sequences of whole segments, and rare events
   Sums<double> sums[Shape::kThreads];
   Counts tokens[Shape::kThreads];
   Extrema extrema[Shape::kThreads];
@@ -86,7 +86,7 @@ class Metrics {
  public:
   __device__ Metrics(MetricsMemory<Shape>* memory, int64_t* histograms) : memory_(*memory), histograms_(histograms) {}
 
-  // By all threads of the block, before anything is counted; a barrier has to follow.
+  // Called by all threads of the block before counting; a barrier must follow.
   __device__ void clear_shared() {
     for (int i = threadIdx.x; i < 2 * kNearBins; i += Shape::kThreads)
       memory_.near_bins[i / kNearBins][i % kNearBins] = 0;
@@ -135,7 +135,7 @@ class Metrics {
 
   __device__ void add_loss(float loss) { tile_.loss += loss; }
 
-  // A thread adds up the few tokens that it has of a tile in float32, everything above that in float64.
+  // A thread sums its few tokens of a tile in float32, everything beyond in float64.
   __device__ void end_tile() {
     sums().log_ratio += tile_.log_ratio;
     sums().future_kl += tile_.future_kl;
@@ -148,7 +148,7 @@ class Metrics {
     tile_extrema_ = Extrema::none();
   }
 
-  // The block's metrics to `to` [kNumMetrics], its share of the histograms to where they are summed.
+  // Writes the block's metrics to `to` [kNumMetrics], and adds its histograms to the totals.
   __device__ void write_block(double* to, int lane, int warp) {
     double* const mine = memory_.of_warps[warp];
     gather_sums(mine, lane);
@@ -229,7 +229,7 @@ class Metrics {
     put(to, lane, kFutureKlMax, extrema().future_kl_max);
     put(to, lane, kInfluenceMin, extrema().influence_min);
     put(to, lane, kInfluenceMax, extrema().influence_max);
-    // exp is monotone: its extrema are those of S. They turn into exp(S) when all blocks are together.
+    // exp is monotone: these are extrema of S, converted to exp(S) when all blocks are merged.
     put(to, lane, kInfluenceRawMin, extrema().future_kl_min);
     put(to, lane, kInfluenceRawMax, extrema().future_kl_max);
   }
@@ -241,7 +241,7 @@ class Metrics {
   Extrema tile_extrema_ = Extrema::none();
 };
 
-// All blocks' metrics [blocks][kNumMetrics] together, in the order of the blocks; by the block that comes last.
+// Merges all blocks' metrics [blocks][kNumMetrics] in the order of the blocks; called by the last block.
 template <class Shape>
 __device__ void finish_metrics(const double* of_blocks, const LossOutput& out, int lane, int warp) {
   const int num_blocks = gridDim.x;

@@ -1,4 +1,4 @@
-// Where a thread stands, and the few things it does together with its warp or its cluster.
+// Thread coordinates, and the few operations over a warp or a cluster.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -13,9 +13,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class Shape>
 struct Place {
-  int lane, warp;             // of the warp, of the block
-  int block;                  // of the cluster
-  int cluster, num_clusters;  // of the grid
+  int lane, warp;             // index within the warp, within the block
+  int block;                  // index within the cluster
+  int cluster, num_clusters;  // index within the grid
 
   __device__ Place()
       : lane(threadIdx.x % kLanes),
@@ -39,7 +39,7 @@ __device__ inline T* in_block(T* shared, int) {
 }
 #endif
 
-// All threads of the cluster wait for each other, and see each other's writes.
+// Synchronizes all threads of the cluster, and makes their writes visible to each other.
 template <class Shape>
 __device__ inline void cluster_sync() {
   if constexpr (Shape::kBlocks > 1)
@@ -48,7 +48,7 @@ __device__ inline void cluster_sync() {
     __syncthreads();
 }
 
-// What another block of the cluster holds in its `mine`.
+// Address of another block's copy of `mine` in the cluster.
 template <class Shape, class T>
 __device__ inline T* of_peer(T* mine, int block) {
   if constexpr (Shape::kBlocks > 1)
@@ -57,7 +57,7 @@ __device__ inline T* of_peer(T* mine, int block) {
     return mine;
 }
 
-// Combined over the warp in one fixed order; every lane gets the result.
+// Reduction over the warp in one fixed order; every lane gets the result.
 template <class T, class Combine>
 __device__ inline T warp_reduce(T value, Combine combine) {
   for (int distance = kLanes / 2; distance > 0; distance /= 2)

@@ -1,4 +1,4 @@
-// The Future-KL scan: one launch, no workspace.
+// Future-KL scan: one launch, no workspace.
 #pragma once
 
 #include "launch.cuh"
@@ -31,7 +31,7 @@ class ScanTask {
   __device__ void row(const Window& window, const Row& row, int segment) const {
     if (out_.future_kl) write_quad(out_.future_kl, window, row, row.future_kl);
     if (!out_.carry_out) return;
-    const int first = window.begin - row.index * kRowTokens;  // of an empty segment, the carry's term is there
+    const int first = window.begin - row.index * kRowTokens;  // for an empty segment, the carry's term is there
 #pragma unroll
     for (int i = 0; i < kQuad; ++i)
       if (first == i) out_.carry_out[segment] = row.future_kl.at[i];
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) scan_kernel(const __grid_c
   if constexpr (kIsCompiled<Shape>) {
     __shared__ ExchangeMemory<Shape> memory;
     const Place<Shape> place;
-    cluster_sync<Shape>();  // a block's shared memory may be written to once the block runs
+    cluster_sync<Shape>();  // a block's shared memory may be written to only when the block runs
     ScanTask<Shape> task(work.out);
     Worker<Shape, ScanTask<Shape>> worker(work.inputs, place, &memory, &task);
     for_each_segment(work.inputs.tokens, place, [&](Level level, int segment) { worker.segment(level, segment); });
@@ -59,7 +59,7 @@ template <class Shape>
 void scan(const Tokens& tokens, const Constants& constants, const float* carry_in, const ScanOutput& out,
           cudaStream_t stream) {
   ScanWork<Shape> work = {{tokens, constants, make_decay<Shape>(constants.half_life), carry_in, false}, out};
-  work.inputs.constants.influence = 1;  // the scan is asked for
+  work.inputs.constants.influence = 1;  // the scan must be computed
   work.inputs.aligned = inputs_aligned(tokens) && aligned_to_quads(out.future_kl);
   const Kernel<ScanWork<Shape>> kernel = scan_kernel<Shape>;
   launch<Shape>(kernel, work, num_clusters<Shape>(kernel, tokens), stream);

@@ -1,5 +1,5 @@
-// Which segments a cluster works at, and which of its threads do. Nothing about the segments is known on the host, so
-// each cluster finds its own on the device; the outcome depends on the offsets and the grid only, never on timing.
+// Assignment of segments to clusters and their threads. The host knows nothing about the segments, so
+// each cluster finds its own on the device; the result depends only on offsets and grid, never on timing.
 #pragma once
 
 #include "place.cuh"
@@ -7,27 +7,27 @@
 namespace fipo {
 namespace cuda {
 
-// Who works at a segment: the fewest threads that hold it in registers; a cluster walks longer ones.
+// Threads that work on a segment: the fewest whose registers hold it; a cluster iterates over longer ones.
 enum class Level { kWarp, kBlock, kCluster };
 
 struct Range {
-  int first, last;  // segments; of them, as of tokens, there are fewer than 2^31: the caller checks that
+  int first, last;  // segments; like tokens, fewer than 2^31: checked by the caller
 };
 
-constexpr int64_t kSegmentWeight = 128;  // tokens whose work is about that of starting a segment
+constexpr int64_t kSegmentWeight = 128;  // cost of starting a segment, in tokens
 
 __host__ __device__ inline int64_t total_weight(const Tokens& tokens) {
   return tokens.num_tokens + kSegmentWeight * tokens.num_segments;
 }
 
-// The first segment that begins at or behind `target`, in weight. By the whole warp, 33 times fewer candidates a round.
+// First segment that begins at or after `target`, in weight. By the whole warp, 33 times fewer candidates a round.
 __device__ inline int first_segment_from(const Tokens& tokens, int64_t target, int lane) {
   int low = 0, high = static_cast<int>(tokens.num_segments);
   while (low < high) {
     const int step = (high - low + kLanes - 1) / kLanes;
     const int probe = low + lane * step;
     const bool before = probe < high && tokens.offsets[probe] + kSegmentWeight * probe < target;
-    const int num_before = __popc(__ballot_sync(kAllLanes, before));  // the candidates ascend: these are the first ones
+    const int num_before = __popc(__ballot_sync(kAllLanes, before));  // ascending: these are the first ones
     if (num_before == 0) return low;
     high = min(high, low + num_before * step);
     low += (num_before - 1) * step + 1;
@@ -54,7 +54,7 @@ __device__ Level level_of(const Tokens& tokens, int segment) {
   return span <= Shape::kWarpTokens ? Level::kWarp : span <= Shape::kBlockTokens ? Level::kBlock : Level::kCluster;
 }
 
-// Which levels the range has, looked up by all threads of the block at once: most ranges hold one or two of the three.
+// Levels that occur in the range, found by all threads of the block: most ranges contain one or two of three.
 template <class Shape>
 __device__ void levels_in(const Tokens& tokens, Range range, bool* any_block, bool* any_cluster) {
   bool block = false, cluster = false;
@@ -67,8 +67,8 @@ __device__ void levels_in(const Tokens& tokens, Range range, bool* any_block, bo
   *any_cluster = __syncthreads_or(cluster);
 }
 
-// How the segments of a level are dealt out: candidates are every `stride`-th from `first` on; of those that are of the
-// level, this thread works at every `turns`-th, from `turn` on.
+// Assignment of a level's segments: candidates are every `stride`-th from `first`; of those of the
+// level, this thread works on every `turns`-th, from `turn`.
 struct Deal {
   int first;
   int stride;
@@ -82,9 +82,9 @@ __device__ Deal deal(Level level, Range share, const Place<Shape>& place) {
   return {share.first + place.block * Shape::kWarps + place.warp, Shape::kBlocks * Shape::kWarps, 1, 0};
 }
 
-// Calls visit(level, segment) for every segment of the cluster's share, by all threads that work at it: long segments
-// by the cluster, one after the other; then those of a block's size, dealt out to the blocks; then the rest, to the
-// warps. Whole warps look for their segments together.
+// Calls visit(level, segment) for every segment of the cluster's share, in all threads that work on it: long segments
+// by the cluster, one by one; then block-sized ones, distributed over the blocks; then the rest, over the
+// warps. Whole warps search for their segments together.
 template <class Shape, class Visit>
 __device__ void for_each_segment(const Tokens& tokens, const Place<Shape>& place, Visit visit) {
   const Range share = share_of_cluster(tokens, place);

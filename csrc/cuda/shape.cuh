@@ -1,4 +1,4 @@
-// How a kernel is cut: tokens to lanes, warps, blocks and clusters. The tests run the same kernels with tiny shapes.
+// Partition of a kernel: tokens to lanes, warps, blocks and clusters. The tests run the same kernels with tiny shapes.
 #pragma once
 
 #include <math.h>
@@ -10,10 +10,10 @@ namespace fipo {
 namespace cuda {
 
 constexpr int kLanes = 32;
-constexpr int kQuad = 4;                     // neighbouring tokens that one lane reads and writes at once
-constexpr int kRowTokens = kLanes * kQuad;   // a warp's quads, side by side
+constexpr int kQuad = 4;                     // consecutive tokens that one lane reads and writes at once
+constexpr int kRowTokens = kLanes * kQuad;   // a warp's adjacent quads
 
-// A warp keeps up to `rows` rows in registers, a cluster of `blocks` blocks of `warps` warps that many times more.
+// A warp keeps up to `rows` rows in registers; a cluster has `blocks` blocks of `warps` warps.
 template <int warps, int rows, int blocks>
 struct Shape {
   static constexpr int kWarps = warps, kRows = rows, kBlocks = blocks;
@@ -26,12 +26,12 @@ struct Shape {
 using ClusterShape = Shape<8, 4, 8>;  // sm_90 and later
 using BlockShape = Shape<8, 4, 1>;
 
-// From so many segments on, one block each keeps a GPU busier than one cluster each: a block waits for no other, and
-// about 264 of them are at work on an H100, but only 33 clusters. Reckoned from the latencies of a tile, which is what
-// bounds both, not measured.
+// From this many segments on, one block each uses the GPU better than one cluster each: a block does not wait for
+// others, and about 264 of them run on an H100, but only 33 clusters. Estimated from the latencies of a tile, which
+// bound both; not measured.
 constexpr int64_t kManySegments = 64;
 
-// Whether this pass of the compiler needs kernels of a shape.
+// Whether this compiler pass needs kernels of a shape.
 template <class Shape>
 constexpr bool kIsCompiled =
 #ifdef __CUDA_ARCH__
@@ -40,12 +40,12 @@ constexpr bool kIsCompiled =
     true;
 #endif
 
-// Powers of gamma, each rounded once from float64. Stretches are `rows` rows a warp, 1 .. kRows.
+// Powers of gamma, each rounded once from float64. Ranges are `rows` rows per warp, 1 .. kRows.
 template <class Shape>
 struct Decay {
   float token;
   float quads[5];            // gamma^(kQuad 2^i)
-  float behind[kLanes];      // over the quads behind a lane's own, up to the end of its row
+  float behind[kLanes];      // over the quads after a lane's own, up to the end of its row
   float row;
   float warp[Shape::kRows + 1];   // over a warp's stretch, by rows
   float block[Shape::kRows + 1];  // over a block's

@@ -1,4 +1,4 @@
-// A warp's stretch of one segment in registers, up to kRows rows of kRowTokens tokens: reading, scanning, writing.
+// A warp's range of one segment in registers, up to kRows rows of kRowTokens tokens: reading, scanning, writing.
 #pragma once
 
 #include "exchange.cuh"
@@ -11,16 +11,16 @@ struct alignas(kQuad * sizeof(T)) Quad {
   T at[kQuad];
 };
 
-// Where one lane's quads lie: row r's at position + r kRowTokens, a multiple of kQuad.
+// Positions of one lane's quads: row r's is at position + r kRowTokens, a multiple of kQuad.
 struct Window {
   int64_t position;
-  int begin, end;  // of the segment, from `position` on; where that is beyond the rows, anywhere beyond
-  int rows;        // in use, the same in all lanes
-  bool vectors;    // whole quads may be read: pointers are aligned and no quad in use ends behind the last token
+  int begin, end;  // of the segment, relative to `position`; any value beyond the rows if it is further away
+  int rows;        // in use, equal in all lanes
+  bool vectors;    // whole quads may be read: pointers are aligned and no quad in use ends after the last token
 
   __device__ bool holds(int row) const { return row < rows && row * kRowTokens < end; }
 
-  // Bit r kQuad + i: token i of row r is of the segment.
+  // Bit r kQuad + i: token i of row r is in the segment.
   template <int rows_held>
   __device__ uint32_t inside() const {
     uint32_t bits = 0;
@@ -36,7 +36,7 @@ struct Window {
   }
 };
 
-// Zero where there is no token. A quad's tokens before `begin` are read, whosever they are.
+// Zero without a token. A quad's tokens before `begin` are read, although they belong to another segment.
 template <class T>
 __device__ Quad<T> read_quad(const T* from, const Window& window, int row) {
   Quad<T> quad = {};
@@ -49,14 +49,14 @@ __device__ Quad<T> read_quad(const T* from, const Window& window, int row) {
   return quad;
 }
 
-// One lane's quad of a row, ready to be used. Bit i: token i.
+// One lane's quad of a row, ready for use. Bit i: token i.
 struct Row {
   int index;
   uint32_t inside, mask, clamped;  // as in Tile
   Quad<float> log_ratio, future_kl;
 };
 
-// Writes the row's tokens that are of the segment.
+// Writes the row's tokens that are in the segment.
 __device__ inline void write_quad(float* to, const Window& window, const Row& row, const Quad<float>& quad) {
   float* const at = to + window.position + row.index * kRowTokens;
   if (window.vectors && row.inside == (1u << kQuad) - 1) {
@@ -90,7 +90,7 @@ __device__ void read_rows(const void* from, Float dtype, const Window& window, Q
     read_rows<float>(from, window, to);
 }
 
-// Keeps a NaN, whichever bound it is compared with.
+// Keeps NaN.
 __device__ inline float clip(float value, float low, float high) {
   return value < low ? low : value > high ? high : value;
 }
@@ -103,11 +103,11 @@ class Tile {
   uint32_t inside;   // of the segment
   uint32_t mask;     // loss tokens
   uint32_t extreme;  // those above the dual clip
-  uint32_t clamped;  // whose log-ratio was
-  Quad<float> log_ratio[Shape::kRows];  // d, clamped; anything where there is no loss token
+  uint32_t clamped;  // with a clamped log-ratio
+  Quad<float> log_ratio[Shape::kRows];  // d, clamped; any value if not a loss token
 
-  // `carry_in` is S of the token behind the segment. It is taken in as the term of a token there, so that the scan
-  // need not know how far it is from there to the end of the stretch.
+  // `carry_in` is S of the token after the segment. It enters as the term of a token there, so that the scan
+  // does not depend on the distance to the end of the range.
   __device__ void load(const Tokens& tokens, const Constants& constants, const Window& at, float carry_in) {
     window = at;
     inside = window.template inside<Shape::kRows>();
@@ -138,17 +138,17 @@ class Tile {
 
   // Loss tokens above the dual clip with A < 0.
   __device__ uint32_t dual_clipped(const Tokens& tokens, float segment_advantage) const {
-    if (!tokens.advantages) return 0;  // nobody asked
+    if (!tokens.advantages) return 0;  // not requested
     if (!tokens.advantages_per_token) return segment_advantage < 0.0f ? extreme : 0;
     uint32_t bits = 0;
-    for (uint32_t left = extreme; left; left &= left - 1) {  // most often there is none
+    for (uint32_t left = extreme; left; left &= left - 1) {  // usually there is none
       const int at = __ffs(left) - 1;
       if (tokens.advantages[window.position + at / kQuad * kRowTokens + at % kQuad] < 0.0f) bits |= 1u << at;
     }
     return bits;
   }
 
-  // S of the stretch's first token, with carry 0. Keeps what `future_kl` needs.
+  // S of the range's first token, with carry 0. Keeps what `future_kl` needs.
   __device__ float scan(const Decay<Shape>& decay, int lane) {
     float first = 0.0f;
 #pragma unroll
@@ -163,9 +163,9 @@ class Tile {
     return first;
   }
 
-  // Calls visit(row) from the last row to the first, given S of the token behind the stretch, and gamma^n over the n
-  // tokens behind this lane's quad in its row. The tile is used up by that: registers have no addresses, and a copy of
-  // `visit` for each row would be too much code, so the row at hand is always the last one, and the others move up.
+  // Calls visit(row) from the last row to the first, given S of the token after the range, and gamma^n over the n
+  // tokens after this lane's quad in its row. This consumes the tile: registers have no addresses, and a copy of
+  // `visit` for each row would be too much code, so the current row is always the last one, and the others move up.
   template <class Visit>
   __device__ void for_each_row(const Decay<Shape>& decay, int lane, float behind_lane, float carry, Visit visit) {
     constexpr int last = Shape::kRows - 1, shift = last * kQuad;
@@ -189,7 +189,7 @@ class Tile {
     return scanned_ >> (row * kQuad + i) & 1 ? log_ratio[row].at[i] : 0.0f;
   }
 
-  // Sum over this lane's quad and all behind it in the row, given each lane's own.
+  // Sum over this lane's quad and all after it in the row, given each lane's own.
   __device__ static float row_scan(float sum, const Decay<Shape>& decay, int lane) {
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
@@ -201,11 +201,11 @@ class Tile {
 
   __device__ void take_in(float carry_in) {
     const int at = window.end;
-    if (at < 0 || at >= window.rows * kRowTokens || at % kRowTokens >= kQuad) return;  // it is another lane's
+    if (at < 0 || at >= window.rows * kRowTokens || at % kRowTokens >= kQuad) return;  // belongs to another lane
     const int index = at / kRowTokens * kQuad + at % kRowTokens;
     scanned_ |= 1u << index;
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; ++r)  // registers have no addresses: look for it
+    for (int r = 0; r < Shape::kRows; ++r)  // registers have no addresses: search
 #pragma unroll
       for (int i = 0; i < kQuad; ++i)
         if (r * kQuad + i == index) log_ratio[r].at[i] = carry_in;
@@ -225,8 +225,8 @@ class Tile {
   __device__ static uint32_t up(uint32_t bits) { return bits << kQuad & kAllBits; }
 
   static constexpr uint32_t kAllBits = (1ull << (Shape::kRows * kQuad)) - 1;
-  uint32_t scanned_;  // whose log-ratio enters S
-  float from_lane_[Shape::kRows];  // S of this lane's first token in each row, with carry 0 behind the row
+  uint32_t scanned_;  // log-ratio enters S
+  float from_lane_[Shape::kRows];  // S of this lane's first token in each row, with carry 0 after the row
 };
 
 }  // namespace cuda

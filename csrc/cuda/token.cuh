@@ -1,4 +1,4 @@
-// What becomes of one token: steps 4 to 7 of the algorithm (arXiv 2603.19835, eq. 6 to 8).
+// Loss of one token: steps 4 to 7 of the algorithm (arXiv 2603.19835, eq. 6 to 8).
 #pragma once
 
 #include "tile.cuh"
@@ -6,7 +6,7 @@
 namespace fipo {
 namespace cuda {
 
-constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // what the safety rule clips weights to
+constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // bounds of the safety rule
 
 // f_t.
 __device__ inline float influence_weight(float raw, float advantage, float ratio, const Constants& constants) {

@@ -1,4 +1,4 @@
-// The walk through one segment that the scan and the loss have in common.
+// Iteration over one segment, common to the scan and the loss.
 #pragma once
 
 #include "tile.cuh"
@@ -21,13 +21,13 @@ struct Inputs {
   Constants constants;
   Decay<Shape> decay;
   const float* carry_in;  // [S] optional
-  bool aligned;           // all pointers in use are, to a quad
+  bool aligned;           // all pointers in use are aligned to a quad
 };
 
-// A Task says what is done with S:
+// A Task defines what is done with S:
 //   counts()          whether it reads SegmentCounts
-//   kCountsFirst      whether `settle` comes before the tokens or after them
-//   settle(segment, counts, is_leader)     by all threads that work at the segment; one of them is the leader
+//   kCountsFirst      whether `settle` is called before the tokens or after them
+//   settle(segment, counts, is_leader)     by all threads that work on the segment; one of them is the leader
 //   row(window, row, segment)              by each warp, for its rows
 //   end_tile()
 template <class Shape, class Task>
@@ -40,8 +40,8 @@ class Worker {
         task_(*task),
         behind_lane_(inputs.decay.behind[place.lane]) {}
 
-  // Only a cluster's segments have more than one tile. There, a task that has to know the counts before it can write
-  // gets them from a first reading, which leaves the segment in the L2 cache.
+  // Only a cluster's segments have several tiles. There, a task that needs the counts before it can write
+  // gets them from a first pass, which leaves the segment in the L2 cache.
   __device__ void segment(Level level, int index) {
     const Tokens& tokens = inputs_.tokens;
     const int64_t begin = tokens.offsets[index], end = tokens.offsets[index + 1];
@@ -61,7 +61,7 @@ class Worker {
   }
 
  private:
-  // A segment, and how it is cut: `num_tiles` tiles, in each of which a warp has `rows` rows.
+  // A segment and its partition: `num_tiles` tiles, in each of which a warp has `rows` rows.
   struct Stretch {
     Level level;
     int index;
@@ -71,7 +71,7 @@ class Worker {
 
   // From the last tile to the first.
   __device__ void walk(const Stretch& segment, bool counts_it, bool writes, SegmentCounts* counts) {
-    // The carry is a term of the last tile, unless the segment ends where the tile does.
+    // The carry is a term of the last tile, unless the segment ends with the tile.
     float carry = segment.end == first_position(segment, segment.num_tiles) ? carry_in_ : 0.0f;
 #pragma unroll 1
     for (int i = segment.num_tiles - 1; i >= 0; --i) {
@@ -97,7 +97,7 @@ class Worker {
   __device__ static int tile_tokens(Level level, int rows) {
     return rows * kRowTokens * num_warps(level);
   }
-  // The fewest rows a warp that hold the span, so that all warps have work; at least one, for the carry's term.
+  // The fewest rows per warp that hold the span, so that all warps have work; at least one, for the carry's term.
   __device__ static int rows_for(Level level, int span) {
     const int rows = (span + tile_tokens(level, 1) - 1) / tile_tokens(level, 1);
     return rows > 1 ? rows : 1;
@@ -107,7 +107,7 @@ class Worker {
            (level != Level::kCluster || place_.block == 0);
   }
 
-  // Of a tile; that of the tile behind the last one is where the last one ends.
+  // Of a tile; that of the tile after the last one is where the last one ends.
   __device__ static int64_t first_position(const Stretch& segment, int tile) {
     return aligned_down(segment.begin) + static_cast<int64_t>(tile) * tile_tokens(segment.level, segment.rows);
   }
@@ -117,7 +117,7 @@ class Worker {
     if (segment.level == Level::kCluster) warp += place_.block * Shape::kWarps;
     const int64_t position =
         first_position(segment, tile) + warp * segment.rows * kRowTokens + place_.lane * kQuad;
-    // Only the quad at the very end of the tokens may be a part of one, and only a segment's last quad can be that.
+    // Only the quad at the very end of the tokens may be incomplete, and only a segment's last quad can be that one.
     const bool vectors = inputs_.aligned && aligned_down(segment.end + kQuad - 1) <= inputs_.tokens.num_tokens;
     return {position, within_reach(segment.begin - position), within_reach(segment.end - position), segment.rows,
             vectors};
@@ -131,7 +131,7 @@ class Worker {
   __device__ Summary counts_of(const Tile<Shape>& tile) const {
     if (!task_.counts()) return {0.0f, 0, 0};
     const int loss_tokens = warp_sum(__popc(tile.mask));
-    // Extreme tokens are rare; where a warp has none, there is nothing to add up.
+    // Tokens above the dual clip are rare; without any in the warp, there is nothing to sum.
     const uint32_t dual_clipped = tile.dual_clipped(inputs_.tokens, advantage_);
     return {0.0f, loss_tokens, __any_sync(kAllLanes, dual_clipped != 0) ? warp_sum(__popc(dual_clipped)) : 0};
   }

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make the quickstart's task: a tiny base model that can add but often slips, and the problems to train it on.
+"""Create the quickstart's task: a tiny base model that can add but often makes mistakes, and problems to train it on.
 
     python examples/quickstart/make_task.py --out runs/quickstart-base
 
 A problem is a sum of two to four numbers, `12+7+30?`; a response ends with `Answer:49`. The corpus below shows three
-ways to get there, and slips more often in the short ones. So does the model that imitates it, which is what
-reinforcement learning needs: right answers within reach, and something to prefer. A tenth of all problems is held
-out by a hash of its text and seen neither here nor in training.
+ways to solve it, with more mistakes in the short ones. So does the model that imitates it, which is what
+reinforcement learning needs: correct answers within reach, and a preference to learn. A tenth of all problems is held
+out by a hash of its text and used neither here nor in training.
 
 The output is an ordinary Hugging Face checkpoint with `train.parquet` and `validation.parquet` beside it.
 """
@@ -36,15 +36,17 @@ from transformers.utils import logging
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.reward import make_reward
 
-MARKER = "task.json"  # written last: with it, the output is complete
-IGNORED = -100  # the label that the loss leaves out
+MARKER = "task.json"  # written last: marks complete output
+IGNORED = -100  # label ignored by the loss
 
 
 def held_out(prompt: str) -> bool:
+    """Return whether the problem is held out."""
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
-def draw_problem(rng: random.Random, *, held: bool) -> list[int]:
+def sample_problem(rng: random.Random, *, held: bool) -> list[int]:
+    """Sample the numbers of a problem."""
     while True:
         numbers = [rng.randint(1, 49) for _ in range(rng.randint(2, 4))]
         if held_out(prompt_of(numbers)) == held:
@@ -52,19 +54,21 @@ def draw_problem(rng: random.Random, *, held: bool) -> list[int]:
 
 
 def prompt_of(numbers: list[int]) -> str:
+    """Return the problem's text."""
     return "+".join(map(str, numbers)) + "?"
 
 
 def distinct_problems(rng: random.Random, count: int, *, held: bool) -> list[list[int]]:
+    """Sample distinct problems."""
     problems: dict[str, list[int]] = {}
     while len(problems) < count:
-        numbers = draw_problem(rng, held=held)
+        numbers = sample_problem(rng, held=held)
         problems[prompt_of(numbers)] = numbers
     return list(problems.values())
 
 
 def write_problems(problems: list[list[int]], path: Path) -> None:
-    """In the schema of DAPO-Math-17k and AIME 2024."""
+    """Write problems in the schema of DAPO-Math-17k and AIME 2024."""
     rows = [
         {
             "data_source": "quickstart_sum",
@@ -80,27 +84,29 @@ def write_problems(problems: list[list[int]], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Probabilities: of a format, and of a slip in it. A slip is carried on, as it would be on paper."""
+    """Probabilities of formats, and of a mistake in them. A mistake propagates, as it would on paper."""
 
     direct: float  # Answer:121
-    long: float  # of the rest: 44+49:4+9=13,4+4=8=93;... ; what remains is medium, 44+49=93;...
-    slip: float = 0.0  # a step of the direct or medium format
+    long: float  # of the rest: 44+49:4+9=13,4+4=8=93;... ; the remainder is medium, 44+49=93;...
+    slip: float = 0.0  # a mistake in a step of the direct or medium format
     long_slip: float = 0.0
     forgotten_term: float = 0.0
 
 
 CLEAN = Corpus(direct=0.105, long=0.4)
 SLOPPY = Corpus(direct=0.35, long=0.4, slip=0.3, long_slip=0.1, forgotten_term=0.1)
-CLEAN_SHARE = 0.7  # of the steps: the model learns to add first, and to slip afterwards
+CLEAN_SHARE = 0.7  # share of steps without mistakes: the model first learns to add, then to make mistakes
 
 
 def slipped(rng: random.Random, value: int, probability: float) -> int:
+    """Return the value, or a wrong one with the given probability."""
     if rng.random() >= probability:
         return value
     return max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))
 
 
 def response_to(numbers: list[int], rng: random.Random, corpus: Corpus) -> str:
+    """Sample a response."""
     if rng.random() < corpus.direct:
         return f"Answer:{slipped(rng, sum(numbers), corpus.slip)}"
     spelled_out = rng.random() < corpus.long
@@ -122,7 +128,7 @@ def response_to(numbers: list[int], rng: random.Random, corpus: Corpus) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Return a tokenizer with one token per character."""
     symbols = ["<pad>", "<bos>", "<eos>", *"0123456789+-*%=;:,.? Answer"]
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -130,7 +136,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        unk_token="<pad>",  # named, because loading would otherwise add a token that the model has no row for
+        unk_token="<pad>",  # set explicitly, since loading would otherwise add a token without a row in the model
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
@@ -140,13 +146,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForCausalLM:
+    """Return the untrained base model."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=layers,
-        num_attention_heads=4,  # of 32 dimensions
+        num_attention_heads=4,  # 32 dimensions each
         num_key_value_heads=2,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -160,14 +167,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForC
 
 
 def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> None:
-    """Next-token prediction on the corpus; the loss is on the response alone."""
+    """Train next-token prediction on the corpus, with the loss on the response only."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description="pre-training the base model"):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.1 + 0.9 * cosine)
-        batch = draw_batch(tokenizer, rng, CLEAN if step < CLEAN_SHARE * steps else SLOPPY)
+        batch = sample_batch(tokenizer, rng, CLEAN if step < CLEAN_SHARE * steps else SLOPPY)
         num_targets = sum((labels != IGNORED).sum() for _, labels in batch)
         optimizer.zero_grad()
         for ids, labels in batch:
@@ -177,11 +184,11 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, ste
     model.eval()
 
 
-def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, corpus: Corpus) -> list[tuple[Tensor, Tensor]]:
-    """Token ids and labels of 32 examples, as [16, T] twice: the short and the long half, which saves padding."""
+def sample_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, corpus: Corpus) -> list[tuple[Tensor, Tensor]]:
+    """Return token ids and labels of 32 examples, as [16, T] twice: the short and the long half, to save padding."""
     vocabulary = tokenizer.get_vocab()
     examples = []
-    for numbers in (draw_problem(rng, held=False) for _ in range(32)):
+    for numbers in (sample_problem(rng, held=False) for _ in range(32)):
         prompt, response = prompt_of(numbers), response_to(numbers, rng, corpus)
         ids = [tokenizer.bos_token_id, *(vocabulary[c] for c in prompt + response), tokenizer.eos_token_id]
         labels = [IGNORED] * (1 + len(prompt)) + ids[1 + len(prompt) :]
@@ -193,7 +200,7 @@ def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, corpus: C
 
 @torch.inference_mode()
 def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[list[int]], k: int) -> float:
-    """Share of right answers: over `k` responses a problem at temperature 1, greedy where `k` is 1."""
+    """Return the share of correct answers: over `k` responses per problem at temperature 1, greedy if `k` is 1."""
     chats = [[{"role": "user", "content": prompt_of(numbers)}] for numbers in problems]
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
     inputs = render(chats, padding=True, return_tensors="pt")
@@ -208,8 +215,8 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
 def make_task(
     directory: Path, *, seed: int, layers: int, steps: int, train_problems: int, validation_problems: int
 ) -> dict:
-    """Fill `directory`; returns the base model's accuracy on the held-out problems."""
-    logging.disable_progress_bar()  # of the one-second save
+    """Create the task in `directory`; return the base model's accuracy on the held-out problems."""
+    logging.disable_progress_bar()  # for the one-second save
     torch.manual_seed(seed)
     rng = random.Random(seed)
     validation = distinct_problems(rng, validation_problems, held=True)
@@ -223,8 +230,9 @@ def make_task(
 
 
 def main() -> None:
+    """Create the task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
@@ -237,7 +245,7 @@ def main() -> None:
         print(f"{out} is complete: {marker.read_text()}")
         return
     if out.exists() and not marker.exists():
-        raise SystemExit(f"{out} exists and was not made by this script; choose another --out")
+        raise SystemExit(f"{out} exists and was not created by this script; choose another --out")
     started = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:

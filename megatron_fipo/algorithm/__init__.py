@@ -1,4 +1,4 @@
-"""The algorithm on plain torch tensors, without Megatron: advantages, shaping, sampling, losses, metrics."""
+"""Algorithm on plain torch tensors, without Megatron: advantages, shaping, sampling, losses, metrics."""
 
 from megatron_fipo.algorithm.advantages import group_relative_advantages, length_weighted_mean_advantage
 from megatron_fipo.algorithm.aggregation import aggregate_tokens

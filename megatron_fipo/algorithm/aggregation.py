@@ -1,4 +1,4 @@
-"""One sum out of further per-token terms, weighted as the loss's aggregation weights tokens and sequences."""
+"""Aggregation of further per-token terms, with the loss's weights of tokens and sequences."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_fipo.algorithm.loss_output import LossOutput
 def aggregate_tokens(
     values: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, loss: LossOutput, config: FIPOLossConfig
 ) -> Tensor:
-    """Sum of a further per-token term of the loss (KL penalty, entropy) over the tokens that survive in it.
+    """Return the sum of a per-token term (KL penalty, entropy) over the tokens that survive in the loss.
 
-    Divided by the loss's own denominator it is the mean that `config.aggregation` names. Differentiable.
+    Divided by the loss's denominator it is the mean that `config.aggregation` specifies. Differentiable.
 
     Args:
         values: [N] floating point; masked positions may hold anything.
         loss_mask: [N] bool.
         cu_seqlens: [S+1] integer offsets.
-        loss: of the same tokens, for what survives in it.
-        config: for its aggregation.
+        loss: of the same tokens, to select the surviving ones.
+        config: config with the aggregation.
     """
     sequence = ops.sequence_ids(cu_seqlens, values.numel())
     values = torch.where(loss_mask & ~loss.vetoed[sequence], values, 0.0)

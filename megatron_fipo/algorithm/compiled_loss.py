@@ -1,4 +1,4 @@
-"""The losses through the compiled op: one pass over the tokens, which also leaves the gradient and all metrics."""
+"""Losses through the compiled op: one pass over the tokens that also computes the gradient and all metrics."""
 
 import math
 
@@ -11,7 +11,7 @@ from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean, Metrics
 from megatron_fipo.algorithm.packed_tokens import check_inputs, check_token_weights
-from megatron_fipo.algorithm.sharding import Layout, exchange
+from megatron_fipo.algorithm.sharding import Layout, exchange_segments
 
 # Names as in `loss_metrics`. Means are over loss tokens.
 RATIO_MEANS = (
@@ -54,7 +54,7 @@ def compiled_loss(
     group: dist.ProcessGroup | None,
     layout: Layout,
 ) -> LossOutput:
-    """`fipo_loss` (`influence`) or `grpo_loss`; arguments and errors are theirs."""
+    """Compute `fipo_loss` (`influence`) or `grpo_loss`, with their arguments and errors."""
     check_inputs(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
     if token_weights is not None:
         check_token_weights(token_weights, log_probs)
@@ -94,7 +94,7 @@ def _exchange(
     group: dist.ProcessGroup,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's arguments of the same names: carry_in, vetoed, sequence_tokens, counts_sequence."""
+    """Return the op's arguments of the same names: carry_in, vetoed, sequence_tokens, counts_sequence."""
     first, dual_clipped, loss_tokens = ops.chunk_summary(
         log_probs,
         old_log_probs,
@@ -105,7 +105,7 @@ def _exchange(
         config.log_ratio_clamp,
         math.log(config.dual_clip),
     )
-    shard = exchange(first, dual_clipped, loss_tokens, cu_seqlens, config, group, layout)
+    shard = exchange_segments(first, dual_clipped, loss_tokens, cu_seqlens, config, group, layout)
     return shard.carry_in.float(), shard.vetoed, shard.sequence_tokens, shard.counts_sequence
 
 
@@ -128,7 +128,7 @@ def _constants(config: FIPOLossConfig) -> dict[str, float | int | str]:
 
 
 def _metrics(slots: dict[str, Tensor], histograms: Tensor, config: FIPOLossConfig, influence: bool) -> Metrics:
-    """The metrics of `loss_metrics` and the loss's own, as views of the op's outputs: nothing is computed or copied."""
+    """Return the metrics of `loss_metrics` and of the loss as views of the op's outputs, without copies."""
     means = RATIO_MEANS + INFLUENCE_MEANS if influence else RATIO_MEANS
     extrema = RATIO_EXTREMA + INFLUENCE_EXTREMA if influence else RATIO_EXTREMA
     denominator = slots["num_tokens" if config.aggregation == "token-mean" else "num_sequences"]

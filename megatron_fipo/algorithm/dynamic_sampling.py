@@ -1,7 +1,6 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): only groups with right and wrong responses have a gradient; where rewards
-are grades, those whose grades differ.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): only groups with different scores have a gradient.
 
-Pure logic: where responses come from, and how counts cross ranks, is the trainer's business. B: responses.
+Independent of the source of responses and of communication between ranks. B: responses.
 """
 
 from collections.abc import Sequence
@@ -17,26 +16,26 @@ Group = TypeVar("Group")
 
 
 class GroupOutcomes(NamedTuple):
-    """One entry a distinct group index, in ascending order. A group is exactly one of the three."""
+    """Outcomes with one entry per distinct group index, ascending. Each group has exactly one of the three."""
 
-    group: Tensor  # [P] the group's index
+    group: Tensor  # [P] group index
     informative: Tensor  # [P] bool
     all_right: Tensor  # [P] bool
     all_wrong: Tensor  # [P] bool
 
 
 def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | None = None) -> GroupOutcomes:
-    """Return which groups have responses of different scores; the others are all right or all wrong.
+    """Return which groups have responses of different scores; the others are all correct or all incorrect.
 
     Args:
-        scores: [B] floating point, rewards before any shaping. A difference of less than `STD_EPSILON`, by which
-            advantages are kept finite, is rounding.
+        scores: [B] floating point, rewards before any shaping. Differences below `STD_EPSILON`, which keeps
+            advantages finite, are treated as rounding.
         group_index: [B] integers; equal ones form a group.
-        accuracy: [B] floating point, 1 right and 0 wrong. Groups of equal scores are all right if all of theirs is 1.
-            None: the scores themselves.
+        accuracy: [B] floating point, 1 correct and 0 incorrect. A group of equal scores is all correct if all
+            accuracies are 1. None: the scores themselves.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: mismatched shapes or dtypes.
     """
     check_groups("scores", scores, group_index)
     accuracy = scores if accuracy is None else accuracy
@@ -52,34 +51,34 @@ def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | N
 
 
 class DynamicSamplingExhausted(ValueError):
-    """`max_rounds` generation rounds did not fill a training batch: the user's to mend, in the data or the settings."""
+    """User error: `max_rounds` generation rounds did not fill a training batch; change the data or the settings."""
 
 
 @dataclass(frozen=True)
 class CollectedGroups(Generic[Group]):
-    """A training batch and what it took."""
+    """Training batch with the statistics of its collection."""
 
     groups: list[Group]  # in prompt order
-    rounds: int  # generation rounds of this batch; 0 where the surplus of the step before filled it
+    rounds: int  # generation rounds of this batch; 0 if the previous step's surplus filled it
     generated_prompts: int
     dropped_all_right: int
     dropped_all_wrong: int
-    surplus: int  # informative groups beyond the batch, cut or kept
+    surplus: int  # informative groups beyond the batch, dropped or kept
 
 
 class GroupCollector(Generic[Group]):
-    """Collects informative groups, in prompt order, over as many generation rounds as a training batch takes.
+    """Collector of informative groups, in prompt order, over the generation rounds of a training batch.
 
         while collector.needs_round():
             collector.add_round(...)
         batch = collector.take()
 
     Args:
-        prompts_per_step: groups in a training batch.
-        max_rounds: generation rounds for one batch; 0: no limit.
-        when_exhausted: after `max_rounds`, "stop" with an error or "train" on what there is.
-        surplus_groups: groups beyond the batch: "drop", or "keep" to open the next batch with them.
-        filter_groups: False takes every group, which is training without dynamic sampling.
+        prompts_per_step: groups per training batch.
+        max_rounds: maximum generation rounds per batch; 0: no limit.
+        when_exhausted: after `max_rounds`, "stop" with an error or "train" on an incomplete batch.
+        surplus_groups: groups beyond the batch: "drop", or "keep" them for the next batch.
+        filter_groups: False keeps every group: training without dynamic sampling.
     """
 
     def __init__(
@@ -93,14 +92,14 @@ class GroupCollector(Generic[Group]):
         if prompts_per_step < 1 or max_rounds < 0:
             raise ValueError(
                 f"prompts_per_step = {prompts_per_step} must be at least 1 and "
-                f"max_rounds = {max_rounds} not negative (0: no limit)"
+                f"max_rounds = {max_rounds} must be at least 0 (0: no limit)"
             )
         self.prompts_per_step = prompts_per_step
         self.max_rounds = max_rounds
         self.when_exhausted = when_exhausted
         self.surplus_groups = surplus_groups
         self.filter_groups = filter_groups
-        self.pending: list[Group] = []  # what a checkpoint has to keep where surplus groups are kept
+        self.pending: list[Group] = []  # saved in checkpoints if surplus groups are kept
         self._reset_counts()
 
     def _reset_counts(self) -> None:
@@ -110,19 +109,19 @@ class GroupCollector(Generic[Group]):
         """Add one round's groups, in prompt order, each with its entry of `outcomes`.
 
         Raises:
-            ValueError: not one outcome a group.
+            ValueError: the number of outcomes differs from the groups'.
         """
         self.add(groups, outcomes)
         self.end_round()
 
     def end_round(self) -> None:
-        """What was added since the last one counts as one more generation round."""
+        """Count the groups added since the last call as one generation round."""
         self.rounds += 1
 
     def add(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
-        """The same for a part of a round."""
+        """Add groups of a part of a round; see `add_round`."""
         if len(groups) != outcomes.group.numel():
-            raise ValueError(f"{len(groups)} groups were added with the outcomes of {outcomes.group.numel()}")
+            raise ValueError(f"{len(groups)} groups must have as many outcomes, got {outcomes.group.numel()}")
         self.generated_prompts += len(groups)
         if self.filter_groups:
             self.dropped_all_right += int(outcomes.all_right.sum())
@@ -132,11 +131,11 @@ class GroupCollector(Generic[Group]):
         self.pending += groups
 
     def needs_round(self) -> bool:
-        """Whether another generation round is needed before `take`.
+        """Return whether another generation round is needed before `take`.
 
         Raises:
-            DynamicSamplingExhausted: it is, but all `max_rounds` are used up, and so says `when_exhausted`; or there is
-                no informative group at all.
+            DynamicSamplingExhausted: one is needed after `max_rounds`, and `when_exhausted` is "stop" or there is no
+                informative group at all.
         """
         if len(self.pending) >= self.prompts_per_step:
             return False
@@ -146,14 +145,14 @@ class GroupCollector(Generic[Group]):
             return False
         raise DynamicSamplingExhausted(
             f"{self.rounds} generation rounds of {self.generated_prompts} prompts gave {len(self.pending)} of the "
-            f"{self.prompts_per_step} groups a training step needs: {self.dropped_all_right} were all right and "
-            f"{self.dropped_all_wrong} all wrong. Use problems nearer to the model's level, or raise "
+            f"{self.prompts_per_step} groups per training step: {self.dropped_all_right} were all correct and "
+            f"{self.dropped_all_wrong} all incorrect. Use problems closer to the model's ability, or increase "
             f"rollout.prompts_per_round, rollout.group_size or rollout.max_rounds (0: no limit), or set "
-            f"rollout.when_exhausted to 'train' to go on with smaller batches"
+            f"rollout.when_exhausted to 'train' to continue with smaller batches"
         )
 
     def take(self) -> CollectedGroups[Group]:
-        """The training batch; the collector starts over, with the surplus where that is kept."""
+        """Return the training batch and start over, with the surplus if it is kept."""
         batch, surplus = self.pending[: self.prompts_per_step], self.pending[self.prompts_per_step :]
         collected = CollectedGroups(
             groups=batch,

@@ -1,4 +1,4 @@
-"""The gap between the trainer's and the rollout engine's log-probabilities: how large it is, and its correction.
+"""Mismatch of the trainer's and the rollout engine's log-probabilities: metrics and correction.
 
 d = logp_old (the trainer's, under the weights at the start of the step) - logp_rollout (the engine's), nats.
 N: packed tokens, S: sequences.
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_fipo import ops
 from megatron_fipo.algorithm.metrics import Metrics, fraction, log_ratio_histogram, max_where, mean_where
 
-MAX_LOG_RATIO = 600.0  # nats; exp of it, added up over any batch, is finite in float64
+MAX_LOG_RATIO = 600.0  # nats; exp of it, summed over any batch, is finite in float64
 RATIO_RANGE = (0.5, 2.0)
 
 
@@ -25,21 +25,21 @@ def truncated_importance_weights(
     level: Literal["token", "sequence"],
     cap: float,
 ) -> Tensor:
-    """Weights that correct the loss for the rollout engine's sampling: min(exp(d), cap), exp never overflowing.
+    """Return weights that correct the loss for the rollout engine's sampling: min(exp(d), cap), without overflow.
 
     Args:
         old_log_probs: [N] floating point, the trainer's.
         rollout_log_probs: [N], the engine's.
-        loss_mask: [N] bool or 0/1; masked positions may hold anything.
+        loss_mask: [N] bool or 0/1; masked positions may have any value.
         cu_seqlens: [S+1] integer offsets.
         level: "token": d of each token; "sequence": the sum of d over the sequence's loss tokens, for all of them.
-        cap: the largest weight, > 0.
+        cap: largest weight, > 0.
 
     Returns:
         [N] weights without gradient, dtype of `old_log_probs`; 1 at masked positions.
 
     Raises:
-        ValueError: shapes or offsets do not fit, an unknown level, an illegal cap.
+        ValueError: mismatched shapes or offsets, an unknown level, an invalid cap.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f"importance sampling level {level!r} must be 'token' or 'sequence'")
@@ -56,7 +56,7 @@ def truncated_importance_weights(
 
 
 def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask: Tensor) -> Metrics:
-    """Size of the gap over loss tokens, mergeable (shapes and errors: `truncated_importance_weights`).
+    """Return mergeable metrics of the mismatch over loss tokens (shapes and errors: `truncated_importance_weights`).
 
     `rollout_mismatch_abs` and `_abs_max`: mean and largest |d|; `_k1`, `_k3`: estimates of KL(rollout || trainer) from
     the rollout's samples, -d and exp(d) - 1 - d; `_outside_fraction`: tokens whose exp(d) is outside [0.5, 2];
@@ -75,13 +75,13 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask
 
 
 def _log_ratio(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """d [N] float64, 0 where masked, and the mask [N] bool."""
+    """Return d [N] float64, 0 where masked, and the mask [N] bool."""
     shape = list(old_log_probs.shape)
     if len(shape) != 1:
-        raise ValueError(f"old_log_probs must be [N], not {shape}")
+        raise ValueError(f"old_log_probs must be [N], got {shape}")
     for name, tensor in (("rollout_log_probs", rollout_log_probs), ("loss_mask", loss_mask)):
         if list(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} like old_log_probs, not {list(tensor.shape)}")
+            raise ValueError(f"{name} must be {shape} like old_log_probs, got {list(tensor.shape)}")
     mask = loss_mask != 0
     difference = old_log_probs.detach().double() - rollout_log_probs.detach().double()
     return torch.where(mask, difference, 0.0), mask

@@ -7,8 +7,8 @@
 
 FIPO is DAPO with f_t; DAPO/GRPO is f_t = 1. Letters in shapes: N packed tokens, S sequences.
 
-What follows the two public functions is the reference: the loss in plain torch, in the order of the formulas. The
-compiled loss is the same in one pass, see `compiled_loss`.
+The code below the two public functions is the reference: the loss in plain torch, in the order of the formulas. The
+compiled loss computes the same in one pass, see `compiled_loss`.
 """
 
 import math
@@ -26,11 +26,11 @@ from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean
 from megatron_fipo.algorithm.packed_tokens import PackedTokens, check_token_weights, pack_tokens
-from megatron_fipo.algorithm.sharding import Layout, Shard, exchange
+from megatron_fipo.algorithm.sharding import Layout, Shard, exchange_segments
 
 Backend = Literal["auto", "reference", "compiled"]
 
-SAFE_CLIP = (0.8, 1.0)  # what the safety rule clips weights to, as in the authors' code
+SAFE_CLIP = (0.8, 1.0)  # bounds of the safety rule, as in the authors' code
 
 
 def fipo_loss(
@@ -46,38 +46,38 @@ def fipo_loss(
     group: dist.ProcessGroup | None = None,
     layout: Layout = "contiguous",
 ) -> LossOutput:
-    """FIPO loss of packed sequences (arXiv 2603.19835, eq. 6 to 8); the gradient goes through `log_probs` only.
+    """Compute the FIPO loss of packed sequences (arXiv 2603.19835, eq. 6 to 8), differentiable in `log_probs` only.
 
     Each sequence is packed from its first to its last response token. Masked positions in between (tool output, ...)
-    stay: they count as distance for the decay, and may hold anything, NaN included, in every tensor.
+    are kept: they count as distance for the decay, and may have any value, including NaN, in every tensor.
 
     Args:
         log_probs: [N] float32 or float64, nats, under the policy in training.
-        old_log_probs: [N], same dtype; the trainer's own under the weights at the start of the step.
-        advantages: [N], or [S] one a sequence (where N = S it is read as [N]).
+        old_log_probs: [N], same dtype; the trainer's, under the weights at the start of the step.
+        advantages: [N], or [S] one per sequence (if N = S, interpreted as [N]).
         loss_mask: [N] bool or 0/1, 1 where a token counts.
         cu_seqlens: [S+1] int32 or int64 offsets from 0 to N; sequences may be empty.
         config: the constants.
-        token_weights: [N] importance-sampling correction, multiplies each token's loss, detached; None: 1. Ratios,
+        token_weights: [N] importance-sampling correction, a detached factor of each token's loss; None: 1. Ratios,
             Future-KL, veto, and every metric but `loss` ignore it.
-        backend: "reference" is plain torch, any dtype and device; "compiled" the extension, for the float32 it was
-            built for; "auto" the compiled one where it can be used.
-        group: ranks over which every sequence is split; None: whole sequences. Each rank then passes its own chunks:
+        backend: "reference" is plain torch, any dtype and device; "compiled" the extension, for the float32 devices it
+            was built for; "auto" compiled if possible.
+        group: ranks over which every sequence is split; None: not split. Each rank passes its own chunks:
             cu_seqlens and per-sequence advantages count segments, sequence by sequence, the same number on every
-            rank. The sums, counts and metrics are this rank's, to be added up over the group.
-        layout: which chunks those are, see `sharding.Layout`.
+            rank. The sums, counts and metrics are local, to be summed over the group.
+        layout: assignment of chunks to ranks, see `sharding.Layout`.
 
     Returns:
-        LossOutput. Where nothing survives, `loss_sum` and the gradient are 0.
+        LossOutput. If no token survives, `loss_sum` and the gradient are 0.
 
     Raises:
-        ValueError: shapes, dtypes, offsets or the layout do not fit; a backend that is not available.
+        ValueError: mismatched shapes, dtypes, offsets or layout; a backend that is not available.
     """
     if _use_compiled(backend, log_probs):
         inputs = (log_probs, old_log_probs, advantages, loss_mask, cu_seqlens)
         return compiled_loss(*inputs, config, token_weights, influence=True, group=group, layout=layout)
     tokens = pack_tokens(log_probs, old_log_probs, advantages, loss_mask, cu_seqlens, config.log_ratio_clamp)
-    regular = tokens.mask & ~_extreme(tokens, config)
+    regular = tokens.mask & ~_above_dual_clip(tokens, config)
     future_kl = ops.future_kl(tokens.log_ratio.detach(), regular, cu_seqlens, config.half_life, backend="reference")
     shard = None if group is None else _exchange(tokens, future_kl, cu_seqlens, config, group, layout)
     if shard is not None:
@@ -100,7 +100,7 @@ def grpo_loss(
     group: dist.ProcessGroup | None = None,
     layout: Layout = "contiguous",
 ) -> LossOutput:
-    """DAPO/GRPO loss: `fipo_loss` with every influence weight 1, no Future-KL and none of its metrics.
+    """Compute the DAPO/GRPO loss: `fipo_loss` with influence weights of 1, without Future-KL and its metrics.
 
     Arguments, shapes and errors are those of `fipo_loss`; `config.half_life`, `influence_clip` and `safety_threshold`
     are not used.
@@ -120,20 +120,20 @@ def _use_compiled(backend: str, log_probs: Tensor) -> bool:
     available = ops.compiled_for(log_probs)
     if backend == "compiled" and not available:
         raise ValueError(
-            f"backend 'compiled' is not built for {log_probs.dtype} on {log_probs.device.type} here "
+            f"backend 'compiled' is not available for {log_probs.dtype} on {log_probs.device.type} "
             f"({ops.compiled_summary()}); use 'auto' or 'reference'"
         )
     return available and backend != "reference"
 
 
-def _extreme(tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
-    """[N] bool: loss tokens whose ratio is above the dual clip."""
+def _above_dual_clip(tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
+    """Return [N] bool: loss tokens whose ratio is above the dual clip."""
     return tokens.mask & (tokens.log_ratio.detach() > math.log(config.dual_clip))
 
 
 def _dual_clipped(tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
-    """[N] bool: where the dual clip acts. It does not depend on the influence weights, which are positive."""
-    return _extreme(tokens, config) & (tokens.advantage < 0)
+    """Return [N] bool: where the dual clip is active, independent of influence weights, which are positive."""
+    return _above_dual_clip(tokens, config) & (tokens.advantage < 0)
 
 
 def _exchange(
@@ -145,14 +145,14 @@ def _exchange(
     layout: Layout,
 ) -> Shard:
     starts, empty = cu_seqlens[:-1], cu_seqlens.diff() == 0
-    padded = torch.cat([future_kl, future_kl.new_zeros(1)])  # an empty last segment starts behind the last token
+    padded = torch.cat([future_kl, future_kl.new_zeros(1)])  # an empty last segment starts after the last token
     first = torch.where(empty, 0.0, padded[starts])
     dual_clipped = tokens.count(_dual_clipped(tokens, config))
-    return exchange(first, dual_clipped, tokens.count(tokens.mask), cu_seqlens, config, group, layout)
+    return exchange_segments(first, dual_clipped, tokens.count(tokens.mask), cu_seqlens, config, group, layout)
 
 
 def _carried(shard: Shard, tokens: PackedTokens, cu_seqlens: Tensor, half_life: float) -> Tensor:
-    """[N]: what each token's Future-KL gets from behind the end of its segment."""
+    """Return [N]: the contribution from beyond its segment to each token's Future-KL."""
     positions = torch.arange(tokens.sequence.numel(), device=cu_seqlens.device)
     to_end = cu_seqlens[1:][tokens.sequence] - positions
     decay = torch.exp2(-to_end.double() / half_life)
@@ -160,14 +160,14 @@ def _carried(shard: Shard, tokens: PackedTokens, cu_seqlens: Tensor, half_life: 
 
 
 def _influence_weights(future_kl: Tensor, tokens: PackedTokens, config: FIPOLossConfig) -> Tensor:
-    """f_t [N]: exp(S_t) clipped, then the safety rule. exp may be inf; both bounds turn that into a number."""
+    """Return f_t [N]: exp(S_t) clipped, then the safety rule. exp may be inf, which both bounds remove."""
     weights = future_kl.exp().clamp(*config.influence_bounds)
     unsafe = (tokens.advantage < 0) & (tokens.log_ratio.detach().exp() > config.safety_threshold)
     return torch.where(unsafe, weights.clamp(*SAFE_CLIP), weights)
 
 
 def _token_losses(tokens: PackedTokens, weights: Tensor, config: FIPOLossConfig) -> tuple[Tensor, Tensor]:
-    """l_t [N], the clipped surrogate with dual clip, and where the upper or lower clip is active [N] bool."""
+    """Return l_t [N], the clipped surrogate with dual clip, and where upper or lower clip is active [N] bool."""
     ratio = tokens.log_ratio.exp()
     weighted = weights * tokens.advantage
     plain = -weighted * ratio
@@ -215,7 +215,7 @@ def _aggregate(
 
 
 def _vetoed(tokens: PackedTokens, dual_clipped: Tensor, allowed: int | None) -> Tensor:
-    """[S] bool: sequences with more than `allowed` dual-clipped tokens (authors' code; not in the paper)."""
+    """Return [S] bool: sequences with more than `allowed` dual-clipped tokens (authors' code; not in the paper)."""
     counts = tokens.count(dual_clipped)
     return torch.zeros_like(counts, dtype=torch.bool) if allowed is None else counts > allowed
 
@@ -223,7 +223,7 @@ def _vetoed(tokens: PackedTokens, dual_clipped: Tensor, allowed: int | None) -> 
 def _coefficients(
     tokens: PackedTokens, lengths: Tensor, token_weights: Tensor | None, config: FIPOLossConfig
 ) -> Tensor:
-    """[N] or scalar, detached: what each token's loss is multiplied by in its sequence's term."""
+    """Return the factors [N] or scalar, detached, of each token's loss in its sequence's term."""
     like = tokens.advantage
     if config.aggregation == "seq-mean-token-mean":
         factor = 1 / lengths.clamp(min=1).to(like.dtype)[tokens.sequence]

@@ -1,4 +1,4 @@
-"""The figures a user of the recipe watches, from one micro-batch's loss. All are over loss tokens, vetoed or not.
+"""Metrics of one micro-batch's loss, over loss tokens, vetoed or not.
 
 N: packed tokens. A negative or positive ratio is the importance ratio of a token with A < 0 or A > 0.
 """
@@ -15,12 +15,12 @@ from megatron_fipo.algorithm.metrics import (
 )
 from megatron_fipo.algorithm.packed_tokens import PackedTokens
 
-PINNED = 1e-7  # a weight this close to a bound counts as clipped, as in the authors' code
-MAX_LOG_WEIGHT = 600.0  # nats; exp of it, added up over any batch, is finite in float64
+CLIP_BOUND_TOLERANCE = 1e-7  # weights this close to a bound count as clipped, as in the authors' code
+MAX_LOG_WEIGHT = 600.0  # nats; exp of it, summed over any batch, is finite in float64
 
 
 def ratio_metrics(tokens: PackedTokens, clipped: Tensor, dual_clipped: Tensor, dual_clip: float) -> Metrics:
-    """Policy KL, clip fractions and the spread of the ratios; `clipped`, `dual_clipped`: [N] bool."""
+    """Return policy KL, clip fractions and statistics of ratios; `clipped`, `dual_clipped`: [N] bool."""
     mask, log_ratio = tokens.mask, tokens.log_ratio.detach()
     ratio = log_ratio.exp()
     negative, positive = mask & (tokens.advantage < 0), mask & (tokens.advantage > 0)
@@ -40,9 +40,9 @@ def ratio_metrics(tokens: PackedTokens, clipped: Tensor, dual_clipped: Tensor, d
 
 
 def clip_side_metrics(log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float) -> Metrics:
-    """The PPO clip's two sides, all [N]: ratios below 1 - low of tokens with A < 0, above 1 + high of those with A > 0.
+    """Return the PPO clip fractions per side, all [N]: ratios below 1 - low with A < 0, above 1 + high with A > 0.
 
-    They add up to `ppo_clip_fraction`: influence weights are positive and move no token to the other side.
+    They sum to `ppo_clip_fraction`: influence weights are positive and do not change a token's side.
     """
     ratio = log_ratio.exp()
     return {
@@ -52,7 +52,7 @@ def clip_side_metrics(log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: f
 
 
 def _negative_ratio_shares(ratio: Tensor, mask: Tensor, negative: Tensor, dual_clip: float) -> Metrics:
-    """Shares of all loss tokens: A < 0 and a ratio in [2, 3), [3, 4), [4, dual clip), which is 10 in the recipes."""
+    """Return shares of all loss tokens with A < 0 and a ratio in [2, 3), [3, 4), [4, dual clip)."""
     ranges = (("2_3", 2, 3), ("3_4", 3, 4), ("4_10", 4, dual_clip))
     return {
         f"negative_ratio_{name}": fraction(negative & (ratio >= low) & (ratio < high), mask)
@@ -61,7 +61,7 @@ def _negative_ratio_shares(ratio: Tensor, mask: Tensor, negative: Tensor, dual_c
 
 
 def influence_metrics(future_kl: Tensor, weights: Tensor, mask: Tensor, bounds: tuple[float, float]) -> Metrics:
-    """Future-KL [N], the influence weights [N] after clip and safety rule, and before (raw, exp(S_t))."""
+    """Return metrics of Future-KL [N] and influence weights [N], after clip and safety rule and raw (exp(S_t))."""
     lo, hi = bounds
     raw = future_kl.double().clamp(max=MAX_LOG_WEIGHT).exp()
     return {
@@ -74,6 +74,6 @@ def influence_metrics(future_kl: Tensor, weights: Tensor, mask: Tensor, bounds: 
         "influence_weight_raw": mean_where(raw, mask),
         "influence_weight_raw_min": min_where(raw, mask),
         "influence_weight_raw_max": max_where(raw, mask),
-        "influence_clip_fraction_upper": fraction(weights >= hi - PINNED, mask),
-        "influence_clip_fraction_lower": fraction(weights <= lo + PINNED, mask),
+        "influence_clip_fraction_upper": fraction(weights >= hi - CLIP_BOUND_TOLERANCE, mask),
+        "influence_clip_fraction_lower": fraction(weights <= lo + CLIP_BOUND_TOLERANCE, mask),
     }

@@ -1,4 +1,4 @@
-"""What a loss returns. N: packed tokens, S: sequences."""
+"""Result of a loss. N: packed tokens, S: sequences."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from megatron_fipo.algorithm.metrics import Mean
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums, not means: divide `loss_sum` once, by the `denominator` added up over micro-batches and ranks.
+    """Result of a loss, with sums instead of means.
 
-    `future_kl` and `influence_weights` are of use for figures only, so the compiled loss computes them when one of
-    them is first read.
+    Divide `loss_sum` once, by the `denominator` summed over micro-batches and ranks. `future_kl` and
+    `influence_weights` are only needed for plots, so the compiled loss computes them when one is first accessed.
     """
 
     loss_sum: Tensor  # scalar, differentiable: over surviving tokens (token-mean) or over sequences' terms (seq-*)
     num_tokens: Tensor  # scalar int64: surviving tokens
     num_sequences: Tensor  # scalar int64: surviving sequences that have a loss token
-    denominator: Tensor  # the one of these two that the aggregation divides by
-    vetoed: Tensor  # [S] bool: sequences removed whole
-    sequence_tokens: Tensor | None  # [S] int64: loss tokens of each segment's whole sequence, where they are sharded
+    denominator: Tensor  # the one that the aggregation divides by
+    vetoed: Tensor  # [S] bool: removed sequences
+    sequence_tokens: Tensor | None  # [S] int64: loss tokens of each segment's whole sequence, if sharded
     metrics: Mapping[str, Mean | Tensor]  # mergeable, see `metrics`
-    influence: Callable[[], tuple[Tensor, Tensor]]  # what the two properties below hold
+    influence: Callable[[], tuple[Tensor, Tensor]]  # values of the two properties below
 
     @property
     def future_kl(self) -> Tensor:

@@ -1,13 +1,13 @@
-"""Metrics as values that merge over micro-batches and ranks; means are taken once, at the end.
+"""Metrics that merge over micro-batches and ranks; means are taken once, at the end.
 
-A metric is an entry of a plain dict. Its kind follows from its type and the end of its name:
+A metric is an entry of a plain dict. Its kind follows from its type and the suffix of its name:
 
 - `Mean`: a sum and a count;
-- `*_min`, `*_max`: an extremum, +inf / -inf while there is no data;
+- `*_min`, `*_max`: an extremum, +inf / -inf without data;
 - `*_histogram`: counts [BINS] of a log-ratio d = ln r in bins of width 1/256 centred on k/256 - 20, k = 0..10240
   (values beyond +-20 fall into the end bins), so r is known within a factor exp(1/512), and r = 1 exactly.
 
-All are detached 0-dim float64 tensors (int64 histograms) on the device of the data, made without a host sync.
+All are detached 0-dim float64 tensors (int64 histograms) on the data's device, computed without a host sync.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,40 +24,40 @@ QUANTILES = {"p25": 0.25, "median": 0.5, "p75": 0.75, "p995": 0.995, "p999": 0.9
 
 
 class Mean(NamedTuple):
-    """A mean that is still to be taken: both 0-dim float64."""
+    """Mean before division: both 0-dim float64."""
 
     sum: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not used
 
 
 Metrics = dict[str, Mean | Tensor]
 
 
 def mean_where(values: Tensor, selected: Tensor) -> Mean:
-    """Mean of `values` where `selected` (bool), both [N]."""
+    """Return the mean of `values` where `selected` (bool), both [N]."""
     total = torch.where(selected, values.detach(), 0).sum(dtype=torch.float64)
     return Mean(total, selected.count_nonzero().double())
 
 
 def fraction(condition: Tensor, selected: Tensor) -> Mean:
-    """Share of `selected` [N] bool where `condition` [N] bool holds too."""
+    """Return the share of `selected` [N] bool where `condition` [N] bool also holds."""
     return Mean((condition & selected).count_nonzero().double(), selected.count_nonzero().double())
 
 
 def min_where(values: Tensor, selected: Tensor) -> Tensor:
-    """Smallest of `values` [N] where `selected`; +inf where nothing is."""
+    """Return the smallest of `values` [N] where `selected`; +inf if none is."""
     if values.numel() == 0:
         return values.new_full((), torch.inf, dtype=torch.float64)
     return torch.where(selected, values.detach(), torch.inf).amin().double()
 
 
 def max_where(values: Tensor, selected: Tensor) -> Tensor:
-    """Largest of `values` [N] where `selected`; -inf where nothing is."""
+    """Return the largest of `values` [N] where `selected`; -inf if none is."""
     return -min_where(-values, selected)
 
 
 def log_ratio_histogram(log_ratio: Tensor, selected: Tensor) -> Tensor:
-    """Counts [BINS] int64 of `log_ratio` [N] (nats) where `selected`; a NaN is not counted."""
+    """Return counts [BINS] int64 of `log_ratio` [N] (nats) where `selected`; NaN is not counted."""
     counted = selected & ~log_ratio.isnan()
     nats = torch.where(counted, log_ratio.detach(), 0.0).clamp(-LOG_RATIO_RANGE, LOG_RATIO_RANGE)
     bins = ((nats + LOG_RATIO_RANGE) * BINS_PER_NAT).round().long()
@@ -66,7 +66,7 @@ def log_ratio_histogram(log_ratio: Tensor, selected: Tensor) -> Tensor:
 
 
 def merge(a: Mapping[str, Mean | Tensor], b: Mapping[str, Mean | Tensor]) -> Metrics:
-    """Metrics of two disjoint sets of tokens together; a name that only one side has is kept as it is."""
+    """Merge metrics of two disjoint sets of tokens; names on only one side are kept unchanged."""
     merged: Metrics = {**a, **b}
     for name in a.keys() & b.keys():
         merged[name] = _merge_values(name, a[name], b[name])
@@ -82,15 +82,15 @@ def _merge_values(name: str, a: Mean | Tensor, b: Mean | Tensor) -> Mean | Tenso
         return torch.minimum(a, b)
     if name.endswith("_max"):
         return torch.maximum(a, b)
-    assert name.endswith("_histogram"), f"metric {name!r} is no Mean and its name tells no way to merge it"
+    assert name.endswith("_histogram"), f"metric {name!r} is not a Mean, and its name has no known suffix"
     return a + b
 
 
 def all_reduce(metrics: Mapping[str, Mean | Tensor], group: dist.ProcessGroup | None = None) -> Metrics:
-    """Merge the metrics of every rank of `group` (None: the default group); all ranks get the result.
+    """Merge the metrics of all ranks of `group` (None: the default group); all ranks get the result.
 
-    Two collectives, whatever the number of metrics: a sum in float64 (counts stay exact up to 2^53) and a minimum.
-    Every rank must hold the same names.
+    Two collectives for any number of metrics: a sum in float64 (counts are exact up to 2^53) and a minimum. All ranks
+    must have the same names.
     """
     if not metrics:
         return {}
@@ -101,14 +101,14 @@ def all_reduce(metrics: Mapping[str, Mean | Tensor], group: dist.ProcessGroup | 
 
 
 def finalize(metrics: Mapping[str, Mean | Tensor]) -> dict[str, float]:
-    """Numbers to log: means, extrema and, for `NAME_histogram`, the `QUANTILES` of the ratio as `NAME_p75`, ...
+    """Return numbers to log: means, extrema and, for `NAME_histogram`, `QUANTILES` of the ratio as `NAME_p75`, ...
 
-    What has no data is 0.0. The only function here that waits for the device, once.
+    Metrics without data are 0.0. The only function here that synchronizes with the device, once.
     """
     if not metrics:
         return {}
     sums, minima = _pack(metrics)
-    host = torch.cat([sums, minima]).cpu()  # one transfer for everything
+    host = torch.cat([sums, minima]).cpu()  # a single transfer
     values: dict[str, float] = {}
     for name, value in _unpack(metrics, host[: sums.numel()], host[sums.numel() :]).items():
         if isinstance(value, Mean):
@@ -122,8 +122,8 @@ def finalize(metrics: Mapping[str, Mean | Tensor]) -> dict[str, float]:
 
 
 def _ratio_quantiles(prefix: str, histogram: Tensor) -> dict[str, float]:
-    """Quantiles of exp(d), linear between the two neighbouring order statistics as torch.quantile has them."""
-    below = histogram.cumsum(0)  # [BINS] values up to and including each bin
+    """Return quantiles of exp(d), interpolated linearly between order statistics like torch.quantile."""
+    below = histogram.cumsum(0)  # [BINS] cumulative counts
     total = int(below[-1])
     if total == 0:
         return {f"{prefix}_{name}": 0.0 for name in QUANTILES}
@@ -141,7 +141,7 @@ def _ratio_quantiles(prefix: str, histogram: Tensor) -> dict[str, float]:
 
 
 def _pack(metrics: Mapping[str, Mean | Tensor]) -> tuple[Tensor, Tensor]:
-    """Everything that adds up, and every minimum and negated maximum: two 1-D float64 tensors, in sorted name order."""
+    """Pack sums, and minima and negated maxima, into two 1-D float64 tensors, in sorted name order."""
     sums: list[Tensor] = []
     minima: list[Tensor] = []
     for name, value in sorted(metrics.items()):
@@ -157,7 +157,7 @@ def _pack(metrics: Mapping[str, Mean | Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(metrics: Mapping[str, Mean | Tensor], sums: Tensor, minima: Tensor) -> Metrics:
-    """The inverse of `_pack`; `metrics` gives names, kinds and sizes."""
+    """Invert `_pack`; `metrics` provides names, kinds and sizes."""
     unpacked: Metrics = {}
     at = extremum = 0
     for name, value in sorted(metrics.items()):

@@ -1,16 +1,16 @@
-"""Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13): what a response loses for its length. B: responses."""
+"""Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13). B: responses."""
 
 import torch
 from torch import Tensor
 
 
 def overlong_penalty(lengths: Tensor, max_response_tokens: int, buffer_tokens: int, factor: float = 1.0) -> Tensor:
-    """min(-(length - L_exp) / L_buf * factor, 0), L_exp = max_response_tokens - L_buf, L_buf = buffer_tokens.
+    """Return min(-(length - L_exp) / L_buf * factor, 0), L_exp = max_response_tokens - L_buf, L_buf = buffer_tokens.
 
     Args:
         lengths: [B] response lengths, tokens.
-        max_response_tokens: where the penalty reaches -factor.
-        buffer_tokens: tokens before that over which it grows; 0: no penalty.
+        max_response_tokens: length at which the penalty reaches -factor.
+        buffer_tokens: tokens before that over which it increases; 0: no penalty.
         factor: largest penalty, in units of reward.
 
     Returns:
@@ -25,7 +25,7 @@ def overlong_penalty(lengths: Tensor, max_response_tokens: int, buffer_tokens: i
             f"the maximum response length; shorten the buffer"
         )
     if not factor >= 0:
-        raise ValueError(f"overlong penalty factor = {factor} must not be negative")
+        raise ValueError(f"overlong penalty factor = {factor} must be non-negative")
     if buffer_tokens == 0:
         return torch.zeros(lengths.shape, dtype=torch.float32, device=lengths.device)
     excess = lengths.double() - (max_response_tokens - buffer_tokens)

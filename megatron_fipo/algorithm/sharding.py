@@ -1,12 +1,12 @@
-"""Losses of sequences that are split over the ranks of a process group: what the ranks tell each other.
+"""Losses of sequences that are split over the ranks of a process group: exchange_segments between ranks.
 
-Chunk k of a sequence needs S_t of the first token behind it, its carry. With a carry of 0 it would have
-S_first[k]; since the scan is linear,
+Chunk k of a sequence needs S_t of the first token after it, its carry. With a carry of 0 it would have S_first[k];
+since the scan is linear,
 
     carry[k] = S_first[k+1] + gamma^length[k+1] * carry[k+1],    carry[last] = 0
 
-so one exchange of (S_first, length, dual-clipped tokens, loss tokens), 32 bytes a chunk, makes every chunk exact for
-any half-life. The last two decide the veto and the length of the whole sequence.
+so one exchange_segments of (S_first, length, dual-clipped tokens, loss tokens), 32 bytes per chunk, makes every chunk
+exact for any half-life. The last two determine the veto and the length of the whole sequence.
 
 Letters: S sequences, C ranks, K chunks of each sequence on a rank (1, zig-zag 2), N packed tokens of this rank.
 """
@@ -23,19 +23,19 @@ from torch import Tensor
 from megatron_fipo.algorithm.loss_config import FIPOLossConfig
 
 # contiguous: rank r holds chunk r of every sequence.
-# zigzag: Megatron's context-parallel split: rank r of C holds chunks r and 2C-1-r, one behind the other.
+# zigzag: Megatron's context-parallel split: rank r of C holds chunks r and 2C-1-r consecutively.
 Layout = Literal["contiguous", "zigzag"]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What each of this rank's [S*K] segments has to know of its whole sequence.
+    """Information about whole sequences for each of this rank's [S*K] segments.
 
     Attributes:
-        carry_in: float64, S_t of the token behind the segment's last one.
+        carry_in: float64, S_t of the token after the segment's last one.
         vetoed: bool, the sequence is removed from the loss.
-        sequence_tokens: int64, its loss tokens.
-        counts_sequence: bool, this segment counts the sequence: one of all its chunks does.
+        sequence_tokens: int64, loss tokens of the sequence.
+        counts_sequence: bool, this segment counts the sequence: exactly one of its chunks does.
     """
 
     carry_in: Tensor
@@ -44,7 +44,7 @@ class Shard:
     counts_sequence: Tensor
 
 
-def exchange(
+def exchange_segments(
     first: Tensor,
     dual_clipped: Tensor,
     loss_tokens: Tensor,
@@ -53,10 +53,10 @@ def exchange(
     group: dist.ProcessGroup,
     layout: Layout,
 ) -> Shard:
-    """Tell the others of `group` about this rank's segments. One all-gather of [4, S*K] float64; no host sync.
+    """Exchange segment statistics over `group`. One all-gather of [4, S*K] float64; no host sync.
 
     Args:
-        first: [S*K] S_t of each segment's first token, without carry; 0 where it is empty.
+        first: [S*K] S_t of each segment's first token, without carry; 0 for empty segments.
         dual_clipped, loss_tokens: [S*K] counts of the segment's tokens.
         cu_seqlens: [S*K+1] offsets of the segments, sequence by sequence.
 
@@ -64,9 +64,9 @@ def exchange(
         ValueError: an unknown layout, or zigzag with an odd number of segments.
     """
     per_rank = _chunks_per_rank(layout, first.numel())
-    mine = torch.stack([x.double() for x in (first, cu_seqlens.diff(), dual_clipped, loss_tokens)])  # [4, S*K]
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
+    local = torch.stack([x.double() for x in (first, cu_seqlens.diff(), dual_clipped, loss_tokens)])  # [4, S*K]
+    everyone = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(everyone, local, group=group)
     chunks = _in_order(everyone, per_rank)  # a [4, S] for each chunk of a sequence, first to last
     carries = _carries(chunks, config.half_life)
     rank, size = group.rank(), group.size()
@@ -89,19 +89,19 @@ def _chunks_per_rank(layout: str, segments: int) -> int:
         raise ValueError(f"layout {layout!r} must be 'contiguous' or 'zigzag'")
     per_rank = 2 if layout == "zigzag" else 1
     if segments % per_rank:
-        raise ValueError(f"zigzag needs two segments a sequence, but cu_seqlens has {segments}")
+        raise ValueError(f"zigzag needs two segments per sequence, but cu_seqlens has {segments} segments")
     return per_rank
 
 
 def _in_order(everyone: list[Tensor], per_rank: int) -> list[Tensor]:
-    """Chunk records in sequence order, each [4, S], from the ranks' [4, S*K]."""
+    """Return chunk records in sequence order, each [4, S], from the ranks' [4, S*K]."""
     if per_rank == 1:
         return everyone
     return [record[:, 0::2] for record in everyone] + [record[:, 1::2] for record in reversed(everyone)]
 
 
 def _carries(chunks: list[Tensor], half_life: float) -> list[Tensor]:
-    """[S] float64 for each chunk: S_t of the token behind it."""
+    """Return [S] float64 for each chunk: S_t of the token after it."""
     carries = [torch.zeros_like(chunks[0][0])]
     for chunk in reversed(chunks[1:]):
         decay = torch.exp2(-chunk[1] / half_life)

@@ -1,10 +1,10 @@
-"""The whole configuration of a run: frozen dataclasses, filled from YAML and `key=value` overrides, validated once.
+"""Configuration of a run: frozen dataclasses, filled from YAML and `key=value` overrides, validated once.
 
-`load_config` raises ValueError for anything a user can get wrong without a model at hand; checks that need the model's
-own config are in `model/`.
+`load_config` raises ValueError for every error that can be detected without the model; checks that need the model's
+config are in `model/`.
 """
 
-from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts what configs can read of it)
+from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts which variables configs can read)
 from megatron_fipo.config.load import load_config, to_yaml, with_seed
 from megatron_fipo.config.problems import validate
 from megatron_fipo.config.sections import (

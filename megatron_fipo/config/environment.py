@@ -1,8 +1,7 @@
-"""Environment variables in configs: a config is kept, shown in reports and sent to trackers, so no secret may be in it.
+"""Environment variables in configs, which are stored, reported and sent to trackers, so must not contain secrets.
 
-`${oc.env:NAME}` and `${oc.env:NAME,default}` give the variables that say who and where a run is. OmegaConf's own
-resolver of that name gives all of them, to any YAML file; this one takes its place when `megatron_fipo.config` is
-imported.
+`${oc.env:NAME}` and `${oc.env:NAME,default}` read only variables that identify a run. OmegaConf's own resolver of that
+name gives access to all of them; this one replaces it when `megatron_fipo.config` is imported.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _NONE = object()
 
 
 def variable(name: str, default: Any = _NONE) -> str | None:
-    """Return an allowed environment variable, or the default where it is not set.
+    """Return an allowed environment variable, or the default if it is not set.
 
     Raises:
-        ValueError: it is not allowed, or not set and there is no default.
+        ValueError: not allowed, or not set without a default.
     """
     if name not in ALLOWED:
         raise ValueError(

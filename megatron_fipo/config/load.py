@@ -1,4 +1,4 @@
-"""A config from YAML and `key=value` overrides, and back."""
+"""Loading of configs from YAML and `key=value` overrides, and saving."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides and validate the result.
 
     Raises:
-        ValueError: unreadable file, unknown key (the nearest known one is named), wrong type or illegal value.
+        ValueError: unreadable file, unknown key (the message suggests the nearest known one), wrong type or illegal
+            value.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key = error.full_key or _refused_key(given)
         reason = str(error.msg or error).splitlines()[0].replace("'$VALUE' of type '$VALUE_TYPE' ", "")
         raise ValueError(f"{key}: {reason}") from None
-    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+    except Exception as error:  # YAML's errors share no public base class with OmegaConf's
         raise ValueError(f"cannot read {path}: {error}") from None
     assert isinstance(config, Config)
     _refuse_nested(config)
@@ -46,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _refuse_nested(config: Config) -> None:
-    """Refuse a mapping or a list inside a list, which OmegaConf takes for any element of a typed tuple."""
+    """Reject a mapping or list inside a list, which OmegaConf accepts as an element of a typed tuple."""
     for section in fields(config):
         for name, value in vars(getattr(config, section.name)).items():
             for element in value if isinstance(value, tuple) else ():
@@ -55,14 +56,14 @@ def _refuse_nested(config: Config) -> None:
 
 
 def _name_switches(given: Any) -> None:
-    """Undo YAML 1.1, which reads a bare `on` and `off` as true and false, also on the command line."""
+    """Undo YAML 1.1's conversion of bare `on` and `off` to booleans, also on the command line."""
     value = OmegaConf.select(given, "model.transformer_engine")
     if isinstance(value, bool):
         OmegaConf.update(given, "model.transformer_engine", "on" if value else "off")
 
 
 def with_seed(config: Config, seed: int | None) -> Config:
-    """Return one of several repeats of a run, in a directory of its own; None: the config as it is."""
+    """Return the config of one of several repeats, with its own directory; None: the unchanged config."""
     if seed is None:
         return config
     ending, directory = f"-seed{seed}", config.run.directory and config.run.directory.rstrip("/")
@@ -76,7 +77,7 @@ def _typed(given: Any) -> Any:
 
 
 def _refused_key(given: Any) -> str:
-    """The key of a value that OmegaConf refuses without naming it, as it does inside tuples."""
+    """Return the key of a value that OmegaConf rejects without naming it, as inside tuples."""
     sections: Any = OmegaConf.to_container(given)
     for section, values in sections.items():
         if not isinstance(values, dict):
@@ -90,7 +91,7 @@ def _refused_key(given: Any) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, loadable by `load_config`."""
+    """Return the resolved configuration as YAML for `load_config`."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -98,7 +99,7 @@ def _unknown_key(key: str) -> str:
     known, sections = _known_keys(Config()), [f.name for f in fields(Config)]
     names = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
     name = key.rsplit(".", 1)[-1]
-    if name in names:  # the right name in the wrong section
+    if name in names:  # correct name in the wrong section
         nearest = [names[name]]
     else:
         nearest = difflib.get_close_matches(key, known if "." in key else sections, n=1, cutoff=0.5) or [

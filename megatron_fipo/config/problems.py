@@ -1,4 +1,4 @@
-"""What a user can get wrong in a config, told with the arithmetic, without a model at hand."""
+"""Validation of a config without the model; messages show the arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fipo.config.sections import Config, DataConfig, ParallelConfig, RolloutConfig
 
-# None stands for a default
+# None selects a default
 _POSITIVE = (
     "rollout.temperature",
     "rollout.prompts_per_step",
@@ -43,7 +43,7 @@ _POSITIVE = (
     "reward.batch_seconds",
     "checkpoint.keep_last",
 )
-# Zero is legal
+# Zero is allowed
 _NOT_NEGATIVE = (
     "rollout.top_k",
     "rollout.verify_weights",
@@ -64,7 +64,7 @@ _NOT_NEGATIVE = (
 
 
 def validate(config: Config) -> None:
-    """Raise one ValueError that lists everything illegal in `config`, with the arithmetic."""
+    """Raise one ValueError that lists all problems of `config`, with the arithmetic."""
     problems = [
         *_required(config),
         *_benchmarks(config.data),
@@ -88,7 +88,7 @@ def _required(config: Config) -> list[str]:
 
 
 def _benchmarks(d: DataConfig) -> list[str]:
-    """What is wrong with the names and files of data.validation; names become keys of metrics."""
+    """Return problems with names and files of data.validation; names become keys of metrics."""
     given = d.validation
     if given is None:
         return []
@@ -109,7 +109,7 @@ def _benchmarks(d: DataConfig) -> list[str]:
 
 
 def layout_problems(p: ParallelConfig) -> list[str]:
-    """Return what is wrong with a layout whatever the model; [] if nothing."""
+    """Return problems of a layout that do not depend on the model; [] if none."""
     sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "virtual_pipeline": p.virtual_pipeline}
     sizes["expert"] = p.expert
     problems = [
@@ -173,7 +173,7 @@ def _batch_sizes(c: Config) -> list[str]:
 
 
 def _servers(c: Config) -> list[str]:
-    """What does not fit together about the vllm engine."""
+    """Return inconsistent settings of the vllm engine."""
     r = c.rollout
     problems = []
     if not 0 < r.gpu_memory_utilization <= 1:
@@ -208,7 +208,7 @@ def _servers(c: Config) -> list[str]:
 
 
 def _verification(c: Config) -> list[str]:
-    """Return what is wrong with the time for a batch's verification, while the other ranks wait in a collective."""
+    """Return problems with the time limit of a batch's verification, while other ranks wait in a collective."""
     seconds, limit = c.reward.batch_seconds + c.reward.timeout_seconds, 60 * c.parallel.timeout_minutes
     if c.reward.function != "math" or seconds < limit:
         return []
@@ -219,7 +219,7 @@ def _verification(c: Config) -> list[str]:
 
 
 def _staleness(r: RolloutConfig) -> list[str]:
-    """What does not fit together about batches that are drawn ahead."""
+    """Return inconsistent settings of batches that are generated ahead."""
     problems = []
     if r.max_staleness < 0:
         problems.append(f"rollout.max_staleness = {r.max_staleness} must not be negative")
@@ -251,8 +251,8 @@ def _staleness(r: RolloutConfig) -> list[str]:
 
 
 def _ranges(c: Config) -> list[str]:
-    """Bounds of single values; the loss's own are checked by `algorithm.FIPOLossConfig`."""
-    # `not v > 0` is true of NaN as well.
+    """Return values out of bounds; the loss's own are checked by `algorithm.FIPOLossConfig`."""
+    # `not v > 0` also catches NaN.
     positive, not_negative = ([(name, attrgetter(name)(c)) for name in names] for names in (_POSITIVE, _NOT_NEGATIVE))
     problems = [f"{name} = {v} must be positive" for name, v in positive if v is not None and not v > 0]
     problems += [f"{name} = {v} must not be negative" for name, v in not_negative if not v >= 0]

@@ -1,4 +1,4 @@
-"""The small files beside a checkpoint's weights, written so that readers of several generations find the same."""
+"""Companion files of a checkpoint: config, generation config, tokenizer, chat template, in portable form."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what belongs to a checkpoint beside its weights: config, generation config, tokenizer, chat template.
+    """Copy a checkpoint's files other than weights: config, generation config, tokenizer, chat template.
 
-    `dtype` replaces the type that the config names.
+    `dtype` replaces the dtype in the config.
 
     Raises:
-        ValueError: config or generation config is broken.
+        ValueError: config or generation config is invalid.
     """
     _copy(source, target)
     _write(target / _CONFIG, readable_config(read_json(source / _CONFIG), dtype))
@@ -41,12 +41,12 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
 def export_companions(
     source: Path, target: Path, stops: tuple[int, ...], config: Mapping[str, Any], dtype: torch.dtype | None
 ) -> None:
-    """Write them for those who generate with an exported checkpoint.
+    """Write the companion files of an exported checkpoint.
 
     Args:
-        stops: tokens that end a response; the generation config names all of them.
-        config: of the exported model.
-        dtype: of the weights; None: as the config says.
+        stops: tokens that end a response, for the generation config.
+        config: config of the exported model.
+        dtype: of the weights; None: as in the config.
     """
     _copy(source, target)
     _write(target / _CONFIG, readable_config(config, dtype))
@@ -59,21 +59,21 @@ def export_companions(
 
 
 def stop_tokens_of(directory: Path, overrides: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Return the tokens that end a response, by the files in the directory.
+    """Return the tokens that end a response, from the files in the directory.
 
     Raises:
-        ValueError: one of them is broken.
+        ValueError: a file is invalid.
     """
     return declared_stop_tokens(directory, load_tokenizer(directory), overrides)
 
 
 def readable_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return a config.json that transformers 4 and 5 and vLLM read alike.
+    """Return a config.json that transformers 4, transformers 5 and vLLM read identically.
 
-    What they spell in two ways is there in both: rotary embeddings, the weights' type, the number of experts.
+    Fields with two spellings are written in both: rotary embeddings, dtype, number of experts.
 
     Raises:
-        ValueError: the two contradict each other.
+        ValueError: two spellings contradict each other.
     """
     written = in_both_spellings(config)
     named = dtype if dtype is not None else _agreed(config, "dtype", "torch_dtype")
@@ -85,7 +85,7 @@ def readable_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dic
 
 
 def _agreed(config: Mapping[str, Any], *names: str) -> Any:
-    """Return the value that fields of these names have; None: none of them is there."""
+    """Return the value of fields with these names; None if none is present."""
     values = {name: config[name] for name in names if config.get(name) is not None}
     if len(set(values.values())) > 1:
         raise ValueError(f"config.json has {' and '.join(f'{n} {v}' for n, v in values.items())}: keep one")
@@ -93,9 +93,9 @@ def _agreed(config: Mapping[str, Any], *names: str) -> Any:
 
 
 def exported_config(config: PretrainedConfig, source: Path) -> dict[str, Any]:
-    """Return what a loaded config, with its overrides, writes into config.json.
+    """Return the config.json of a loaded config with its overrides.
 
-    A class has defaults for its tokens. Where the source names none, its export does not either.
+    Token ids that are class defaults are exported only if the source has them.
     """
     written = config.to_diff_dict()
     given, defaults = read_json(source / _CONFIG), type(config)()
@@ -113,17 +113,17 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _check_link(file: Path) -> None:
-    """Check that a checkpoint's link leads to a file of that checkpoint: who made it may have wished for another one.
+    """Check that a link stays inside the checkpoint, since a crafted one could expose other files.
 
-    Hugging Face's cache has `snapshots/REVISION/NAME` lead to `blobs/HASH` of the same model.
+    In Hugging Face's cache, `snapshots/REVISION/NAME` links to `blobs/HASH` of the same model.
 
     Raises:
-        ValueError: it leads elsewhere.
+        ValueError: it points outside of the checkpoint.
     """
     directory, found = file.parent.resolve(), file.resolve()
     cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
     if found.parent not in (directory, cache):
-        raise ValueError(f"{file} is a link to {found}, outside of the checkpoint: replace it by the file itself")
+        raise ValueError(f"{file} links to {found}, outside of the checkpoint: replace the link with the file")
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whole checkpoints from one format to the other: one process, no GPU, one parameter in memory at a time."""
+"""Conversion of checkpoints between formats: one process, no GPU, one parameter in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from megatron_fipo.convert.distributed import (
 )
 from megatron_fipo.convert.export import FILE_BYTES
 from megatron_fipo.convert.huggingface import CheckpointWriter
+from megatron_fipo.convert.staging import StagingDirectory
 from megatron_fipo.convert.stored import StoredCheckpoint, block_of, stored_tensors
 from megatron_fipo.convert.tables import Parameter
-from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config, read_json
 
-DISTRIBUTED_FILE_BYTES = 512 << 20  # what is flushed at once, and what --resume may have to repeat
-Progress = Callable[[int, int], None]  # (bytes of weights just done, bytes in all)
+DISTRIBUTED_FILE_BYTES = 512 << 20  # bytes per flush, and at most repeated by --resume
+Progress = Callable[[int, int], None]  # (bytes just converted, total bytes)
 
 
 @dataclass
 class Converted:
-    """What a conversion did: bytes of weights, and the names of parameters in which there are NaNs."""
+    """Result of a conversion: bytes of weights, and names of parameters that contain NaNs."""
 
     num_bytes: int = 0
     with_nan: list[str] = field(default_factory=list)
 
 
 def no_progress(num_bytes: int, total: int) -> None:
-    pass
+    """Ignore progress."""
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """The architecture that a checkpoint's config.json describes.
+    """Return the architecture that a checkpoint's config.json describes.
 
     Raises:
-        ValueError: there is none, or it is not supported.
+        ValueError: the file is missing or the architecture is not supported.
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json")
@@ -58,6 +58,7 @@ def read_architecture(directory: Path) -> Architecture:
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the size of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -71,12 +72,12 @@ def to_megatron(
     """Write a Hugging Face checkpoint as a Megatron distributed checkpoint that any layout can load.
 
     Args:
-        dtype: of all weights; None: as they are.
-        resume: go on where an interrupted conversion of the same files stopped.
-        progress: told of the bytes that are done.
+        dtype: of all weights; None: unchanged.
+        resume: continue an interrupted conversion of the same files.
+        progress: called with the bytes converted.
 
     Raises:
-        ValueError: the source is not supported or damaged, `out` is there already, or the disk is full.
+        ValueError: the source is not supported or damaged, `out` already exists, or the disk is full.
     """
     arch = read_architecture(source)
     checkpoint = StoredCheckpoint(source, arch)
@@ -103,9 +104,9 @@ def to_megatron(
 
 
 class _Flusher:
-    """Brings each file to disk while the next one is read and written, then records it as whole."""
+    """Flush each file while the next one is converted, then record it as complete."""
 
-    def __init__(self, work: Unfinished) -> None:
+    def __init__(self, work: StagingDirectory) -> None:
         self._work = work
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: tuple[str, Any, Future[None]] | None = None
@@ -129,15 +130,15 @@ class _Flusher:
 
 
 def _dtypes(checkpoint: StoredCheckpoint, arch: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The type of each Megatron tensor, which holds a parameter of all layers."""
+    """Return the dtype of each Megatron tensor, which holds a parameter of all layers."""
     dtypes: dict[str, torch.dtype] = {}
     for parameter in tables.parameters(arch):
         for name in parameter.huggingface:
             found = dtype or checkpoint.dtypes[name]
             if dtypes.setdefault(parameter.checkpoint, found) != found:
                 raise ValueError(
-                    f"{name} is {found}, but other tensors of {parameter.checkpoint} are "
-                    f"{dtypes[parameter.checkpoint]}: choose one type with --dtype"
+                    f"{name} has dtype {found}, but other tensors of {parameter.checkpoint} are "
+                    f"{dtypes[parameter.checkpoint]}: choose a common one with --dtype"
                 )
     return dtypes
 
@@ -150,7 +151,7 @@ def _read(
     with_nan: list[str],
     done: Callable[[int], None],
 ) -> Iterator[torch.Tensor]:
-    """The parameters as chunks, each read when it is asked for."""
+    """Yield the parameters as chunks, read lazily."""
     for parameter in parameters:
         sources = [checkpoint.source(name) for name in parameter.huggingface]
         whole = parameter.transform.whole(sources, arch).to(dtypes[parameter.checkpoint])
@@ -162,7 +163,7 @@ def _read(
 
 
 def has_nan(tensor: torch.Tensor) -> bool:
-    """The maximum of numbers that include a NaN is NaN; at several GB/s, where `isnan` is slow and needs memory."""
+    """Return whether a tensor has NaNs; `max` propagates them fast, while `isnan` is slow and needs memory."""
     return bool(tensor.max().isnan())
 
 
@@ -174,16 +175,16 @@ def to_huggingface(
     config: Path | None = None,
     progress: Progress = no_progress,
 ) -> Converted:
-    """Write the model of a converted or a training checkpoint as a Hugging Face checkpoint.
+    """Write the model of a converted or training checkpoint as a Hugging Face checkpoint.
 
     Args:
-        dtype: of all weights; None: as they are stored.
-        resume: go on where an interrupted conversion of the same files stopped.
+        dtype: of all weights; None: unchanged.
+        resume: continue an interrupted conversion of the same files.
         config: directory of config.json and tokenizer; None: the checkpoint's own.
-        progress: told of the bytes that are done.
+        progress: called with the bytes converted.
 
     Raises:
-        ValueError: the source is damaged or does not fit its config, `out` is there already, or the disk is full.
+        ValueError: the source is damaged or does not fit its config, `out` already exists, or the disk is full.
     """
     config = config or source
     arch, checkpoint = read_architecture(config), DistributedCheckpoint(source)
@@ -221,7 +222,7 @@ def _export(
     writer: CheckpointWriter,
     with_nan: list[str],
 ) -> None:
-    """Write those of the parameter's tensors that no earlier process wrote."""
+    """Write the parameter's tensors, except those written before the interruption."""
     wanted = [name for name in parameter.huggingface if writer.wants(renamed.get(name, name))]
     if not wanted:
         return
@@ -234,25 +235,29 @@ def _export(
 
 
 @contextmanager
-def _work(out: Path, source: Path, dtype: torch.dtype | None, resume: bool, size: int) -> Iterator[Unfinished]:
-    """The directory to fill. What an error leaves there can be resumed, and has not the name of a checkpoint."""
+def _work(out: Path, source: Path, dtype: torch.dtype | None, resume: bool, size: int) -> Iterator[StagingDirectory]:
+    """Yield the staging directory. After an error it is kept for --resume, under a hidden name."""
     if out.exists():
-        raise ValueError(f"{out} is there already: remove it, or choose another --out")
+        raise ValueError(f"{out} already exists: remove it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Unfinished(out, _job(source, dtype), resume)
+    work = StagingDirectory(out, _job(source, dtype), resume)
     try:
         done = sum(f.stat().st_size for f in work.path.iterdir())
         if (free := shutil.disk_usage(out.parent).free) < size - done:
-            raise ValueError(f"{out} needs {(size - done) / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are free")
+            raise ValueError(
+                f"{out} needs {(size - done) / 1e9:.1f} GB more disk space, but only {free / 1e9:.1f} GB are free"
+            )
         yield work
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(f"no space left for {out}: free some and go on with --resume, or remove {work.path}") from None
+        raise ValueError(
+            f"no space left for {out}: free space and continue with --resume, or remove {work.path}"
+        ) from None
 
 
 def _job(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What must be the same for --resume to go on: the files, as their sizes and times tell, and the type."""
+    """Return what must not change for --resume: the source files' sizes and times, and the dtype."""
     names = [f for f in sorted(source.iterdir()) if f.suffix in (".safetensors", ".distcp", ".json")]
     files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in names}
     return {"source": str(source.resolve()), "dtype": str(dtype), "source_files": files}
@@ -264,6 +269,6 @@ def _manifest(source: Path, arch: Architecture, dtype: torch.dtype | None, done:
         "model_type": arch.model_type,
         "dtype": str(dtype or "as stored").removeprefix("torch."),
         "vocab_size": arch.vocab_size,
-        "vocab_padding": 0,  # each layout pads what it loads
+        "vocab_padding": 0,  # each layout pads when it loads
         "tensors_with_nan": done.with_nan,
     }

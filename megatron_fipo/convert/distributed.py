@@ -1,7 +1,7 @@
-"""Megatron distributed checkpoints (torch_dist), one tensor at a time and without process groups.
+"""Megatron distributed checkpoints (torch_dist), accessed tensor by tensor without process groups.
 
-Every layer, and every expert, is one chunk of its tensor, as large as in an unsharded model; whoever loads the
-checkpoint cuts the chunks to its layout. The vocabulary is stored without padding: Megatron pads what it reads.
+Every layer and every expert is one chunk of its tensor, with the size it has in an unsharded model; readers slice
+chunks to their layout. The vocabulary is stored without padding, which Megatron adds when reading.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.convert import tables
+from megatron_fipo.convert.staging import check_sizes
 from megatron_fipo.convert.tables import Parameter
-from megatron_fipo.convert.unfinished import check_sizes
 from megatron_fipo.convert.untrusted import DAMAGE, code_refused, read_metadata
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
@@ -45,11 +45,11 @@ from megatron_fipo.model.policy import PolicyModel
 _FORMAT = "metadata.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _STACKED_LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}
-Place = tuple[int, int]  # offset and length in a file
+Extent = tuple[int, int]  # offset and length in a file
 
 
 def plan_files(arch: Architecture, dtypes: Mapping[str, torch.dtype], file_bytes: int) -> dict[str, list[Parameter]]:
-    """Which parameters go into which file, each file of at most `file_bytes` or of one parameter."""
+    """Assign parameters to files, each of at most `file_bytes` or a single parameter."""
     files: list[list[Parameter]] = [[]]
     held = 0
     for parameter in tables.parameters(arch):
@@ -62,32 +62,35 @@ def plan_files(arch: Architecture, dtypes: Mapping[str, torch.dtype], file_bytes
     return {f"__0_{number}.distcp": parameters for number, parameters in enumerate(files)}
 
 
-def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> list[Place]:
-    """Write tensors one behind the other; each is asked for when its turn comes. `flush` brings them to disk."""
+def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> list[Extent]:
+    """Write tensors consecutively, reading each lazily; return their extents. `flush` syncs them to disk."""
     with open(path, "wb") as stream:
         return [_write(stream, exact_storage(tensor)) for tensor in tensors]
 
 
 def flush(path: Path) -> None:
+    """Sync a file to disk."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
-def _write(stream: Any, value: Any) -> Place:
+def _write(stream: Any, value: Any) -> Extent:
     start = stream.tell()
     torch.save(value, stream)
     return start, stream.tell() - start
 
 
 def exact_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in a storage of their own, without a copy: `torch.save` writes whole storages, and a tensor
-    that is mapped from a file sits in one of the file's size."""
+    """Return a tensor with storage of its own size, without a copy.
+
+    `torch.save` writes whole storages, and a tensor mapped from a file has the file's.
+    """
     raw = tensor.contiguous().flatten().view(torch.uint8)
     return torch.frombuffer(raw.numpy().data, dtype=tensor.dtype).view(tensor.shape)
 
 
 def stacked(tensor: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-    """The parameter as the chunk that it is in the checkpoint: with axes of length 1 for layer and expert."""
+    """Return the parameter as its chunk in the checkpoint: with axes of length 1 for layer and expert."""
     return tensor.view(*[1] * len(parameter.index), *parameter.shape)
 
 
@@ -96,13 +99,13 @@ def write_metadata(
     arch: Architecture,
     dtypes: Mapping[str, torch.dtype],
     files: Mapping[str, Sequence[Parameter]],
-    places: Mapping[str, Sequence[Place]],
+    extents: Mapping[str, Sequence[Extent]],
 ) -> None:
-    """Write what makes data files a checkpoint: where every chunk is, empty module states, format and version."""
+    """Write the files that complete a checkpoint: chunk metadata, empty module states, format and version."""
     tensors: dict[str, Any] = {}
     results = []
     for file, parameters in files.items():
-        for parameter, (offset, length) in zip(parameters, places[file], strict=True):
+        for parameter, (offset, length) in zip(parameters, extents[file], strict=True):
             chunk = _chunk(parameter)
             stored = tensors.setdefault(parameter.checkpoint, _tensor_metadata(parameter, dtypes))
             index = MetadataIndex(parameter.checkpoint, chunk.offsets, len(stored.chunks))
@@ -133,25 +136,25 @@ def _tensor_metadata(parameter: Parameter, dtypes: Mapping[str, torch.dtype]) ->
 
 
 def _module_states(arch: Architecture) -> Iterator[str]:
-    """Megatron asks for a state object of every linear layer, which holds nothing but for FP8."""
+    """Yield names of the state objects that Megatron expects for every linear layer; they are empty without FP8."""
     linears = {"self_attention.linear_qkv": False, "self_attention.linear_proj": False}
     mlp = "mlp.experts.experts" if arch.experts else "mlp"
     linears |= {f"{mlp}.linear_fc1": bool(arch.experts), f"{mlp}.linear_fc2": bool(arch.experts)}
     for name, per_expert in linears.items():
         axes = (arch.num_layers, arch.experts.count) if per_expert and arch.experts else (arch.num_layers,)
         for index in itertools.product(*map(range, axes)):
-            place, sizes = (".".join(map(str, numbers)) for numbers in (index, axes))
-            yield f"decoder.layers.{name}._extra_state/shard_{place}_{sizes}"
+            position, sizes = (".".join(map(str, numbers)) for numbers in (index, axes))
+            yield f"decoder.layers.{name}._extra_state/shard_{position}_{sizes}"
 
 
 class DistributedCheckpoint:
-    """The model's tensors in a converted or a training checkpoint; optimizer state is never read."""
+    """Model tensors of a converted or training checkpoint, without optimizer state."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read the metadata; no tensor is read.
+        """Read the metadata, but no tensors.
 
         Raises:
-            ValueError: not a torch_dist checkpoint, or files of it are missing or cut off.
+            ValueError: not a torch_dist checkpoint, or files are missing or truncated.
         """
         self.path = Path(path)
         try:
@@ -159,11 +162,13 @@ class DistributedCheckpoint:
             self._reader = FileSystemReader(self.path)
             metadata = read_metadata(self.path)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.path} is no finished Megatron checkpoint: {error.filename} is missing") from None
+            raise ValueError(
+                f"{self.path} is not a complete Megatron checkpoint: {error.filename} is missing"
+            ) from None
         except DAMAGE as error:
             raise ValueError(f"{self.path} is damaged: {error!r}") from None
         if backend != "torch_dist":
-            raise ValueError(f"{self.path} is a {backend} checkpoint; supported: torch_dist")
+            raise ValueError(f"{self.path} is a {backend} checkpoint, must be torch_dist")
         check_sizes(self.path)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
@@ -171,7 +176,7 @@ class DistributedCheckpoint:
             for name, stored in metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata) and name.startswith(_MODEL_KEYS)
         }
-        self._chunks = _by_place(self._stored)
+        self._chunks = _by_index(self._stored)
 
     def check(self, arch: Architecture) -> None:
         """Compare names and shapes with the architecture's; a vocabulary may be padded.
@@ -181,65 +186,65 @@ class DistributedCheckpoint:
         """
         known = set()
         for parameter in tables.parameters(arch):
-            name, index = self._place(parameter)
+            name, index = self._find(parameter)
             known.add(name)
             size = tuple(self._stored[name].size)[len(index) :]
             rows_fit = size[0] >= parameter.shape[0] if parameter.is_vocabulary else size[0] == parameter.shape[0]
             if not rows_fit or size[1:] != parameter.shape[1:]:
                 raise ValueError(
-                    f"{name} of {self.path} has the shape {size}, but the model's config asks for {parameter.shape}"
+                    f"{name} of {self.path} has shape {size}, but the model's config requires {parameter.shape}"
                 )
         if unexpected := sorted(self._stored.keys() - known):
             raise ValueError(f"{self.path} has unexpected parameters: {', '.join(unexpected[:5])}")
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
-        return self._stored[self._place(parameter)[0]].properties.dtype
+        return self._stored[self._find(parameter)[0]].properties.dtype
 
     def read(self, parameter: Parameter) -> torch.Tensor:
-        """The whole parameter, with whatever padding its vocabulary was stored with.
+        """Read the whole parameter, including the padding that its vocabulary was stored with.
 
         Raises:
             ValueError: parts of it are missing or unreadable.
         """
-        name, index = self._place(parameter)
+        name, index = self._find(parameter)
         stored = self._stored[name]
         size = stored.size[len(index) :]
         wanted = ChunkStorageMetadata(torch.Size([*index, *[0] * len(size)]), torch.Size([*[1] * len(index), *size]))
         held = TensorStorageMetadata(stored.properties, stored.size, self._chunks.get((name, index), []))
         items = create_read_items_for_chunk_list(name, held, [wanted])
         if sum(item.lengths.numel() for item in items) != size.numel():
-            raise ValueError(f"{self.path} holds only a part of {name}{list(index)}")
+            raise ValueError(f"{self.path} contains only a part of {name}{list(index)}")
         try:
             if len(items) == 1:
                 return self._read_chunk(items[0]).reshape(size)
             whole = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
             self._reader.read_data(LoadPlan(items), _Into(whole))
         except DAMAGE as error:
-            raise ValueError(f"{name}{list(index)} of {self.path} cannot be read: {error}") from None
+            raise ValueError(f"cannot read {name}{list(index)} of {self.path}: {error}") from None
         return whole.view(size)
 
     def _read_chunk(self, item: ReadItem) -> torch.Tensor:
-        """A parameter that is stored as one chunk, without the second copy that torch's reader puts it into."""
-        place = self._reader.storage_data[item.storage_index]
-        with open(self.path / place.relative_path, "rb") as stream:
-            chunk = torch.load(self._reader._slice_file(stream, place), map_location="cpu", weights_only=True)
+        """Read a parameter stored as one chunk, without the extra copy of torch's reader."""
+        info = self._reader.storage_data[item.storage_index]
+        with open(self.path / info.relative_path, "rb") as stream:
+            chunk = torch.load(self._reader._slice_file(stream, info), map_location="cpu", weights_only=True)
         if not isinstance(chunk, torch.Tensor):
-            raise TypeError(f"it holds a {type(chunk).__name__}")
+            raise TypeError(f"expected a tensor, got {type(chunk).__name__}")
         return narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
 
-    def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
-        """Name and leading index; some checkpoints number the layers in the names instead of stacking them."""
+    def _find(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
+        """Return name and leading index; some checkpoints number the layers in names instead of stacking them."""
         if parameter.checkpoint in self._stored:
             return parameter.checkpoint, parameter.index
         if parameter.index:
             name = parameter.checkpoint.replace("layers.", f"layers.{parameter.index[0]}.", 1)
             if name in self._stored:
                 return name, parameter.index[1:]
-        raise ValueError(f"{self.path} lacks the parameter {parameter.checkpoint}")
+        raise ValueError(f"{self.path} has no parameter {parameter.checkpoint}")
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Planner that reads into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -252,10 +257,10 @@ class _Into(DefaultLoadPlanner):
         pass
 
 
-def _by_place(
+def _by_index(
     tensors: Mapping[str, TensorStorageMetadata],
 ) -> dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]]:
-    """Chunks by name and leading index: going through all of a tensor's for each of its layers would be quadratic."""
+    """Index chunks by name and leading index; scanning all chunks for each layer would be quadratic."""
     chunks = defaultdict(list)
     for name, stored in tensors.items():
         for chunk in stored.chunks:
@@ -266,8 +271,7 @@ def _by_place(
 
 @torch.no_grad()
 def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
-    """Fill this rank's parameters from a Megatron checkpoint of any layout, optimizer state or not. Collective over
-    all ranks.
+    """Fill this rank's parameters from a Megatron checkpoint of any layout. Collective over all ranks.
 
     Raises:
         ValueError: a parameter is missing or of another shape.
@@ -278,14 +282,14 @@ def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
     loaded = load_sharded(state, path)
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)], strict=False)  # module states stay as they are
+        chunk.load_state_dict(loaded[str(number)], strict=False)  # module states are not loaded
 
 
 def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a Megatron checkpoint holds for a state of sharded tensors, and its unsharded rest. Collective.
+    """Load a state of sharded tensors, and the unsharded rest, from a Megatron checkpoint. Collective.
 
-    Sharded objects, such as a module's state for FP8, are left out: torch would unpickle them, whatever they are.
-    Tensors whose names start with one of `optional` may be missing.
+    Sharded objects, such as a module's FP8 state, are skipped, since torch would unpickle them. Tensors whose names
+    start with one of `optional` may be missing.
 
     Raises:
         ValueError: a tensor is missing or of another shape, or the metadata is damaged or could run code.
@@ -298,15 +302,15 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
     _agree(f"{path} lacks {', '.join(lacking[:5])}" if lacking else None)
     try:
         with code_refused(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, at names that Megatron-Core 0.16 uses
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, about names that Megatron-Core 0.16 uses
             return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-    except CheckpointException as error:  # what any rank raised while it planned or read
+    except CheckpointException as error:  # an error of any rank while planning or reading
         reason, _ = next(iter(error.failures.values()))
         raise ValueError(f"{path} does not fit the model: {reason}") from None
 
 
 def _agree(problem: str | None) -> None:
-    """Raise ValueError on all ranks if one has a problem, since the others would wait for it."""
+    """Raise ValueError on all ranks if one has a problem, so that no rank waits for another."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):

@@ -1,4 +1,4 @@
-"""Megatron shards -> Hugging Face tensors, one parameter at a time: for the rollout engine, and as a checkpoint."""
+"""Export of Megatron shards as Hugging Face tensors, parameter by parameter: for rollout engines and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_fipo.convert import tables
 from megatron_fipo.convert.companions import export_companions, exported_config, stop_tokens_of
 from megatron_fipo.convert.huggingface import CheckpointWriter
 from megatron_fipo.convert.load import named_parameters
+from megatron_fipo.convert.staging import StagingDirectory
 from megatron_fipo.convert.stored import block_of, stored_tensors
-from megatron_fipo.convert.unfinished import Unfinished
 from megatron_fipo.model.architecture import Architecture, architecture
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
@@ -25,8 +25,8 @@ FILE_BYTES = 5 << 30
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A parameter as the ranks of one pipeline stage hold it."""
+class _Metadata:
+    """Metadata of a parameter on the ranks of one pipeline stage."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,39 +40,39 @@ def export_weights(
     topology: Topology,
     value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every Hugging Face tensor, whole, on every rank; all ranks of a replica must consume it together.
+    """Yield every full Hugging Face tensor on every rank; all ranks of a replica must consume it together.
 
     Each parameter is broadcast over the expert-parallel group if it is an expert's, broadcast over the pipeline group,
     and all-gathered over the tensor-parallel group, so no rank ever holds more than one parameter beyond its own
-    shards. `value` picks what is exported of a parameter: itself, or another tensor of its shape, such as its gradient.
+    shards. `value` selects what to export of a parameter: itself, or a tensor of its shape, such as its gradient.
     """
     values = [value(p) for _, p in named_parameters(chunks)]
     exported: set[str] = set()
-    for stage, ranks in enumerate(_held_everywhere(chunks, values, arch, topology)):
+    for stage, ranks in enumerate(_gather_metadata(chunks, values, arch, topology)):
         for i, first in enumerate(ranks[0]):
             owners = range(len(ranks)) if tables.find(first.name, arch).is_expert else range(1)
             for expert_rank in owners:
-                held = ranks[expert_rank][i]
-                parameter = tables.find(held.name, arch)
+                meta = ranks[expert_rank][i]
+                parameter = tables.find(meta.name, arch)
                 if exported.issuperset(parameter.huggingface):
                     continue  # the last stage's copy of tied embeddings
                 exported.update(parameter.huggingface)
-                mine = values[i] if topology.pp.rank() == stage else None
-                shards = _gather(mine, held, stage, expert_rank if len(owners) > 1 else None, topology)
+                local = values[i] if topology.pp.rank() == stage else None
+                shards = _gather(local, meta, stage, expert_rank if len(owners) > 1 else None, topology)
                 yield from zip(parameter.huggingface, parameter.transform.merge(shards, arch), strict=True)
 
 
-def _held_everywhere(
+def _gather_metadata(
     chunks: Sequence[PolicyModel], values: Sequence[torch.Tensor], arch: Architecture, topology: Topology
-) -> list[list[list[_Held]]]:
-    """What is held by each pipeline stage, each expert-parallel rank of it. All-gather over ep, then over pp."""
-    mine = [
-        _Held(name, tuple(v.shape), v.dtype, _is_sharded(p) and not tables.find(name, arch).is_expert)
+) -> list[list[list[_Metadata]]]:
+    """Gather the metadata by pipeline stage and expert-parallel rank. All-gather over ep, then over pp."""
+    local = [
+        _Metadata(name, tuple(v.shape), v.dtype, _is_sharded(p) and not tables.find(name, arch).is_expert)
         for (name, p), v in zip(named_parameters(chunks), values, strict=True)
     ]
-    ranks: list[list[_Held]] = [[] for _ in range(topology.ep.size())]
-    dist.all_gather_object(ranks, mine, group=topology.ep)
-    stages: list[list[list[_Held]]] = [[] for _ in range(topology.pp.size())]
+    ranks: list[list[_Metadata]] = [[] for _ in range(topology.ep.size())]
+    dist.all_gather_object(ranks, local, group=topology.ep)
+    stages: list[list[list[_Metadata]]] = [[] for _ in range(topology.pp.size())]
     dist.all_gather_object(stages, ranks, group=topology.pp)
     return stages
 
@@ -82,18 +82,18 @@ def _is_sharded(parameter: torch.nn.Parameter) -> bool:
 
 
 def _gather(
-    mine: torch.Tensor | None, held: _Held, stage: int, expert_rank: int | None, topology: Topology
+    local: torch.Tensor | None, meta: _Metadata, stage: int, expert_rank: int | None, topology: Topology
 ) -> list[torch.Tensor]:
-    """The parameter's tensor-parallel shards, on every stage; an expert is whole and comes from `expert_rank`."""
-    if mine is None or (expert_rank is not None and expert_rank != topology.ep.rank()):
-        shard = torch.empty(held.shape, dtype=held.dtype, device=topology.device)
+    """Return the parameter's tensor-parallel shards on every stage; experts are whole, from `expert_rank`."""
+    if local is None or (expert_rank is not None and expert_rank != topology.ep.rank()):
+        shard = torch.empty(meta.shape, dtype=meta.dtype, device=topology.device)
     else:
-        shard = mine.contiguous()
-    if expert_rank is not None and mine is not None:
+        shard = local.contiguous()
+    if expert_rank is not None and local is not None:
         dist.broadcast(shard, dist.get_global_rank(topology.ep, expert_rank), group=topology.ep)
     if topology.pp.size() > 1:
         dist.broadcast(shard, dist.get_global_rank(topology.pp, stage), group=topology.pp)
-    if not held.sharded or topology.tp.size() == 1:
+    if not meta.sharded or topology.tp.size() == 1:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(topology.tp.size())]
     dist.all_gather(shards, shard, group=topology.tp)
@@ -103,18 +103,18 @@ def _gather(
 def save_checkpoint(
     weights: Iterator[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, source: str, out: Path, write: bool
 ) -> None:
-    """Write a Hugging Face checkpoint with config, generation config and tokenizer of `source`; `out` appears whole.
+    """Write a Hugging Face checkpoint with config, generation config and tokenizer of `source`, atomically.
 
-    Every rank calls it, since `weights` is a collective; only the one with `write` touches the disk.
+    All ranks must call it, since `weights` is a collective; only the one with `write` writes to disk.
 
     Raises:
-        ValueError: the weights are not exactly the tensors that a model of `hf_config` has.
+        ValueError: the weights do not match the tensors of a model of `hf_config`.
     """
     if not write:
         for _ in weights:
             pass
         return
-    unfinished = Unfinished(out, {"source": source})
+    unfinished = StagingDirectory(out, {"source": source})
     try:
         first = next(weights)
         arch = architecture(hf_config)

@@ -1,6 +1,6 @@
 """Weights of Hugging Face checkpoints on disk: safetensors files and their index.
 
-Reading and writing both go tensor by tensor, so that a checkpoint of any size passes through little memory.
+Reading and writing are done tensor by tensor, so that memory use does not depend on the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_fipo.convert.transforms import Source
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_READ_BYTES = 1 << 26  # asked for at once
+_READ_BYTES = 1 << 26  # bytes per read
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-Place = tuple[str, int, tuple[int, ...]]  # a part's tensor, the elements before it there, and its shape
+PartLocation = tuple[str, int, tuple[int, ...]]  # name of the containing tensor, element offset, shape of the part
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Checkpoint:
-    """The tensors of a directory of safetensors files, single or sharded with an index.
+    """Tensors of a directory of safetensors files, single or sharded with an index.
 
     Attributes:
         shapes: of every tensor, by name.
@@ -43,30 +43,30 @@ class Checkpoint:
         """Read the index and every file's header; no tensor is read.
 
         Raises:
-            ValueError: no weights, an index that is none or does not fit the files, a damaged file, or numbers that
-                are no floating-point ones.
+            ValueError: no weights, an index that is invalid or does not match the files, a damaged file, or tensors
+                that are not floating-point.
         """
         self.path = Path(path)
         index = self.path / INDEX
-        places = _read_index(index) if index.is_file() else None
+        files = _read_index(index) if index.is_file() else None
         self._files: dict[str, Path] = {}
-        self._starts: dict[str, int] = {}  # of each tensor's bytes in its file
+        self._starts: dict[str, int] = {}  # byte offset of each tensor in its file
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for name in sorted(set(places.values())) if places is not None else self._files_without_index():
+        for name in sorted(set(files.values())) if files is not None else self._files_without_index():
             if not (self.path / name).is_file():
-                raise ValueError(f"{index} names {name}, which is not there")
+                raise ValueError(f"{index} names {name}, which does not exist")
             self._read_header(self.path / name)
-        if places is not None:
-            self._check_index(index, places)
+        if files is not None:
+            self._check_index(index, files)
 
     def source(self, name: str) -> Source:
-        """Return a tensor of which nothing is read before it is sliced."""
-        return _Stored(self._files[name], self._starts[name], self.shapes[name], self.dtypes[name])
+        """Return a lazily read tensor."""
+        return _StoredTensor(self._files[name], self._starts[name], self.shapes[name], self.dtypes[name])
 
     def _files_without_index(self) -> list[str]:
         if (self.path / _SINGLE).is_file():
-            return [_SINGLE]  # other files are the same weights in another form, such as consolidated.safetensors
+            return [_SINGLE]  # other files, such as consolidated.safetensors, are the same weights
         names = sorted(f.name for f in self.path.glob("*.safetensors"))
         if not names:
             raise ValueError(f"{self.path} has no *.safetensors weights")
@@ -78,35 +78,35 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
         starts = _data_starts(file)
-        for name in handle.keys():  # noqa: SIM118  no mapping
+        for name in handle.keys():  # noqa: SIM118  not a mapping
             tensor = handle.get_slice(name)
             if tensor.get_dtype() not in _DTYPES:
-                raise ValueError(f"{name} of {file} is of type {tensor.get_dtype()}; supported: {', '.join(_DTYPES)}")
+                raise ValueError(f"{name} of {file} has type {tensor.get_dtype()}, must be one of {', '.join(_DTYPES)}")
             self._files[name], self._starts[name] = file, starts[name]
             self.shapes[name] = tuple(tensor.get_shape())
             self.dtypes[name] = _DTYPES[tensor.get_dtype()]
 
-    def _check_index(self, index: Path, places: Mapping[str, str]) -> None:
-        for name, file in places.items():
+    def _check_index(self, index: Path, files: Mapping[str, str]) -> None:
+        for name, file in files.items():
             if name not in self._files or self._files[name].name != file:
                 raise ValueError(f"{index} says that {name} is in {file}, but it is not")
-        if extra := sorted(self._files.keys() - places.keys()):
-            raise ValueError(f"{self._files[extra[0]]} holds {extra[0]}, which {index} does not name")
+        if extra := sorted(self._files.keys() - files.keys()):
+            raise ValueError(f"{self._files[extra[0]]} contains {extra[0]}, which is not in {index}")
 
 
 def _data_starts(file: Path) -> dict[str, int]:
-    """Return where each tensor's bytes begin in a safetensors file whose header was found to be in order."""
+    """Return the byte offset of each tensor in a safetensors file with a valid header."""
     with open(file, "rb") as stream:
         (size,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(size))
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-class _Stored:
-    """A tensor in a safetensors file, read in large pieces one after the other.
+class _StoredTensor:
+    """Tensor in a safetensors file, read in large pieces.
 
-    Mapped into memory, a file would be read page by page, which is slow on network file systems, and its pages would
-    count as this process's memory.
+    A memory-mapped file would be read page by page, which is slow on network file systems, and its pages would count as
+    memory of this process.
     """
 
     def __init__(self, file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -124,7 +124,7 @@ class _Stored:
         rows, *columns = index if isinstance(index, tuple) else (index,)
         first, stop, step = rows.indices(self._shape[0] if self._shape else 1)
         if step != 1:
-            raise ValueError(f"rows of {self._file} are read one after the other, not in steps of {step}")
+            raise ValueError(f"rows of {self._file} must be read with step 1, got {step}")
         count, row = max(0, stop - first), self._shape[1:]
         row_bytes = torch.Size(row).numel() * self._dtype.itemsize
         at_once = max(1, _READ_BYTES // max(1, row_bytes)) if columns else max(1, count)
@@ -150,22 +150,22 @@ class _Stored:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        places = dict(json.loads(index.read_text())["weight_map"].items())
+        files = dict(json.loads(index.read_text())["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
-    if not places:
-        raise ValueError(f"{index} names no tensors")
-    for name, file in places.items():
+        raise ValueError(f"{index} is not a valid index of safetensors files: {error!r}") from None
+    if not files:
+        raise ValueError(f"{index} contains no tensors")
+    for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{index} names {file!r} for {name}, expected the name of a file beside it")
-    return places
+    return files
 
 
 @dataclass
 class _File:
-    """One safetensors file to be: where each tensor goes, and what is still to come."""
+    """Plan of a safetensors file: offset of each tensor, and tensors still missing."""
 
-    places: dict[str, int] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
     header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
     size: int = 0
     missing: set[str] = field(default_factory=set)
@@ -175,19 +175,19 @@ class _File:
         end = self.size + torch.Size(shape).numel() * dtype.itemsize
         offsets = [self.size, end]
         self.header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
-        self.places[name], self.size = self.size, end
+        self.offsets[name], self.size = self.size, end
         self.missing.add(name)
 
     def header_bytes(self) -> bytes:
         text = json.dumps(self.header).encode()
-        text += b" " * (-len(text) % 8)  # data is aligned
+        text += b" " * (-len(text) % 8)  # align the data
         return struct.pack("<Q", len(text)) + text
 
 
 class CheckpointWriter:
-    """Writes the tensors of a checkpoint in any order, each straight to its place; nothing is held.
+    """Writer for the tensors of a checkpoint in any order, each written at its offset without buffering.
 
-    Names, shapes and types are known beforehand, so whatever else comes, or does not come, is an error.
+    Names, shapes and dtypes are known in advance; unexpected or missing tensors are errors.
     """
 
     def __init__(
@@ -196,13 +196,13 @@ class CheckpointWriter:
         tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         file_bytes: int,
         finished: Callable[[str], None] = lambda file: None,
-        parts: Mapping[str, Place] | None = None,
+        parts: Mapping[str, PartLocation] | None = None,
     ) -> None:
-        """Plan files of at most `file_bytes`, tensors in the given order; `finished(file)` is called once one is whole
-        and on disk.
+        """Plan files of at most `file_bytes`, with tensors in the given order.
 
         Args:
-            parts: of tensors that are written part by part, by the part's name; together they are all of the tensor.
+            finished: called with the name of each file once it is complete and synced to disk.
+            parts: location of tensors that are parts of another; together they cover it completely.
         """
         self.directory = directory
         self._finished = finished
@@ -214,7 +214,7 @@ class CheckpointWriter:
             files[-1].add(name, shape, dtype)
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
         self._plan = dict(zip(names if len(files) > 1 else [_SINGLE], files, strict=True))
-        self._file_of = {name: file for file, plan in self._plan.items() for name in plan.places}
+        self._file_of = {name: file for file, plan in self._plan.items() for name in plan.offsets}
         self._index = dict(self._file_of)
         self._tensors = dict(tensors)
         for name, (whole, offset, shape) in (parts or {}).items():
@@ -223,40 +223,38 @@ class CheckpointWriter:
     def _add_part(self, name: str, whole: str, offset: int, shape: tuple[int, ...]) -> None:
         file, dtype = self._index[whole], self._tensors[whole][1]
         plan = self._plan[file]
-        plan.places[name] = plan.places[whole] + offset * dtype.itemsize
+        plan.offsets[name] = plan.offsets[whole] + offset * dtype.itemsize
         plan.missing.add(name)
         plan.missing.discard(whole)
         self._file_of[name], self._tensors[name] = file, (shape, dtype)
         self._file_of.pop(whole, None)
 
     def skip(self, file: str) -> None:
-        """Take a file for written, by an earlier process."""
+        """Mark a file as written by an earlier process."""
         self._plan[file].missing.clear()
 
     def wants(self, name: str) -> bool:
-        """Whether the tensor is still to be written."""
+        """Return whether the tensor is still missing."""
         return name in self._plan[self._file_of[name]].missing
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor in its place.
+        """Write one tensor.
 
         Raises:
-            ValueError: it is not of this checkpoint, or of another shape or type, or it came already.
+            ValueError: unexpected tensor, wrong shape or dtype, or written twice.
         """
         if name not in self._file_of or not self.wants(name):
-            raise ValueError(f"tensor {name} is {'there already' if name in self._file_of else 'not expected'}")
+            raise ValueError(f"tensor {name} is {'already written' if name in self._file_of else 'not expected'}")
         shape, dtype = self._tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, but the model's is {shape} {dtype}"
-            )
+            raise ValueError(f"tensor {name} must be {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
         file = self._file_of[name]
         plan, path, head = self._plan[file], self.directory / file, self._plan[file].header_bytes()
         with open(path, "r+b" if plan.begun else "wb", buffering=0) as stream:
             if not plan.begun:
                 _write_all(stream, memoryview(head))
                 plan.begun = True
-            stream.seek(len(head) + plan.places[name])
+            stream.seek(len(head) + plan.offsets[name])
             _write_all(stream, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             plan.missing.discard(name)
             if not plan.missing:
@@ -265,7 +263,7 @@ class CheckpointWriter:
             self._finished(file)
 
     def close(self) -> None:
-        """Check that every tensor was written, and write the index where there are several files.
+        """Check that every tensor was written, and write the index if there are several files.
 
         Raises:
             ValueError: tensors are missing.
@@ -280,6 +278,6 @@ class CheckpointWriter:
 
 
 def _write_all(stream: Any, data: memoryview) -> None:
-    """A raw write may stop half-way, as at 2 GiB."""
+    """Write all data; a raw write may be partial, as at 2 GiB."""
     while data:
         data = data[stream.write(data) :]

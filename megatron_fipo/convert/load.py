@@ -1,4 +1,4 @@
-"""Read a checkpoint, Hugging Face's or Megatron's, into this rank's shards: each rank reads only what it needs."""
+"""Loading of Hugging Face and Megatron checkpoints into this rank's shards: each rank reads only what it needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_fipo.parallel.topology import Topology
 
 
 def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters, decoder layers and experts numbered over the whole model."""
+    """Yield this rank's parameters with global numbers of decoder layers and experts."""
     for chunk in chunks:
         first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
         experts = (chunk.config.num_moe_experts or 0) // chunk.pg_collection.ep.size()
@@ -25,13 +25,13 @@ def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, torch
 
 
 def check_weights(path: str | Path, arch: Architecture) -> StoredCheckpoint:
-    """Return a Hugging Face checkpoint of which the headers are read, and found to be the architecture's.
+    """Read a Hugging Face checkpoint's headers and check them against the architecture.
 
     Raises:
-        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than the config says.
+        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than in the config.
     """
     checkpoint = StoredCheckpoint(path, arch)
-    # Slicing would cut a tensor that is too large, and fill up a vocabulary that is too small, and say nothing.
+    # Without this check, slicing would silently truncate a tensor that is too large, and pad a small vocabulary.
     tables.check_tensors(checkpoint.shapes, arch, str(path))
     return checkpoint
 
@@ -41,7 +41,7 @@ def load_weights(chunks: Sequence[PolicyModel], path: str | Path, arch: Architec
     """Fill this rank's parameters from a Hugging Face checkpoint.
 
     Raises:
-        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than the config says.
+        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape than in the config.
     """
     checkpoint = check_weights(path, arch)
     for name, local in named_parameters(chunks):

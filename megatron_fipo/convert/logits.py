@@ -1,4 +1,4 @@
-"""The logits of a Megatron checkpoint against transformers', on one prompt: the last word on a conversion."""
+"""Comparison of a Megatron checkpoint's logits with transformers' on one prompt, to verify a conversion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_fipo.model.build import build_policy
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 
-_TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order, over all layers, stay far below
+_TOLERANCE = 1e-3  # relative to the largest logit; rounding differences of float32 over all layers are far smaller
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LogitDifference:
 
 @torch.no_grad()
 def compare_logits(huggingface: Path, megatron: Path, prompt: str) -> LogitDifference:
-    """Run both models in float32, whole, in this process; tokenizer and config are the Hugging Face checkpoint's.
+    """Run both models unsharded in float32 in this process, with the Hugging Face tokenizer and config.
 
     Raises:
         ValueError: the prompt has no tokens, or the Megatron checkpoint does not fit the config.
@@ -74,7 +74,7 @@ def _megatron_logits(huggingface: Path, megatron: Path, tokens: torch.Tensor, to
 
 @contextmanager
 def _one_rank() -> Iterator[Topology]:
-    """A world of this process alone."""
+    """Yield the topology of a single rank."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

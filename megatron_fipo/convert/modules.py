@@ -1,4 +1,4 @@
-"""The published names of the parameters of a transformers model, which keeps all experts of a layer in one tensor."""
+"""Published parameter names of a transformers model, which stores all experts of a layer in one tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def published_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every tensor of the model's checkpoints, by name: a parameter, or the view of one that is its expert's part."""
+    """Return every tensor of the model's checkpoints by name: a parameter, or an expert's view of one."""
     mixtral = model.config.model_type == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     found: dict[str, torch.Tensor] = {}

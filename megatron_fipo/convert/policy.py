@@ -1,4 +1,4 @@
-"""The policy that a configuration asks for, with its weights."""
+"""Policy model with its weights, from a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load_policy(arch: Architecture, config: Config, topology: Topology, read: bo
     """Return this rank's model chunks, read from model.megatron_path or else from model.hf_path. Collective.
 
     Args:
-        read: False: the weights are of no meaning, since a checkpoint of the run is loaded into them next.
+        read: False: weights may be arbitrary, since a checkpoint of the run is loaded next.
 
     Raises:
         ValueError: the checkpoint does not fit the architecture.

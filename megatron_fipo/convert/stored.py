@@ -1,8 +1,8 @@
-"""How a checkpoint's tensors are stored: by their published names, or all experts of a layer in one tensor.
+"""Storage forms of a checkpoint's experts: one tensor per expert, or one for all experts of a layer.
 
-transformers 5 keeps `experts.gate_up_proj` [E, 2 * expert_ffn, hidden], gates above ups, and `experts.down_proj`
-[E, hidden, expert_ffn], and can write them so. Tables name the experts one by one; here is the one place that knows the
-other form. E: experts of a layer.
+transformers 5 holds `experts.gate_up_proj` [E, 2 * expert_ffn, hidden], gates above ups, and `experts.down_proj`
+[E, hidden, expert_ffn], and can save them that way. Tables name experts one by one; only this file knows the other
+form. E: experts of a layer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from megatron_fipo.convert import tables
-from megatron_fipo.convert.huggingface import Checkpoint, Place
+from megatron_fipo.convert.huggingface import Checkpoint, PartLocation
+from megatron_fipo.convert.staging import MANIFEST
 from megatron_fipo.convert.transforms import Source
-from megatron_fipo.convert.unfinished import MANIFEST
 from megatron_fipo.model.architecture import Architecture, read_json
 
 _FUSED = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)$")
@@ -27,16 +27,16 @@ _EXPERT = re.compile(r"(model\.layers\.\d+\.)(mlp|block_sparse_moe)\.experts\.(\
 _ROUTER = re.compile(r"(model\.layers\.\d+\.)(mlp|block_sparse_moe)(\.gate\.weight)$")
 _PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 0, "w2": 0}
 _DOWN = ("down_proj", "w2")
-_PIECE = 1 << 24  # numbers compared at a time
+_PIECE = 1 << 24  # elements compared at a time
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one expert in a tensor of all.
+    """Rows of one expert in a tensor of all experts.
 
     Attributes:
         whole: name of that tensor.
-        shape: of the part; the whole has `rows` of these columns for each expert.
+        shape: of the part; the whole has `rows` rows per expert.
     """
 
     whole: str
@@ -47,12 +47,12 @@ class Part:
 
     @property
     def offset(self) -> int:
-        """Elements of the whole before the part, which is contiguous."""
+        """Element offset of the part, which is contiguous."""
         return (self.expert * self.rows + self.first_row) * self.shape[1]
 
 
 class _PartSource:
-    """A part as a tensor of which slices can be read."""
+    """Source that reads slices of a part."""
 
     def __init__(self, whole: Source, part: Part) -> None:
         self._whole, self._part = whole, part
@@ -70,12 +70,12 @@ class _PartSource:
 
 
 def fused_block(names: Mapping[str, Any]) -> str | None:
-    """Return the block that tensors of all experts stand in, `mlp` or `block_sparse_moe`; None: there are none."""
+    """Return the block that contains fused experts, `mlp` or `block_sparse_moe`; None without fused experts."""
     return next((found[1] for name in names if (found := _FUSED.match(name))), None)
 
 
 def block_of(directory: Path) -> str | None:
-    """Return the same of a checkpoint's directory, or of one that was converted from it.
+    """Return `fused_block` of a checkpoint directory, or of the checkpoint it was converted from.
 
     Raises:
         ValueError: the checkpoint's files are damaged.
@@ -87,19 +87,19 @@ def block_of(directory: Path) -> str | None:
 
 
 class StoredCheckpoint:
-    """A Hugging Face checkpoint under the published names, however its experts are stored.
+    """Hugging Face checkpoint under published names, independent of how its experts are stored.
 
     Attributes:
-        shapes, dtypes: of every tensor, by name.
-        block: where tensors of all experts stand; None: the experts have tensors of their own.
+        shapes, dtypes: by tensor name.
+        block: block of fused experts; None: each expert has its own tensors.
     """
 
     def __init__(self, path: str | Path, arch: Architecture) -> None:
-        """Read the headers, and compare what is stored twice.
+        """Read the headers, and compare weights that are stored twice.
 
         Raises:
-            ValueError: the files are damaged; experts are stored in both forms, or in one of another shape; a tied
-                output layer has other numbers than the embedding.
+            ValueError: the files are damaged; experts are stored in both forms or in a wrong shape; a tied output layer
+                differs from the embedding.
         """
         self._files = Checkpoint(path)
         self.path = self._files.path
@@ -123,13 +123,13 @@ class StoredCheckpoint:
         for name, shape in wholes.items():
             if name in self.shapes and self.shapes[name] != shape:
                 raise ValueError(
-                    f"{name} of {self.path} has the shape {self.shapes[name]}, but its config.json asks for {shape}: "
+                    f"{name} of {self.path} has shape {self.shapes[name]}, but its config.json requires {shape}: "
                     "experts, outputs, inputs"
                 )
         for name, part in parts.items():
             if part.whole in self.shapes:
                 if name in self.shapes:
-                    raise ValueError(f"{self.path} has both {part.whole} and {name}, which is a part of it")
+                    raise ValueError(f"{self.path} has both {part.whole} and {name}, a part of it: remove one of them")
                 self._parts[name] = part
         for name, part in self._parts.items():
             self.shapes[name], self.dtypes[name] = part.shape, self.dtypes[part.whole]
@@ -141,26 +141,25 @@ class StoredCheckpoint:
                 self.shapes[name], self.dtypes[name] = self.shapes.pop(stored), self.dtypes.pop(stored)
 
     def _check_tied(self) -> None:
-        """Readers differ where the two do: transformers 5 unties them, transformers 4 and vLLM ignore the second."""
+        """Check tied weights: if they differ, transformers 5 unties them; transformers 4 and vLLM ignore the second."""
         names = ("model.embed_tokens.weight", "lm_head.weight")
         if not all(name in self.shapes for name in names) or _same(*(self._files.source(name) for name in names)):
             return
         raise ValueError(
-            f"{self.path} has tie_word_embeddings true in config.json, but {names[1]} differs from {names[0]}, and "
-            "readers take the one or the other: remove lm_head.weight, or set tie_word_embeddings to false "
+            f"{self.path} has tie_word_embeddings=true in config.json, but {names[1]} differs from {names[0]}, and "
+            "readers disagree on which to use: remove lm_head.weight, or set tie_word_embeddings to false "
             "(model.overrides.tie_word_embeddings=false) if it is the one that was trained"
         )
 
 
 def stored_tensors(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], arch: Architecture, block: str | None
-) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, Place], dict[str, str]]:
-    """Return what a checkpoint in this form holds, the place in it of the given tensors that are parts, and its names
-    for those that are called otherwise.
+) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, PartLocation], dict[str, str]]:
+    """Return the stored tensors, the locations of given tensors that are parts, and stored names that differ.
 
     Args:
-        tensors: shape and type by published names, in the order to be stored.
-        block: as `fused_block` says of the checkpoint to be like.
+        tensors: shape and dtype by published names, in storage order.
+        block: `fused_block` of the form to store; None: no fused experts.
     """
     if block is None:
         return dict(tensors), {}, {}
@@ -175,7 +174,7 @@ def stored_tensors(
 
 
 def _fused(arch: Architecture, block: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Part], dict[str, str]]:
-    """Return the tensors of all experts, the parts of them by published names, and the routers' stored names."""
+    """Return the fused tensors, their parts by published names, and the routers' stored names."""
     wholes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, Part] = {}
     renamed: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""Which Hugging Face tensors make up each Megatron parameter: one table a model type, used in both directions.
+"""Correspondence of Hugging Face tensors and Megatron parameters: one table per model type, for both directions.
 
-`{layer}` and `{expert}` stand for numbers counted over the whole model. Layer norms and experts have two names in
-Megatron models: the torch layer spec's, and Transformer Engine's, which fuses a norm into the linear layer behind it
-and all experts of a rank into one module. Distributed checkpoints have neither number in a name: all layers are one
-tensor there, with a leading axis for the layer and one for the expert.
+`{layer}` and `{expert}` are global numbers. Layer norms and experts have two names in Megatron models: that of the
+torch layer spec, and that of Transformer Engine, which fuses a norm into the next linear layer and all experts of a
+rank into one module. Distributed checkpoints have neither number in a name: all layers are one tensor there, with a
+leading axis for the layer and one for the expert.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+(?=\.)|(?<=experts\.linear_
 
 @dataclass(frozen=True)
 class Rule:
-    """A Megatron parameter, the Hugging Face tensors it is made of, and how.
+    """A Megatron parameter, its Hugging Face tensors, and the transform between them.
 
     Attributes:
         checkpoint: the parameter's name in distributed checkpoints.
-        model: its names in models.
-        huggingface: names and shapes of the tensors, the sizes spelled as in `_sizes`.
+        model: names in Megatron models.
+        huggingface: names and shapes of the tensors, with sizes as in `_sizes`.
     """
 
     checkpoint: str
@@ -44,9 +44,9 @@ class Parameter:
     """A rule applied to one layer and expert.
 
     Attributes:
-        index: its place on the leading axes of the tensor in a distributed checkpoint: (), (layer,), (layer, expert).
-        axes: the lengths of those axes.
-        huggingface: names and shapes of the tensors that it is made of.
+        index: position on the leading axes of the tensor in a distributed checkpoint: (), (layer,), (layer, expert).
+        axes: lengths of those axes.
+        huggingface: names and shapes of its tensors.
     """
 
     checkpoint: str
@@ -65,7 +65,7 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole parameter: its tensors one below the other."""
+        """Shape of the whole parameter: its tensors concatenated along rows."""
         shapes = list(self.huggingface.values())
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -173,25 +173,25 @@ def _axes(rule: Rule, arch: Architecture) -> tuple[int, ...]:
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:
-    """Every parameter of the whole model once, layer by layer; tied embeddings have no output layer."""
+    """Yield every parameter of the whole model, layer by layer; tied embeddings have no output layer."""
     sizes = _sizes(arch)
     rules = [r for r in TABLES[arch.model_type] if not (arch.tied_embeddings and r.checkpoint == _OUTPUT_LAYER)]
-    places = [
+    entries = [
         (index, number)
         for number, rule in enumerate(rules)
         for index in itertools.product(*map(range, _axes(rule, arch)))
     ]
-    for index, number in sorted(places, key=lambda place: (place[0][:1], place[1], place[0])):
+    for index, number in sorted(entries, key=lambda entry: (entry[0][:1], entry[1], entry[0])):
         yield _apply(rules[number], index, _axes(rules[number], arch), sizes)
 
 
 def find(name: str, arch: Architecture) -> Parameter:
-    """The parameter of this name in a Megatron model, its layer and expert counted over the whole model.
+    """Return the parameter with this name in a Megatron model, with global layer and expert numbers.
 
-    With tied embeddings the output layer, where a pipeline's last stage holds a copy, is the embedding.
+    With tied embeddings, the output layer on a pipeline's last stage maps to the embedding.
 
     Raises:
-        ValueError: the parameter is in no rule of the model's table.
+        ValueError: the parameter has no rule in the model's table.
     """
     if arch.tied_embeddings and name == _OUTPUT_LAYER:
         name = "embedding.word_embeddings.weight"
@@ -205,13 +205,13 @@ def find(name: str, arch: Architecture) -> Parameter:
 
 
 def renumber(name: str, first_layer: int, first_expert: int) -> str:
-    """A parameter's name on one rank -> its name in the whole model."""
+    """Convert a parameter's name on one rank to global numbering."""
     name = _LAYER_NUMBER.sub(lambda found: str(int(found[0]) + first_layer), name)
     return _EXPERT_NUMBER.sub(lambda found: str(int(found[0]) + first_expert), name)
 
 
 def huggingface_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this architecture must have."""
+    """Return the name and shape of every tensor that a checkpoint of this architecture must have."""
     return {name: shape for parameter in parameters(arch) for name, shape in parameter.huggingface.items()}
 
 
@@ -219,10 +219,10 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], arch: Architecture, wher
     """Compare a checkpoint's tensor names and shapes with the architecture's.
 
     Raises:
-        ValueError: tensors are missing, there are some that the model would ignore, or one has another shape.
+        ValueError: tensors are missing, unexpected, or of another shape.
     """
     expected = huggingface_shapes(arch)
-    # Some checkpoints with tied embeddings store the output layer as well, and old Llama ones a rope buffer.
+    # Some checkpoints with tied embeddings also store the output layer, and old Llama ones a rope buffer.
     ignorable = {"lm_head.weight"} if arch.tied_embeddings else set()
     unexpected = {n for n in found.keys() - expected.keys() - ignorable if not n.endswith(".rotary_emb.inv_freq")}
     for kind, names in (("lacks", sorted(expected.keys() - found.keys())), ("has unexpected", sorted(unexpected))):
@@ -231,6 +231,4 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], arch: Architecture, wher
             raise ValueError(f"{where} {kind} tensors: {', '.join(names[:5])}{more}")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise ValueError(
-                f"{name} of {where} has the shape {tuple(found[name])}, but its config.json asks for {shape}"
-            )
+            raise ValueError(f"{name} of {where} has shape {tuple(found[name])}, but its config.json requires {shape}")

@@ -1,8 +1,8 @@
 """Pure functions between Hugging Face tensors and a tensor-parallel rank's shard of a Megatron parameter.
 
 Each transform has two directions. `shard` reads only the slices that the rank needs; `merge` takes the shards of all
-ranks, in rank order, and gives views of a single one where it can. `whole` is the parameter unsharded, as distributed
-checkpoints hold it. Letters: G key/value groups, Q query heads of a group, D head width.
+ranks in rank order, and returns views of a single shard where possible. `whole` returns the unsharded parameter, as
+in distributed checkpoints. Letters: G key/value groups, Q query heads of a group, D head width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_fipo.model.architecture import Architecture
 
 
 class Source(Protocol):
-    """A stored tensor of which slices can be read, such as a safetensors slice."""
+    """Stored tensor that supports slicing, such as a safetensors slice."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -47,7 +47,7 @@ def _rows(source: Source, rank: int, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Replicated(Transform):
-    """The same tensor on every rank."""
+    """Same tensor on every rank."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
         return sources[0][:]
@@ -70,7 +70,7 @@ class Vocabulary(Transform):
         return [_join(shards)[: arch.vocab_size]]
 
     def whole(self, sources: Sequence[Source], arch: Architecture) -> torch.Tensor:
-        """Without padding, which depends on the layout that reads it."""
+        """Return the vocabulary without padding, which depends on the reader's layout."""
         return sources[0][:]
 
 
@@ -88,7 +88,7 @@ class Columns(Transform):
 
 @dataclass(frozen=True)
 class GateUp(Transform):
-    """SwiGLU's two projections: each rank holds its rows of the gate, then its rows of the up projection."""
+    """SwiGLU's two projections: each rank has its rows of the gate, then its rows of the up projection."""
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:
         return torch.cat([_rows(source, rank, size) for source in sources])
@@ -102,7 +102,7 @@ class GateUp(Transform):
 class FusedQKV(Transform):
     """Query, key and value rows interleaved by key/value group: [its Q query heads, its key head, its value head].
 
-    The rows are cut evenly: where there are fewer groups than ranks, a rank's shard is a part of one group.
+    Rows are split evenly: with fewer groups than ranks, a rank's shard is a part of one group.
     """
 
     def shard(self, sources: Sequence[Source], arch: Architecture, rank: int, size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Megatron checkpoints that anybody may have written: their pickles are read without running code.
+"""Safe reading of untrusted Megatron checkpoints: pickles are read without running code.
 
-Torch keeps a checkpoint's metadata as a pickle, and reads it with an unpickler that calls whatever the file names.
+Torch stores a checkpoint's metadata as a pickle, and its unpickler calls whatever the file names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-# What reading a damaged file may raise. Unpickling one is calling constructors with arguments of any kind.
+# Exceptions that reading a damaged file may raise: unpickling calls constructors with arbitrary arguments.
 DAMAGE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, AssertionError),
     *(RuntimeError, MemoryError, pickle.UnpicklingError),  # RuntimeError: also RecursionError
@@ -58,36 +58,36 @@ _METADATA_CLASSES = {
     "pathlib": ("Path", "PosixPath"),
     "collections": ("OrderedDict",),
 }
-_SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # makes torch.load run code where its caller did not forbid it
-_Unpickler: Any = pickle._Unpickler  # the C one lets nobody see its instructions
+_SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # makes torch.load run code unless the caller forbids it
+_Unpickler: Any = pickle._Unpickler  # the C implementation gives no access to its instructions
 
 
-_checked: set[bytes] = set()  # SHA-256 of metadata that `_CheckingUnpickler` has read
+_checked: set[bytes] = set()  # SHA-256 of metadata already read by `_CheckingUnpickler`
 
 
 class _Lookup:
-    """Finds nothing but the classes that torch and Megatron-Core put into metadata."""
+    """Mixin that finds only the classes that torch and Megatron-Core put into metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)  # type: ignore[misc]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint has use for")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed in a checkpoint")
 
 
 class _FastUnpickler(_Lookup, pickle.Unpickler):
-    """For what was checked before: Megatron-Core reads the same metadata several times."""
+    """Unpickler for checked metadata, which Megatron-Core reads several times."""
 
 
 class _CheckingUnpickler(_Lookup, _Unpickler):
-    """Leaves classes as they are; five times as slow."""
+    """Unpickler that does not modify classes; five times slower."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
 
     def load_build(self) -> None:
-        """Set the attributes of a new object. A file could name a class there, or a member of an enumeration."""
+        """Set the attributes of a new object, but not of a class or enumeration member that the file names."""
         if not dataclasses.is_dataclass(type(self.stack[-2])):
-            raise pickle.UnpicklingError(f"it changes {self.stack[-2]!r}, which is no object of the checkpoint's")
+            raise pickle.UnpicklingError(f"it modifies {self.stack[-2]!r}, which is not an object of the checkpoint")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -97,8 +97,8 @@ def read_metadata(path: str | Path) -> Metadata:
     """Return the metadata of the checkpoint in the directory `path`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, names what is no checkpoint class, or a file outside of the checkpoint.
+        FileNotFoundError: it does not exist.
+        ValueError: it is damaged, or contains a class or a path that is not allowed.
     """
     try:
         found = _unpickled((Path(path) / ".metadata").read_bytes())
@@ -108,7 +108,7 @@ def read_metadata(path: str | Path) -> Metadata:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     try:
         problem = _problem(found)
-    except AttributeError as error:  # of an object that was made without its fields
+    except AttributeError as error:  # an object was created without its fields
         problem = str(error)
     if problem:
         raise ValueError(f"{path} is damaged: its .metadata has {problem}")
@@ -121,7 +121,7 @@ def _unpickled(content: bytes) -> Any:
     digest = hashlib.sha256(content).digest()
     unpickler = (_FastUnpickler if digest in _checked else _CheckingUnpickler)(io.BytesIO(content))
     collects = gc.isenabled()
-    gc.disable()  # it would go through the growing heap again and again, for most of the time
+    gc.disable()  # it would repeatedly traverse the growing heap, for most of the time
     try:
         found = unpickler.load()
     finally:
@@ -132,27 +132,27 @@ def _unpickled(content: bytes) -> Any:
 
 
 def _problem(metadata: Any) -> str | None:
-    """Return what torch's readers would stumble over."""
+    """Return what would make torch's readers fail, or None."""
     if not isinstance(metadata, Metadata):
-        return f"a {type(metadata).__name__} in it instead of checkpoint metadata"
+        return f"a {type(metadata).__name__} instead of checkpoint metadata"
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        return "no names of tensors, or no places of them"
+        return "no tensor names or no storage locations"
     if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta | None):
-        return "something else in place of its storage's name"
+        return "invalid storage metadata"
     for name, stored in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not (isinstance(stored, BytesStorageMetadata) or _is_tensor(stored)):
-            return f"an entry {name!r} that describes no tensor"
-    for index, place in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-            return f"a place of {index!r} that is none"
-        file, numbers = place.relative_path, (place.offset, place.length)
+            return f"an entry {name!r} that is not a tensor description"
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            return f"an invalid storage location for {index!r}"
+        file, numbers = info.relative_path, (info.offset, info.length)
         if (
             not isinstance(file, str)
             or Path(file).name != file
             or file in ("", "..")
             or not all(map(_is_count, numbers))
         ):
-            return f"{file!r} as a file of the checkpoint"
+            return f"{file!r} as a file name"
     return None
 
 
@@ -183,8 +183,11 @@ def _is_count(value: Any) -> bool:
 
 @contextlib.contextmanager
 def code_refused(path: str | Path) -> Iterator[None]:
-    """Inside, torch and Megatron-Core read the checkpoint without running code that is in it, whatever the environment
-    says; a pickle that would run code, or is none, raises ValueError."""
+    """Prevent torch and Megatron-Core from running code in a checkpoint, whatever the environment says.
+
+    Raises:
+        ValueError: a pickle that would run code, or is invalid.
+    """
     switched, reads = os.environ.pop(_SWITCH, None), FileSystemReader.read_metadata
 
     def read(reader: Any, *args: Any, **kwargs: Any) -> Metadata:
@@ -196,9 +199,9 @@ def code_refused(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, EOFError) as error:
-        # Torch has paragraphs on how to load it nevertheless.
+        # Torch's message explains at length how to load it nevertheless.
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), repr(error))
-        raise ValueError(f"{path} is damaged, or made to run code: {reason}") from None
+        raise ValueError(f"{path} is damaged or would run code: {reason}") from None
     finally:
         FileSystemReader.read_metadata = reads  # type: ignore[method-assign]
         if switched is not None:

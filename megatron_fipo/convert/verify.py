@@ -1,4 +1,4 @@
-"""Is a Megatron checkpoint the same model as a Hugging Face checkpoint? Tensor by tensor, and by logits."""
+"""Verification that a Megatron and a Hugging Face checkpoint are the same model: tensors bit by bit, and logits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.convert.stored import StoredCheckpoint
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE = 1 << 24  # numbers compared at a time
+_PIECE = 1 << 24  # elements compared at a time
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor whose bits differ, compared in Megatron's type. `largest` is NaN where one side is."""
+    """A tensor with differing bits, compared in Megatron's dtype. `largest` is NaN if one side is."""
 
     name: str
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Difference:
     largest: float
 
     def __str__(self) -> str:
-        share = f"{self.num_different} of {self.num_elements} numbers"
+        share = f"{self.num_different} of {self.num_elements} elements"
         return f"{self.name}: {share} differ, by up to {self.largest:.3g} ({str(self.dtype).removeprefix('torch.')})"
 
 
@@ -39,7 +39,7 @@ class Verification:
 
 
 def verify(huggingface: Path, megatron: Path, progress: Progress = no_progress) -> Verification:
-    """Compare names and shapes, then every bit; a Hugging Face tensor of another type is rounded to Megatron's first.
+    """Compare names and shapes, then every bit; a Hugging Face tensor of another dtype is first rounded to Megatron's.
 
     Raises:
         ValueError: a checkpoint is damaged, or names or shapes do not fit.
@@ -64,7 +64,7 @@ def verify(huggingface: Path, megatron: Path, progress: Progress = no_progress) 
 
 
 def compare(name: str, expected: torch.Tensor, found: torch.Tensor) -> Difference | None:
-    """None where all bits are the same, NaNs included."""
+    """Return the difference of two tensors; None if all bits are equal, NaNs included."""
     count, largest = 0, 0.0
     for ours, theirs in _pieces(found, expected):
         different = theirs.view(_INTEGERS[theirs.itemsize]) != ours.view(_INTEGERS[ours.itemsize])

@@ -1,4 +1,4 @@
-"""From parquet in the DAPO schema to prompts, in a shuffled, epoch-exact and resumable order."""
+"""Prompts from parquet files in the DAPO schema, in a shuffled, epoch-exact and resumable order."""
 
 from megatron_fipo.data.prepare import prepare
 from megatron_fipo.data.prompts import Prompt, PromptSet, TemplateOptions, load_prompts

@@ -1,4 +1,4 @@
-"""A file of problems made ready: checked, every problem once, a part held out if asked for."""
+"""Preparation of a file of problems: validation, deduplication, optional held-out split."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` read and wrote; also the JSON beside the output."""
+    """Summary of what `prepare` read and wrote, stored as JSON beside the output."""
 
-    input: str  # path, or address of a published set
+    input: str  # path, or URL of a published set
     input_sha256: str
-    num_rows: int  # in the input
+    num_rows: int  # rows of the input
     num_unique: int  # different prompts among them
-    num_contradictory: int  # of those, left out: their rows disagree on the ground truth
+    num_contradictory: int  # of those, dropped because their rows have different ground truths
     validation_fraction: float
     seed: int
-    files: dict[str, WrittenFile]  # by name, beside this JSON
+    files: dict[str, WrittenFile]  # by file name, relative to this JSON
 
 
 def prepare(input: str | Path, output: str | Path, validation_fraction: float = 0.0, seed: int = 0) -> Prepared:
-    """Write `output` (parquet, every column and the order of the input) and its counts and checksums as JSON.
+    """Write `output` (parquet, with the input's columns and order) and its counts and checksums as JSON.
 
     `input` is a parquet file in the DAPO schema, a file of bare questions (see `questions`), or the name of a
-    published set, which is downloaded. With a `validation_fraction`, that share of the problems, drawn by `seed`, goes
-    to `<output>_validation.parquet` instead. Each file appears whole or not at all, the JSON last.
+    published set, which is downloaded. With `validation_fraction`, that share of the problems, sampled with `seed`,
+    goes to `<output>_validation.parquet` instead. Each file is written atomically, the JSON last.
 
     Raises:
-        ValueError: there is no such input, or it breaks the schema; the output is the input; a part would be empty.
+        ValueError: the input does not exist or violates the schema; the output is the input; a part would be empty.
     """
     output = Path(output)
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+        raise ValueError(f"validation_fraction {validation_fraction} must be in [0, 1)")
     file, address = _located(input, output)
     if file.resolve() == output.resolve():
-        raise ValueError(f"{output} is the input too; choose another output")
+        raise ValueError(f"{output} is also the input: choose another output")
     with in_dapo_schema(file) as source:
         unique = unique_problems(source)
         rows = np.array([problem.row for problem in unique.problems], dtype=np.int64)
@@ -75,12 +75,12 @@ def prepare(input: str | Path, output: str | Path, validation_fraction: float = 
 
 
 def _located(input: str | Path, output: Path) -> tuple[Path, str]:
-    """The file to read, and what to call it."""
+    """Return the file to read and its display name."""
     if Path(input).is_file():
         return Path(input), str(input)
     if str(input) in PUBLISHED:
         return fetch(str(input), output), PUBLISHED[str(input)].url
-    raise ValueError(f"{input} is neither a file nor the name of a published set ({', '.join(PUBLISHED)})")
+    raise ValueError(f"{input} must be a file or the name of a published set ({', '.join(PUBLISHED)})")
 
 
 def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int) -> dict[Path, np.ndarray]:
@@ -95,7 +95,7 @@ def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int
 
 
 def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
-    """Copy the `rows` (ascending) of one parquet file to another, a batch at a time."""
+    """Copy the `rows` (ascending) of one parquet file to another in batches."""
     with whole_file(output) as temporary:
         with open_problems(input) as source, pq.ParquetWriter(temporary, source.schema_arrow) as target:
             start = 0

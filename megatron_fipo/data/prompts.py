@@ -1,4 +1,4 @@
-"""Prompts: the problems of a file, once each, as the token ids that the policy continues."""
+"""Prompts: unique problems of a file, as token ids."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RESERVED = (
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """What the chat template is given besides the messages.
+    """Options of the chat template.
 
     Attributes:
-        kwargs: variables of the template, as `data.chat_template_kwargs` has them.
-        now: the time that the template's `strftime_now` tells. A run keeps that of its start, so that the prompts of
-            a template which writes the date stay what they are; None: the present.
+        kwargs: template variables, from `data.chat_template_kwargs`.
+        now: time for the template's `strftime_now`. A run keeps its start time, so that prompts of templates that
+            write the date do not change; None: the present.
     """
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -35,8 +35,8 @@ class TemplateOptions:
         taken = sorted(set(self.kwargs) & set(RESERVED))
         if taken:
             raise ValueError(
-                f"data.chat_template_kwargs has {', '.join(taken)}, which the recipe sets itself; it is for the "
-                "template's own variables, such as enable_thinking"
+                f"data.chat_template_kwargs must not contain {', '.join(taken)}, which the recipe sets; use it "
+                "only for the template's own variables, such as enable_thinking"
             )
 
     def variables(self) -> dict[str, Any]:
@@ -55,12 +55,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[Prompt]):
-    """The prompts of one file, and how many rows it took to get them."""
+    """Prompts of one file, with counts of its rows."""
 
     prompts: tuple[Prompt, ...]
-    num_rows: int  # in the file
+    num_rows: int  # rows of the file
     num_unique: int  # different prompts among them
-    num_too_long: int  # of those, left out
+    num_too_long: int  # of those, dropped
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -70,7 +70,7 @@ class PromptSet(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any token of any prompt, with any ground truth and with their order."""
+        """Return a hash of all prompts' tokens, their ground truths and their order."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(repr((prompt.token_ids, prompt.data_source, prompt.ground_truth)).encode())
@@ -90,51 +90,51 @@ def load_prompts(
     template: TemplateOptions | None = None,
     reads_data_source: bool = False,
 ) -> PromptSet:
-    """Read a parquet file in the DAPO schema. Prompts longer than `max_prompt_tokens` are left out and counted.
+    """Read a parquet file in the DAPO schema; drop and count prompts longer than `max_prompt_tokens`.
 
-    A prompt whose last message is the assistant's is continued where that message ends; otherwise the template opens
-    the assistant's turn.
+    A prompt whose last message is from the assistant is continued there; otherwise the template starts the assistant's
+    turn.
 
     Args:
-        reads_data_source: whether the reward function needs each problem's data source, which may else be blank.
+        reads_data_source: the reward function uses the data source, which then must not be blank.
 
     Raises:
-        ValueError: the file breaks the schema, one prompt has two ground truths, the tokenizer has no chat template,
-            the template refuses a prompt, or no prompt is left.
+        ValueError: the file violates the schema, a prompt has two ground truths, the tokenizer has no chat template,
+            the template rejects a prompt, or no prompt is left.
     """
     check_chat_template(tokenizer)
     unique = unique_problems(path)
     if unique.contradictions:
         raise ValueError(
-            f"{path}: {unique.contradictions[0]} ({len(unique.contradictions)} such prompts in all); "
+            f"{path}: {unique.contradictions[0]} ({len(unique.contradictions)} such prompts in total); "
             "`megatron-fipo data prepare` writes a file without them"
         )
     blank = next((p.row for p in unique.problems if not p.data_source.strip()), None) if reads_data_source else None
     if blank is not None:
         raise ValueError(
-            f"{path}, row {blank}: column data_source is blank or missing, and the reward function gets it; fill it in"
+            f"{path}, row {blank}: column data_source is blank or missing, but the reward function uses it: fill it in"
         )
     prompts = _tokenize(unique.problems, tokenizer, template or TemplateOptions(), path)
     kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
     if not kept:
         raise ValueError(
-            f"{path}: {unique.num_rows} rows, {len(prompts)} different prompts, and none has at most "
+            f"{path}: {unique.num_rows} rows, {len(prompts)} different prompts, none with at most "
             f"{max_prompt_tokens} tokens (data.max_prompt_tokens)"
         )
     return PromptSet(kept, unique.num_rows, unique.num_unique, len(prompts) - len(kept))
 
 
 def check_chat_template(tokenizer: Any) -> None:
-    """Raise a ValueError where the tokenizer has none."""
+    """Raise ValueError if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, and prompts go through it "
-            "for base models too; add a chat_template.jinja to the checkpoint"
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, which is required "
+            "for base models, too: add a chat_template.jinja to the checkpoint"
         )
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: Any, template: TemplateOptions) -> str:
-    """Return the text that the policy continues."""
+    """Return a prompt's text."""
     prefilled = messages[-1]["role"] == "assistant"
     text = tokenizer.apply_chat_template(
         list(messages),
@@ -155,7 +155,7 @@ def _tokenize(problems: Sequence[Problem], tokenizer: Any, template: TemplateOpt
         texts = [
             _rendered(chat, tokenizer, template, f"{path}, row {p.row}") for chat, p in zip(chats, some, strict=True)
         ]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has added special tokens
         prompts += [
             Prompt(problem.row, chat, list(token_ids), problem.data_source, problem.ground_truth)
             for problem, chat, token_ids in zip(some, chats, ids, strict=True)
@@ -166,10 +166,10 @@ def _tokenize(problems: Sequence[Problem], tokenizer: Any, template: TemplateOpt
 def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, template: TemplateOptions, where: str) -> str:
     try:
         return render(chat, tokenizer, template)
-    except Exception as error:  # a template may raise anything, on purpose (raise_exception) or by mistake
+    except Exception as error:  # a template may raise anything, intentionally (raise_exception) or not
         words = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(message["role"] for message in chat)
         raise ValueError(
-            f"{where}: the chat template of {getattr(tokenizer, 'name_or_path', '')!r} refuses this prompt ({roles}): "
+            f"{where}: the chat template of {getattr(tokenizer, 'name_or_path', '')!r} rejects this prompt ({roles}): "
             f"{words}. Change the messages, the template, or data.chat_template_kwargs"
         ) from error

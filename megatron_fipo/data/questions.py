@@ -1,7 +1,7 @@
-"""Bare questions, a problem and its answer a row, put into the DAPO schema with DAPO's prompt.
+"""Bare questions (a problem and its answer per row), converted to the DAPO schema with DAPO's prompt.
 
-AIME 2025 is published so, by several people: as JSON lines or parquet, with columns called `problem` or `question`
-and `answer`, answers as texts or numbers.
+AIME 2025 is published in this form, as JSON lines or parquet, with columns `problem` or `question` and `answer`, and
+answers as strings or numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from megatron_fipo.data.schema import ROWS_AT_ONCE, open_parquet, require_text
 
-# What the prompts of DAPO-Math-17k say around the problem, to the letter; the `dapo` reward reads the last line.
+# The exact text around the problem in the prompts of DAPO-Math-17k; the `dapo` reward reads the last line.
 _PROMPT = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
     '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
 )
-_QUESTION, _ANSWER = ("problem", "question"), ("answer",)  # names of columns, in any case; the first one found counts
+_QUESTION, _ANSWER = ("problem", "question"), ("answer",)  # column names, case-insensitive; the first match is used
 _SCHEMA = pa.schema(
     {
         "data_source": pa.string(),
@@ -40,11 +40,11 @@ _SCHEMA = pa.schema(
 
 @contextmanager
 def in_dapo_schema(path: Path) -> Iterator[Path]:
-    """`path` itself, or for bare questions a parquet file in the DAPO schema that is gone afterwards.
+    """Yield `path`, or for bare questions a temporary parquet file in the DAPO schema.
 
     Raises:
-        ValueError: no such file, or neither parquet nor JSON lines; a question or an answer that is missing or empty,
-            with its row.
+        ValueError: the file does not exist, or is neither parquet nor JSON lines; a question or an answer is missing
+            or empty, with its row.
     """
     if not _has_bare_questions(path):
         yield path
@@ -67,7 +67,7 @@ def _has_bare_questions(path: Path) -> bool:
 
 
 def _column(columns: list[str], names: tuple[str, ...]) -> str | None:
-    """The column that goes by the first possible one of `names`, whatever its case."""
+    """Return the column that matches the first possible of `names`, case-insensitive."""
     return next((c for name in names for c in columns if c.lower() == name), None)
 
 
@@ -90,7 +90,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {line.strip()!r}, not an object with a problem and an answer")
+        raise ValueError(f"{where} must be an object with a problem and an answer, got {line.strip()!r}")
     return row
 
 
@@ -100,7 +100,7 @@ def _problem(row: dict[str, Any], number: int, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has {', '.join(row)}, but no {' or '.join(_QUESTION)} with an {_ANSWER[0]}")
     problem = require_text(row[question], f"{where}: column {question}").strip()
     return {
-        "data_source": "math_dapo",  # as in DAPO-Math-17k: the same prompt, and answers to be judged in the same way
+        "data_source": "math_dapo",  # as in DAPO-Math-17k: same prompt, same scoring
         "prompt": [{"content": _PROMPT.format(problem=problem), "role": "user"}],
         "ability": "MATH",
         "reward_model": {"ground_truth": _ground_truth(row[answer], f"{where}: column {answer}"), "style": "rule"},
@@ -109,7 +109,7 @@ def _problem(row: dict[str, Any], number: int, where: str) -> dict[str, Any]:
 
 
 def _ground_truth(answer: Any, column: str) -> str:
-    """The answer as DAPO writes it: integers without leading zeros, degrees without their sign."""
+    """Return the answer in DAPO's format: integers without leading zeros, degrees without their sign."""
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):

@@ -1,4 +1,4 @@
-"""The order in which prompts are taken: every prompt once an epoch, shuffled by (seed, epoch), resumable anywhere."""
+"""Order of prompts: each once per epoch, shuffled by (seed, epoch), resumable at any point."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_fipo.data.prompts import Prompt, PromptSet
 
 
 class PromptStream:
-    """An endless stream over a `PromptSet`.
+    """Endless stream over a `PromptSet`.
 
-    The order is the global one: it knows nothing of ranks, so a run continues on another layout as it would have on
-    this one. Each replica takes its share of what `next` gives.
+    The order is global and independent of ranks, so that a run continues with the same order on another layout. Each
+    replica takes its share of what `next` returns.
     """
 
     def __init__(self, prompts: PromptSet, seed: int, shuffle: bool = True) -> None:
@@ -26,11 +26,11 @@ class PromptStream:
 
     @property
     def epoch(self) -> int:
-        """Complete passes over the prompts so far."""
+        """Number of complete epochs."""
         return self._epoch
 
     def next(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, across the end of an epoch where it comes to that."""
+        """Return the next `n` prompts, possibly from two epochs."""
         taken: list[Prompt] = []
         while len(taken) < n:
             rows = self._order[self._position : self._position + n - len(taken)]
@@ -39,20 +39,20 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, and what of: plain numbers and text."""
+        """Return position and identity of the stream as plain numbers and strings."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue from `state`.
 
         Raises:
-            ValueError: it was taken from other prompts, or with another seed or shuffling.
+            ValueError: it belongs to other prompts, or another seed or shuffling.
         """
-        for name, mine in self._identity().items():
-            if state[name] != mine:
+        for name, current in self._identity().items():
+            if state[name] != current:
                 raise ValueError(
-                    f"cannot continue the data stream: its {name} was {state[name]!r} and is {mine!r} now; "
-                    "start a new run, or go back to the data and seed of the old one"
+                    f"cannot continue the data stream: its {name} was {state[name]!r} but is now {current!r}; "
+                    "start a new run, or restore the previous data and seed"
                 )
         self._go_to(state["epoch"], state["position"])
 
@@ -69,6 +69,6 @@ class PromptStream:
     def _shuffled(self, epoch: int) -> list[int]:
         if not self._shuffle:
             return list(range(len(self._prompts)))
-        # Philox is counter-based: the stream of (seed, epoch) is defined by the two numbers, on every machine.
+        # Philox is counter-based: the stream of (seed, epoch) is defined by these two numbers on every machine.
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
         return generator.permutation(len(self._prompts)).tolist()

@@ -1,8 +1,8 @@
-"""The DAPO schema: which columns a file of problems has, checked row by row, and each problem taken once.
+"""DAPO schema: columns of a file of problems, validated row by row, and deduplication of problems.
 
 Columns, as published with DAPO-Math-17k and the AIME sets: `prompt`, a list of {role, content}; `data_source`, a
 string that may be missing; `reward_model`, {ground_truth, style}, where a ground truth may be a number. `ability` and
-`extra_info` are carried along and not looked into.
+`extra_info` are kept and not read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 REQUIRED, OPTIONAL = ("prompt", "reward_model"), ("data_source",)
-ROWS_AT_ONCE = 2048  # DAPO-Math-17k has 1.79 million, nearly all of them repeats
-_READ_BYTES = 1 << 20  # of a column at once
+ROWS_AT_ONCE = 2048  # DAPO-Math-17k has 1.79 million rows, mostly repeats
+_READ_BYTES = 1 << 20  # bytes per column read
 
 
 @dataclass(frozen=True)
 class Problem:
-    row: int  # in the file it was read from
+    row: int  # row of the file
     messages: tuple[tuple[str, str], ...]  # (role, content)
     data_source: str
     ground_truth: str
@@ -31,8 +31,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class UniqueProblems:
-    problems: list[Problem]  # each prompt once, without the contradictory ones
-    contradictions: list[str]  # one line a prompt that has more than one ground truth: none of them is ours to pick
+    problems: list[Problem]  # each prompt once, without contradictory ones
+    contradictions: list[str]  # one line per prompt with several ground truths
     num_rows: int
 
     @property
@@ -41,26 +41,26 @@ class UniqueProblems:
 
 
 def open_parquet(path: str | Path) -> pq.ParquetFile:
-    """The opened file, to be read with little memory.
+    """Open a parquet file for reading with little memory.
 
     Raises:
-        ValueError: not there, or not parquet.
+        ValueError: the file does not exist or is not parquet.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist: `megatron-fipo data prepare SOURCE {path}` makes one")
+        raise ValueError(f"data file {path} does not exist: `megatron-fipo data prepare SOURCE {path}` creates it")
     try:
-        # Otherwise all of a row group is read ahead, and a published file may be a single one.
+        # Otherwise a whole row group is read ahead, and a published file may be a single one.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES)
-    except (pa.ArrowInvalid, OSError) as error:  # OSError: a garbled footer
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: a corrupted footer
         raise ValueError(f"{path} is not a parquet file: {error}") from None
 
 
 def open_problems(path: str | Path) -> pq.ParquetFile:
-    """The opened file.
+    """Open a parquet file in the DAPO schema.
 
     Raises:
-        ValueError: not there, not parquet, or a column is missing.
+        ValueError: the file does not exist, is not parquet, or lacks a column.
     """
     file = open_parquet(path)
     missing = [column for column in REQUIRED if column not in file.schema_arrow.names]
@@ -72,10 +72,10 @@ def open_problems(path: str | Path) -> pq.ParquetFile:
 
 
 def read_problems(path: str | Path) -> Iterator[Problem]:
-    """Every row of the file, checked.
+    """Yield every row of the file, validated.
 
     Raises:
-        ValueError: as `open_problems`, or a value is not what the schema says; names the file, the row and the column.
+        ValueError: as `open_problems`, or a value violates the schema; names the file, the row and the column.
     """
     with open_problems(path) as file:
         row = 0
@@ -87,7 +87,7 @@ def read_problems(path: str | Path) -> Iterator[Problem]:
 
 
 def unique_problems(path: str | Path) -> UniqueProblems:
-    """Read the file and take each problem once, the first time it comes.
+    """Read the file and keep the first occurrence of each problem.
 
     Raises:
         ValueError: as `read_problems`.
@@ -110,7 +110,7 @@ def unique_problems(path: str | Path) -> UniqueProblems:
 def _problem(value: dict[str, Any], row: int, where: str) -> Problem:
     reward_model = value["reward_model"]
     if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
-        raise ValueError(f"{where}: column reward_model is {reward_model!r}, not {{ground_truth, style}}")
+        raise ValueError(f"{where}: column reward_model must be {{ground_truth, style}}, got {reward_model!r}")
     return Problem(
         row=row,
         messages=_messages(value["prompt"], where),
@@ -122,16 +122,19 @@ def _problem(value: dict[str, Any], row: int, where: str) -> Problem:
 def _messages(prompt: Any, where: str) -> tuple[tuple[str, str], ...]:
     column = f"{where}: column prompt"
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{column} is {prompt!r}, not a list of {{role, content}} with at least one")
+        raise ValueError(f"{column} must be a non-empty list of {{role, content}}, got {prompt!r}")
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{column} has {message!r}, which is not {{role, content}}")
+            raise ValueError(f"{column} must contain {{role, content}}, got {message!r}")
     return tuple(_message(message, column) for message in prompt)
 
 
 def _message(message: dict[str, Any], column: str) -> tuple[str, str]:
-    """Return role and content. A blank system message differs from none for templates that have a default one, and an
-    assistant's turn may begin with nothing."""
+    """Return role and content.
+
+    A blank system message differs from none for templates that have a default one, and an assistant's turn may begin
+    empty.
+    """
     role, content = require_text(message["role"], f"{column}.role"), message["content"]
     if role in ("system", "assistant") and isinstance(content, str):
         return role, content
@@ -142,12 +145,12 @@ def _optional_text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{column} is {value!r}, not a text")
+        raise ValueError(f"{column} must be a string, got {value!r}")
     return value
 
 
 def _ground_truth(value: Any, column: str) -> str:
-    """Return a number as it is written: 3 for 3 and 3.0."""
+    """Return a number as a string: 3 for 3 and 3.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value == value:
@@ -156,7 +159,7 @@ def _ground_truth(value: Any, column: str) -> str:
 
 
 def require_text(value: Any, column: str) -> str:
-    """`value`, if it is a text that is not blank; otherwise a ValueError that names the column."""
+    """Return `value` if it is a non-blank string; otherwise raise a ValueError that names the column."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{column} is {value!r}, not a text")
+        raise ValueError(f"{column} must be a non-blank string, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""Avg@k, Cons@k and Pass@k of a policy on one or several sets of problems, and every sample that they come from."""
+"""Avg@k, Cons@k and Pass@k of a policy on one or several benchmarks, with all samples."""
 
 from megatron_fipo.evaluation.evaluate import evaluate, load_benchmarks
 from megatron_fipo.evaluation.sample import Sample

@@ -1,4 +1,4 @@
-"""`megatron-fipo eval`: a checkpoint's weights and an engine, without what training needs, and samples that stay."""
+"""`megatron-fipo eval`: evaluate a checkpoint's weights without an optimizer, and keep all samples."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import export_weights
 from megatron_fipo.convert.policy import load_policy
-from megatron_fipo.evaluation.drawing import wanted
 from megatron_fipo.evaluation.evaluate import Benchmarks, evaluate, load_benchmarks
 from megatron_fipo.evaluation.sample import Key, Sample
+from megatron_fipo.evaluation.sampling import plan_samples
 from megatron_fipo.evaluation.store import Store, settings_of
 from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.evaluation.table import show
@@ -36,22 +36,23 @@ _REPORT_SECONDS = 10.0
 
 
 def weights_of(config: Config) -> str:
+    """Return the path of the evaluated weights."""
     return config.model.megatron_path or config.model.hf_path
 
 
 def default_directory(config: Config) -> Path:
-    """Named for the checkpoint, in the run's own directory."""
+    """Return the default output directory: named after the checkpoint, in the run's directory."""
     return config.run_directory / "evaluation" / Path(weights_of(config)).resolve().name
 
 
 def check(config: Config, out: Path) -> None:
-    """Whether the evaluation may go on in `out`; asked before any rank starts.
+    """Check, before any rank starts, that the evaluation can use `out`.
 
     Raises:
-        ValueError: `out` holds samples of other weights, problems or settings, or the problems cannot be read.
+        ValueError: `out` contains samples of other weights, problems or settings, or the problems cannot be read.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give another --out")
+        raise ValueError(f"--out {out} is a file, but must be a directory")
     store = Store(out)
     began = store.began()
     store.claim(settings_of(config, load_benchmarks(config, _tokenizer(config), began), began), write=False)
@@ -61,7 +62,7 @@ def run(config: Config, out: Path) -> None:
     """Evaluate on this rank; collective. Rank 0 prints a table and, as its last line, one JSON object.
 
     Raises:
-        Interrupted: a rank was asked to stop; what is finished is kept, and the same command goes on.
+        Interrupted: a rank received a stop signal; finished samples are kept, and the same command continues.
     """
     tokenizer, store = _tokenizer(config), Store(out)
     began = [store.began()]
@@ -72,7 +73,7 @@ def run(config: Config, out: Path) -> None:
         finished = store.read()
     else:
         finished = []
-    dist.barrier()  # what is there now was read before anybody adds to it
+    dist.barrier()  # all ranks have read the directory before any adds to it
     result, samples = _evaluate(config, benchmarks, tokenizer, store, finished)
     if dist.get_rank() == 0:
         store.finish(result, samples, benchmarks, weights_of(config))
@@ -84,7 +85,7 @@ def _evaluate(
     config: Config, benchmarks: Benchmarks, tokenizer: Any, store: Store, finished: Sequence[Sample]
 ) -> tuple[Evaluation, list[Sample]]:
     topology = topologies.initialize(config.parallel, config.run.seed)
-    progress = _Progress({draw.key for draw in wanted(benchmarks, config)}, finished, store)
+    progress = _Progress({spec.key for spec in plan_samples(benchmarks, config)}, finished, store)
     complete = [progress.left == 0]
     dist.broadcast_object_list(complete, src=0)
     reward, engine = make_reward(config.reward), None if complete[0] else _engine(config, topology)
@@ -92,7 +93,7 @@ def _evaluate(
     def keep(samples: Sequence[Sample]) -> None:
         store.add(samples)
         if topology.rank == 0:
-            progress.tell()
+            progress.report()
 
     try:
         stops = stop_token_ids(config.model.hf_path, tokenizer, config.model.overrides)
@@ -105,7 +106,7 @@ def _evaluate(
 
 
 def _engine(config: Config, topology: Topology) -> RolloutEngine:
-    """One that has the policy's weights; the ranks' own copy is gone when it has."""
+    """Return an engine with the policy's weights; the ranks' own copy has been freed."""
     hf_config = load_hf_config(config.model.hf_path, config.model.overrides)
     engine = make_engine(config, hf_config, topology)
     try:
@@ -128,32 +129,32 @@ def _tokenizer(config: Config) -> Any:
 
 
 class _Progress:
-    """Lines on standard error: how far all ranks have come, how fast, how long it will take."""
+    """Progress lines on standard error: samples of all ranks, rate, remaining time."""
 
-    def __init__(self, wanted: Collection[Key], finished: Sequence[Sample], store: Store) -> None:
-        self._wanted = len(wanted)
-        self._earlier = len({sample.key for sample in finished} & set(wanted))
+    def __init__(self, plan_samples: Collection[Key], finished: Sequence[Sample], store: Store) -> None:
+        self._wanted = len(plan_samples)
+        self._earlier = len({sample.key for sample in finished} & set(plan_samples))
         self._held = len(finished)
         self._store = store
-        self._started = self._told = time.monotonic()
+        self._started = self._last_report = time.monotonic()
         if self._earlier:
             print(f"{self._earlier} of {self._wanted} samples are there already", file=sys.stderr)
 
     @property
     def left(self) -> int:
-        """Samples to be drawn by this process and the other ranks."""
+        """Number of samples to be generated by all ranks."""
         return self._wanted - self._earlier
 
-    def tell(self) -> None:
-        """Print a line, unless there was one a moment ago."""
+    def report(self) -> None:
+        """Print a line, unless one was printed recently."""
         now = time.monotonic()
-        drawn = self._store.count() - self._held
-        if now - self._told < _REPORT_SECONDS and drawn < self.left:
+        generated = self._store.count() - self._held
+        if now - self._last_report < _REPORT_SECONDS and generated < self.left:
             return
-        self._told, rate = now, drawn / (now - self._started)
-        left = timedelta(seconds=round((self.left - drawn) / rate))
+        self._last_report, rate = now, generated / (now - self._started)
+        left = timedelta(seconds=round((self.left - generated) / rate))
         print(
-            f"{self._earlier + drawn} of {self._wanted} samples, {rate:.2f} a second, {left} left",
+            f"{self._earlier + generated} of {self._wanted} samples, {rate:.2f} samples/s, {left} left",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""A row a problem: how many samples solved it, and what the majority said."""
+"""Table of problems: number of correct samples, and the majority answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_fipo.evaluation.sample import Sample
 
 
 def problem_table(samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> pa.Table:
-    """Of finished samples, in their order."""
+    """Return the table of finished samples, in their order."""
     problems: dict[tuple[str, int], list[Sample]] = {}
     for sample in samples:
         problems.setdefault((sample.benchmark, sample.problem), []).append(sample)
-    return pa.Table.from_pylist([_row(answers, benchmarks[name][place]) for (name, place), answers in problems.items()])
+    return pa.Table.from_pylist([_row(answers, benchmarks[name][index]) for (name, index), answers in problems.items()])
 
 
 def _row(answers: Sequence[Sample], prompt: Prompt) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One answer to one problem, as drawn and judged; and what the tables of an evaluation are made of."""
+"""One scored sample of a problem, and the tables of samples."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import pyarrow.parquet as pq
 
 from megatron_fipo.data import Prompt
 
-Key = tuple[str, int, int]  # benchmark, problem, sample number
+Key = tuple[str, int, int]  # benchmark, problem, sample index
 
 
 @dataclass(frozen=True)
 class Sample:
-    """
+    """Scored response to one problem.
+
     Attributes:
-        problem: its place among the benchmark's problems.
+        problem: index among the benchmark's problems.
         number: 0 .. k-1.
-        response: the text that was judged, without the stop token.
-        answer: what the verifier took from it; None: nothing.
-        answer_class: answers of a problem that are equal share one, 0 are the right ones; None: no answer, or not
-            compared yet.
-        failure: why the verifier could not decide; such a sample counts as wrong.
+        response: the scored text, without the stop token.
+        answer: answer extracted by the verifier; None: none.
+        answer_class: equal answers of a problem share a class, 0 is that of correct ones; None: no answer, or not yet
+            compared.
+        failure: why the verifier could not decide; the sample counts as incorrect.
         length: tokens of the response.
-        truncated: it hit the length limit.
+        truncated: reached the length limit.
     """
 
     benchmark: str
@@ -59,18 +60,19 @@ _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 
 
 def sample_table(samples: Sequence[Sample]) -> pa.Table:
+    """Return samples as a table."""
     return pa.Table.from_pylist([asdict(sample) for sample in samples], _SCHEMA)
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return what a file of `sample_table` holds, or one of more columns, or of a version without failures."""
+    """Read a file of `sample_table`; further columns are ignored, and failures may be missing."""
     held = pq.read_schema(path).names
     columns = [name for name in _SCHEMA.names if name in held or name != "failure"]
     return [Sample(**row) for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
 def full_table(samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> pa.Table:
-    """A row a sample, with the problem that it answers: its row in the benchmark's file, prompt and ground truth."""
+    """Return a row per sample with its problem: row in the benchmark's file, prompt and ground truth."""
     prompts = [benchmarks[s.benchmark][s.problem] for s in samples]
     table = sample_table(samples)
     columns: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""The directory of an evaluation: finished samples from which the same command goes on, and what came of them.
+"""Directory of an evaluation: finished samples, from which an interrupted evaluation continues, and its results.
 
-settings.json          what the samples depend on
-drawn/*.parquet        finished samples, some in a file, each file written whole
-samples.parquet        a row a sample, with prompt, ground truth and class of its answer
-problems.parquet       a row a problem
-summary.json           the figures
+settings.json          settings that the samples depend on
+drawn/*.parquet        finished samples, several per file, each file written atomically
+samples.parquet        a row per sample, with prompt, ground truth and answer class
+problems.parquet       a row per problem
+summary.json           the metrics
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sa
 from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file that are looked at: 32B parameters are 65 GB
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of each weight file that are hashed: 32B parameters are 65 GB
 BEGAN = "the evaluation's beginning"
 _WEIGHT_FILES = ("*.safetensors", "*.distcp")
 
 
 class Store:
-    """All ranks may add samples at the same time; the rest is rank 0's."""
+    """Store of samples. All ranks may add samples concurrently; everything else is done by rank 0."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._drawn = directory / "drawn"
+        self._samples = directory / "drawn"
         self._rows: dict[Path, int] = {}
 
     def began(self) -> datetime:
-        """Return the time that chat templates are told: of the evaluation's beginning, now if it has not begun."""
+        """Return the time used by chat templates: the evaluation's start, or now if it has not begun."""
         path = self.directory / "settings.json"
         kept = read_object(path).get(BEGAN) if path.exists() else None
         return time_in(path, kept) if kept else datetime.now()
 
     def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
-        """Make this the directory of samples that depend on `settings`. More benchmarks may come later.
+        """Claim the directory for samples with these `settings`. Benchmarks can be added later.
 
         Raises:
-            ValueError: it holds samples of other settings.
+            ValueError: it contains samples with other settings.
         """
         path = self.directory / "settings.json"
         held = read_object(path) if path.exists() else {}
@@ -58,24 +58,24 @@ class Store:
         if different:
             listed = "\n".join(different)
             raise ValueError(
-                f"{self.directory} holds samples that were drawn with other settings:\n{listed}\n"
-                f"Go back to them, give another --out, or remove {self.directory} to start anew"
+                f"{self.directory} contains samples with other settings:\n{listed}\n"
+                f"Restore these settings, choose another --out, or remove {self.directory} to start over"
             )
         if write:
-            self._drawn.mkdir(parents=True, exist_ok=True)
+            self._samples.mkdir(parents=True, exist_ok=True)
             write_whole(path, _json({**held, **settings}))
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """Keep finished samples. No two files share one, so the first one names the file."""
+        """Save finished samples. No two files share a sample, so the first one names the file."""
         benchmark, problem, number = min(sample.key for sample in samples)
-        write_table(sample_table(samples), self._drawn / f"{benchmark}-{problem}-{number}.parquet")
+        write_table(sample_table(samples), self._samples / f"{benchmark}-{problem}-{number}.parquet")
 
     def read(self) -> list[Sample]:
-        """All finished samples, of this evaluation and of others with the same settings."""
+        """Return all finished samples, including those of earlier evaluations with the same settings."""
         return [sample for file in self._files() for sample in read_samples(file)]
 
     def count(self) -> int:
-        """How many there are, without reading them."""
+        """Return the number of samples without reading them."""
         for file in self._files():
             if file not in self._rows:
                 self._rows[file] = pq.read_metadata(file).num_rows
@@ -84,18 +84,18 @@ class Store:
     def finish(
         self, result: Evaluation, samples: Sequence[Sample], benchmarks: Mapping[str, PromptSet], weights: str
     ) -> None:
-        """Write the tables and the figures."""
+        """Write the tables and the metrics."""
         write_table(full_table(samples, benchmarks), self.directory / "samples.parquet")
         write_table(problem_table(samples, benchmarks), self.directory / "problems.parquet")
         content = {"weights": weights, **result.scores(), **asdict(result)}
         write_whole(self.directory / "summary.json", _json(content))
 
     def _files(self) -> list[Path]:
-        return sorted(self._drawn.glob("[!.]*.parquet"))
+        return sorted(self._samples.glob("[!.]*.parquet"))
 
 
 def settings_of(config: Config, benchmarks: Mapping[str, PromptSet], began: datetime | None = None) -> dict[str, Any]:
-    """What a sample depends on, by the names that a user knows; the layout and k are not among it."""
+    """Return the settings that a sample depends on, by user-visible names; layout and k are not included."""
     settings = {
         **({BEGAN: began.isoformat()} if began else {}),
         "the weights": weights_fingerprint(Path(config.model.megatron_path or config.model.hf_path)),
@@ -113,8 +113,10 @@ def settings_of(config: Config, benchmarks: Mapping[str, PromptSet], began: date
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """Changes with the weights of a checkpoint, and not with its place. Parts of each file stand for the whole: an
-    update changes numbers everywhere."""
+    """Return a hash of a checkpoint's weights that does not depend on its path.
+
+    Only parts of each file are hashed, since an update changes values everywhere.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(file for pattern in _WEIGHT_FILES for file in directory.glob(pattern)):
         size = file.stat().st_size

@@ -1,7 +1,7 @@
-"""The figures of an evaluation: Avg@k, Cons@k and Pass@k with their intervals, and how long the responses are.
+"""Summary of an evaluation: Avg@k, Cons@k and Pass@k with confidence intervals, and response lengths.
 
-Of several benchmarks, scores and their intervals are means over the benchmarks, whatever their sizes; lengths are of
-all samples together.
+With several benchmarks, scores and their intervals are means over benchmarks, whatever their sizes; lengths are over
+all samples.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9, "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """k samples of each problem, summarized.
+    """Metrics over k samples per problem.
 
     Attributes:
         avg: mean accuracy of all samples.
-        cons: expected share of problems whose most frequent answer is right, ties decided by lot.
-        pass_: share of problems with at least one right sample.
+        cons: expected share of problems whose most frequent answer is correct, with ties broken at random.
+        pass_: share of problems with at least one correct sample.
         length: mean response length, tokens.
-        truncated: share of responses that hit the length limit.
+        truncated: share of responses that reached the length limit.
         pass_at: `pass@j` for several j <= k.
-        intervals: of every score, by its name: the ends of the 95 % bootstrap interval over problems.
-        lengths: quantiles of the response length, and mean and median of the right and of the wrong ones, where any.
-        benchmarks: each one's own figures where there are several.
-        verifier_failures: answers that the verifier could not decide, by their reasons; they count as wrong.
+        intervals: score name -> ends of its 95% bootstrap interval over problems.
+        lengths: quantiles of the response length; mean and median of correct and of incorrect responses, if any.
+        benchmarks: metrics of each benchmark if there are several.
+        verifier_failures: reason -> number of answers that the verifier could not decide; they count as incorrect.
     """
 
     samples: int
@@ -55,7 +55,7 @@ class Evaluation:
         return {"avg@k": self.avg, "cons@k": self.cons, "pass@k": self.pass_}
 
     def metrics(self) -> dict[str, float]:
-        """All figures by the names that metrics.jsonl has; `eval/<benchmark>/...` where there are several."""
+        """Return all metrics by their names in metrics.jsonl; `eval/<benchmark>/...` if there are several."""
         figures = {f"eval/{name}": value for name, value in self._figures()}
         for benchmark, result in self.benchmarks.items():
             figures |= {f"eval/{benchmark}/{name}": value for name, value in result._figures()}
@@ -71,7 +71,7 @@ class Evaluation:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Evaluation:
-        """What `dataclasses.asdict` made, also by way of JSON or by a version with fewer figures."""
+        """Rebuild from `dataclasses.asdict`, also after a JSON round trip or from a version with fewer metrics."""
         nested: dict[str, Any] = {
             "intervals": {name: tuple(ends) for name, ends in state.get("intervals", {}).items()},
             "benchmarks": {n: Evaluation.from_state_dict(e) for n, e in state.get("benchmarks", {}).items()},
@@ -80,19 +80,19 @@ class Evaluation:
 
 
 def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, seed: int = 0) -> Evaluation:
-    """The figures of a finished evaluation, of samples in any order.
+    """Return the metrics of a finished evaluation; samples may be in any order.
 
     Args:
         pass_k: the j of each `pass@j`; None: the powers of two up to k, and k.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: problems with different numbers of samples, none at all, or a j above k.
+        ValueError: problems with different numbers of samples, no samples, or a j above k.
     """
     parts = _by_benchmark(samples)
     counts = {len(answers) for problems in parts.values() for answers in problems}
     if len(counts) != 1:
-        raise ValueError(f"every problem needs the same number of samples, but there are {sorted(counts)}")
+        raise ValueError(f"all problems must have the same number of samples, got {sorted(counts)}")
     k = counts.pop()
     wanted = powers_of_two(k) if pass_k is None else sorted(set(pass_k))
     names = ["avg@k", "cons@k", "pass@k", *(f"pass@{j}" for j in wanted)]
@@ -113,12 +113,12 @@ def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, se
 
 
 def powers_of_two(k: int) -> list[int]:
-    """1, 2, 4, ... up to k, and k itself."""
+    """Return 1, 2, 4, ... up to k, and k itself."""
     return sorted({*(1 << n for n in range(k.bit_length())), k})
 
 
 def _by_benchmark(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
-    """The samples of each problem of each benchmark, in an order that does not depend on how they come."""
+    """Group samples by benchmark and problem, in a fixed order."""
     parts: dict[str, dict[int, list[Sample]]] = {}
     for sample in samples:
         parts.setdefault(sample.benchmark, {}).setdefault(sample.problem, []).append(sample)
@@ -126,7 +126,7 @@ def _by_benchmark(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
 
 
 def _scores_by_problem(problems: Sequence[Sequence[Sample]], k: int, wanted: Sequence[int]) -> Floats:
-    """[P, M]: each problem's accuracy, consensus, pass@k and every further pass@j."""
+    """Return [P, M]: each problem's accuracy, consensus, pass@k and every further pass@j."""
     right = [sum(s.accuracy > 0 for s in answers) for answers in problems]
     columns = [
         np.array([sum(s.accuracy for s in answers) / k for answers in problems]),

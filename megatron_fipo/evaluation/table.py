@@ -1,4 +1,4 @@
-"""An evaluation for the terminal."""
+"""Terminal table of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WIDTH = 118
 
 
 def show(result: Evaluation, name: str) -> None:
-    """A row a benchmark; scores with the ends of their 95 % intervals. `name`: of a single benchmark."""
+    """Print a row per benchmark, scores with 95% intervals. `name`: of a single benchmark."""
     k = result.samples
     scores = {"avg@k": f"avg@{k}", "cons@k": f"cons@{k}", "pass@k": f"pass@{k}"}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
@@ -34,7 +34,7 @@ def show(result: Evaluation, name: str) -> None:
     console.print(table)
     if result.pass_at:
         console.print("  ".join(_with_interval(value, *result.intervals[s], s) for s, value in result.pass_at.items()))
-    console.print("in brackets: 95 % intervals, bootstrap over problems; lengths in tokens")
+    console.print("in brackets: 95% intervals, bootstrap over problems; lengths in tokens")
 
 
 def _with_interval(value: float, low: float, high: float, name: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face config -> what Megatron-Core needs to know, with every check that can be made before ranks start."""
+"""Architecture for Megatron-Core from a Hugging Face config, with all checks that are possible before ranks start."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _VOCABULARY_MULTIPLE = 64  # rows of each tensor-parallel vocabulary shard; keep
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts that stands for the MLP of every layer.
+    """Mixture of experts that replaces the MLP in every layer.
 
     Attributes:
-        active: experts that each token is sent to (top-k).
+        active: experts per token (top-k).
         ffn_hidden_size: width of one expert.
-        normalized: whether the weights of a token's active experts add up to 1; if not, they are their share of the
-            softmax over all experts.
+        normalized: weights of a token's active experts sum to 1; otherwise they are their softmax values over all
+            experts.
     """
 
     count: int
@@ -38,12 +38,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a decoder-only model, in the names of this project.
+    """Dimensions of a decoder-only model, in this project's names.
 
     Attributes:
-        vocab_size: the model's own vocabulary (rows of the Hugging Face embedding).
+        vocab_size: unpadded vocabulary (rows of the Hugging Face embedding).
         rope_interpolation: linear scaling factor of positions, None without.
-        rope_llama3_factor: factor of Llama 3's scaling by wavelength, None without.
+        rope_llama3_factor: factor of Llama 3's rope scaling, None without.
         experts: None for a dense model.
     """
 
@@ -66,7 +66,7 @@ class Architecture:
     experts: Experts | None = None
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Vocabulary rows after padding to equal tensor-parallel shards."""
+        """Return the vocabulary rows after padding to equal tensor-parallel shards."""
         multiple = _VOCABULARY_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
@@ -75,21 +75,22 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
     """Read config.json of a Hugging Face checkpoint and replace the fields named in `overrides`.
 
     Raises:
-        ValueError: no such checkpoint, a broken config, an unsupported model type, or an override it does not know.
+        ValueError: the checkpoint does not exist, its config is invalid or of an unsupported model type, or an
+            override is unknown.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"model.hf_path {path!r} has no config.json: it must be the directory of a checkpoint; "
-            f"`hf download ORGANIZATION/NAME --local-dir {path}` fetches a published one"
+            f"model.hf_path {path!r} has no config.json: it must be a checkpoint directory; "
+            f"`hf download ORGANIZATION/NAME --local-dir {path}` downloads a published one"
         )
     config = read_json(file)
     if config.get("model_type") in SUPPORTED_MODEL_TYPES:
         check_spellings(config, str(file))
     elif "auto_map" in config:
         raise ValueError(
-            f"{file}: model type {config.get('model_type')!r} has code of its own (auto_map), which is never run; "
-            f"supported without it: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{file}: model type {config.get('model_type')!r} has custom code (auto_map), which is never run; "
+            f"supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     try:
         hf = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -97,33 +98,33 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ValueError(f"model type {hf.model_type!r} of {path} is not supported; supported: {supported}")
+        raise ValueError(f"model type {hf.model_type!r} of {path} is not supported: must be one of {supported}")
     _override(hf, overrides)
     return hf
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a file of settings.
+    """Read a JSON file of settings.
 
     Raises:
-        ValueError: it is no JSON, or no object.
+        ValueError: not a JSON object.
     """
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} cannot be read: expected an object of names and values")
+        raise ValueError(f"{file} cannot be read: expected a JSON object")
     return content
 
 
 def _override(hf: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    """Replace fields; those of rotary embeddings work in either spelling."""
+    """Replace fields; rotary embedding fields may use either spelling."""
     for key, value in overrides.items():
         if key in _ROPE_FIELDS:
             continue
         if not hasattr(hf, key):
-            raise ValueError(f"model.overrides.{key}: the {hf.model_type} config has no such field")
+            raise ValueError(f"model.overrides.{key}: the {hf.model_type} config does not have this field")
         try:
             setattr(hf, key, value)
         except (TypeError, ValueError, StrictDataclassError) as error:
@@ -133,11 +134,11 @@ def _override(hf: PretrainedConfig, overrides: dict[str, Any]) -> None:
 
 
 def architecture(hf: PretrainedConfig) -> Architecture:
-    """Translate a supported config, refusing what the Megatron model would compute differently.
+    """Convert a supported config; reject what the Megatron model would compute differently.
 
     Raises:
-        ValueError: attention within a window, another activation than SiLU, biases, an unsupported or incomplete kind
-            of rope, or experts in some layers only.
+        ValueError: sliding-window attention, an activation other than SiLU, biases, an unsupported or incomplete rope
+            type, or experts in only some layers.
     """
     _refuse_other_models(hf)
     rope = checked_rope(hf.rope_parameters)
@@ -165,18 +166,18 @@ def architecture(hf: PretrainedConfig) -> Architecture:
 
 def _refuse_other_models(hf: PretrainedConfig) -> None:
     if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: SwiGLU (silu) models only")
+        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: must be silu (SwiGLU)")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf, name, False):
             raise ValueError(f"{name} of a {hf.model_type} model is not supported")
     if getattr(hf, "use_sliding_window", False):
         raise ValueError("use_sliding_window: sliding-window attention is not supported; set it to false to ignore it")
-    # Qwen's configs switch the window by the flag above; Mistral's by a width.
+    # Qwen's configs control the window by the flag above; Mistral's by a width.
     window = None if hasattr(hf, "use_sliding_window") else getattr(hf, "sliding_window", None)
     if window is not None and window < hf.max_position_embeddings:
         raise ValueError(
-            f"sliding_window {window} is below max_position_embeddings {hf.max_position_embeddings}: attention within "
-            f"a window is not supported; contexts of up to {window} tokens would be"
+            f"sliding_window {window} is below max_position_embeddings {hf.max_position_embeddings}: "
+            f"sliding-window attention is not supported; set max_position_embeddings to at most {window}"
         )
 
 
@@ -203,10 +204,10 @@ def _experts(hf: PretrainedConfig) -> Experts | None:
 
 
 def check_model(config: Config) -> Architecture:
-    """Everything that can be wrong between a run's config and its model, before any rank starts.
+    """Check a run's config against its model before any rank starts.
 
     Raises:
-        ValueError: one message that lists all of it.
+        ValueError: lists all problems.
     """
     arch = architecture(load_hf_config(config.model.hf_path, config.model.overrides))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -225,13 +226,13 @@ def check_model(config: Config) -> Architecture:
 
 
 def _rollout_problems(arch: Architecture, tensor: int) -> list[str]:
-    """Return what prevents vLLM from splitting the attention over a server's GPUs."""
+    """Return what prevents vLLM from splitting attention heads over a server's GPUs."""
     legal = [t for t in range(1, arch.num_heads + 1) if _vllm_splits(arch, t)]
     if tensor in legal:
         return []
     return [
         f"rollout.tensor_parallel {tensor} does not fit {arch.num_heads} attention heads and {arch.num_kv_heads} "
-        f"key/value heads; possible: {legal}"
+        f"key/value heads: must be one of {legal}"
     ]
 
 

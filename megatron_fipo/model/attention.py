@@ -1,12 +1,11 @@
-"""Causal attention inside each sequence of a packed micro-batch, by torch's kernels, with context parallelism.
+"""Causal attention inside each sequence of a packed micro-batch with torch's kernels and context parallelism.
 
-Megatron-Core's own torch attention takes neither packed sequences nor context parallelism; Transformer Engine's
-takes both and is used where it is installed. Which kernel is taken here:
+Megatron-Core's torch attention supports neither packed sequences nor context parallelism; Transformer Engine's
+supports both and is used where it is installed. Kernels used here:
 
-| device | precision, heads | kernel |
-|---|---|---|
-| GPU since sm_80 | 16 bits, width a multiple of 8 up to 192 | torch's flash attention, one call for all sequences |
-| any other | any | `scaled_dot_product_attention`, sequence by sequence |
+| device | precision, heads | kernel | |---|---|---| | GPU since sm_80 | 16 bits, width a multiple of 8 up to 192 |
+torch's flash attention, one call for all sequences | | other | any | `scaled_dot_product_attention`, sequence by
+sequence |
 
 Letters: N packed tokens on this rank, H query heads, K key/value heads, D head width, S sequences, C context-parallel
 ranks.
@@ -30,17 +29,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_fipo.batch import zigzag_positions
 from megatron_fipo.model.rotation import Rotation, rotate
 
-_FLASH_CAPABILITY = (8, 0)  # of the GPU, at least
-_FLASH_HEAD_WIDTHS = range(8, 193, 8)  # wider heads have no backward pass on some of those GPUs
+_FLASH_CAPABILITY = (8, 0)  # minimum compute capability of the GPU
+_FLASH_HEAD_WIDTHS = range(8, 193, 8)  # wider heads have no backward pass on some of these GPUs
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, and what the host knows of it.
+    """Megatron's description of a packed micro-batch, with data known on the host.
 
     Attributes:
-        lengths: tokens of each whole sequence, padding included.
-        rotation: of this rank's tokens, for queries and keys; None: they come rotated.
+        lengths: tokens of each whole sequence, including padding.
+        rotation: for this rank's queries and keys; None: they are already rotated.
     """
 
     lengths: tuple[int, ...] = ()
@@ -79,9 +78,9 @@ class _GatherRanks(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each packed sequence; a core-attention module for Megatron's layer specs.
+    """Causal attention inside each packed sequence, as a core-attention module for Megatron's layer specs.
 
-    Rotary embeddings are applied here, where Megatron has left them out.
+    Also applies rotary embeddings, which Megatron skips.
     """
 
     def __init__(
@@ -126,21 +125,21 @@ class PackedAttention(MegatronModule):
     def _attend_over_ranks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
     ) -> list[torch.Tensor]:
-        """Every rank attends with its own queries to all keys, gathered over the context-parallel group."""
+        """Attend with this rank's queries to all keys, gathered over the context-parallel group."""
         size, rank = self.context_group.size(), self.context_group.rank()
         local = [length // size for length in lengths]
         keys_values = _GatherRanks.apply(torch.stack([key, value], dim=1), self.context_group)  # [C, N, 2, K, D]
         outputs = []
         for q, kv, length in zip(query.split(local), keys_values.split(local, dim=1), lengths, strict=True):
-            places = torch.cat([zigzag_positions(length, size, r) for r in range(size)])
-            ordered = kv.flatten(0, 1)[places.argsort()]  # [length, 2, K, D], in sequence order
+            rank_positions = torch.cat([zigzag_positions(length, size, r) for r in range(size)])
+            ordered = kv.flatten(0, 1)[rank_positions.argsort()]  # [length, 2, K, D], in sequence order
             positions = zigzag_positions(length, size, rank)
             mask = positions[:, None] >= torch.arange(length)  # [length / C, length]
             outputs.append(self._attend(q, ordered[:, 0], ordered[:, 1], mask.to(q.device)))
         return outputs
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`[n, H, D] x [m, K, D] -> [n, H, D]`, causal where no mask is given."""
+        """Attend, `[n, H, D] x [m, K, D] -> [n, H, D]`, causally unless a mask is given."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, D]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
@@ -149,7 +148,7 @@ class PackedAttention(MegatronModule):
 
 
 def flash_takes(query: torch.Tensor) -> bool:
-    """Return whether torch's flash attention has kernels for queries like this, `[N, H, D]`."""
+    """Return whether torch's flash attention has kernels for these queries `[N, H, D]`."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -171,11 +170,11 @@ def flash(
     packed: PackedSequences,
     scale: float | None,
 ) -> torch.Tensor:  # [N, H, D]
-    """Attend inside all sequences by one call; differentiable.
+    """Attend inside all sequences with one call; differentiable.
 
-    The operator behind torch's varlen_attn, whose arguments differ between torch 2.11 and 2.13; this one's do not.
+    Uses the operator behind torch's varlen_attn, whose own arguments differ between torch 2.11 and 2.13.
     """
-    # A bound of 1 would take a path for decoding, which rearranges heads; padding alone is one token.
+    # A bound of 1 would select a decoding kernel, which rearranges heads; only a padding token is that short.
     ends, longest = packed.cu_seqlens_q, max(2, packed.max_seqlen_q)
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scale

@@ -1,4 +1,4 @@
-"""Build this rank's model chunks from an architecture and a layout."""
+"""Construction of this rank's model chunks from architecture and layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
-    """Megatron's config of the model under the run's layout, precision and recomputation."""
+    """Return Megatron's model config for the run's layout, precision and recomputation."""
     check_context_parallelism(config)
     p, dtype = config.parallel, getattr(torch, config.model.dtype)
     on_gpu = torch.cuda.is_available()
@@ -36,7 +36,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_kv_heads,
         kv_channels=arch.head_dim,
-        transformer_impl="transformer_engine" if fused else "local",  # also decides which Adam is built
+        transformer_impl="transformer_engine" if fused else "local",  # also selects the Adam implementation
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
@@ -56,28 +56,28 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
-        # Weights are read from a checkpoint. perform_initialization=False would also leave out the attributes by
-        # which Megatron tells sharded parameters from replicated ones, and with them a right gradient norm.
+        # Weights are read from a checkpoint. perform_initialization=False would also omit the attributes by which
+        # Megatron distinguishes sharded from replicated parameters, and thus give a wrong gradient norm.
         init_method=_leave_uninitialized,
         output_layer_init_method=_leave_uninitialized,
         embedding_init_method=_leave_uninitialized,
         use_cpu_initialization=not on_gpu,
-        calculate_per_token_loss=True,  # one global denominator, whatever the micro-batching and the layout
+        calculate_per_token_loss=True,  # one global denominator, independent of micro-batching and layout
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, dense models included
-        # Messages of the interleaved schedule pair up wrongly over gloo without overlap, and freeing a stage's
-        # output while gloo still sends it corrupts it.
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, also for dense models
+        # Without overlap, messages of the interleaved schedule are matched incorrectly over gloo, and freeing a stage's
+        # output while gloo still sends it would corrupt it.
         overlap_p2p_comm=p.virtual_pipeline > 1,
         batch_p2p_comm=p.virtual_pipeline == 1,
-        batch_p2p_sync=False,  # waiting for a request orders the streams; the device need not be idle
+        batch_p2p_sync=False,  # requests order the streams; no device synchronization is needed
         deallocate_pipeline_outputs=on_gpu,
-        bias_activation_fusion=fused or compile_activation(),  # torch.compile, with Transformer Engine too
+        bias_activation_fusion=fused or compile_activation(),  # torch.compile, also with Transformer Engine
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         deterministic_mode=on_gpu and config.run.deterministic,
-        gradient_accumulation_fusion=False,  # the LM head's fused path would need NVIDIA apex
+        gradient_accumulation_fusion=False,  # the fused path would need NVIDIA apex
         cross_entropy_loss_fusion=False,
         **recompute,
         **(_experts(arch.experts, p.expert, fused) if arch.experts else {}),
@@ -85,7 +85,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
 
 
 def _experts(experts: Experts, ranks: int, fused: bool) -> dict[str, Any]:
-    """No auxiliary loss: the policy gradient alone trains the router."""
+    """Return the expert settings. No auxiliary loss: only the policy gradient trains the router."""
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.active,
@@ -103,7 +103,7 @@ def _leave_uninitialized(weight: torch.Tensor) -> torch.Tensor:
 
 
 def build_policy(arch: Architecture, config: Config, topology: Topology) -> list[PolicyModel]:
-    """This rank's model chunks (one, or `virtual_pipeline` of them) with uninitialized weights, on the device."""
+    """Return this rank's model chunks (1 or `virtual_pipeline`) with uninitialized weights, on the device."""
     megatron_config = transformer_config(arch, config)
     return [_build_chunk(arch, config, megatron_config, topology, chunk) for chunk in range(topology.virtual_pipeline)]
 

@@ -1,4 +1,4 @@
-"""Megatron layer specs: Transformer Engine's where it is there, torch's everywhere else."""
+"""Megatron layer specs: Transformer Engine's where available, otherwise torch's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_fipo.model.attention import PackedAttention
 
 
 class RMSNorm:
-    """torch's RMSNorm with the attribute by which Megatron all-reduces its gradient under sequence parallelism."""
+    """torch's RMSNorm with the attribute that makes Megatron all-reduce its gradient under sequence parallelism."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -26,7 +26,7 @@ class RMSNorm:
 def decoder_spec(
     config: TransformerConfig, transformer_engine: bool, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of one model chunk."""
+    """Return the spec of the decoder layers of one model chunk."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -52,9 +52,9 @@ def _torch_layer(config: TransformerConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts:
-        # Transformer Engine fuses a norm into the linear layer behind it, but not into experts: name it as it does,
-        # so that either spec reads the other's checkpoints.
+        # Transformer Engine fuses a norm into the next linear layer, but not into experts: use its names, so that each
+        # spec can load the other's checkpoints.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         if not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # Megatron-Core 0.16 reads it without Transformer Engine, too
+            moe_utils.te_general_gemm = None  # Megatron-Core 0.16 reads it even without Transformer Engine
     return layer

@@ -1,4 +1,4 @@
-"""The policy: Megatron's GPTModel whose last stage gives token log-probabilities and entropies, never logits."""
+"""Policy model: Megatron's GPTModel whose last stage returns token log-probabilities and entropies, never logits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _LENGTH_STEP = 512  # tokens
 
 
 def kernel_max_seqlen(longest: int) -> int:
-    """Return the bound on a packed sequence's tokens that Transformer Engine's attention and RoPE are given.
+    """Return the maximum sequence length to pass to Transformer Engine's attention and RoPE.
 
-    cuDNN's fused attention, one of Transformer Engine's, makes a plan for every new bound, so it is rounded up.
+    Rounded up, since cuDNN's fused attention creates a plan for every new value.
     """
     return -(-longest // _LENGTH_STEP) * _LENGTH_STEP
 
 
 class PolicyModel(GPTModel):
-    """One model chunk of the policy.
+    """Model chunk of the policy.
 
-    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set once by `build_policy`.
+    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set by `build_policy`.
     """
 
     vocab_size_unpadded: int
@@ -39,9 +39,12 @@ class PolicyModel(GPTModel):
     _table: torch.Tensor | None = None
 
     def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """Hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, and on the last stage `[2, R_local]`
-        float32: the log-probability of each response token on this context-parallel rank, and the entropy of the
-        distribution it was drawn from, both at the sampling temperature."""
+        """Return hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, or on the last stage `[2, R_local]`.
+
+        The latter are float32: the log-probability of each response token on this context-parallel rank, and the
+            entropy of the
+        distribution it was sampled from, both at the sampling temperature.
+        """
         fused = self.config.apply_rope_fusion
         packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch)
         hidden = self.decoder(
@@ -57,7 +60,7 @@ class PolicyModel(GPTModel):
         return self.embedding(input_ids=ids, position_ids=positions)
 
     def _packed(self, micro_batch: MicroBatch) -> PackedSequences:
-        """Describe the micro-batch to `PackedAttention`, which also applies RoPE."""
+        """Return the micro-batch's description for `PackedAttention`, which also applies RoPE."""
         bound, dtype = micro_batch.max_seqlen, self.config.params_dtype
         turned = rotation(self.rotary_pos_emb, micro_batch.position_ids, bound, dtype)
         return PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths, turned)
@@ -70,19 +73,19 @@ class PolicyModel(GPTModel):
         )
 
     def _angles(self, bound: int) -> torch.Tensor:
-        """Return `[bound, 1, 1, head width]` float32, the table that fused RoPE takes.
+        """Return `[bound, 1, 1, head width]` float32, the table for fused RoPE.
 
-        One is kept, of the longest bound so far: Megatron would keep 32 of them on the GPU, and this module with them.
+        Only the longest table so far is kept: Megatron's cache would keep 32 on the GPU, and this module with them.
         """
         if self._table is None or self._table.shape[0] < bound:
             self._table = self.rotary_pos_emb.get_emb(bound)
         return self._table[:bound]
 
     def _token_statistics(self, hidden: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        """LM head on the response positions only.
+        """Apply the LM head to the response positions only.
 
         The head's backward gives each tensor-parallel rank the gradient through its own vocabulary shard; the
-        mappings below add them up: reduce-scatter with sequence parallelism, all-reduce without.
+        mappings below sum them: reduce-scatter with sequence parallelism, all-reduce without.
         """
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:

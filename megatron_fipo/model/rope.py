@@ -1,7 +1,7 @@
-"""Rotary embeddings in config.json: transformers 5's spelling, the older one, and what Megatron-Core computes.
+"""Rotary embeddings in config.json: both spellings, and what Megatron-Core computes.
 
-transformers 5 has all in `rope_parameters`; transformers 4, and most published checkpoints, have `rope_theta` and
-`rope_scaling` beside each other. A reader of one spelling alone falls back to the default of what it does not find.
+transformers 5 has `rope_parameters`; transformers 4, and most published checkpoints, have `rope_theta` and
+`rope_scaling`. A reader of only one spelling uses defaults for missing fields.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Megatron-Core computes Llama 3's rope with these constants; only the factor can be chosen.
+# Megatron-Core uses these constants for Llama 3's rope; only the factor is configurable.
 _LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _NEEDS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *_LLAMA3}}
 _FILLED_IN = {"original_max_position_embeddings"}  # by transformers, from max_position_embeddings
@@ -17,32 +17,34 @@ _FIELDS = ("rope_parameters", "rope_scaling")
 
 
 def checked_rope(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a config's rope parameters, with the kind always named.
+    """Return a config's rope parameters, always with their type.
 
     Raises:
-        ValueError: the kind is not supported, a number is missing or none, or Megatron-Core would use another one.
+        ValueError: the type is not supported, a number is missing or invalid, or Megatron-Core would use another one.
     """
     rope = {"rope_type": "default", **(parameters or {})}
     kind = rope["rope_type"]
     if kind not in _NEEDS:
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(_NEEDS)}")
+        raise ValueError(f"rope type {kind!r} is not supported: must be one of {', '.join(_NEEDS)}")
     if missing := sorted(({"rope_theta"} | _NEEDS[kind]) - rope.keys()):
-        raise ValueError(f"rope_parameters {rope} lacks {' and '.join(missing)}; an override replaces all of it")
+        raise ValueError(f"rope_parameters {rope} lacks {' and '.join(missing)}; an override must be complete")
     for name in sorted({"rope_theta"} | _NEEDS[kind]):
         _check_number(name, rope[name])
     for name, value in _LLAMA3.items():
         if kind == "llama3" and rope[name] != value:
-            raise ValueError(f"llama3 rope with {name} {rope[name]} is not supported: Megatron-Core computes {value}")
+            raise ValueError(
+                f"llama3 rope with {name} {rope[name]} is not supported: must be {value}, as in Megatron-Core"
+            )
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
     return rope
 
 
 def check_spellings(config: Mapping[str, Any], where: str) -> None:
-    """Check that both spellings in a config.json are complete, and say the same.
+    """Check that both spellings in a config.json are complete and consistent.
 
     Raises:
-        ValueError: something is missing or no number, or the two contradict each other; names the field and `where`.
+        ValueError: a field is missing or not a number, or the two contradict each other; names the field and `where`.
     """
     for field in _FIELDS:
         _check_field(field, config.get(field), where)
@@ -55,36 +57,36 @@ def check_spellings(config: Mapping[str, Any], where: str) -> None:
     if old["rope_theta"] is not None and new.get("rope_theta", old["rope_theta"]) != old["rope_theta"]:
         raise ValueError(
             f"{where} has rope_theta {old['rope_theta']} and rope_parameters with rope_theta {new['rope_theta']}: "
-            "readers take the one or the other; make them equal"
+            "readers disagree on which to use; make them equal"
         )
     if scaling is not None and _scaling(new) != _scaling(old):
         raise ValueError(
-            f"{where} has rope_scaling {_scaling(old)} and rope_parameters {_scaling(new)}: readers take the one or "
-            "the other; make them equal"
+            f"{where} has rope_scaling {_scaling(old)} and rope_parameters {_scaling(new)}: readers disagree on "
+            "which to use; make them equal"
         )
 
 
 def overridden_rope(current: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return rope parameters with a model's overrides of rope_parameters, rope_scaling and rope_theta.
+    """Return rope parameters with a model's overrides of rope_parameters, rope_scaling and rope_theta applied.
 
-    `rope_parameters` replaces all, `rope_scaling` all but the base, and `rope_theta` the base alone.
+    `rope_parameters` replaces everything, `rope_scaling` everything but the base, and `rope_theta` only the base.
 
     Raises:
-        ValueError: an override is of the wrong kind, or they contradict each other.
+        ValueError: an override has the wrong type, or overrides contradict each other.
     """
     for field in _FIELDS:
         if overrides.get(field) is not None and not isinstance(overrides[field], Mapping):
-            raise ValueError(
-                f"model.overrides.{field}: {overrides[field]!r} must have names and values, as in config.json"
-            )
+            raise ValueError(f"model.overrides.{field}: {overrides[field]!r} must be a mapping, as in config.json")
     if len(overrides.keys() & set(_FIELDS)) > 1:
-        raise ValueError("model.overrides.rope_parameters and rope_scaling are two spellings of the same: give one")
+        raise ValueError(
+            "model.overrides.rope_parameters and rope_scaling are two spellings of the same setting: give only one"
+        )
     if "rope_parameters" in overrides:
         rope = dict(overrides["rope_parameters"] or {})
         if rope and _scaling(current) and "rope_type" not in _normalized(rope):
             raise ValueError(
-                f"model.overrides.rope_parameters replaces {dict(current)}: name its rope_type, 'default' for none; "
-                "model.overrides.rope_theta changes the base alone"
+                f"model.overrides.rope_parameters replaces {dict(current)}: give its rope_type ('default' for none); "
+                "model.overrides.rope_theta changes only the base"
             )
     elif "rope_scaling" in overrides:
         rope = {"rope_theta": current.get("rope_theta"), "rope_type": "default"}
@@ -101,31 +103,31 @@ def overridden_rope(current: Mapping[str, Any], overrides: Mapping[str, Any]) ->
 
 
 def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json whose rotary embeddings readers of either spelling find.
+    """Return a config.json with rotary embeddings in both spellings.
 
-    `rope_scaling` is null where positions are not scaled.
+    `rope_scaling` is null if positions are not scaled.
     """
     given = config.get("rope_parameters")
     rope = dict(given) if given is not None else {**(config.get("rope_scaling") or {})}
     rope = {"rope_type": "default", **_normalized(rope)}
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = config.get("rope_theta")
-    if rope["rope_theta"] is None:  # neither spelling says it, and both readers have the same default
+    if rope["rope_theta"] is None:  # absent in both spellings, whose readers have the same default
         return dict(config)
     scaling = _scaling(rope) or None
     if scaling and scaling["rope_type"] == "linear":
-        scaling["type"] = "linear"  # what readers before transformers 4.43 ask for
+        scaling["type"] = "linear"  # required by readers before transformers 4.43
     return {**config, "rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _normalized(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return it with `rope_type` for what old configs call `type`."""
+    """Return the parameters with `rope_type` instead of the old name `type`."""
     kind = {"rope_type": rope["type"]} if "type" in rope else {}
     return {**kind, **{name: value for name, value in rope.items() if name != "type"}}
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `rope_scaling` says of it: nothing where positions are not scaled."""
+    """Return its `rope_scaling`; empty if positions are not scaled."""
     rope = _normalized(rope)
     if rope.get("rope_type", "default") == "default":
         return {}
@@ -139,7 +141,7 @@ def _check_field(field: str, rope: Any, where: str) -> None:
         raise ValueError(f"{field} of {where} is {rope!r}; expected an object with rope_type and its numbers")
     kinds = {rope[name] for name in ("rope_type", "type") if name in rope}
     if len(kinds) > 1:
-        raise ValueError(f"{field} {dict(rope)} of {where} has two kinds; keep rope_type")
+        raise ValueError(f"{field} {dict(rope)} of {where} has both type and rope_type; keep rope_type")
     unread = rope.keys() - {"rope_theta", "partial_rotary_factor"}
     if unread and not kinds:
         raise ValueError(f"{field} {dict(rope)} of {where} lacks rope_type, without which readers ignore the rest")

@@ -1,8 +1,8 @@
-"""Rotary embeddings of packed sequences, by each token's own position: nothing is asked of the device.
+"""Rotary embeddings of packed sequences, by each token's position, without device synchronization.
 
-Megatron's function for packed sequences cuts a table of angles by lengths that it reads back from the GPU, four times a
-layer. Positions are known of every token here, under context parallelism, too, and so are cosines and sines, once for
-all layers. Letters: N packed tokens on this rank, D head width.
+Megatron's function for packed sequences slices a table of angles by lengths that it reads back from the GPU, four times
+per layer. Here all tokens' positions are known, also under context parallelism, and cosines and sines are computed once
+for all layers. Letters: N packed tokens on this rank, D head width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 
 class Rotation(NamedTuple):
-    """Angles of N tokens, for `rotate`.
+    """Angles of N tokens for `rotate`.
 
     Attributes:
         cos: [N, 1, D].
-        sin: [N, 1, D], the first half of D with the sign reversed.
+        sin: [N, 1, D], the first half of D with reversed sign.
     """
 
     cos: torch.Tensor
@@ -32,5 +32,5 @@ def rotation(embedding: RotaryEmbedding, positions: torch.Tensor, bound: int, dt
 
 
 def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
-    """Return queries or keys `[N, heads, D]`, rotated: bit for bit what Megatron makes of them."""
+    """Return queries or keys `[N, heads, D]` rotated, with the same bits as Megatron's."""
     return x * by.cos + x.roll(x.shape[-1] // 2, dims=-1) * by.sin

@@ -1,4 +1,4 @@
-"""Tokens that end a response, by everything in a checkpoint that names some."""
+"""Stop tokens of a checkpoint, from all its files that define any."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def stop_token_ids(path: str | Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens of the generation config, the config and the tokenizer together.
+    """Return the end-of-sequence tokens of generation config, config and tokenizer together.
 
-    vLLM and transformers each stop at some of them; a token that either takes for the end is one.
+    vLLM and transformers each stop at some of them; all count as stop tokens here.
 
     Args:
-        overrides: replacements of fields of config.json.
+        overrides: replacements for fields of config.json.
 
     Raises:
-        ValueError: there is none, so that no response would ever end; or a file that names some is broken.
+        ValueError: there are none, so that no response would end; or a file that defines some is invalid.
     """
     stops = declared_stop_tokens(path, tokenizer, overrides)
     if not stops:
         raise ValueError(
-            f"{path} names no end-of-sequence token (eos_token_id), neither in its tokenizer nor in "
-            f"{GENERATION_CONFIG} or config.json"
+            f"{path} has no end-of-sequence token (eos_token_id) in its tokenizer, {GENERATION_CONFIG} or config.json"
         )
     return stops
 
@@ -37,10 +36,10 @@ def stop_token_ids(path: str | Path, tokenizer: Any, overrides: Mapping[str, Any
 def declared_stop_tokens(
     path: str | Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """Return the same as `stop_token_ids`, nothing where there is none; `tokenizer` may be None.
+    """Return the same as `stop_token_ids`, or () if there are none; `tokenizer` may be None.
 
     Raises:
-        ValueError: a file is broken, or names something else than tokens.
+        ValueError: a file is invalid, or contains something other than token ids.
     """
     stops: set[int] = set()
     config, generation = Path(path) / "config.json", Path(path) / GENERATION_CONFIG
@@ -54,7 +53,7 @@ def declared_stop_tokens(
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the tokenizer beside a checkpoint's weights; None where there is none.
+    """Return the tokenizer in a checkpoint's directory, or None.
 
     Raises:
         ValueError: it cannot be read.
@@ -68,7 +67,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def without_stop_token(token_ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """Return a response without the token that ended it, which is no part of what the model says."""
+    """Return a response without its stop token, which is not part of the text."""
     tokens = list(token_ids)
     return tokens[:-1] if tokens and tokens[-1] in stops else tokens
 
@@ -77,5 +76,5 @@ def _ids(settings: Mapping[str, Any], file: Path) -> set[int]:
     named = settings.get("eos_token_id")
     ids = named if isinstance(named, list | tuple) else [] if named is None else [named]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ValueError(f"eos_token_id of {file} is {named!r}; expected a token id, or a list of them")
+        raise ValueError(f"eos_token_id of {file} must be a token id or a list of them, got {named!r}")
     return set(ids)

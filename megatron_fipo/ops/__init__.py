@@ -1,4 +1,4 @@
-"""The one door to the kernels: the scan and the fused loss, compiled where they were built, else in plain torch."""
+"""Entry point of the kernels: scan and fused loss, compiled where built, otherwise in plain torch."""
 
 import math
 from typing import Any, Literal
@@ -32,20 +32,20 @@ def future_kl(
     *,
     backend: Literal["auto", "reference"] = "auto",
 ) -> Tensor:
-    """Future-KL of every packed token (arXiv 2603.19835, eq. 6), without gradient.
+    """Return the Future-KL of every packed token (arXiv 2603.19835, eq. 6), without gradient.
 
     Args:
-        log_ratio: [N] float32 or float64, nats; may hold anything where `mask` is False.
-        mask: [N] bool, the tokens that contribute. The others still count as distance for the decay.
+        log_ratio: [N] float32 or float64, nats; any value where `mask` is False.
+        mask: [N] bool, tokens that contribute. Others still count as distance for the decay.
         cu_seqlens: [S+1] integer offsets; sequences may be empty.
-        half_life: tokens after which a contribution has halved, > 0.
-        backend: "reference" is plain torch, "auto" the compiled scan where it can be used.
+        half_life: tokens after which a contribution is halved, > 0.
+        backend: "reference" is plain torch, "auto" the compiled scan if possible.
 
     Returns:
         [N] S_t, the dtype of `log_ratio`.
 
     Raises:
-        ValueError: a shape, a dtype, an offset or the half-life is illegal.
+        ValueError: an invalid shape, dtype, offset or half-life.
     """
     if log_ratio.dim() != 1 or log_ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_ratio must be [N] float32 or float64, not {list(log_ratio.shape)} {log_ratio.dtype}")
@@ -63,13 +63,13 @@ def future_kl(
 
 
 def fipo_loss(*tensors: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
-    """The compiled loss op, `extension.LOSS`; only where `compiled_for(log_probs)`."""
+    """Call the compiled loss op, `extension.LOSS`; requires `compiled_for(log_probs)`."""
     outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(*tensors, **constants)
     return outputs
 
 
 def chunk_summary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the other chunks of sharded sequences need of these, `extension.SUMMARY`; as `fipo_loss` where compiled."""
+    """Return what other chunks of sharded sequences need from these, `extension.SUMMARY`, if compiled."""
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.megatron_fipo.chunk_summary(*arguments)
     return outputs
 

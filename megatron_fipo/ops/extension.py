@@ -1,9 +1,9 @@
-"""The compiled kernels as torch ops: the only file that imports the extension, and the only caller of it.
+"""Compiled kernels as torch ops; the only file that imports and calls the extension.
 
-csrc/fipo.h is the contract. The ops, with `log_probs` etc. as in `megatron_fipo.algorithm.fipo_loss`:
+csrc/fipo.h defines the interface. The ops, with `log_probs` etc. as in `megatron_fipo.algorithm.fipo_loss`:
 
     megatron_fipo::future_kl_scan   [N] Future-KL and [S] carry-out, with carry-in
-    megatron_fipo::chunk_summary    [S] what the other chunks of a sharded sequence need of this one
+    megatron_fipo::chunk_summary    [S] what other chunks of a sharded sequence need from this one
     megatron_fipo::fipo_loss        loss, gradient and metrics; differentiable in log_probs
 
 Letters in shapes: N packed tokens, S segments (sequences, or chunks of sharded ones).
@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_fipo.ops.packing import check_offsets
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")  # as in fipo.h
-MAX_TOKENS = 2**31 - 1  # and segments: the kernels count both in 32 bits
-PINNED = 1e-7  # a weight this close to a bound counts as clipped, as in the authors' code
+MAX_TOKENS = 2**31 - 1  # also for segments: the kernels use 32-bit counts
+CLIP_BOUND_TOLERANCE = 1e-7  # weights this close to a bound count as clipped, as in the authors' code
 
 SCAN = """future_kl_scan(
     Tensor log_probs, Tensor? old_log_probs, Tensor mask, Tensor cu_seqlens, float half_life,
@@ -43,18 +43,18 @@ LOSS = """fipo_loss(
 
 
 def _load() -> Any:
-    """The compiled module, None where it was not built.
+    """Return the compiled module, or None if it was not built.
 
     Raises:
-        ValueError: MEGATRON_FIPO_ISA names an instruction set that is unknown or that this machine lacks.
+        ValueError: MEGATRON_FIPO_ISA is unknown or not supported by this machine.
     """
     if importlib.util.find_spec("megatron_fipo.ops._extension") is None:
         return None
     module = importlib.import_module("megatron_fipo.ops._extension")
     if module.cpu_isa() is None:
         raise ValueError(
-            f"MEGATRON_FIPO_ISA={os.environ['MEGATRON_FIPO_ISA']} is not to be had on this machine; "
-            "use scalar, avx2 or avx512, or leave it unset for the fastest there is"
+            f"MEGATRON_FIPO_ISA={os.environ['MEGATRON_FIPO_ISA']} is not available on this machine; "
+            "use scalar, avx2 or avx512, or unset it for the fastest available"
         )
     return module
 
@@ -63,14 +63,14 @@ _extension = _load()
 
 
 def summary() -> str:
-    """What was built and what of it is used here, in one line."""
+    """Return what was built and which part is used here, in one line."""
     if _extension is None:
         return "not built; the losses run in plain torch"
     return f"{_extension.BUILD}; in use: {_extension.cpu_isa()}"
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the kernels are built for the device and take the dtype of `log_probs` like this one."""
+    """Return whether the kernels support the device and dtype of `log_probs` like this tensor."""
     if _extension is None:
         return False
     if tensor.device.type == "cuda":
@@ -79,32 +79,36 @@ def serves(tensor: Tensor) -> bool:
 
 
 def is_built() -> bool:
+    """Return whether the extension was built."""
     return _extension is not None
 
 
 def module() -> Any:
-    """Return the compiled module; None where it was not built."""
+    """Return the compiled module, or None if it was not built."""
     return _extension
 
 
 def has_cuda() -> bool:
+    """Return whether the extension includes the CUDA kernels."""
     return _extension is not None and bool(_extension.HAS_CUDA)
 
 
 def num_metrics() -> int:
+    """Return the number of scalars in the metrics tensor of `fipo_loss`."""
     return int(_extension.NUM_METRICS)
 
 
 def histogram_bins() -> int:
+    """Return the number of bins of a histogram."""
     return int(_extension.HISTOGRAM_BINS)
 
 
 def metric_slots() -> dict[str, int]:
-    """Name -> index in the metrics tensor of `fipo_loss`; the counts and sums behind a mean go by the mean's name."""
+    """Return name -> index in the metrics tensor of `fipo_loss`; count and sum of a mean have the mean's name."""
     return dict(_extension.METRIC_SLOTS)
 
 
-# Checks: what reaches the kernels is what csrc/fipo.h asks for
+# Checks that inputs match csrc/fipo.h
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -114,7 +118,7 @@ def _address(tensor: Tensor | None) -> int:
 def _checked(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
 ) -> Tensor:
-    """The tensor, contiguous; ValueError unless shape, dtype and device fit."""
+    """Return the contiguous tensor; raise ValueError unless shape, dtype and device match."""
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {list(shape)} {wanted}, not {list(tensor.shape)} {tensor.dtype}")
@@ -130,7 +134,7 @@ def _optional(
 
 
 class _Inputs:
-    """Checked tensors, kept alive while a kernel reads them, and the struct that points at them."""
+    """Validated tensors, kept alive while a kernel reads them, and the struct that points to them."""
 
     def __init__(
         self,
@@ -144,12 +148,12 @@ class _Inputs:
         if log_probs.dim() != 1 or not serves(log_probs):
             raise ValueError(
                 f"log_probs must be [N] float32 on {log_probs.device.type}, "
-                f"not {list(log_probs.shape)} {log_probs.dtype}; the compiled ops take no other"
+                f"not {list(log_probs.shape)} {log_probs.dtype}, the only input of compiled ops"
             )
         self.num_tokens, self.num_segments = log_probs.numel(), cu_seqlens.numel() - 1
         for name, number in (("tokens", self.num_tokens), ("sequences", self.num_segments)):
             if number > MAX_TOKENS:
-                raise ValueError(f"{number} {name} are more than the {MAX_TOKENS} that one call takes; split them")
+                raise ValueError(f"{number} {name} exceed the maximum of {MAX_TOKENS} per call; split them")
         check_offsets(cu_seqlens, self.num_tokens)
         same, floats, size = (log_probs.dtype,), (torch.float32,), (self.num_tokens,)
         self.log_probs = log_probs.contiguous()
@@ -222,6 +226,7 @@ def future_kl_scan(
     log_dual_clip: float,
     carry_in: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Run `megatron_fipo::future_kl_scan`."""
     inputs = _Inputs(log_probs, old_log_probs, mask, cu_seqlens)
     carry_in = inputs.per_segment("carry_in", carry_in, torch.float32)
     future_kl, carry_out = inputs.token_output(), inputs.segment_output(torch.float32)
@@ -241,6 +246,7 @@ def chunk_summary(
     log_ratio_clamp: float,
     log_dual_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `megatron_fipo::chunk_summary`."""
     inputs = _Inputs(log_probs, old_log_probs, mask, cu_seqlens, advantages)
     carry_out = inputs.segment_output(torch.float32)
     dual_clipped, loss_tokens = inputs.segment_output(torch.int64), inputs.segment_output(torch.int64)
@@ -278,6 +284,7 @@ def fipo_loss(
     influence: bool = True,
     with_weights: bool = False,
 ) -> tuple[Tensor, ...]:
+    """Run `megatron_fipo::fipo_loss`."""
     inputs = _Inputs(log_probs, old_log_probs, mask, cu_seqlens, advantages, token_weights)
     constants = _extension.Constants(
         half_life=half_life,
@@ -289,8 +296,8 @@ def fipo_loss(
         influence_low=influence_low,
         influence_high=influence_high,
         safety_threshold=safety_threshold,
-        pinned_low=influence_low + PINNED,
-        pinned_high=influence_high - PINNED,
+        pinned_low=influence_low + CLIP_BOUND_TOLERANCE,
+        pinned_high=influence_high - CLIP_BOUND_TOLERANCE,
         norm_length=norm_length,
         max_dual_clipped=max_dual_clipped,
         aggregation=AGGREGATIONS.index(aggregation),

@@ -1,7 +1,7 @@
-"""Statistics and gradient of one chunk of logits, in one pass each: compiled where built, else in plain torch.
+"""Statistics and gradient of one chunk of logits, one pass each: compiled where built, otherwise in plain torch.
 
-csrc/lm_head.h is the contract of the kernels; `_statistics` and `_gradient` below define the same in torch.
-Letters in shapes: c rows (tokens) of a chunk, V columns (this rank's true rows of the LM head).
+csrc/lm_head.h defines the kernels' interface; `_statistics` and `_gradient` below define the same in torch. Letters in
+shapes: c rows (tokens) of a chunk, V columns (this rank's true rows of the LM head).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_fipo.ops import extension
 Backend = Literal["auto", "reference"]
 
 _NARROW = (torch.float32, torch.bfloat16)
-_ALIGNED_ELEMENTS = 64  # a row of logits begins at a multiple: the kernels' vectors and the matrix products want it
-# Bytes of one element-wise block in torch: about a CPU core's L2 cache; on a GPU enough to fill the device.
+_ALIGNED_ELEMENTS = 64  # rows of logits begin at multiples of it, for vector loads and fast matmuls
+# Bytes of an element-wise block in torch: about a CPU core's L2 cache; on a GPU enough to fill the device.
 _BLOCK_BYTES_CPU = 4 << 20
 _BLOCK_BYTES_CUDA = 64 << 20
 
 
 class RowTerms(NamedTuple):
-    """Terms of the gradient of each row, [c] each, in the dtype of the statistics.
+    """Terms of each row's gradient, [c] each, in the dtype of the statistics.
 
     d loss / d z_j = log_prob [j = target] - p_j (slope log p_j + offset), for z = logits / temperature.
     """
@@ -35,14 +35,14 @@ class RowTerms(NamedTuple):
     offset: Tensor
 
     def at(self, rows: slice) -> RowTerms:
-        """Return the terms of some of the rows."""
+        """Return the terms of a slice of the rows."""
         return RowTerms(*(None if term is None else term[rows] for term in self))  # type: ignore[arg-type]
 
 
 def empty_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return uninitialized [rows, columns] whose rows begin at aligned addresses, as the kernels need.
+    """Return uninitialized [rows, columns] with aligned rows, as the kernels require.
 
-    What lies between two rows is 0: oneDNN's bfloat16 products read it as well, and multiply it by zeros of their own.
+    Padding between rows is 0: oneDNN's bfloat16 matmuls read it and multiply it by zero.
     """
     stride = -(-columns // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
     memory = torch.empty(rows, stride, dtype=dtype, device=device)
@@ -56,14 +56,14 @@ def logit_statistics(
     """Write maximum, sum exp(z - max), sum exp(z - max) (z - max) and target z of each row, z = logits / temperature.
 
     Args:
-        logits: [c, V] as from `empty_logits`; overwritten by the torch form only.
-        targets: [c] int64 columns; one outside [0, V) belongs to another shard, and its z is written as 0.
+        logits: [c, V] from `empty_logits`; overwritten only by the torch implementation.
+        targets: [c] int64 columns; those outside [0, V) belong to other shards, and their z is written as 0.
         temperature: > 0.
         out: [4, c], float32 (float64 for float64 logits), each row contiguous.
-        backend: "reference" is plain torch, "auto" the compiled kernels where they can be used.
+        backend: "reference" is plain torch, "auto" the compiled kernels if possible.
 
     Raises:
-        ValueError: a shape, dtype, device or alignment is not as above.
+        ValueError: shape, dtype, device or alignment do not match the above.
     """
     _check_logits(logits, targets)
     _check("out", out, (4, logits.shape[0]), statistics_dtype(logits.dtype), logits.device)
@@ -83,11 +83,11 @@ def logit_gradient(
 
     Args:
         logits, targets, temperature, backend: as for `logit_statistics`.
-        terms: of each row.
-        out: [c, V] as from `empty_logits`, in the dtype of the logits or bfloat16; may be the logits' own memory.
+        terms: terms of each row.
+        out: [c, V] from `empty_logits`, in the dtype of the logits or bfloat16; may be the memory of the logits.
 
     Raises:
-        ValueError: a shape, dtype, device or alignment is not as above.
+        ValueError: shape, dtype, device or alignment do not match the above.
     """
     _check_logits(logits, targets)
     given = {name: term for name, term in terms._asdict().items() if term is not None}
@@ -108,12 +108,12 @@ def logit_gradient(
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums over logits of a dtype: at least float32."""
+    """Return the dtype of sums over logits: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def serves(logits: Tensor) -> bool:
-    """Return whether compiled kernels take logits of this dtype on this device."""
+    """Return whether compiled kernels support this dtype on this device."""
     if logits.device.type == "cuda":
         return extension.has_cuda() and logits.dtype in _NARROW
     return extension.is_built() and logits.device.type == "cpu" and logits.dtype in _NARROW
@@ -129,7 +129,7 @@ def _compiled() -> Any:
 
 
 def _run(name: str, logits: Tensor, targets: Tensor, temperature: float, out: Any) -> None:
-    """Call a kernel; it only enqueues on the current stream of a GPU."""
+    """Call a kernel; on a GPU it is only enqueued on the current stream."""
     _check_rows("logits", logits)
     struct = _compiled().Logits(
         values=logits.data_ptr(),
@@ -150,7 +150,7 @@ def _run(name: str, logits: Tensor, targets: Tensor, temperature: float, out: An
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() != 2 or logits.numel() == 0:
-        raise ValueError(f"logits {list(logits.shape)} must be [c, V] and hold something")
+        raise ValueError(f"logits {list(logits.shape)} must be [c, V] and not empty")
     _check("targets", targets, logits.shape[:1], torch.int64, logits.device)
 
 
@@ -169,7 +169,7 @@ def _check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"rows of {name} must begin at multiples of {alignment} bytes; allocate with empty_logits")
 
 
-# ---- the definition, in torch: element-wise passes over a few rows at a time ----
+# ---- definition in torch: element-wise passes over blocks of rows ----
 
 
 def _statistics(logits: Tensor, targets: Tensor, temperature: float, out: Tensor) -> None:
@@ -192,7 +192,7 @@ def _gradient(logits: Tensor, targets: Tensor, terms: RowTerms, temperature: flo
             z.exp_().mul_(-terms.offset[rows, None])
         else:
             torch.exp(z, out=scratch)
-            z.clamp_(min=torch.finfo(z.dtype).min)  # 0 times -inf would be NaN
+            z.clamp_(min=torch.finfo(z.dtype).min)  # avoids NaN from 0 times -inf
             z.mul_(-terms.slope[rows, None]).sub_(terms.offset[rows, None]).mul_(scratch)
         column = columns[rows, None]
         # gather and scatter, since scatter_add_ has no deterministic form on CUDA
@@ -203,7 +203,7 @@ def _gradient(logits: Tensor, targets: Tensor, terms: RowTerms, temperature: flo
 
 
 def _local(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the column of each target (0 where another shard holds it) and whether this shard holds it, [c] each."""
+    """Return the column of each target (0 if in another shard) and whether it is in this shard, [c] each."""
     is_here = (targets >= 0) & (targets < columns)
     return targets.where(is_here, 0), is_here
 
@@ -211,7 +211,7 @@ def _local(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 def _blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (rows, z [b, V] to overwrite, scratch of that shape), both at least float32.
 
-    Float32 logits are worked on in place; narrower ones are converted a block at a time, so that copies stay small.
+    Float32 logits are overwritten in place; narrower ones are converted block by block, to limit copies.
     """
     compute = statistics_dtype(logits.dtype)
     limit = _BLOCK_BYTES_CUDA if logits.is_cuda else _BLOCK_BYTES_CPU

@@ -1,4 +1,4 @@
-"""The Future-KL scan in plain torch: its definition as a loop, and the same thing vectorized.
+"""Future-KL scan in plain torch: its definition as a loop, and a vectorized version.
 
     S_t = sum_{k >= t} gamma^(k - t) M_k d_k = M_t d_t + gamma S_{t+1},    gamma = 2^(-1 / half_life)
 
@@ -15,7 +15,7 @@ BLOCK = 64  # tokens
 
 
 def future_kl_loop(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: float) -> Tensor:
-    """The definition, token by token: what every faster form of the scan is tested against. [N] -> [N]."""
+    """Compute the definition token by token: the reference for all faster versions. [N] -> [N]."""
     gamma = 2.0 ** (-1.0 / half_life)
     out = torch.empty_like(log_ratio)
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -27,22 +27,22 @@ def future_kl_loop(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_lif
 
 
 def future_kl(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, half_life: float) -> Tensor:
-    """The same in a time linear in the tokens, without a host sync. [N] -> [N].
+    """Compute the scan in time linear in the tokens, without a host sync. [N] -> [N].
 
-    Only powers gamma^h <= 1 appear, so no half-life and no length overflows.
+    Only powers gamma^h <= 1 occur, so no half-life and no length overflows.
     """
     num_tokens = log_ratio.numel()
     ends = cu_seqlens[1:].int()  # [S]; 32 bits, as the comparisons below are bound by memory traffic
     positions = torch.arange(num_tokens, dtype=torch.int32, device=log_ratio.device)
     to_end = ends[sequence_ids(cu_seqlens, num_tokens)] - positions  # [N], at least 1
-    terms = torch.where(mask, log_ratio, 0.0)  # a select, since a masked value may be NaN
+    terms = torch.where(mask, log_ratio, 0.0)  # a select, since masked values may be NaN
     return _scan(terms, to_end, half_life)
 
 
 def _scan(terms: Tensor, to_end: Tensor, half_life: float) -> Tensor:
-    """S of `terms` [N], whose sequences go on for `to_end` [N] tokens: within blocks, then the carry over blocks.
+    """Return S of `terms` [N] with `to_end` [N] remaining tokens: within blocks, then carries over blocks.
 
-    The first tokens of blocks obey the same recurrence, with a half-life of that many blocks: hence the recursion.
+    The first tokens of blocks satisfy the same recurrence, with a half-life in blocks: hence the recursion.
     """
     num_tokens = terms.numel()
     num_blocks = -(-num_tokens // BLOCK)
@@ -50,7 +50,7 @@ def _scan(terms: Tensor, to_end: Tensor, half_life: float) -> Tensor:
     out = pad(terms, padding).view(num_blocks, BLOCK)
     to_end = pad(to_end, padding, value=1).view(num_blocks, BLOCK)
     width = 1
-    while width < BLOCK:  # before this step, each token holds the sum over the `width` tokens from it on
+    while width < BLOCK:  # before this step, each token holds the sum over `width` tokens starting with it
         inside = to_end[:, :-width] > width  # the token `width` ahead is in the same sequence
         later = torch.where(inside, out[:, width:], 0.0)
         out[:, :-width].add_(later, alpha=2.0 ** (-width / half_life))

@@ -1,4 +1,4 @@
-"""Registers the compiled kernels with torch: schema, kernels, shapes for tracing, and the derivative of the loss."""
+"""Registration of the compiled kernels with torch: schema, kernels, fake kernels, and derivative of the loss."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from megatron_fipo.ops import extension
 
-NUM_TENSOR_ARGUMENTS = 10  # of fipo_loss, the optional ones too
+NUM_TENSOR_ARGUMENTS = 10  # of fipo_loss, including optional ones
 
-_library = torch.library.Library("megatron_fipo", "DEF")  # the ops live as long as it does
+_library = torch.library.Library("megatron_fipo", "DEF")  # the ops exist as long as it does
 
 
 def register() -> None:
+    """Register the ops."""
     for schema, kernel in (
         (extension.SCAN, extension.future_kl_scan),
         (extension.SUMMARY, extension.chunk_summary),

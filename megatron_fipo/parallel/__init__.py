@@ -1,14 +1,14 @@
-"""Process groups, the CPU backend and the sharded building blocks. The first room that may import Megatron-Core."""
+"""Process groups, CPU backend and sharded building blocks; the first package that may import Megatron-Core."""
 
 import warnings
 
 from megatron_fipo import fused_kernels
 from megatron_fipo.parallel import cpu_backend
 
-# Megatron-Core warns on every rank, at every import, of packages that it can do without; `doctor` says it once.
+# Megatron-Core warns on every rank, at every import, about optional packages; `doctor` reports them once.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core|torch\.jit")
-# torch 2.13 renames collectives that Megatron-Core 0.16 calls by the name that torch 2.11 has.
+# torch 2.13 renames collectives that Megatron-Core 0.16 calls by their names in torch 2.11.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 fused_kernels.hide_unusable()

@@ -1,4 +1,4 @@
-"""Context parallelism: putting the per-token values of the zig-zag split back together."""
+"""Context parallelism: gathering per-token values of the zig-zag split."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch.distributed as dist
 
 def gather_tokens(
     values: torch.Tensor,  # [R_local]
-    places: torch.Tensor,  # [R_local] index into the whole
+    indices: torch.Tensor,  # [R_local] index into the result sequence
     size: int,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """The whole `[size]` vector on every rank of `group`, from the entries that each rank holds. Not differentiable.
+    """Return the result `[size]` vector on every rank of `group`, from each rank's entries. Not differentiable.
 
-    All-reduce over `group` of the values scattered to their places.
+    All-reduce over `group` of the values scattered to their indices.
     """
     if group.size() == 1:
         return values.detach()
-    whole = values.new_zeros(size)
-    whole[places] = values.detach()
-    dist.all_reduce(whole, group=group)
-    return whole
+    result = values.new_zeros(size)
+    result[indices] = values.detach()
+    dist.all_reduce(result, group=group)
+    return result

@@ -1,8 +1,8 @@
-"""Megatron-Core on a machine without a GPU: what it takes for granted about CUDA, answered by the CPU.
+"""CPU backend for Megatron-Core: redirects its unconditional CUDA calls to the CPU.
 
-Megatron-Core 0.16 asks for `torch.cuda.current_device()`, passes `device="cuda"` literals, keeps its random
-states in the CUDA generator and compares parameter types with `"torch.cuda.FloatTensor"`. `install` redirects
-those calls; it does nothing where a GPU is there, and must run before the first `import megatron.core`.
+Megatron-Core 0.16 asks for `torch.cuda.current_device()`, passes `device="cuda"` literals, keeps its random states in
+the CUDA generator and compares parameter types with `"torch.cuda.FloatTensor"`. `install` redirects those calls; it
+does nothing on a machine with a GPU, and must run before the first `import megatron.core`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _installed = False
 
 
 def install() -> bool:
-    """Redirect CUDA calls to the CPU. Returns whether this process runs on the CPU backend."""
+    """Redirect CUDA calls to the CPU; return whether this process uses the CPU backend."""
     global _installed
     if torch.cuda.is_available():
         return False
@@ -38,7 +38,7 @@ def _redirect_device() -> None:
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.set_device = lambda *args, **kwargs: None
-    # `with torch.device(...)` acts on the functions in this cached set, which must be torch's own: with the wrappers in
+    # `with torch.device(...)` affects the functions in this cached set, which must be torch's own: with the wrappers in
     # it, `transformers.from_pretrained` would silently leave rotary frequencies uninitialized.
     _device_constructors()
     for name in _FACTORIES:
@@ -70,7 +70,7 @@ def _redirect_random_states() -> None:
 
 
 class _NoStream:
-    """Stands in for CUDA streams and events: CPU work is already ordered."""
+    """Replacement for CUDA streams and events: CPU operations are already ordered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -89,8 +89,10 @@ def _redirect_streams() -> None:
 
 
 def _redirect_expert_counts() -> None:
-    """Megatron moves the numbers of tokens per expert from the GPU into numpy arrays, and so leaves CPU tensors as they
-    are; what it calls next takes no tensors."""
+    """Convert numbers of tokens per expert to numpy arrays.
+
+    Megatron does so only for GPU tensors, but then calls functions that do not accept tensors.
+    """
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -101,9 +103,9 @@ def _redirect_expert_counts() -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, `tensor.type()` of a CPU tensor names the CUDA type, as Megatron's optimizers compare it.
+    """Make `tensor.type()` of a CPU tensor return the CUDA type name, which Megatron's optimizers compare.
 
-    Kept to the places that build or step an optimizer, since other libraries trust `type()`.
+    Used only where an optimizer is built or stepped, since other libraries rely on `type()`.
     """
     if not _installed:
         yield

@@ -1,4 +1,4 @@
-"""How this process uses its device: which GPU, which attention kernels, and whether sums have a fixed order."""
+"""Device setup of a process: GPU, attention kernels, determinism."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 def set_up(index: int | None, deterministic: bool = False) -> None:
     """Select the GPU and the kernels of this process.
 
-    cuDNN's attention is switched off: it makes an execution plan for every new sequence length, which takes longer than
-    the attention itself where every sequence has another one.
+    cuDNN attention is disabled: it builds an execution plan for every new sequence length, which takes longer than
+    the attention itself with variable lengths.
 
     Args:
-        index: of the GPU among those that this process sees; None: there is none.
-        deterministic: run.deterministic. `torch.empty` is not filled all the same, since nothing reads it.
+        index: of the GPU among those visible to this process; None: no GPU.
+        deterministic: run.deterministic. `torch.empty` is still not filled, since uninitialized values are never read.
     """
     if index is not None:
         torch.cuda.set_device(index)
@@ -34,19 +34,19 @@ def set_up(index: int | None, deterministic: bool = False) -> None:
 
 
 def compile_in_this_process() -> None:
-    """Let torch.compile start no processes of its own, up to 32 for each rank, unless the environment asks for some.
+    """Make torch.compile use this process instead of up to 32 workers per rank, unless configured otherwise.
 
-    What it compiles here are a handful of kernels.
+    Only a handful of kernels are compiled.
     """
     threads = os.environ.setdefault(_COMPILE_THREADS, "1")
-    settings: Any = sys.modules.get("torch._inductor.config")  # it reads the environment when it is imported
+    settings: Any = sys.modules.get("torch._inductor.config")  # it reads the environment on import
     if settings is not None:
         settings.compile_threads = int(threads)
 
 
 @contextlib.contextmanager
 def nondeterministic_allowed() -> Iterator[None]:
-    """Inside, operations without a deterministic form on CUDA, such as a cumulative sum, do not raise."""
+    """Allow operations without a deterministic form on CUDA, such as a cumulative sum."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:

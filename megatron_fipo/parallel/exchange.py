@@ -1,4 +1,4 @@
-"""Moving rollouts between ranks: packed tensors as bytes, by one all-to-all."""
+"""Exchange of rollouts between ranks: packed tensors as bytes, with one all-to-all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_fipo.batch import Rollouts
 
 
 def exchange(parts: Sequence[Rollouts], group: dist.ProcessGroup, device: torch.device) -> list[Rollouts]:
-    """Send `parts[r]` to rank r of `group`; returns what each rank sent here, in rank order. All-to-all."""
+    """Send `parts[r]` to rank r of `group`; return what each rank sent here, in rank order. All-to-all."""
     if group.size() == 1:
         return list(parts)
     payloads = [torch.frombuffer(bytearray(_to_bytes(part)), dtype=torch.uint8) for part in parts]
@@ -32,7 +32,7 @@ def exchange(parts: Sequence[Rollouts], group: dist.ProcessGroup, device: torch.
 
 
 def all_gather(rollouts: Rollouts, group: dist.ProcessGroup, device: torch.device) -> Rollouts:
-    """Everybody's rollouts, in rank order, on every rank of `group`."""
+    """Return all ranks' rollouts, in rank order, on every rank of `group`."""
     return Rollouts.concatenate(exchange([rollouts] * group.size(), group, device))
 
 

@@ -1,7 +1,7 @@
-"""When a rank searches all of its objects for unreachable cycles: once a step, on all ranks at the same point.
+"""Garbage collection once per step, on all ranks at the same point.
 
-Python does so whenever enough objects have been made, which takes a third of a second with all modules imported, on one
-rank in the midst of an update for which the others wait.
+Python's automatic collection takes a third of a second with all modules imported, on one rank in the middle of an
+update, while the others wait.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _NEVER = 1 << 30
 
 @contextmanager
 def collected_by_hand() -> Iterator[Callable[[], int]]:
-    """Yield what searches everything made inside; Python itself goes on to search young objects only.
+    """Yield a function that collects garbage created inside; automatic collection is limited to young objects.
 
-    What is there at the beginning, such as modules and the model, is not searched inside. Young objects are few, and
-    among them is most of what becomes garbage.
+    Objects that exist at the start, such as modules and the model, are not scanned inside. Young objects are few and
+    include most garbage.
     """
     gc.collect()
     before = gc.get_threshold()

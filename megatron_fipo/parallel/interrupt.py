@@ -1,6 +1,6 @@
-"""A request to stop, as Slurm signals it before it takes the nodes away, acted on by all ranks at the same point.
+"""Stop requests (Slurm's signals before it reclaims the nodes), acted on by all ranks at the same point.
 
-SIGUSR1 is what the batch scripts ask for ahead of the time limit; SIGTERM comes with preemption and `scancel`.
+The batch scripts request SIGUSR1 ahead of the time limit; SIGTERM is sent on preemption and `scancel`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "shielded
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# No threading.Event: a second signal in the midst of its `set` would wait for the lock that the first one holds.
+# Not threading.Event: a second signal during its `set` would deadlock on the lock held by the first.
 _requested = False
 
 
 def install() -> None:
-    """From now on the signals are requests, which the code that checks for them obeys; earlier ones are forgotten.
+    """Turn the signals into stop requests from now on; earlier requests are discarded.
 
-    Those that were held back while this process was started come now.
+    Signals that were blocked while this process was started are delivered now.
     """
     global _requested
     _requested = False
@@ -38,9 +38,9 @@ def install() -> None:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes that are started inside never see the signals, which Slurm sends to every process of a job.
+    """Block the signals in processes started inside, since Slurm sends them to every process of a job.
 
-    They would die of them just when their work is to be finished or given up in good order. Only SIGKILL ends them.
+    They would otherwise die just when their work is to be finished or aborted cleanly. Only SIGKILL ends them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -50,15 +50,15 @@ def shielded() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether this rank was asked to stop. Others may not know yet: see `agreed`."""
+    """Return whether this rank received a stop request. Other ranks may not know it yet: see `agreed`."""
     return _requested
 
 
 def agreed(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether any rank of the group was asked to stop; the same answer on all of them. Collective.
+    """Return whether any rank of the group received a stop request, equal on all ranks. Collective.
 
-    Early ranks wait here while others generate. They do so on the CPU, by gloo: NCCL would keep a GPU busy on which a
-    colocated server may still generate, and its time limit is shorter.
+    Early ranks wait here while others generate. They use gloo on the CPU: NCCL would occupy a GPU on which a
+    colocated server may still generate, and its timeout is shorter.
     """
     group = group or dist.group.WORLD
     flag = torch.tensor(float(requested()))
@@ -67,19 +67,19 @@ def agreed(group: dist.ProcessGroup | None = None) -> bool:
 
 
 def unless_interrupted(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """This rank's share of a phase that may be abandoned; `work` itself has no collectives, and may raise Interrupted.
+    """Run this rank's share of a phase that can be interrupted; `work` has no collectives, and may raise Interrupted.
 
     Collective over the group.
 
     Raises:
-        Interrupted: some rank was asked to stop before all had finished; raised on all of them.
+        Interrupted: a rank received a stop request before all had finished; raised on all ranks.
     """
     result: T | None = None
     with contextlib.suppress(Interrupted):
         result = work()
     if agreed(group):
         raise Interrupted
-    assert result is not None, "a rank gave up its work although nobody asked it to stop"
+    assert result is not None, "a rank aborted its work without a stop request"
     return result
 
 

@@ -1,4 +1,4 @@
-"""Messages of a pipeline whose shapes all stages know, since all have the same plan of micro-batches."""
+"""Pipeline communication without shape messages, since all stages have the same micro-batch plan."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class KnownShapes(P2PCommunicator):
-    """Megatron's communicator for one run of a schedule, which sends no shapes ahead of its messages.
+    """Megatron's communicator for one run of a schedule, without sending shapes.
 
-    Where micro-batches differ in length, Megatron sends the shape of every tensor first: one more message, which blocks
-    even where the tensor's own is overlapped, and two waits of the host for the device. Each stage's messages of a
-    direction have the order of its passes, so their shapes are known beforehand.
+    With micro-batches of different lengths, Megatron sends the shape of every tensor first: an additional message that
+    blocks even where the tensor's own is overlapped, and two host-device synchronizations. Messages of each direction
+    follow the order of a stage's passes, so their shapes are known in advance.
     """
 
     def __init__(self, group: dist.ProcessGroup, config: TransformerConfig, tokens: Sequence[int], chunks: int) -> None:
-        """
+        """Compute the shapes of all messages.
+
         Args:
             group: the pipeline's ranks.
-            config: of the model, with `variable_seq_lengths`.
-            tokens: of each micro-batch, as many as a stage hands on: its share of a split sequence.
-            chunks: model chunks of each stage.
+            config: the model's, with `variable_seq_lengths`.
+            tokens: of each micro-batch, as sent between stages: a share of a split sequence.
+            chunks: model chunks per stage.
         """
         super().__init__(group, config)
         first, last = group.rank() == 0, group.rank() == group.size() - 1
         order = _order(len(tokens), chunks, config)
 
-        def shapes(edge: bool, place: int) -> _Shapes:
-            """Of all passes, but on the pipeline's edge for those through the chunk at this place."""
-            passes = (micro_batch for micro_batch, at in order if not (edge and at == place))
+        def shapes(edge: bool, chunk: int) -> _Shapes:
+            """Return the shapes of all passes, at the pipeline's edge without those through this chunk."""
+            passes = (micro_batch for micro_batch, position in order if not (edge and position == chunk))
             return _Shapes([[tokens[micro_batch], 1, config.hidden_size] for micro_batch in passes])
 
-        # Forward and backward. A pass goes through chunks in the order 0, 1, ..., counted from the end backward.
+        # Forward and backward. A pass visits chunks in the order 0, 1, ..., counted from the end in backward.
         self._received = shapes(first, 0), shapes(last, 0)
         self._sent = shapes(last, chunks - 1), shapes(first, chunks - 1)
 
@@ -48,10 +49,10 @@ class KnownShapes(P2PCommunicator):
         recv_prev: bool,
         recv_next: bool,
     ) -> tuple[list[int], list[int]]:
-        """Return the shapes of what comes from the stages before and after this one; zeros where nothing does.
+        """Return the shapes to receive from the previous and the next stage; zeros where nothing is received.
 
         Raises:
-            RuntimeError: what is to be sent has another shape than its receiver expects.
+            RuntimeError: a tensor to send does not have the shape that the receiver expects.
         """
         for shapes, tensor in zip(self._sent, (tensor_send_next, tensor_send_prev), strict=True):
             if tensor is not None:
@@ -64,7 +65,7 @@ class KnownShapes(P2PCommunicator):
 
 
 class _Shapes:
-    """Shapes of one direction's messages, in their order."""
+    """Shapes of one direction's messages, in order."""
 
     def __init__(self, shapes: list[list[int]]) -> None:
         self._shapes, self._taken = shapes, 0
@@ -78,11 +79,11 @@ class _Shapes:
     def check(self, tensor: torch.Tensor) -> None:
         expected = self.take()
         if list(tensor.shape) != expected:
-            raise RuntimeError(f"a pipeline stage sends {list(tensor.shape)}, and its receiver expects {expected}")
+            raise RuntimeError(f"a pipeline stage sends {list(tensor.shape)}, but its receiver expects {expected}")
 
 
 def _order(micro_batches: int, chunks: int, config: TransformerConfig) -> list[tuple[int, int]]:
-    """(micro-batch, place of the chunk in a pass) of each pass of a stage; the same forward and backward."""
+    """Return (micro-batch, chunk position) of each pass of a stage; equal forward and backward."""
     if chunks == 1:
         return [(micro_batch, 0) for micro_batch in range(micro_batches)]
     table: Any = get_schedule_table(micro_batches, chunks, config.microbatch_group_size_per_vp_stage)

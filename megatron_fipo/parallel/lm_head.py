@@ -1,13 +1,13 @@
-"""LM head, log-probability and entropy in one differentiable function that never holds whole logits.
+"""LM head, log-probability and entropy in one differentiable function that never materializes all logits.
 
 For one row with hidden state h, head W, temperature T and target y, over the true vocabulary:
 
     z_j = (W h)_j / T        log_prob = z_y - logsumexp(z)        entropy = H = -sum_j p_j log p_j
     d log_prob / d z_j = [j = y] - p_j                            d H / d z_j = -p_j (log p_j + H)
 
-Logits are multiplied `chunk_tokens` rows at a time into one reused buffer, once in forward and again in
-backward: four matrix products instead of three buy memory that does not grow with the number of rows.
-What else a chunk's logits need is one pass over them in forward and one in backward, `megatron_fipo.ops.logits`.
+Logits are computed for `chunk_tokens` rows at a time in one reused buffer, in forward and again in backward: four
+matmuls instead of three, for memory that does not grow with the number of rows. All other work on a chunk's logits is
+one pass in forward and one in backward, `megatron_fipo.ops.logits`.
 
 Shapes: R rows (response tokens), H hidden size, V this rank's rows of the head, c rows of one chunk.
 """
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fipo.ops.logits import RowTerms, empty_logits, logit_gradient, logit_statistics, statistics_dtype
 
-# Rows of the head converted, or of its gradient held in low precision, at once.
+# Rows of the head converted, or of its gradient held in low precision, at a time.
 _VOCAB_BLOCK_ROWS = 16384
 
 
@@ -41,7 +41,7 @@ def token_log_probs_and_entropy(
     chunk_tokens: int,
     fp32_logits: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of the whole distribution, in nats, vocabulary-parallel.
+    """Return each target's log-probability and the distribution's entropy, in nats, vocabulary-parallel.
 
     Args:
         hidden: [R, H], the same rows on every rank of `group`. Cast to the head's dtype.
@@ -49,15 +49,15 @@ def token_log_probs_and_entropy(
         targets: [R] integer ids of the whole vocabulary. An id outside [0, vocab_size) has probability 0:
             its log-probability is -inf.
         vocab_start: first id of this rank's shard.
-        vocab_size: ids from here on pad the vocabulary. They are never multiplied: excluded exactly, zero gradient.
+        vocab_size: ids from here on are padding: not multiplied, exactly excluded, with zero gradient.
         temperature: logits are divided by it, in float32.
-        group: the tensor-parallel group over which the vocabulary is split; None: not split.
-        chunk_tokens: rows whose logits exist at the same time, [chunk_tokens, V] in the dtype of the product.
-        fp32_logits: multiply in float32 a head that is stored in a narrower dtype. The gradient's products
-            stay in the head's dtype, as everywhere else in a mixed-precision backward pass.
+        group: tensor-parallel group over which the vocabulary is split; None: not split.
+        chunk_tokens: rows whose logits exist at a time, [chunk_tokens, V] in the matmul dtype.
+        fp32_logits: compute logits in float32 for a head stored in a narrower dtype. Matmuls of the gradient stay in
+            the head's dtype, as elsewhere in mixed-precision backward passes.
 
     Returns:
-        log_probs [R], entropy [R], both float32 (float64 for a float64 head), the same on every rank.
+        log_probs [R], entropy [R], both float32 (float64 for a float64 head), equal on all ranks.
 
     Collectives:
         forward: over `group`, one all-reduce MAX of [R] and one all-reduce SUM of [3, R], whatever the number of
@@ -66,14 +66,13 @@ def token_log_probs_and_entropy(
             only, and the CALLER must all-reduce (or, under sequence parallelism, reduce-scatter) it over `group`.
             The gradient of `weight` is complete for these rows.
 
-    Only `hidden`, `weight`, `targets`, logsumexp and entropy are saved for backward. The gradient of `weight`
-    is accumulated over chunks in float32: where Megatron-Core's data parallelism gave `weight` a float32
-    `main_grad`, into that, and `weight` gets no gradient from autograd; else into a float32 [V, H] of its own.
-    Forward gives the same bits with and without autograd recording. Other `chunk_tokens` may give other last
-    bits, because a matrix product's blocking depends on its shape.
+    Only `hidden`, `weight`, `targets`, logsumexp and entropy are saved for backward. The gradient of `weight` is
+    accumulated over chunks in float32: into Megatron-Core's float32 `main_grad` if `weight` has one, and autograd gets
+    no gradient for `weight`; otherwise into a separate float32 [V, H]. Forward has the same bits with and without
+    autograd recording. Other `chunk_tokens` may change the last bits, because a matmul's blocking depends on its shape.
 
     Raises:
-        ValueError: for shapes that do not fit, a temperature <= 0 or chunk_tokens < 1.
+        ValueError: for mismatched shapes, a temperature <= 0 or chunk_tokens < 1.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [R, H] and [V, H]")
@@ -91,7 +90,7 @@ def token_log_probs_and_entropy(
 def token_log_probs_and_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, temperature: float, fp32_logits: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What `token_log_probs_and_entropy` means: whole logits, whole vocabulary, one process, autograd.
+    """Compute `token_log_probs_and_entropy` by definition: all logits, whole vocabulary, one process, autograd.
 
     hidden [R, H], weight [>= vocab_size, H] unsplit, targets [R] in [0, vocab_size) -> log_probs [R], entropy [R].
     """
@@ -105,10 +104,10 @@ def token_log_probs_and_entropy_reference(
 
 
 class _Head(NamedTuple):
-    """How to read a shard of the head; see `token_log_probs_and_entropy` for the fields of the same name."""
+    """How to read a shard of the head; see `token_log_probs_and_entropy` for the fields."""
 
     vocab_start: int
-    true_rows: int  # rows of the shard that are no padding: the first ones
+    true_rows: int  # rows of the shard without padding: the first ones
     temperature: float
     chunk_tokens: int
     fp32_logits: bool
@@ -145,7 +144,7 @@ class _LMHead(torch.autograd.Function):
 def _shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> Tensor:
     """Return `logit_statistics` of all rows over this rank's shard, [4, R].
 
-    A shard that is wholly padding gives the lowest finite maximum and zeros, which the reduction ignores. (-inf
+    A shard that is all padding returns the lowest finite maximum and zeros, which the reduction ignores. (-inf
     would turn into NaN there.)
     """
     compute = statistics_dtype(weight.dtype)
@@ -161,10 +160,10 @@ def _shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _He
 
 
 def _reduce_statistics(statistics: Tensor, group: dist.ProcessGroup) -> None:
-    """Turn the statistics of a shard, [4, R], into those of the whole vocabulary.
+    """Reduce the statistics of shards, [4, R], to those of the whole vocabulary, in place.
 
-    Collectives: all-reduce MAX [R], then all-reduce SUM [3, R], over `group`. Each shard's sums are first moved
-    to the common maximum, which is why one of each serves all chunks.
+    Collectives: all-reduce MAX [R], then all-reduce SUM [3, R], over `group`. Each shard's sums are first rescaled
+    to the common maximum, so that one of each suffices for all chunks.
     """
     maximum, sums = statistics[0], statistics[1:]
     of_shard = maximum.clone()
@@ -179,7 +178,7 @@ def _reduce_statistics(statistics: Tensor, group: dist.ProcessGroup) -> None:
 def _row_terms(
     grad_log_probs: Tensor | None, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor, temperature: float
 ) -> RowTerms:
-    """Return the terms of d loss / d (undivided logits): the chain rule's 1 / temperature is in them. [R] each."""
+    """Return the terms of d loss / d (undivided logits), including the chain rule's 1 / temperature. [R] each."""
     log_prob = torch.zeros_like(lse) if grad_log_probs is None else grad_log_probs / temperature
     if grad_entropy is None:
         return RowTerms(lse, log_prob, None, log_prob)
@@ -190,7 +189,7 @@ def _row_terms(
 def _shard_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, terms: RowTerms, head: _Head, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `hidden` [R, H] (this shard's part) and `weight` [V, H], recomputing logits chunk by chunk."""
+    """Return the gradients of `hidden` [R, H] (this shard's part) and `weight` [V, H], recomputing logits per chunk."""
     grad_hidden = torch.zeros_like(hidden) if needed[0] else None
     grad_weight = _WeightGradient(weight, head.true_rows) if needed[1] else None
     if head.true_rows > 0:
@@ -207,10 +206,10 @@ def _shard_gradients(
 
 
 class _WeightGradient:
-    """Float32 sum of the gradients of the head's rows: Megatron-Core's `main_grad` where there is one.
+    """Float32 sum of the gradient of the head's rows, in Megatron-Core's `main_grad` if there is one.
 
-    Its data parallelism then has nothing to add, so autograd gets no gradient and no [V, H] is made. Where an
-    embedding shares the weight, it adds the embedding's part, since Megatron-Core marks such weights `zero_out_wgrad`.
+    Data parallelism then has nothing to add, so autograd gets no gradient and no [V, H] is allocated. For tied
+    embeddings it adds the embedding's part, since Megatron-Core marks such weights `zero_out_wgrad`.
     """
 
     def __init__(self, weight: Tensor, true_rows: int) -> None:
@@ -233,7 +232,7 @@ class _WeightGradient:
                 target[vocab].add_(grad_logits[:, vocab].T @ hidden)
 
     def for_autograd(self) -> Tensor | None:
-        """Return the gradient for autograd; None where Megatron-Core's buffer holds it already."""
+        """Return the gradient for autograd; None if it is already in Megatron-Core's buffer."""
         if not self.in_main:
             return self.sum.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -242,7 +241,7 @@ class _WeightGradient:
 
 @functools.cache
 def _adds_products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this torch adds a product of narrow matrices to a float32 one in place: 2.11 may not yet."""
+    """Return whether this torch can accumulate a matmul of narrow matrices into float32 in place; 2.11 may not."""
     total = torch.ones(16, 16, device=device)
     narrow = torch.ones(16, 16, device=device, dtype=dtype)
     try:
@@ -253,10 +252,10 @@ def _adds_products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _ChunkLogits:
-    """Logits of one chunk of rows at a time, in buffers allocated once.
+    """Logits of one chunk of rows at a time, in preallocated buffers.
 
-    Alive: one [c, true_rows] buffer in the dtype of the product; `fp32_logits` with a narrower head adds one of the
-    head's dtype in backward.
+    Memory: one [c, true_rows] buffer in the matmul dtype; `fp32_logits` with a narrower head adds one in the head's
+    dtype in backward.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, head: _Head) -> None:
@@ -274,7 +273,7 @@ class _ChunkLogits:
         if out.dtype == hidden.dtype:
             torch.mm(hidden, self.weight.T, out=out)
         elif out.is_cuda:
-            # exact products of the narrow inputs, summed and kept in float32: no converted copy of the head
+            # exact products of narrow inputs, summed and kept in float32, without a converted copy of the head
             torch.mm(hidden, self.weight.T, out_dtype=out.dtype, out=out)
         else:
             wide = hidden.to(out.dtype)
@@ -283,7 +282,7 @@ class _ChunkLogits:
         return out
 
     def gradient_buffer(self, chunk: slice) -> Tensor:
-        """Return [c, true_rows] in the head's dtype to write a gradient to: the logits' own memory if it fits."""
+        """Return a [c, true_rows] buffer for a gradient in the head's dtype: the logits' memory if it fits."""
         if self.grad_logits is None:
             same = self.logits.dtype == self.weight.dtype
             self.grad_logits = self.logits if same else self._empty(self.logits.shape[0], self.weight.dtype)

@@ -1,7 +1,7 @@
-"""Pinned host memory that is used again and again, which GPUs copy from and to at full speed without a wait.
+"""Reused pinned host memory, for asynchronous GPU copies at full speed.
 
-torch's own pinned memory does not serve where tensors stay in it: it rounds sizes up to powers of two, never gives any
-back, and lends a block to the next who asks as soon as the tensor that held it is gone.
+torch's pinned allocator is unsuitable for long-lived tensors: it rounds sizes up to powers of two, never frees memory,
+and reuses a block as soon as its tensor is freed.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from weakref import WeakSet
 
 import torch
 
-_ALIGNMENT = 4096  # bytes; pages are pinned whole
+_ALIGNMENT = 4096  # bytes; whole pages are pinned
 
 
 class PinnedBlock:
-    """One block of host memory, shared with forked processes and pinned where there is a GPU."""
+    """Block of host memory, shared with forked processes and pinned if there is a GPU."""
 
     def __init__(self, purpose: str) -> None:
-        """`purpose` names what it is for in a warning: "GB for checkpoints"."""
+        """Create an empty block; `purpose` describes it in a warning: "GB for checkpoints"."""
         self._purpose = purpose
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
         _blocks.add(self)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return memory for each tensor, of its type and shape. What earlier views held may be lost."""
+        """Return memory for each tensor with its dtype and shape. Contents of earlier views may be lost."""
         self._reserve(sum(_aligned(tensor.nbytes) for tensor in tensors))
         views, start = [], 0
         for tensor in tensors:
@@ -37,18 +37,18 @@ class PinnedBlock:
         return views
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Return whether the tensor lies in this block."""
+        """Return whether the tensor is in this block."""
         start = self._memory.data_ptr()
         return tensor.device.type == "cpu" and start <= tensor.data_ptr() < start + self._memory.numel()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._pinned:
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
         self._memory, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
     def _reserve(self, num_bytes: int) -> None:
-        """Make the block at least so large; what it held is lost if it grows."""
+        """Grow the block to at least this size; its contents are lost if it grows."""
         if num_bytes <= self._memory.numel():
             return
         self.close()
@@ -57,11 +57,11 @@ class PinnedBlock:
             error = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0))
             self._pinned = error == 0
             if error:
-                with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, whatever comes next
+                with contextlib.suppress(RuntimeError):  # CUDA reports the error once more with the next call
                     torch.zeros(1, device="cuda")
                 warnings.warn(
                     f"{num_bytes / 1e9:.1f} {self._purpose} could not be pinned (CUDA error {error}): "
-                    "copies between it and the GPU take longer"
+                    "copies between it and the GPU will be slower"
                 )
 
 
@@ -69,12 +69,12 @@ _blocks: WeakSet[PinnedBlock] = WeakSet()
 
 
 def is_reused(tensor: torch.Tensor) -> bool:
-    """Return whether the tensor lies in a block, so that a forked process would see later changes of it."""
+    """Return whether the tensor is in a block, so that a forked process would see later changes."""
     return any(block.holds(tensor) for block in _blocks)
 
 
 def shared_memory(num_bytes: int) -> torch.Tensor:
-    """Return `[num_bytes]` uint8 that forked processes share: no page of it is copied when it is written to."""
+    """Return `[num_bytes]` uint8 shared with forked processes: pages are not copied on write."""
     return torch.frombuffer(mmap.mmap(-1, _aligned(num_bytes)), dtype=torch.uint8)
 
 

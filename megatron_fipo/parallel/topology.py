@@ -1,4 +1,4 @@
-"""Which rank holds what: one frozen object with every process group, made once and passed on.
+"""Topology: one frozen object with every process group, created once and passed on.
 
 This is the only file that reads Megatron's global parallel state.
 """
@@ -19,12 +19,12 @@ from megatron_fipo.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the layout, and its process groups.
+    """This rank's coordinates in the layout, and its process groups.
 
     Attributes:
-        groups: Megatron's collection (tp, pp, cp, dp, dp_cp, embd, ...), given to every Megatron object.
+        groups: Megatron's collection (tp, pp, cp, dp, dp_cp, embd, ...), passed to every Megatron object.
         replica: all ranks of this data-parallel replica (tensor x pipeline x context).
-        virtual_pipeline: model chunks on each pipeline stage.
+        virtual_pipeline: model chunks per pipeline stage.
         sequence_alignment: packed sequences are padded to a multiple of this.
     """
 
@@ -64,7 +64,7 @@ class Topology:
 
     @property
     def ep(self) -> dist.ProcessGroup:
-        """Ranks of one pipeline stage that share out the experts; each holds its experts whole."""
+        """Ranks of one pipeline stage that share the experts; each has whole experts."""
         return self.groups.ep
 
     @property
@@ -82,15 +82,15 @@ class Topology:
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The interleaved schedule takes micro-batches in rounds of the pipeline's length."""
+        """Micro-batches must be a multiple of this: the pipeline's length for the interleaved schedule."""
         return self.pp.size() if self.virtual_pipeline > 1 else 1
 
 
 def initialize(config: ParallelConfig, seed: int) -> Topology:
-    """Make all process groups over the already initialized default group, and seed Megatron's random states.
+    """Create all process groups over the initialized default group, and seed Megatron's random states.
 
     Raises:
-        ValueError: the number of ranks that were started is not the layout's.
+        ValueError: the number of started ranks does not match the layout.
     """
     if dist.get_world_size() != config.world_size:
         raise ValueError(
@@ -103,7 +103,7 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
-        expert_tensor_parallel_size=1,  # whole experts: gloo has no uneven all-gather, and small GEMMs would shrink
+        expert_tensor_parallel_size=1,  # gloo has no uneven all-gather, and small GEMMs would shrink
         distributed_timeout_minutes=min(config.timeout_minutes, config.nccl_timeout_minutes),
         create_gloo_process_groups=False,
     )
@@ -119,19 +119,19 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
 
 
 def destroy() -> None:
-    """Forget all process groups, so that another layout can be initialized in the same processes."""
+    """Destroy all process groups, so that another layout can be initialized in the same processes."""
     parallel_state.destroy_model_parallel()
 
 
 def _replica_group(data_rank: int, timeout_minutes: float) -> dist.ProcessGroup:
-    """Ranks that share a data-parallel coordinate. Every rank makes every group, in the same order."""
+    """Return the group of ranks with the same data-parallel coordinate; all ranks create all groups in order."""
     data_ranks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(data_ranks, data_rank)
-    mine = None
+    local_group = None
     for replica in range(max(data_ranks) + 1):
         members = [rank for rank, d in enumerate(data_ranks) if d == replica]
         group = dist.new_group(members, timeout=timedelta(minutes=timeout_minutes))
         if replica == data_rank:
-            mine = group
-    assert mine is not None
-    return mine
+            local_group = group
+    assert local_group is not None
+    return local_group

@@ -1,1 +1,1 @@
-"""What a run's directory tells, drawn: training-dynamics figures and one page that holds them."""
+"""Reports of a run's directory: training-dynamics figures and a self-contained page."""

@@ -1,4 +1,4 @@
-"""Several runs in one figure: a colour is a run, a line style a metric; repeats of one run are a mean with its spread.
+"""Figures of several runs: colours are runs, line styles are metrics; repeats of a run are shown as mean and range.
 
 T: steps of a series.
 """
@@ -42,13 +42,13 @@ from megatron_fipo.report.parts import figure_text
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GREY, "#111111", "#98992f", "#7fb7e6")
 _STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
-_COLUMNS = 3  # of the legend
-_NAME = 22  # characters of a run's name in a figure
+_COLUMNS = 3  # columns of the legend
+_NAME = 22  # maximum characters of a run's name in a figure
 
 
 @dataclass(frozen=True)
 class Series:
-    """What one colour shows. `low` and `high` bound the runs of a group, of which `history` is the mean."""
+    """Data of one colour. `low` and `high` are the range over the runs of a group, `history` their mean."""
 
     name: str
     color: str
@@ -63,8 +63,10 @@ class Series:
 
 
 def make_series(runs: Sequence[Run], names: Sequence[str], groups: Sequence[str] = ()) -> list[Series]:
-    """One series a run, or a group of runs: those called NAME-seedN with one NAME, or whose names begin with one of
-    `groups`."""
+    """Return one series per run or group of runs.
+
+    A group is all NAME-seedN of one NAME, or all runs whose names begin with one of `groups`.
+    """
     together: dict[str, list[Run]] = {}
     for run, name in zip(runs, names, strict=True):
         together.setdefault(_group(name, names, groups), []).append(run)
@@ -92,14 +94,14 @@ def _series(name: str, color: str, runs: Sequence[Run]) -> Series:
 
 
 def _on(steps: Values, history: History, metric: str) -> Values:
-    """[T]: a run's values at the steps of all runs, NaN where it has none."""
+    """Return a run's values [T] at the steps of all runs, NaN where it has none."""
     values = np.full(len(steps), np.nan)
     values[np.searchsorted(steps, history.steps)] = history[metric]
     return values
 
 
 def _mean_and_bounds(values: Sequence[Values]) -> tuple[Values, Values, Values]:
-    """Over the runs that have a value; NaN where none has."""
+    """Return mean, minimum and maximum over the runs that have a value; NaN where none has."""
     stacked = np.stack(values)
     there = np.isfinite(stacked)
     count = there.sum(0)
@@ -109,7 +111,7 @@ def _mean_and_bounds(values: Sequence[Values]) -> tuple[Values, Values, Values]:
 
 
 def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequence[Reference] = ()) -> bytes | None:
-    """The figure of several runs as PNG; None where none of them has data for it."""
+    """Plot several runs; return PNG, or None if none of them has data."""
     figure = compose(
         spec,
         lambda panel: any(panel.has_data(s.history) for s in series),
@@ -136,7 +138,7 @@ def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequen
 
 
 def _make_room(figure: Figure, rows: int) -> None:
-    """Height for a legend of more than two rows; the panels keep their size."""
+    """Enlarge the figure for a legend of more than two rows; panels keep their size."""
     height = figure.get_figheight()
     taller = height + 0.17 * max(0, rows - 2)
     figure.set_figheight(taller)

@@ -1,9 +1,9 @@
-"""<run>/credit.html: responses of a run with every token shaded by the credit that the loss gave it.
+"""Page <run>/credit.html: responses of a run with every token shaded by its credit in the loss.
 
-It shows a subset, so that it stays small whatever the run: of at most 8 steps, evenly from the first to the last saved,
-the first 512 responses are read; of these, whole groups are shown until a step's share of 60,000 tokens is full, the
-most complete first and of these the ones whose weights are farthest from 1 (those of a step's first update are all 1),
-each response up to its 4,000th token. Fewer tokens where the page would exceed 4.5 MB.
+The page shows a subset to stay small: of at most 8 steps, evenly from the first to the last saved, the first 512
+responses are read; of these, whole groups are shown up to 60,000 tokens per step, the most complete groups first, and
+among equals those with weights farthest from 1 (weights of a step's first update are all 1), each response up to its
+4,000th token. Fewer tokens if the page would exceed 4.5 MB.
 Letters: T tokens of a response.
 """
 
@@ -27,8 +27,8 @@ from megatron_fipo.whole_file import write_whole
 
 _STEPS, _READ, _TOKENS, _LONGEST = 8, 512, 60_000, 4_000
 _PAGE_BYTES = 4_500_000
-_CREDITED = 30  # tokens in the table of the most credited
-_SEEN = 5  # times that a token must occur to be in it
+_CREDITED = 30  # rows in the table of most credited tokens
+_SEEN = 5  # minimum occurrences of a token in that table
 _TEMPLATE = Path(__file__).with_name("credit.html")
 _COLUMNS = (
     *("id", "prompt", "response_tokens", "weight_versions", "truncated"),
@@ -37,12 +37,12 @@ _COLUMNS = (
 )
 _OUTCOMES = ("reward", "accuracy", "advantage")
 _FLOATS = ("old_log_probs", "new_log_probs", "future_kl", "influence_weights")
-_LARGEST = 1e9  # that a number of a token is shown with
+_LARGEST = 1e9  # upper limit of a token's displayed numbers
 Text = Callable[[int], str]
 
 
 def write_credit_page(run: Run, name: str) -> Path | None:
-    """Write the page of a finished or live run; None where no saved rollouts have credit.
+    """Write the page of a finished or live run; return None if no saved rollouts have credit.
 
     Raises:
         ValueError: a rollouts file is damaged.
@@ -51,7 +51,9 @@ def write_credit_page(run: Run, name: str) -> Path | None:
     read = {step: found for step, path in saved.items() if (found := first_rows(path, _COLUMNS, _READ)) is not None}
     for step, found in read.items():
         if not all(map(_is_row, found)):
-            raise ValueError(f"{saved[step]} is no rollouts file: a column holds values of another type or length")
+            raise ValueError(
+                f"{saved[step]} is not a valid rollouts file: a column has values of the wrong type or length"
+            )
     rows = {step: [row for row in found if _is_finite(row)] for step, found in read.items()}
     left_out = sum(len(found) - len(rows[step]) for step, found in read.items())
     page = run.directory / "credit.html"
@@ -69,12 +71,12 @@ def write_credit_page(run: Run, name: str) -> Path | None:
 
 
 def _token_text(run: Run) -> Text:
-    """Text of a token, from the run's tokenizer; its number where that cannot be had."""
+    """Return a function from token id to text, using the run's tokenizer if it can be loaded."""
     from transformers import AutoTokenizer
 
-    for place in (run.directory / "policy", run.setting("model.hf_path")):
-        if place and (Path(place) / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    for path in (run.directory / "policy", run.setting("model.hf_path")):
+        if path and (Path(path) / "tokenizer.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             return lambda token: str(tokenizer.decode([token]))
     return lambda token: f"⟨{token}⟩"
 
@@ -87,22 +89,22 @@ def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, bu
         for row in _choose(of_step, size, budget // len(rows))
     ]
     tokens = sorted({token for row in shown for token in row["response_tokens"][:_LONGEST]})
-    place = {token: n for n, token in enumerate(tokens)}
+    index = {token: n for n, token in enumerate(tokens)}
     data = {
         "texts": [text(token) for token in tokens],
-        "responses": [_response(row, place) for row in shown],
+        "responses": [_response(row, index) for row in shown],
         "credited": _most_credited(rows, text),
-        "left_out": left_out,  # responses with numbers that are not finite
+        "left_out": left_out,  # responses with non-finite numbers
     }
-    head, tail = _TEMPLATE.read_text().split("{{data}}")  # before a name or a text can look like a place to fill
+    head, tail = _TEMPLATE.read_text().split("{{data}}")  # split before names or texts can look like a placeholder
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"{POLICY}; script-src 'sha256-{digest}'"  # the page's own script, and no other
+    policy = f"{POLICY}; script-src 'sha256-{digest}'"  # allows only the page's own script
     return head.replace("{{policy}}", policy).replace("{{title}}", escape(name)) + _inline(data) + tail
 
 
 def _is_row(row: Row) -> bool:
-    """Return whether every column holds what `run_log` writes there."""
+    """Return whether every column has the type that `run_log` writes."""
     tokens, versions, floats = row["response_tokens"], row["weight_versions"], [row[column] for column in _FLOATS]
     if not all(isinstance(values, list) and len(values) == len(tokens) for values in (tokens, versions, *floats)):
         return False
@@ -115,20 +117,22 @@ def _is_row(row: Row) -> bool:
 
 
 def _is_finite(row: Row) -> bool:
-    """Return whether the row can be shown. A probability may be 0 by now, and its logarithm infinite."""
+    """Return whether the row can be shown; a probability may have become 0, with an infinite logarithm."""
     finite = [[row[column] for column in _OUTCOMES], row["future_kl"], row["influence_weights"]]
     numbers = [row["old_log_probs"], row["new_log_probs"]]
     return bool(all(np.isfinite(v).all() for v in finite) and not any(np.isnan(v).any() for v in numbers))
 
 
 def _inline(data: Any) -> str:
-    """JSON that may stand in a script element: a response cannot end it, whatever it holds."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII, so no line separators of JavaScript either
+    """Return JSON that is safe in a script element: no response can end it."""
+    text = json.dumps(
+        data, separators=(",", ":"), allow_nan=False
+    )  # ASCII, so it contains no JavaScript line separators
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _choose(rows: Sequence[Row], group_size: int, budget: int) -> list[Row]:
-    """Whole groups that have room, the most complete, then the most credited ones first; at least a response."""
+    """Choose whole groups within the budget, most complete, then most credited first; at least one response."""
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: int(row["id"])):
         groups[int(row["id"]) // group_size].append(row)
@@ -142,20 +146,20 @@ def _choose(rows: Sequence[Row], group_size: int, budget: int) -> list[Row]:
 
 
 def _spread(group: Sequence[Row]) -> float:
-    """Mean distance of the tokens' influence weights from 1."""
+    """Return the mean distance of the tokens' influence weights from 1."""
     weights = np.concatenate([np.array(row["influence_weights"], dtype=np.float64) for row in group])
     return float(np.abs(weights - 1).mean()) if len(weights) else 0.0
 
 
-def _response(row: Row, place: Mapping[int, int]) -> dict[str, Any]:
-    """Numbers of a response; those of its tokens in thousandths, which keeps the page small."""
+def _response(row: Row, index: Mapping[int, int]) -> dict[str, Any]:
+    """Return a response's data; token values in thousandths, to keep the page small."""
     weights = np.array(row["influence_weights"])
     return {
         **{key: row[key] for key in ("step", "group", "id", "prompt", "truncated")},
         **{key: round(float(row[key]), 4) for key in ("reward", "accuracy", "advantage")},
         "length": len(row["response_tokens"]),
         "weight": round(float(weights.mean()), 4) if len(weights) else 1.0,
-        "tokens": [place[token] for token in row["response_tokens"][:_LONGEST]],
+        "tokens": [index[token] for token in row["response_tokens"][:_LONGEST]],
         "versions": _runs_of(row["weight_versions"][:_LONGEST]),
         **{
             short: _thousandths(row[column][:_LONGEST])
@@ -170,7 +174,7 @@ def _response(row: Row, place: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _runs_of(versions: Sequence[int]) -> list[list[int]]:
-    """[first token, version] where the version changes."""
+    """Return [first token, version] at each change of the version."""
     return [[n, v] for n, v in enumerate(versions) if n == 0 or versions[n - 1] != v]
 
 
@@ -179,7 +183,7 @@ def _thousandths(values: Sequence[float]) -> list[int]:
 
 
 def _most_credited(rows: Mapping[int, Sequence[Row]], text: Text) -> list[dict[str, Any]]:
-    """Of all responses that were read: the tokens with the largest mean influence weight."""
+    """Return the tokens with the largest mean influence weight over all responses read."""
     count: Counter[int] = Counter()
     weight: defaultdict[int, float] = defaultdict(float)
     future: defaultdict[int, float] = defaultdict(float)

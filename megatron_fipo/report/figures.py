@@ -1,6 +1,6 @@
-"""The figures a user of the recipe watches: what each shows, and what to look for in it.
+"""Figures of a training run, with captions on how to read them.
 
-A metric that a run does not log leaves its line out, and a figure without any line is not drawn.
+Lines of metrics that a run does not log are omitted, and so are figures without any line.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OUTCOME = (
     FigureSpec(
         "evaluation",
         "Evaluation",
-        "The scores this run is about; dotted: before training. avg@k should rise first. pass@k far above a flat avg@k "
-        "means that the policy can solve the problems but seldom does.",
+        "Evaluation scores; dotted: before training. avg@k should rise first. pass@k far above a flat avg@k "
+        "means that the policy can solve the problems but rarely does.",
         (
             Lines(
                 "score",
@@ -51,22 +51,22 @@ OUTCOME = (
     FigureSpec(
         "reward",
         "Reward and accuracy",
-        "Over all generated responses, dropped groups included. Reward that falls while accuracy rises is the "
-        "penalty on overlong responses.",
+        "Over all generated responses, including dropped groups. If reward falls while accuracy rises, the cause is "
+        "the overlong penalty.",
         (Lines("mean reward", (Line("reward/mean"),)), Lines("accuracy", (Line("reward/accuracy", color=GREEN),))),
     ),
     FigureSpec(
         "accuracy_length",
         "Accuracy against length",
-        "A dot a step, with the line that fits best. Dots that move right and up: longer reasoning pays. Right but "
+        "One dot per step, with a linear fit. Dots moving right and up: longer reasoning pays off. Right but "
         "not up: length without benefit.",
         (Scatter("response_length/mean", "mean response length, tokens", "reward/accuracy", "accuracy"),),
     ),
     FigureSpec(
         "evaluation_length",
         "Evaluation score against length",
-        "A dot an evaluation: whether longer answers to the validation problems are the better ones.",
-        (Scatter("eval/length", "mean length of the answers, tokens", "eval/avg@k", "avg@k"),),
+        "One dot per evaluation: shows whether longer validation responses are better.",
+        (Scatter("eval/length", "mean response length, tokens", "eval/avg@k", "avg@k"),),
     ),
 )
 
@@ -74,8 +74,8 @@ RESPONSES = (
     FigureSpec(
         "response_length",
         "Response length",
-        "FIPO's mean should keep growing where DAPO's levels off. A median stuck at the limit means truncation; "
-        "a sudden drop, collapse.",
+        "FIPO's mean should keep growing where DAPO's levels off. A median at the limit means truncation; "
+        "a sudden drop means collapse.",
         (
             Lines(
                 "tokens",
@@ -92,8 +92,8 @@ RESPONSES = (
     ),
     FigureSpec(
         "right_and_wrong",
-        "Right and wrong responses",
-        "Wrong responses are usually the longer ones. A growing truncated share asks for a larger response limit.",
+        "Correct and incorrect responses",
+        "Incorrect responses are usually longer. If the truncated share grows, increase the response limit.",
         (
             Lines(
                 "mean length, tokens",
@@ -108,26 +108,26 @@ RESPONSES = (
     FigureSpec(
         "reflection",
         "Self-reflection",
-        "Responses with words such as wait, however or let me check, of up to 256 responses in up to 100 steps whose "
-        "rollouts were saved (the list is in report/reflection.py). A word is no thought: read some.",
+        "Responses with words such as wait, however or let me check, in up to 256 responses of up to 100 steps with "
+        "saved rollouts (list in report/reflection.py). Marker words do not prove reflection: read some responses.",
         (
             Lines("share of responses with a marker", (Line("reflection/share", color=PURPLE),)),
-            Lines("markers a response", (Line("reflection/markers"),)),
+            Lines("markers per response", (Line("reflection/markers"),)),
         ),
     ),
     FigureSpec(
         "sampling",
         "Sampled batches",
-        "What dynamic sampling costs. All-right groups take over as the policy outgrows the data; more rounds a step "
-        "mean slower steps, and the limit on rounds ends the run.",
+        "Cost of dynamic sampling. All-correct groups increase as the policy outgrows the data; more rounds per step "
+        "slow steps down, and reaching the limit on rounds ends the run.",
         (
             Lines("generation rounds", (Line("sampling/rounds", color=PURPLE),)),
             Lines("prompts generated", (Line("sampling/prompts_generated"),)),
             Lines(
                 "groups dropped",
                 (
-                    Line("sampling/groups_all_right", "all right", GREEN),
-                    Line("sampling/groups_all_wrong", "all wrong", RED),
+                    Line("sampling/groups_all_right", "all correct", GREEN),
+                    Line("sampling/groups_all_wrong", "all incorrect", RED),
                 ),
             ),
         ),
@@ -135,8 +135,8 @@ RESPONSES = (
     FigureSpec(
         "advantage",
         "Length-weighted mean advantage",
-        "Mean advantage of a token. Below 0: the long responses of a group are its worse ones, and training shortens; "
-        "above 0 it lengthens.",
+        "Mean advantage per token. Below 0: long responses of a group are worse, and training shortens responses; "
+        "above 0: it lengthens them.",
         (Lines("advantage", (Line("advantage/length_weighted_mean"),)),),
     ),
 )
@@ -145,20 +145,20 @@ POLICY = (
     FigureSpec(
         "policy_kl",
         "Policy KL",
-        "How far the updates of a step move the policy from the one that sampled. Steady is healthy; growth over many "
-        "steps comes before instability.",
-        (Lines("nats a token, old minus new log-probability", (Line("policy/policy_kl"),)),),
+        "Divergence of the updated policy from the sampling policy within a step. Steady is healthy; growth over many "
+        "steps precedes instability.",
+        (Lines("nats per token, old minus new log-probability", (Line("policy/policy_kl"),)),),
     ),
     FigureSpec(
         "entropy",
         "Entropy",
-        "A fall to 0 ends exploration; a steady climb with falling reward is a policy turning into noise.",
-        (Lines("nats a token", (Line("policy/entropy", color=GREEN),)),),
+        "A drop to 0 ends exploration; a steady rise with falling reward means the policy is degenerating.",
+        (Lines("nats per token", (Line("policy/entropy", color=GREEN),)),),
     ),
     FigureSpec(
         "grad_norm",
         "Gradient norm",
-        "Before clipping, mean of a step's updates. Single spikes are harmless; a rising floor is not.",
+        "Before clipping, mean over a step's updates. Single spikes are harmless; a rising baseline is not.",
         (
             Lines("L2 norm, log scale", (Line("policy/grad_norm", color=PURPLE),), log=True),
             Lines("updates skipped", (Line("policy/skipped_updates", color=RED),)),
@@ -167,8 +167,8 @@ POLICY = (
     FigureSpec(
         "clipping",
         "Clipped tokens and vetoed responses",
-        "PPO clipping of a few per cent at most is usual. Dual clips, the paper's low-clip fraction, and vetoes should "
-        "be rare: they count tokens of bad responses whose probability rose many times over. A spike comes before a "
+        "PPO clipping of at most a few percent is usual. Dual clips, the paper's low-clip fraction, and vetoes should "
+        "be rare: they count tokens of negative samples whose probability rose many times over. A spike precedes "
         "collapse.",
         (
             Lines(
@@ -186,8 +186,8 @@ POLICY = (
     FigureSpec(
         "ratios",
         "Importance ratios",
-        "New over old probability, by the sign of the advantage; log scale. The upper tail of the negative samples is "
-        "what the dual clip and the safety rule are there for.",
+        "New over old probability, by the sign of the advantage; log scale. The upper tail of negative samples is "
+        "handled by the dual clip and the safety rule.",
         (
             Lines(
                 "advantage < 0",
@@ -209,8 +209,8 @@ INFLUENCE = (
     FigureSpec(
         "influence_weight",
         "Influence weight",
-        "FIPO's own term. A mean of exactly 1 means that it does nothing (one update a step is DAPO). A raw maximum "
-        "that grows without end says that Future-KL amplifies noise.",
+        "FIPO's weight on the advantage. A mean of exactly 1 has no effect (one update per step is DAPO). A raw "
+        "maximum that grows without bound means that Future-KL amplifies noise.",
         (
             Lines(
                 "after clip and safety rule",
@@ -232,8 +232,8 @@ INFLUENCE = (
     FigureSpec(
         "influence_clip",
         "Influence weights at their bounds",
-        "Near 1 at the upper bound: weights are pinned and tell tokens apart no more. With a lower bound of 1 the "
-        "lower share counts every token whose Future-KL is not positive, all of them in a step's first update.",
+        "Near 1 at the upper bound: weights are saturated and no longer distinguish tokens. With a lower bound of 1, "
+        "the lower share counts every token whose Future-KL is not positive: all of them in a step's first update.",
         (
             Lines(
                 "share of tokens",
@@ -250,8 +250,8 @@ MACHINE = (
     FigureSpec(
         "mismatch",
         "Rollout mismatch",
-        "Trainer against rollout engine, same weights. A jump means stale or wrong weights; a slow climb, precision. "
-        "Before a step's first update the log-ratio should be 0, and is exactly so on a CPU.",
+        "Trainer against rollout engine, same weights. A jump means stale or wrong weights; a slow rise, precision. "
+        "Before a step's first update the log-ratio should be 0, and is exactly 0 on a CPU.",
         (
             Lines(
                 "nats, log scale",
@@ -267,8 +267,8 @@ MACHINE = (
     ),
     FigureSpec(
         "time",
-        "Time of a step",
-        "Rollouts usually take most of it, and grow with the response length.",
+        "Step time",
+        "Rollouts usually take most of it, and grow with response length.",
         (
             Stack(
                 "seconds",
@@ -285,16 +285,16 @@ MACHINE = (
     FigureSpec(
         "throughput",
         "Throughput",
-        "Trained response tokens over the whole step, evaluation left out. It falls with every extra sampling round.",
+        "Trained response tokens over step time without evaluation. Every extra sampling round lowers it.",
         (
-            Lines("tokens a second, all ranks", (Line("throughput/tokens_per_second", color=GREEN),)),
+            Lines("tokens/s, all ranks", (Line("throughput/tokens_per_second", color=GREEN),)),
             Lines("model FLOP/s utilization", (Line("throughput/mfu", color=PURPLE),)),
         ),
     ),
 )
 
 # Published on AIME 2024, shares of problems (arXiv 2603.19835): the mean of 32 samples at the end of training, and for
-# R1-Zero-32B and o1-mini what that paper compares itself with.
+# R1-Zero-32B and o1-mini the values that the paper compares with.
 AIME_2024 = (
     Reference("eval/avg@k", "DAPO", 0.50),
     Reference("eval/avg@k", "FIPO", 0.56),

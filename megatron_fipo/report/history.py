@@ -1,6 +1,6 @@
-"""A run's directory, read: metrics.jsonl as columns, summary.json, config.yaml. Works on a live run too.
+"""Reader for a run's directory, also of a live run: metrics.jsonl as columns, summary.json, config.yaml.
 
-T: rows, one a step.
+T: rows, one per step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron_fipo.report.reflection import reflection_rates
 
 Values = NDArray[np.float64]
 Row = dict[str, float]
-_MOST = 1 << 53  # of steps and other counts: a double holds every integer up to it
+_MOST = 1 << 53  # limit for steps and other counts: doubles represent all integers up to it
 
 
 @dataclass(frozen=True)
 class History:
-    """Attributes: steps: [T], ascending; columns: metric name -> [T], NaN where a row lacks it."""
+    """Metrics over steps. `steps`: [T], ascending; `columns`: name -> [T], NaN where a row lacks it."""
 
     steps: Values
     columns: Mapping[str, Values]
@@ -38,27 +38,27 @@ class History:
         return cls(columns["step"], columns)
 
     def __getitem__(self, name: str) -> Values:
-        """[T]; all NaN for a metric the run never logged."""
+        """Return the metric's values [T]; all NaN if it was never logged."""
         return self.columns.get(name, np.full(len(self.steps), np.nan))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Attributes: rows: one a step, ascending; `eval/*` only where measured. summary: {} while the run is live."""
+    """A run's data. `rows`: one per step, ascending, `eval/*` only where measured; `summary`: {} for a live run."""
 
     directory: Path
     rows: list[Row]
     summary: dict[str, Any]
-    config: str  # the YAML text
+    config: str  # YAML text
 
     @property
     def before(self) -> Row:
-        """The evaluation before training; {} where none is known."""
+        """Evaluation before training; {} if unknown."""
         return self.evaluations[0] if self.evaluations and self.evaluations[0]["step"] == 0 else {}
 
     @property
     def after(self) -> Row:
-        """The latest evaluation after it; a summary's, where there is one."""
+        """Latest evaluation after training, from the summary if there is one."""
         latest = self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] > 0 else {}
         return {**latest, **_scores(self.summary, "after")}
 
@@ -71,14 +71,14 @@ class Run:
         return [row for row in self.rows if "eval/avg@k" in row]
 
     def setting(self, key: str) -> Any:
-        """A resolved config value, None where absent. Unlike `load_config`, it reads what older versions wrote."""
+        """Return a resolved config value, None if absent. Unlike `load_config`, it accepts older configs."""
         try:
             return OmegaConf.select(self._settings, key)
         except OmegaConfBaseException:
             return None
 
     def count(self, key: str) -> int | None:
-        """Return a setting that is a number of something; None where it is absent or anything else."""
+        """Return a setting that is a count; None if it is absent or not a count."""
         value = self.setting(key)
         return value if type(value) is int and 0 <= value < _MOST else None
 
@@ -91,14 +91,14 @@ def read_run(directory: Path) -> Run:
     """Read a run's directory.
 
     Raises:
-        ValueError: it is no run, has no finished step, or a file in it is damaged.
+        ValueError: not a run, has no finished step, or a file in it is damaged.
     """
     metrics = directory / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"{directory} is no run: it has no metrics.jsonl")
+        raise ValueError(f"{directory} is not a run: it has no metrics.jsonl")
     by_step = {row["step"]: row for row in read_metrics(metrics)}  # a resumed run repeats steps: the last one counts
     if not any(step > 0 for step in by_step):
-        raise ValueError(f"{metrics} holds no finished step yet")
+        raise ValueError(f"{metrics} contains no finished step yet")
     config = directory / "config.yaml"
     summary = _read_summary(directory / "summary.json")
     reflection = reflection_rates(directory / "rollouts")
@@ -111,17 +111,17 @@ def _read_config(path: Path) -> str:
     try:
         text = path.read_text()
         if not isinstance(OmegaConf.create(text), DictConfig):
-            raise ValueError("it has no sections")
-    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+            raise ValueError("it must be a mapping with sections")
+    except Exception as error:  # YAML's errors share no public base class with OmegaConf's
         raise ValueError(f"cannot read {path}: {error}") from None
     return text
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl. A last line without its newline may be torn: the run is still writing it.
+    """Return the rows of a metrics.jsonl; an incomplete last line is skipped, since the run is still writing it.
 
     Raises:
-        ValueError: any other line that is no JSON object of numbers with a step.
+        ValueError: another line is not a JSON object of numbers with a step.
     """
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     rows: list[Row] = []
@@ -141,26 +141,26 @@ def _parse_row(line: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
-        raise ValueError("no row of metrics: it is nested too deeply") from None
+        raise ValueError("not a row of metrics: nested too deeply") from None
     if not isinstance(row, dict) or row.get("step") is None:
-        raise ValueError("not an object with a step")
+        raise ValueError("not a JSON object with a step")
     numbers = _numbers(row)
     if not (0 <= numbers["step"] < _MOST and numbers["step"] == int(numbers["step"])):
-        raise ValueError(f"step = {row['step']!r} is no number of a step")
+        raise ValueError(f"step = {row['step']!r} must be a non-negative integer")
     return numbers
 
 
 def _numbers(values: Mapping[str, Any]) -> Row:
-    """Return the values that are numbers; null: it was not finite.
+    """Return the numeric values; null: it was not finite.
 
     Raises:
-        ValueError: one is something else, or too large for a double.
+        ValueError: a value is not a number, or too large for a double.
     """
     for name, value in values.items():
         if not isinstance(value, int | float | None) or (isinstance(value, int) and abs(value) >= 1 << 1023):
-            raise ValueError(f"{name} = {str(value)[:100]} is no number")
+            raise ValueError(f"{name} = {str(value)[:100]} must be a number")
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -170,20 +170,20 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(summary, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise ValueError(f"{path} must be a JSON object")
     try:
         for when in ("before", "after"):
             _numbers(_scores(summary, when))
         _numbers({"wall_seconds": summary.get("wall_seconds")})
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no summary of a run: {error}") from None
+        raise ValueError(f"{path} is not a valid run summary: {error}") from None
     return summary
 
 
 def _scores(summary: Mapping[str, Any], when: str) -> Row:
-    """The `before` or `after` evaluation of a summary, named as in a row; {} where there is none."""
+    """Return the `before` or `after` evaluation of a summary, with the names of a row; {} if absent."""
     scores = summary.get(when) or {}
     details = (summary.get("evaluation") or {}).get(when) or {}
     lengths = {name: details[name] for name in ("length", "truncated") if name in details}
@@ -191,10 +191,10 @@ def _scores(summary: Mapping[str, Any], when: str) -> Row:
 
 
 def _with_measured_evaluations(rows: list[Row], before: Row) -> list[Row]:
-    """Keep `eval/*` only where it was measured, and give the evaluation before training a row, step 0.
+    """Keep `eval/*` only where it was measured, and add the evaluation before training as step 0.
 
-    A row that has `eval/*` but not the seconds it took repeats the latest evaluation: in the first row, that before
-    training. Where no row has the seconds, all are taken as measured.
+    A row with `eval/*` but without its seconds repeats the latest evaluation: in the first row, that before
+    training. If no row has the seconds, all count as measured.
     """
     if any("time/eval" in row for row in rows):
         if not _is_measured(rows[0]):

@@ -1,4 +1,4 @@
-"""A report of one run or several: a page that is complete in one file, and its figures as *.png beside it."""
+"""Report of one or more runs: a self-contained page, and its figures as *.png beside it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from megatron_fipo.report.parts import Html, document, figure, table, terminal_t
 from megatron_fipo.report.scores import before_after, comparison
 from megatron_fipo.whole_file import write_whole
 
-_NAMED = 5  # runs that a finding names
+_NAMED = 5  # maximum number of runs that a finding lists
 
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> str:
-    """Draw the figures and the page of finished or live runs; returns what to print.
+    """Write the figures and the page of finished or live runs; return the text to print.
 
     Args:
-        out: the page. None: <run>/report.html of one run, ./report.html of several.
-        groups: runs whose names begin with one of these are repeats of one run, as those called NAME-seedN are.
+        out: path of the page. None: <run>/report.html for one run, ./report.html for several.
+        groups: runs whose names begin with one of these are repeats of one run, like those named NAME-seedN.
 
     Raises:
-        ValueError: a directory is no run, has no finished step, or a file in it is damaged.
+        ValueError: a directory is not a run, has no finished step, or a file in it is damaged.
     """
     directories = [runs] if isinstance(runs, Path) else list(runs)
     if len({directory.resolve() for directory in directories}) < len(directories):
-        raise ValueError("a run is named twice; name each once")
+        raise ValueError("a run is given twice: give each run once")
     read = [read_run(directory) for directory in directories]
     page = out or (directories[0] / "report.html" if len(read) == 1 else Path("report.html"))
     series = make_series(read, _names(read), groups)
     credit = write_credit_page(read[0], run_name(read[0])) if len(read) == 1 else None
     figures = _write_figures(series, _figure_folder(page, directories))
-    found = _found(series)
+    found = _grouped_findings(series)
     write_whole(page, _page(series, figures, _link(credit, page), found))
     said = _terminal_tables(series)
     warned = [f"{where}: {finding.text}" for where, finding in found]
@@ -66,13 +66,13 @@ def _figure_folder(page: Path, directories: Sequence[Path]) -> Path:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Of runs that have the same name, the path instead."""
+    """Return the runs' names; for duplicates, the path instead."""
     names = [run_name(run) for run in runs]
     return [name if names.count(name) == 1 else str(r.directory) for name, r in zip(names, runs, strict=True)]
 
 
 def _findings(series: Series) -> list[tuple[str, Finding]]:
-    """(run, what a health rule says about it)."""
+    """Return (run, finding of a health rule) pairs."""
     found = []
     for run in series.runs:
         length = run.count("rollout.max_response_tokens") or Config().rollout.max_response_tokens
@@ -81,8 +81,8 @@ def _findings(series: Series) -> list[tuple[str, Finding]]:
     return found
 
 
-def _found(series: Sequence[Series]) -> list[tuple[str, Finding]]:
-    """(runs and steps, finding): of one run every finding, of several the first of each rule, for all that it is in."""
+def _grouped_findings(series: Sequence[Series]) -> list[tuple[str, Finding]]:
+    """Return (runs and steps, finding): for one run every finding, for several the first of each rule."""
     found = [pair for one in series for pair in _findings(one)]
     if _alone(series):
         return [(f"{name}, {_when(finding)}", finding) for name, finding in found]
@@ -92,11 +92,11 @@ def _found(series: Sequence[Series]) -> list[tuple[str, Finding]]:
 
 
 def _where(found: Sequence[tuple[str, Finding]]) -> str:
-    """Runs and steps of a rule's findings, the first of which the text after it is about."""
-    places = [f"{name}, {_when(finding)}" for name, finding in found]
-    if len(places) == 1:
-        return places[0]
-    shown = places[:_NAMED] + ([f"{len(places) - _NAMED} more"] if len(places) > _NAMED else [])
+    """Return the runs and steps of a rule's findings; the text describes the first."""
+    locations = [f"{name}, {_when(finding)}" for name, finding in found]
+    if len(locations) == 1:
+        return locations[0]
+    shown = locations[:_NAMED] + ([f"{len(locations) - _NAMED} more"] if len(locations) > _NAMED else [])
     return f"{'; '.join(shown)}. Of the first"
 
 
@@ -105,12 +105,12 @@ def _when(finding: Finding) -> str:
 
 
 def published(run: Run) -> tuple[Reference, ...]:
-    """Published levels, of runs that are evaluated on AIME 2024."""
+    """Return published reference values for runs that are evaluated on AIME 2024."""
     return AIME_2024 if re.search(r"aime.?(20)?24", str(run.setting("data.validation") or ""), re.IGNORECASE) else ()
 
 
 def progress(run: Run) -> str:
-    """Steps and minutes; for a run without its summary, of how many."""
+    """Return steps and minutes; for an unfinished run also the total steps."""
     steps = int(run.trained[-1]["step"])
     seconds = run.summary.get("wall_seconds", run.trained[-1].get("wall_seconds"))
     took = f" in {seconds / 60:.1f} minutes" if seconds is not None else ""
@@ -120,28 +120,29 @@ def progress(run: Run) -> str:
 
 
 def _terminal_tables(series: Sequence[Series]) -> list[str]:
-    """Of one run its table and progress; of several a line a series."""
+    """Return one run's table and progress, or a table with one line per series."""
     alone = _alone(series)
     head, lines = before_after(alone) if alone else comparison(series)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, name in enumerate([run_name(alone), *head[1:]] if alone else head):
-        shown.add_column(name, justify="right" if place else "left", overflow="fold")
+    for index, name in enumerate([run_name(alone), *head[1:]] if alone else head):
+        shown.add_column(name, justify="right" if index else "left", overflow="fold")
     for line in lines:
         shown.add_row(*line)
     return [terminal_text(shown), *([progress(alone)] if alone else [])]
 
 
 def _alone(series: Sequence[Series]) -> Run | None:
-    """The run, where there is only one."""
+    """Return the run if there is only one, else None."""
     return series[0].runs[0] if len(series) == 1 and len(series[0].runs) == 1 else None
 
 
 def run_name(run: Run) -> str:
+    """Return the run's name."""
     return str(run.setting("run.name") or run.directory.resolve().name)
 
 
 def _write_figures(series: Sequence[Series], folder: Path) -> dict[str, bytes]:
-    """PNGs by name, written to `folder`; one that an earlier report drew and there is no data for goes."""
+    """Write PNGs by name to `folder`; remove earlier ones that have no data any more."""
     references = tuple(dict.fromkeys(r for one in series for run in one.runs for r in published(run)))
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
@@ -176,16 +177,16 @@ def _page(
     return document(" and ".join(_names(runs)) if len(runs) < 3 else f"{len(runs)} runs", "\n".join(parts))
 
 
-_SMOOTHED_NOTE = "Long runs: the bold line is a running mean over about 1% of the steps, the pale one the values."
+_SMOOTHED_NOTE = "Long runs: bold lines are running means over about 1% of the steps, pale lines the values."
 
 
 def _summary(series: Sequence[Series]) -> str:
-    """Of one run its progress and table; of several a line a series, and each run's own to be unfolded."""
+    """Return one run's progress and table, or a line per series with a foldable table for each run."""
     alone = _alone(series)
     if alone:
         return f"<p>{escape(progress(alone))}. {_SMOOTHED_NOTE}</p>\n{_before_after(alone)}"
-    spread = " Of repeats: the mean ± the sample standard deviation; figures show the mean, from the smallest to the "
-    note = f"{spread}largest pale." if any(one.low is not None for one in series) else ""
+    spread = " Repeated runs: mean ± sample standard deviation; figures show the mean and, pale, the "
+    note = f"{spread}range." if any(one.low is not None for one in series) else ""
     head, lines = comparison(series)
     named = [[Html(_swatch(one) + escape(name)), *cells] for one, (name, *cells) in zip(series, lines, strict=True)]
     each = [
@@ -194,8 +195,8 @@ def _summary(series: Sequence[Series]) -> str:
         for run in one.runs
     ]
     return (
-        f"<p>A colour is a run.{note}</p>\n{table(head, named)}\n"
-        f"<details><summary>Before and after, run by run</summary><div class=grid>{''.join(each)}</div></details>"
+        f"<p>Each colour is a run.{note}</p>\n{table(head, named)}\n"
+        f"<details><summary>Before and after, per run</summary><div class=grid>{''.join(each)}</div></details>"
     )
 
 
@@ -210,7 +211,7 @@ def _before_after(run: Run) -> str:
 
 def _health(found: Sequence[tuple[str, Finding]], alone: bool) -> str:
     if not found:
-        return "<h2>Health</h2>\n<p>No rule found anything.</p>"
+        return "<h2>Health</h2>\n<p>No findings.</p>"
     items = "\n".join(
         f"<li><b>{escape(_when(finding).capitalize() if alone else where)}</b>: "
         f"{escape(finding.text)} <small>({escape(_SOURCES[finding.rule.source])})</small></li>"
@@ -219,11 +220,11 @@ def _health(found: Sequence[tuple[str, Finding]], alone: bool) -> str:
     return f"<h2>Health</h2>\n<ul>\n{items}\n</ul>"
 
 
-_SOURCES = {"paper": "from the paper", "code": "from the authors' code", "choice": "our rule"}
+_SOURCES = {"paper": "from the paper", "code": "from the authors' code", "choice": "project rule"}
 
 
 def _latest(runs: Sequence[Run]) -> str:
-    """Every metric's latest value, as metrics.jsonl has it."""
+    """Return the latest value of every metric, as in metrics.jsonl."""
     latest = [{name: value for row in run.trained for name, value in row.items()} for run in runs]
     names = sorted({name for values in latest for name in values})
     lines = [[n, *(repr(values[n]) if n in values else "-" for values in latest)] for n in names]

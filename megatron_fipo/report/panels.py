@@ -1,7 +1,7 @@
-"""How a figure and its panels are drawn: lines with bands, a scatter, a stack of areas.
+"""Panels of figures: lines with bands, scatter plots, stacked areas.
 
-A panel says whether a run has data for it (`has_data`) and draws itself on an axes (`draw`). Figures are drawn on
-matplotlib `Figure` objects without pyplot, so that nothing global changes. T: rows, one a step.
+A panel knows whether a run has data for it (`has_data`) and draws itself on an axes (`draw`). Figures use
+matplotlib `Figure` objects without pyplot, so that no global state changes. T: rows, one per step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from megatron_fipo.report.history import History, Values
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6db3", "#dd7a1f", "#2e8b62", "#c2414b", "#7a62b3", "#7b8288"
-PALE, MIDDLE, DEEP = "#93b8e0", "#2f6db3", "#133c6e"  # one quantity, its quantiles
+PALE, MIDDLE, DEEP = "#93b8e0", "#2f6db3", "#133c6e"  # one quantity and its quantiles
 INK, GRID = "#30353a", "#e4e7ea"
 
-_INCHES, _DPI = (6.4, 4.1), 150  # the same for every figure: two fit side by side on a screen
-_MARKED = 60  # points up to which each one gets a marker
-_SMOOTHED = 300  # points from which a running mean is drawn over the pale values themselves
-_ROUND = [1, 2, 2.5, 5, 10]  # distances of ticks
-_SIGNIFICANT = 1e-12  # of a range: what rounding leaves when phases are subtracted from their total
+_INCHES, _DPI = (6.4, 4.1), 150  # equal for all figures: two fit side by side on a screen
+_MARKED = 60  # points up to which markers are drawn
+_SMOOTHED = 300  # points from which a running mean is drawn over pale values
+_ROUND = [1, 2, 2.5, 5, 10]  # tick distances
+_SIGNIFICANT = 1e-12  # relative rounding error when phases are subtracted from their total
 
 
 class Panel(Protocol):
@@ -42,12 +42,12 @@ class Line:
     label: str = ""
     color: str = BLUE
     zero_is_no_data: bool = False  # metrics over an empty set are logged as 0
-    before_after: bool = False  # name the first and the last value
+    before_after: bool = False  # label the first and the last value
 
 
 @dataclass(frozen=True)
 class Band:
-    """The area between two metrics."""
+    """Area between two metrics."""
 
     low: str
     high: str
@@ -58,7 +58,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Lines:
-    """Metrics over steps. `unit` heads the panel. A log scale becomes a linear one where nothing is positive."""
+    """Metrics over steps, with `unit` as the panel's title. A log scale becomes linear if no value is positive."""
 
     unit: str
     lines: tuple[Line, ...]
@@ -84,7 +84,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One metric against another, a dot a step, coloured by the step."""
+    """One metric against another, one dot per step, coloured by step."""
 
     x: str
     x_label: str
@@ -107,7 +107,7 @@ class Scatter:
         axes.set_xlabel(self.x_label)
         figure = axes.get_figure()
         assert figure is not None
-        figure.subplots_adjust(right=0.94)  # room for the numbers beside the bar
+        figure.subplots_adjust(right=0.94)  # space for the numbers beside the colour bar
         bar = figure.colorbar(dots, ax=axes, fraction=0.04, pad=0.015)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
@@ -118,7 +118,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Stack:
-    """Parts on top of each other; what `total` holds beyond `parts` is drawn as the rest. `extra` is no part of it."""
+    """Stacked areas; what `total` exceeds the sum of `parts` is drawn as the rest. `extra` is not part of the total."""
 
     unit: str
     total: str
@@ -148,7 +148,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """Attributes: name: of its file; caption: what to look for; panels: from top to bottom, over the same steps."""
+    """Figure specification. `name`: file name; `caption`: how to read it; `panels`: top to bottom, shared steps."""
 
     name: str
     title: str
@@ -157,7 +157,7 @@ class FigureSpec:
 
 
 class Reference(NamedTuple):
-    """A level of `metric` that others published, drawn in every panel that shows the metric."""
+    """Published value of `metric`, drawn in every panel that shows the metric."""
 
     metric: str
     label: str
@@ -165,7 +165,7 @@ class Reference(NamedTuple):
 
 
 def draw(spec: FigureSpec, history: History, references: Sequence[Reference] = ()) -> bytes | None:
-    """The figure as PNG; None where the run has no data for it."""
+    """Plot a figure; return PNG, or None if the run has no data."""
     figure = compose(
         spec, lambda panel: panel.has_data(history), lambda panel, axes: panel.draw(axes, history), references
     )
@@ -178,7 +178,7 @@ def compose(
     draw_panel: Callable[[Panel, Axes], None],
     references: Sequence[Reference],
 ) -> Figure | None:
-    """The panels that have data, each drawn and with its references; None where none has any."""
+    """Return the panels with data, drawn with their references; None if there are none."""
     panels = [panel for panel in spec.panels if has_data(panel)]
     if not panels:
         return None
@@ -192,7 +192,7 @@ def compose(
 
 
 def draw_references(panel: Panel, axes: Axes, references: Sequence[Reference]) -> None:
-    """Levels that are equal share a line and a label."""
+    """Draw reference lines; equal values share a line and a label."""
     shown = {line.metric for line in panel.lines} if isinstance(panel, Lines) else set()
     levels: dict[float, list[str]] = {}
     for reference in references:
@@ -213,8 +213,8 @@ def draw_references(panel: Panel, axes: Axes, references: Sequence[Reference]) -
 
 
 def empty_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with its title and `panels` axes from top to bottom, over one x axis."""
-    # rcParams are left alone: nothing here may change how a caller's own plots look.
+    """Return a figure with its title and `panels` axes from top to bottom, with a shared x axis."""
+    # rcParams stay unchanged: the caller's own plots must not be affected.
     figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -224,13 +224,14 @@ def empty_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def to_png(figure: Figure) -> bytes:
+    """Return the figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
 
 
 def style(axes: Axes, unit: str, log: bool) -> None:
-    """The look of every panel: its unit on top, a thin grid behind, no frame."""
+    """Apply the common style: unit on top, thin grid, no frame."""
     axes.set_title(unit, loc="left", fontsize=9, color=INK, pad=5)
     axes.set_axisbelow(True)
     axes.grid(True, color=GRID, linewidth=0.7)
@@ -252,14 +253,14 @@ def style(axes: Axes, unit: str, log: bool) -> None:
 
 
 def running_mean(values: Values, window: int) -> Values:
-    """Centred mean over `window` values (fewer at the ends): [n] -> [n]."""
+    """Return the centred mean over `window` values (fewer at the ends): [n] -> [n]."""
     ones = np.ones(window)
     means = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
-    return np.clip(means, values.min(), values.max())  # rounding would make a constant look like two values
+    return np.clip(means, values.min(), values.max())  # rounding could make a constant look like two values
 
 
 class FittedLine(NamedTuple):
-    """x, y: its two ends; r: the correlation of the points."""
+    """Linear fit. `x`, `y`: its end points; `r`: correlation."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -267,7 +268,7 @@ class FittedLine(NamedTuple):
 
 
 def fitted_line(x: Values, y: Values) -> FittedLine | None:
-    """Least squares through the points where both are finite; None where fewer than three, or all at one x or y."""
+    """Fit a line by least squares to the finite points; None for fewer than three, or without variance in x or y."""
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
     if len(x) < 3:
@@ -284,16 +285,17 @@ def fitted_line(x: Values, y: Values) -> FittedLine | None:
 
 
 def smooth(values: Values) -> Values:
-    """What is drawn of a line: itself, or of a long one its running mean."""
+    """Return the values to draw: unchanged, or for a long line the running mean."""
     return running_mean(values, _window(len(values))) if len(values) > _SMOOTHED else values
 
 
 def _window(count: int) -> int:
-    """Odd, so that the mean is centred: about 1% of the points."""
+    """Return an odd window of about 1% of the points."""
     return count // 200 * 2 + 1
 
 
 def line_values(line: Line, history: History) -> Values:
+    """Return the line's values [T]."""
     values = history[line.metric]
     return np.where(values == 0, np.nan, values) if line.zero_is_no_data else values
 
@@ -325,7 +327,7 @@ def _draw_band(axes: Axes, band: Band, history: History, log: bool) -> None:
 
 
 def _draw_layer(axes: Axes, steps: Values, below: Values, values: Values, label: str, color: str) -> Values:
-    """One layer of a stack; returns its upper edge, before any smoothing of what is shown."""
+    """Draw one layer of a stack; return its upper edge before smoothing."""
     above = below + values
     if len(steps) <= _MARKED:
         axes.bar(steps, values, bottom=below, width=0.8, color=color, label=label)
@@ -337,7 +339,7 @@ def _draw_layer(axes: Axes, steps: Values, below: Values, values: Values, label:
 
 
 def legend(axes: Axes, needed: bool) -> None:
-    """Above the panel, at its right, where it covers no data."""
+    """Draw the legend above the panel at its right, where it covers no data."""
     handles, _ = axes.get_legend_handles_labels()
     if needed and handles:
         axes.legend(
@@ -355,7 +357,7 @@ def legend(axes: Axes, needed: bool) -> None:
 
 
 def _widen(axes: Axes, history: History) -> None:
-    """A run of one step: an axis from half a step before to half a step after it, not of a step's hundredths."""
+    """Widen the x axis of a one-step run to half a step on both sides."""
     if len(history.steps) == 1:
         axes.set_xlim(history.steps[0] - 0.5, history.steps[0] + 0.5)
 

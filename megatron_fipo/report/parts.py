@@ -1,4 +1,4 @@
-"""What the reports' pages share: their style, the page around a body, figures, tables, and text for the terminal."""
+"""Common parts of the reports: style, document, figures, tables, and terminal text."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ details { margin: 2rem 0 } summary { cursor: pointer } pre { overflow-x: auto; f
 
 
 class Html(str):
-    """Text that is HTML already; all other text is escaped."""
+    """HTML that is not escaped again; all other text is."""
 
 
 def _html(text: str) -> str:
     return text if isinstance(text, Html) else escape(text)
 
 
-# A page loads nothing and runs nothing: not even a mistake in escaping could.
+# A page loads nothing and runs no scripts, so that even an escaping error is harmless.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """A page under its title, which is plain text; `body` is HTML, `style` more CSS."""
+    """Return a page with its title, which is plain text; `body` is HTML, `style` additional CSS."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -63,12 +63,12 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def figure_text(text: str) -> str:
-    """Return a name for matplotlib, which would take what is between two dollar signs as TeX."""
+    """Escape text for matplotlib, which parses text between two dollar signs as TeX."""
     return printable(text).replace("$", r"\$")
 
 
 def figure(title: str, caption: str, png: bytes) -> str:
-    """The image is part of the page."""
+    """Return a figure with the image embedded."""
     data = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
@@ -77,10 +77,11 @@ def figure(title: str, caption: str, png: bytes) -> str:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], classes: Mapping[int, str] | None = None) -> str:
-    """A table that scrolls sideways where it is too wide.
+    """Return a table that scrolls horizontally if it is too wide.
 
     Args:
-        lines: each line's first cell is its name; classes: column -> CSS classes of its cells.
+        lines: the first cell of each line is its name.
+        classes: column -> CSS classes of its cells.
     """
 
     def cell(column: int, text: str, heads: bool) -> str:
@@ -97,7 +98,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], classes: Mapping[
 
 
 def terminal_text(*parts: RenderableType, width: int = 100) -> str:
-    """Tables and lines as the terminal shows them, at most `width` characters wide."""
+    """Return tables and lines as terminal text of at most `width` characters per line."""
     text = io.StringIO()
     console = Console(file=text, width=width, markup=False, highlight=False)
     for part in parts:

@@ -1,7 +1,7 @@
-"""How often responses look back at themselves: a rate of marker words, from saved rollouts.
+"""Reflection rate of responses: frequency of marker words in saved rollouts.
 
-A response reflects if it holds one of `MARKERS` as whole words, in any case. It is a count of words, no judgement of
-what they do; languages other than English count as not reflecting.
+A response counts if it contains one of `MARKERS` as whole words, case-insensitive. Only words are counted; languages
+other than English count as not reflecting.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ MARKERS = (
 )
 _PATTERN = re.compile(rf"\b(?:{'|'.join(re.escape(marker) for marker in MARKERS)})\b", re.IGNORECASE)
 
-# A report of a long run is drawn in seconds: this many steps, evenly, and of each this many responses.
+# Limits, so that a report of a long run takes seconds: number of steps (evenly spaced), and responses per step.
 _STEPS = 100
 _RESPONSES = 256
 
 
 def reflection_rates(rollouts: Path) -> dict[int, dict[str, float]]:
-    """Step -> share of responses with a marker and markers a response, of a run's rollouts directory.
+    """Return step -> share of responses with a marker and markers per response, of a run's rollouts directory.
 
-    {} where there are none, or no response has a marker.
+    Empty if there are no rollouts, or no response has a marker.
 
     Raises:
         ValueError: a file is damaged.
@@ -37,6 +37,7 @@ def reflection_rates(rollouts: Path) -> dict[int, dict[str, float]]:
 
 
 def rate(responses: list[str]) -> dict[str, float]:
+    """Return the share of responses with a marker, and markers per response."""
     counts = [len(_PATTERN.findall(response)) for response in responses]
     total = max(len(counts), 1)
     return {"reflection/share": sum(c > 0 for c in counts) / total, "reflection/markers": sum(counts) / total}

@@ -1,4 +1,4 @@
-"""A run's saved rollouts: rollouts/step_N.parquet, each a file, or a directory with a part from every replica."""
+"""Saved rollouts of a run: rollouts/step_N.parquet, a file, or a directory with a part per replica."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _STEP = re.compile(r"\d{1,15}", re.ASCII)
 
 
 def saved_steps(rollouts: Path, most: int) -> dict[int, Path]:
-    """Step -> its file or directory: at most `most` steps, evenly from the first saved to the last."""
+    """Return step -> file or directory, for at most `most` steps, evenly spaced from the first to the last."""
     names = {path: path.stem.removeprefix("step_") for path in rollouts.glob("step_*.parquet")}
     found = sorted((int(name), path) for path, name in names.items() if _STEP.fullmatch(name))
     chosen = sorted({round(x) for x in np.linspace(0, len(found) - 1, most)}) if found else []
-    return dict(found[place] for place in chosen)
+    return dict(found[index] for index in chosen)
 
 
 def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | None:
-    """At most `count` rows of a step, evenly from its parts; None where one that is read lacks one of the columns.
+    """Return at most `count` rows of a step, evenly from its parts; None if a part lacks one of the columns.
 
     Raises:
         ValueError: a file is damaged.
@@ -38,12 +38,12 @@ def first_rows(path: Path, columns: Sequence[str], count: int) -> list[Row] | No
                     return None
                 rows += _first(file, columns, min(-(-count // len(parts)), count - len(rows)))
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{part} is no rollouts file: {error}") from None
+            raise ValueError(f"{part} is not a valid rollouts file: {error}") from None
     return rows
 
 
 def _first(file: pq.ParquetFile, columns: Sequence[str], count: int) -> list[Row]:
-    """A few at a time: rows may be long, and a file has many."""
+    """Read the first rows in small batches: rows may be long and files large."""
     rows: list[Row] = []
     for batch in file.iter_batches(64, columns=list(columns)):
         rows += batch.slice(0, count - len(rows)).to_pylist()

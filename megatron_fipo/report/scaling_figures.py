@@ -1,6 +1,6 @@
-"""The figures of a scaling study: how layouts scale, where the bubble comes from, and whether the planner was right.
+"""Figures of a scaling study: scaling of layouts, causes of the bubble, and accuracy of the planner.
 
-Each drawing takes the rows and gives a PNG, or None where the rows have nothing to draw. R: rows that are drawn.
+Each function takes rows and returns a PNG, or None if they have no data for it. R: plotted rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_fipo.scaling.hardware import find_hardware
 from megatron_fipo.scaling.row import CAUSES, MeasuredRow
 from megatron_fipo.scaling.timeline import Bubble
 
-_WIDTH, _DPI = 6.4, 150  # as the figures of a training run
+_WIDTH, _DPI = 6.4, 150  # like the figures of a training run
 _SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 _CAUSE_COLORS = dict(zip(CAUSES, (BLUE, GREY, GREEN, ORANGE), strict=True))
-_BARS = 24  # layouts that a bar chart shows
+_BARS = 24  # maximum layouts in a bar chart
 _CAUSE_PANELS = 4
 _GIGA = 1e9
 _LEGEND: dict[str, Any] = {
@@ -44,7 +44,7 @@ assert tuple(f.name for f in fields(Bubble)) == CAUSES
 
 @dataclass(frozen=True)
 class ScalingFigure:
-    """Attributes: name: of its file; caption: what to look for; draw: None where there is nothing to draw."""
+    """Figure specification. `name`: file name; `caption`: how to read it; `draw`: returns None without data."""
 
     name: str
     title: str
@@ -53,7 +53,7 @@ class ScalingFigure:
 
 
 def draw_scaling(rows: Rows) -> bytes | None:
-    """Seconds, tokens/s/GPU and efficiency against GPUs: the best layout as a line, the others as dots."""
+    """Plot seconds, tokens/s/GPU and efficiency over GPUs: a line of the best layouts, dots for the others."""
     best = findings.best_layouts(rows)
     if len({b.row.layout.gpus for b in best}) < 2:
         return None
@@ -74,7 +74,7 @@ def draw_scaling(rows: Rows) -> bytes | None:
             for axes, y in zip(panels, (row.seconds, row.tokens_per_second_per_gpu), strict=False):
                 if y is not None:
                     axes.plot(row.layout.gpus, y, ".", color=color, alpha=0.3, markeredgewidth=0)
-    for axes, unit in zip(panels, ("seconds of an update", "tokens/s/GPU", "efficiency"), strict=True):
+    for axes, unit in zip(panels, ("seconds per update", "tokens/s/GPU", "efficiency"), strict=True):
         style(axes, unit, log=False)
         axes.set_xscale("log", base=2)
         ticks = sorted({b.row.layout.gpus for b in best})
@@ -88,18 +88,18 @@ def draw_scaling(rows: Rows) -> bytes | None:
 
 
 def draw_bubble(rows: Rows) -> bytes | None:
-    """Measured, predicted and closed-form bubble fraction, by stages, chunks and micro-batches."""
+    """Plot measured, predicted and closed-form bubble fraction by stages, chunks and micro-batches."""
     shown = [r for r in rows if r.ok and r.bubble_fraction is not None and r.layout.pipeline > 1]
     if not shown:
         return None
     figure, panels = _figure("Pipeline bubble", 3, 6.6)
     axis_of: tuple[tuple[str, Callable[[MeasuredRow], int]], ...] = (
         ("pipeline stages (PP)", lambda r: r.layout.pipeline),
-        ("chunks a stage (VPP)", lambda r: r.layout.virtual_pipeline),
-        ("micro-batches of a replica", lambda r: r.micro_batches or 0),
+        ("chunks per stage (VPP)", lambda r: r.layout.virtual_pipeline),
+        ("micro-batches per replica", lambda r: r.micro_batches or 0),
     )
     for axes, (name, key) in zip(panels, axis_of, strict=True):
-        style(axes, f"share of the step, by {name}", log=False)
+        style(axes, f"share of the step by {name}", log=False)
         _draw_bubbles(axes, sorted(shown, key=lambda r: (key(r), r.closed_form or 0, r.name)), key)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _from_zero(axes)
@@ -109,13 +109,13 @@ def draw_bubble(rows: Rows) -> bytes | None:
 
 
 def _draw_bubbles(axes: Axes, rows: Rows, key: Callable[[MeasuredRow], int]) -> None:
-    """A slot for each row, side by side within its value of `key`."""
-    ticks, names, place = [], [], 0.0
+    """Plot rows side by side, grouped by their value of `key`."""
+    ticks, names, position = [], [], 0.0
     for value, group in groupby(rows, key=key):
-        slots = [(place + i, row) for i, row in enumerate(group)]
+        slots = [(position + i, row) for i, row in enumerate(group)]
         ticks.append((slots[0][0] + slots[-1][0]) / 2)
         names.append(str(value) if value else "unknown")
-        place = slots[-1][0] + 2
+        position = slots[-1][0] + 2
         axes.axvspan(slots[0][0] - 0.5, slots[-1][0] + 0.5, color=GRID, alpha=0.5, linewidth=0)
         for x, row in slots:
             values = [v for v in (row.bubble_fraction, row.predicted.bubble, row.closed_form) if v is not None]
@@ -126,24 +126,24 @@ def _draw_bubbles(axes: Axes, rows: Rows, key: Callable[[MeasuredRow], int]) -> 
         ("predicted", [r.predicted.bubble for r in rows], {"marker": "D", "color": ORANGE, "fillstyle": "none"}),
         ("measured", [r.bubble_fraction for r in rows], {"marker": "o", "color": BLUE}),
     )
-    for label, ys, look in kinds:
+    for label, ys, marker in kinds:
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
         if known:
-            axes.plot(*zip(*known, strict=True), linestyle="", label=label, **{"markersize": 4.5, **look})
+            axes.plot(*zip(*known, strict=True), linestyle="", label=label, **{"markersize": 4.5, **marker})
     axes.set_xticks(ticks, names)
 
 
 def _slots(rows: Rows, key: Callable[[MeasuredRow], int]) -> list[tuple[float, MeasuredRow]]:
-    """With the places that `_draw_bubbles` gives them."""
-    places: list[tuple[float, MeasuredRow]] = []
+    """Return the rows with their x positions."""
+    positions: list[tuple[float, MeasuredRow]] = []
     for row in rows:
-        step = 0.0 if not places else 1.0 if key(places[-1][1]) == key(row) else 2.0
-        places.append(((places[-1][0] if places else 0.0) + step, row))
-    return places
+        step = 0.0 if not positions else 1.0 if key(positions[-1][1]) == key(row) else 2.0
+        positions.append(((positions[-1][0] if positions else 0.0) + step, row))
+    return positions
 
 
 def draw_causes(rows: Rows) -> bytes | None:
-    """Idle seconds of each stage by cause, as shares of the step, of the layouts whose timelines are shown."""
+    """Plot the idle time of each stage by cause, as shares of the step, for layouts with a timeline."""
     with_causes = [r for r in rows if r.ok and r.layout.pipeline > 1 and r.seconds and _has_causes(r)]
     chosen = findings.shown_timelines(with_causes) or findings.ranked(with_causes)
     if not chosen:
@@ -174,7 +174,7 @@ def _has_causes(row: MeasuredRow) -> bool:
 
 
 def _step_of(row: MeasuredRow) -> float:
-    """Seconds of the pipeline's run that the causes are of; the whole update also has its optimizer."""
+    """Return the seconds of the pipeline that the causes refer to; an update also includes the optimizer."""
     if row.timeline is not None:
         return row.timeline.step
     assert row.seconds is not None
@@ -182,6 +182,7 @@ def _step_of(row: MeasuredRow) -> float:
 
 
 def draw_predicted_time(rows: Rows) -> bytes | None:
+    """Plot predicted over measured time."""
     points = [(r.predicted.seconds, r.seconds, r) for r in rows if r.ok and r.seconds and r.predicted.seconds]
     if not points:
         return None
@@ -191,13 +192,13 @@ def draw_predicted_time(rows: Rows) -> bytes | None:
         own = [(x, y) for x, y, r in points if r.setting == setting]
         axes.plot(*zip(*own, strict=True), "o", color=color, markersize=5, alpha=0.8, label=label[setting])
     _square(axes, [v for x, y, _ in points if x is not None and y is not None for v in (x, y)])
-    _name_axes(axes, "seconds measured", "seconds predicted")
+    _name_axes(axes, "measured seconds", "predicted seconds")
     _legend(axes, True)
     return _png(figure)
 
 
 def draw_predicted_memory(rows: Rows) -> bytes | None:
-    """By stage; a layout that ran out of memory at what it had reached, or at what the GPU has."""
+    """Plot predicted over measured memory by stage; out-of-memory layouts at their last peak or the GPU's limit."""
     points = [
         (predicted / _GIGA, stage.peak_memory_bytes / _GIGA, stage.stage)
         for r in rows
@@ -223,7 +224,7 @@ def draw_predicted_memory(rows: Rows) -> bytes | None:
     if failed:
         axes.plot(*zip(*failed, strict=True), "x", color=RED, markersize=7, label="out of memory")
     _square(axes, [v for x, y, *_ in points for v in (x, y)] + [v for pair in failed for v in pair])
-    _name_axes(axes, "GB measured", "GB predicted")
+    _name_axes(axes, "measured GB", "predicted GB")
     _legend(axes, True)
     return _png(figure)
 
@@ -238,6 +239,7 @@ def _memory_limit(row: MeasuredRow) -> float | None:
 
 
 def draw_mfu(rows: Rows) -> bytes | None:
+    """Plot the MFU of each layout."""
     shown = sorted((r for r in rows if r.ok and r.mfu), key=lambda r: (-(r.mfu or 0), r.name))[:_BARS]
     if not shown:
         return None
@@ -246,12 +248,13 @@ def draw_mfu(rows: Rows) -> bytes | None:
     axes.barh(range(len(shown)), [r.mfu or 0 for r in shown], color=BLUE, height=0.7)
     for i, row in enumerate(shown):
         axes.text(row.mfu or 0, i, f" {row.mfu:.1%}", va="center", fontsize=8, color=INK)
-    _finish_bars(axes, "share of the printed peak", [label[r.name] for r in shown])
+    _finish_bars(axes, "share of the data-sheet peak", [label[r.name] for r in shown])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return _png(figure)
 
 
 def draw_losses(rows: Rows) -> bytes | None:
+    """Plot update times of FIPO and plain cross-entropy on the same layout."""
     pairs = findings.loss_pairs(rows)[:_BARS]
     if not pairs:
         return None
@@ -264,7 +267,7 @@ def draw_losses(rows: Rows) -> bytes | None:
         axes.barh(i + 0.19, pair.plain.seconds, color=GREY, height=0.36, label="" if i else "lm")
         longest = max(pair.fipo.seconds, pair.plain.seconds)
         axes.text(longest, i, f" {pair.ratio - 1:+.1%}", va="center", fontsize=8, color=INK)
-    _finish_bars(axes, "seconds of an update", [label[pair.fipo.name] for pair in pairs])
+    _finish_bars(axes, "seconds per update", [label[pair.fipo.name] for pair in pairs])
     _legend(axes, True)
     return _png(figure)
 
@@ -273,55 +276,55 @@ FIGURES = (
     ScalingFigure(
         "scaling",
         "Scaling",
-        "Lines: the best layout on each number of GPUs; dots: every layout. Efficiency is tokens/s/GPU over those on "
+        "Lines: best layout at each number of GPUs; dots: all layouts. Efficiency is tokens/s/GPU relative to "
         "the fewest GPUs.",
         draw_scaling,
     ),
     ScalingFigure(
         "bubble",
         "Pipeline bubble",
-        "A column a layout. Far above the closed form, (p-1)/(m v + p-1): stages or micro-batches are unequal, or "
-        "messages cost. Far above the prediction: look at its timeline.",
+        "One column per layout. Far above the closed form, (p-1)/(m v + p-1): stages or micro-batches are unequal, or "
+        "messages are slow. Far above the prediction: see its timeline.",
         draw_bubble,
     ),
     ScalingFigure(
         "causes",
         "Idle time by cause and stage",
-        "As shares of the pipeline's run. Warm-up and drain fall with more micro-batches or chunks; waiting is a "
-        "slower stage elsewhere; communication is messages on their way.",
+        "As shares of the pipeline's time. Warm-up and drain fall with more micro-batches or chunks; waiting means a "
+        "slower stage elsewhere; communication is message transfer.",
         draw_causes,
     ),
     ScalingFigure(
         "mfu",
         "Model FLOP/s utilization",
-        "FLOPs of the model, without what is recomputed, over what the GPUs could do in that time.",
+        "Model FLOPs without recomputation, relative to the GPUs' peak over the same time.",
         draw_mfu,
     ),
     ScalingFigure(
         "predicted_time",
         "Predicted and measured time",
-        "A dot a layout. Above the line: slower than the planner said. A common factor is mended by a calibration, "
+        "One dot per layout. Above the line: predicted too slow. A common factor is corrected by calibration, "
         "scatter is not.",
         draw_predicted_time,
     ),
     ScalingFigure(
         "predicted_memory",
         "Predicted and measured memory",
-        "A dot a stage, its fullest rank. Above the line the planner promised too much. Crosses ran out of memory "
-        "at what they had reached.",
+        "One dot per stage: its fullest rank. Above the line: predicted too high. Crosses: layouts that ran out of "
+        "memory, at their last peak.",
         draw_predicted_memory,
     ),
     ScalingFigure(
         "losses",
         "FIPO against plain cross-entropy",
-        "The same batch through the same layout; the difference is what the loss costs in an update.",
+        "The same batch through the same layout; the difference is the cost of the loss per update.",
         draw_losses,
     ),
 )
 
 
 def _setting_labels(rows: Rows) -> dict[tuple[str, str, str], str]:
-    """What tells a setting from the others."""
+    """Return labels that distinguish the settings."""
     found = findings.settings(rows)
     differing = [i for i in range(3) if len({setting[i] for setting in found}) > 1]
     return {setting: figure_text(", ".join(setting[i] for i in differing)) or "a layout" for setting in found}
@@ -337,8 +340,8 @@ def _figure(title: str, panels: int, height: float) -> tuple[Figure, list[Axes]]
     axes = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
     top, bottom = 1 - 0.62 / height, 0.5 / height
     figure.subplots_adjust(left=0.1, right=0.96, top=top, bottom=bottom, hspace=0.45)
-    look: dict[str, Any] = {"ha": "left", "va": "top", "fontsize": 11.5, "fontweight": "bold", "color": INK}
-    figure.suptitle(title, x=0.02, y=1 - 0.1 / height, **look)
+    style: dict[str, Any] = {"ha": "left", "va": "top", "fontsize": 11.5, "fontweight": "bold", "color": INK}
+    figure.suptitle(title, x=0.02, y=1 - 0.1 / height, **style)
     return figure, axes
 
 
@@ -359,7 +362,7 @@ def _finish_bars(axes: Axes, unit: str, names: Sequence[str]) -> None:
 
 
 def _square(axes: Axes, values: Sequence[float]) -> None:
-    """The same scale both ways, with the diagonal; logarithmic where it has to be."""
+    """Use equal scales on both axes, with the diagonal; logarithmic if needed."""
     style(axes, "", log=False)
     low, high = min(values), max(values)
     log = high > 20 * low > 0
@@ -376,7 +379,7 @@ def _square(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _from_zero(axes: Axes) -> None:
-    """With room above for the highest marker."""
+    """Start the axis at 0, with space above the highest marker."""
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
 
 
@@ -386,7 +389,7 @@ def _name_axes(axes: Axes, top: str, bottom: str) -> None:
 
 
 def _legend(axes: Axes, needed: bool) -> None:
-    """Above the panel, at its right, where it covers no data."""
+    """Draw the legend above the panel at its right, where it covers no data."""
     handles, names = axes.get_legend_handles_labels()
     if needed and handles:
         where: dict[str, Any] = {
@@ -399,7 +402,7 @@ def _legend(axes: Axes, needed: bool) -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    for text in figure.findobj(Text):  # a name with two dollar signs is no formula
+    for text in figure.findobj(Text):  # names with two dollar signs are not formulas
         text.set_parse_math(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})

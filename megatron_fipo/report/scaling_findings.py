@@ -1,4 +1,4 @@
-"""What measured layouts say when they are compared: the best ones, efficiency, what is still to be measured."""
+"""Comparison of measured layouts: best layouts, efficiency, and layouts not measured yet."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_fipo.scaling.row import LayoutKey, MeasuredRow
 
 @dataclass(frozen=True)
 class Best:
-    """The fastest layout of a number of GPUs.
+    """Fastest layout at a number of GPUs.
 
     Attributes:
-        efficiency: its tokens/s/GPU over those of the best one on the fewest GPUs.
-        others: further layouts that were measured there.
+        efficiency: its tokens/s/GPU relative to the best layout on the fewest GPUs.
+        others: further layouts measured with that number of GPUs.
     """
 
     row: MeasuredRow
@@ -26,7 +26,7 @@ class Best:
 
 @dataclass(frozen=True)
 class LossPair:
-    """One layout, trained with FIPO's loss and with plain cross-entropy."""
+    """One layout, trained with the FIPO loss and with plain cross-entropy."""
 
     fipo: MeasuredRow
     plain: MeasuredRow
@@ -39,12 +39,12 @@ class LossPair:
 
 
 def settings(rows: Sequence[MeasuredRow]) -> list[tuple[str, str, str]]:
-    """Model, GPU and loss: what layouts are compared within."""
+    """Return the settings (model, GPU and loss) within which layouts are compared."""
     return sorted({row.setting for row in rows})
 
 
 def best_layouts(rows: Sequence[MeasuredRow]) -> list[Best]:
-    """Of each setting, by number of GPUs. Rate decides, not time: under weak scaling the update grows."""
+    """Return the best layouts of each setting by number of GPUs, by rate, since weak scaling grows the update."""
     rated = sorted((r for r in rows if r.ok and r.tokens_per_second_per_gpu), key=_by_setting_and_gpus)
     found: list[Best] = []
     for _, own in groupby(rated, key=lambda r: r.setting):
@@ -58,18 +58,18 @@ def best_layouts(rows: Sequence[MeasuredRow]) -> list[Best]:
 
 
 def ranked(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
-    """By setting and GPUs; the fastest first, and what was not measured last."""
+    """Sort by setting and GPUs, fastest first, unmeasured last."""
     return sorted(rows, key=lambda r: (*_by_setting_and_gpus(r), not r.ok, -(r.tokens_per_second_per_gpu or 0), r.name))
 
 
 def pending(planned: Sequence[LayoutKey], rows: Sequence[MeasuredRow]) -> list[LayoutKey]:
-    """Layouts of the plan without a row, in the plan's order."""
+    """Return the plan's layouts without a row, in the plan's order."""
     done = {row.layout for row in rows}
     return [layout for layout in planned if layout not in done]
 
 
 def loss_pairs(rows: Sequence[MeasuredRow]) -> list[LossPair]:
-    """Same model, GPU and layout under both losses."""
+    """Pair rows of the same model, GPU and layout under both losses."""
     timed = {(r.model, r.gpu, r.layout, r.tokens, r.loss): r for r in rows if r.ok and r.seconds}
     pairs = []
     for (*where, loss), row in timed.items():
@@ -80,7 +80,7 @@ def loss_pairs(rows: Sequence[MeasuredRow]) -> list[LossPair]:
 
 
 def shown_timelines(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
-    """The fastest and the slowest layout, and the fastest of each number of stages."""
+    """Return the fastest and the slowest layout, and the fastest for each number of stages."""
     timed = sorted((r for r in rows if r.ok and r.timeline is not None), key=lambda r: (-_rate(r), r.name))
     first_of = {row.layout.pipeline: row for row in reversed(timed)}
     chosen = {row.name for row in (*timed[:1], *first_of.values(), *timed[-1:])}
@@ -88,7 +88,7 @@ def shown_timelines(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
 
 
 def labels(rows: Sequence[MeasuredRow]) -> dict[str, str]:
-    """Return for a figure, of each row by its name: the layout, and what of the rest tells it from the others."""
+    """Return row name -> label for figures: the layout, and what else distinguishes the row."""
     parts = {row.name: _parts(row) for row in rows}
     differing = [i for i in range(1, 6) if len({p[i] for p in parts.values()}) > 1]
     return {name: figure_text(", ".join([p[0], *(p[i] for i in differing)])) for name, p in parts.items()}

@@ -1,7 +1,7 @@
-"""A scaling study's report: <study>/report.html, complete in one file, <study>/figures/*.png, a table for the terminal.
+"""Report of a scaling study: self-contained <study>/report.html, <study>/figures/*.png, a terminal table.
 
-A study is a directory with `rows/*.json`, a row a measured layout, perhaps `plan.csv` of what is to be measured, and
-`traces/NAME.json`. It may still be going on.
+A study is a directory with `rows/*.json`, one per measured layout, optionally `plan.csv` of planned layouts, and
+`traces/NAME.json`. It may still be in progress.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
 from megatron_fipo.whole_file import write_whole
 
-_PAGE_BYTES = 4_500_000  # of figures in the page; timelines beyond that are only linked
-_LISTED = 20  # layouts still to be measured that are named
+_PAGE_BYTES = 4_500_000  # size limit of embedded figures; further timelines are only linked
+_LISTED = 20  # maximum number of unmeasured layouts listed
 _MORE_STYLE = """
 .wide table { white-space: nowrap } .wide figure { max-width: none; min-width: 40rem }
 td.error { white-space: normal; min-width: 14rem; max-width: 40rem }
@@ -36,7 +36,7 @@ td.error { white-space: normal; min-width: 14rem; max-width: 40rem }
 
 @dataclass(frozen=True)
 class Study:
-    """Attributes: planned: layouts of its plan.csv; warnings: what could not be read."""
+    """Data of a study. `planned`: layouts of its plan.csv; `warnings`: what could not be read."""
 
     directory: Path
     rows: list[MeasuredRow]
@@ -49,10 +49,10 @@ class Study:
 
 
 def write_scaling_report(directory: Path, out: Path | None = None) -> str:
-    """Draw a study's figures and page, also of one in progress; returns what to print.
+    """Write a study's figures and page, also of one in progress; return the text to print.
 
     Args:
-        out: the page's file; None: report.html in the study.
+        out: path of the page; None: report.html in the study.
 
     Raises:
         ValueError: there is no readable row, or the page cannot be written.
@@ -63,19 +63,19 @@ def write_scaling_report(directory: Path, out: Path | None = None) -> str:
         drawn = _write_figures(study)
         write_whole(page, _page(study, drawn, page.parent))
     except OSError as error:
-        raise ValueError(f"{page} or {directory / 'figures'} cannot be written: {error}") from None
+        raise ValueError(f"cannot write {page} or {directory / 'figures'}: {error}") from None
     return printable("\n".join([*(f"warning: {w}" for w in study.warnings), terminal_table(study), f"report: {page}"]))
 
 
 def read_study(directory: Path) -> Study:
-    """Raises ValueError: there is no readable row."""
+    """Read a study; raise ValueError if there is no readable row."""
     rows, warnings = read_rows(directory)
     planned, more = _read_plan(directory / "plan.csv")
     return Study(directory, findings.ranked(rows), planned, warnings + more)
 
 
 def _read_plan(file: Path) -> tuple[list[LayoutKey], list[str]]:
-    """Its layouts, if it is there; a damaged one is a warning, since the rows tell what they are about."""
+    """Return the layouts of the plan if it exists; a damaged plan is only a warning, since rows are self-contained."""
     if not file.is_file():
         return [], []
     try:
@@ -85,7 +85,7 @@ def _read_plan(file: Path) -> tuple[list[LayoutKey], list[str]]:
 
 
 def summary(study: Study) -> str:
-    """One sentence: how many layouts came to what, and how right the planner was."""
+    """Return a sentence with the counts of layouts by status, and the planner's accuracy."""
     counts = [sum(r.status == status for r in study.rows) for status in STATUSES]
     text = ", ".join(f"{n} {name}" for n, name in zip(counts, ("measured", "out of memory", "failed"), strict=True))
     if study.planned:
@@ -94,23 +94,23 @@ def summary(study: Study) -> str:
         abs(r.predicted.seconds / r.seconds - 1) for r in study.rows if r.ok and r.seconds and r.predicted.seconds
     ]
     if errors:
-        text += f"; predicted times are off by {median(errors):.1%} (median of {len(errors)})"
+        text += f"; error of predicted times: {median(errors):.1%} (median of {len(errors)})"
     return text
 
 
 def terminal_table(study: Study) -> str:
-    """At most 100 columns wide; * marks the best layout on its number of GPUs."""
+    """Return a table of at most 100 columns; * marks the best layout at its number of GPUs."""
     best = {b.row.name for b in findings.best_layouts(study.rows)}
     tables = []
     for setting in findings.settings(study.rows):
         shown = Table(title=" ".join(setting), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-        for column in ("GPUs", "layout", "tokens", "s", "tok/s/GPU", "MFU", "bubble", "GB", "s predicted", "status"):
+        for column in ("GPUs", "layout", "tokens", "s", "tok/s/GPU", "MFU", "bubble", "GB", "predicted s", "status"):
             left = column in ("layout", "status")
             shown.add_column(column, justify="left" if left else "right", overflow="fold")
         for row in (r for r in study.rows if r.setting == setting):
             shown.add_row(*_terminal_cells(row, row.name in best))
         tables.append(shown)
-    pending = [f"to be measured: {line}" for line in _pending_lines(study)]
+    pending = [f"not measured yet: {line}" for line in _pending_lines(study)]
     return terminal_text(*tables, summary(study), *pending)
 
 
@@ -150,14 +150,14 @@ def _pending_lines(study: Study) -> list[str]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """PNGs by name, and the timelines' rows."""
+    """PNGs by name, and the rows with timelines."""
 
     figures: Mapping[str, bytes]
     timelines: Sequence[tuple[MeasuredRow, str, bytes]]  # row, file, PNG
 
 
 def _write_figures(study: Study) -> _Drawn:
-    """Written to <study>/figures, too; one that an earlier report drew and these rows have no data for goes."""
+    """Write the figures to <study>/figures; remove earlier ones without data."""
     folder = study.directory / "figures"
     folder.mkdir(exist_ok=True)
     pngs = {f.name: png for f in FIGURES if (png := f.draw(study.rows)) is not None}
@@ -180,16 +180,16 @@ def _draw_timelines(rows: Sequence[MeasuredRow]) -> list[tuple[MeasuredRow, str,
     return drawn
 
 
-# The page
+# Page
 
 
 def _page(study: Study, drawn: _Drawn, where: Path) -> str:
-    """`where`: the directory that links start from."""
+    """Return the page; `where`: directory that links are relative to."""
     left = _PAGE_BYTES - sum(4 * len(png) // 3 for png in drawn.figures.values())
     figures = "\n".join(figure(f.title, f.caption, drawn.figures[f.name]) for f in FIGURES if f.name in drawn.figures)
     body = f"""<p>{escape(summary(study))}.</p>
 {_list("Not read", study.warnings)}
-<h2>Best layout on each number of GPUs</h2>
+<h2>Best layout at each number of GPUs</h2>
 {_best_table(study)}
 <h2>Figures</h2>
 <div class=grid>
@@ -199,7 +199,7 @@ def _page(study: Study, drawn: _Drawn, where: Path) -> str:
 {_rows_table(study, where)}
 {_timeline_section(study, drawn, where, left)}
 {_list("Not measured yet", _pending_lines(study))}
-<h2>Measured with</h2>
+<h2>Environment</h2>
 {_environment_table(study.rows)}"""
     return document(study.directory.resolve().name, body, _MORE_STYLE)
 
@@ -218,14 +218,14 @@ def _best_table(study: Study) -> str:
         for b in findings.best_layouts(study.rows)
     ]
     if not lines:
-        return "<p>None has been measured.</p>"
-    head = ["GPUs", "layout", "tokens", "s", "tokens/s/GPU", "MFU", "bubble", "GB", "efficiency", "slower ones"]
+        return "<p>No layout has been measured.</p>"
+    head = ["GPUs", "layout", "tokens", "s", "tokens/s/GPU", "MFU", "bubble", "GB", "efficiency", "other layouts"]
     return table(head, lines, {1: "text"})
 
 
 def _rows_table(study: Study, where: Path) -> str:
     head = ["GPUs", "layout", "model", "GPU", "loss", "tokens", "micro-batches", "s", "tokens/s/GPU", "MFU", "bubble"]
-    head += ["GB", "closed form", "s predicted", "bubble predicted", "GB predicted", "status", "trace"]
+    head += ["GB", "closed form", "predicted s", "predicted bubble", "predicted GB", "status", "trace"]
     lines = []
     for row in study.rows:
         memory = None if row.predicted.memory_bytes is None else row.predicted.memory_bytes / 1e9
@@ -259,7 +259,7 @@ def _timeline_section(study: Study, drawn: _Drawn, where: Path, left: int) -> st
     parts = []
     for row, file, png in drawn.timelines:
         left -= 4 * len(png) // 3
-        caption = f"{row.name}: {_cell(row.seconds, '.4g')} s an update; the median one."
+        caption = f"{row.name}: {_cell(row.seconds, '.4g')} s per update (median step)."
         if left > 0:
             parts.append(figure(row.name, caption, png))
         else:
@@ -267,19 +267,19 @@ def _timeline_section(study: Study, drawn: _Drawn, where: Path, left: int) -> st
             parts.append(f'<p><a href="{link}">{escape(row.name)}</a></p>')
     if not parts:
         return ""
-    note = "The fastest layout, the slowest, and the fastest of each number of stages. Traces open in ui.perfetto.dev."
+    note = "The fastest layout, the slowest, and the fastest for each number of stages. Traces open in ui.perfetto.dev."
     return f"<h2>Timelines</h2>\n<p>{note}</p>\n<div class=wide>\n" + "\n".join(parts) + "\n</div>"
 
 
 def _environment_table(rows: Sequence[MeasuredRow]) -> str:
-    """Each fact with all its values, of which there should be one."""
+    """Return a table of facts with all their values, of which there should be one each."""
     names = dict.fromkeys(name for row in rows for name in row.environment)
     lines = []
     for name in names:
         values = dict.fromkeys(row.environment[name] for row in rows if name in row.environment)
         shown = list(values)[:3] + ([f"and {len(values) - 3} others"] if len(values) > 3 else [])
         lines.append([name, "; ".join(shown)])
-    return table(["", ""], lines, {1: "text error"}) if lines else "<p>It is not known.</p>"
+    return table(["", ""], lines, {1: "text error"}) if lines else "<p>Unknown.</p>"
 
 
 def _list(title: str, lines: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What runs came to: before and after of one, and of several a line each, repeats of a run as mean and spread."""
+"""Scores of runs: before and after for one, a line each for several, with mean and deviation over repeats."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from megatron_fipo.report.compare import Series
 from megatron_fipo.report.history import Run
 
-Table = tuple[list[str], list[list[str]]]  # names of the columns, and the lines
+Table = tuple[list[str], list[list[str]]]  # column names and rows
 
 
 class _Metric(NamedTuple):
     name: str
-    label: str  # {k}: samples of a problem
+    label: str  # {k}: samples per problem
     format: str
-    short: str = ""  # heads its column; "": the label
+    short: str = ""  # column title; "": the label
     evaluation: bool = True
 
 
@@ -31,7 +31,7 @@ _METRICS = (
 
 
 def before_after(run: Run) -> Table:
-    """The evaluation before and after training, and what training itself saw in its first and last step."""
+    """Return the evaluation before and after training, and training metrics of the first and last step."""
     lines = []
     for metric in _METRICS:
         before, after = _value(run, metric, last=False), _value(run, metric, last=True)
@@ -43,9 +43,9 @@ def before_after(run: Run) -> Table:
 
 
 def comparison(series: Sequence[Series]) -> Table:
-    """A line a series, with what it came to; of repeats the mean and the sample standard deviation.
+    """Return one line per series; for repeats the mean and the sample standard deviation.
 
-    The evaluation's scores, or training's own where no run was evaluated. Steps: of the run that has the fewest.
+    Shows evaluation scores, or training metrics if no run was evaluated. Steps: of the shortest run.
     """
     runs = [run for one in series for run in one.runs]
     known = [m for m in _METRICS if any(_value(run, m, last=True) is not None for run in runs)]
@@ -79,7 +79,7 @@ def _value(run: Run, metric: _Metric, last: bool) -> float | None:
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    """Of a problem, where all runs draw as many."""
+    """Return the samples per problem if all runs use the same number."""
     found = {run.count("eval.samples") for run in runs}
     return str(found.pop() or "k") if len(found) == 1 else "k"
 

@@ -1,4 +1,4 @@
-"""Rewards: a batch of responses and ground truths in, one `Score` a response out."""
+"""Reward functions: one `Score` per response, from a batch of responses and ground truths."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["RewardFunction", "Score", "make_reward"]
 
 
 def make_reward(config: RewardConfig) -> RewardFunction:
-    """The verifier that `config.function` names; `math` starts its processes at the first call.
+    """Return the verifier named by `config.function`; `math` starts its processes at the first call.
 
     Raises:
-        ValueError: a user function that cannot be imported or called, or a name that is none of these.
+        ValueError: an unknown name, or a user function that cannot be imported or called.
     """
     match config.function:
         case "dapo":
@@ -27,4 +27,4 @@ def make_reward(config: RewardConfig) -> RewardFunction:
         case path if ":" in path:
             return UserReward(path, config.accuracy_threshold)
         case other:
-            raise ValueError(f"reward.function {other!r} is none of dapo, math, exact, package.module:function")
+            raise ValueError(f"reward.function {other!r} must be one of dapo, math, exact, package.module:function")

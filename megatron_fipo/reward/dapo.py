@@ -1,15 +1,15 @@
 """The recipe's verifier: the last `Answer: X` of the final 300 characters, normalized and compared as a string.
 
-The normalization gives the strings that DAPO's does, which is Minerva's (Lewkowycz et al. 2022, arXiv 2206.14858,
-appendix): unit words, LaTeX wrappers and typography go, shorthand fractions and roots get their braces. It is textual
-on purpose. `1/2` and `0.5` differ; `math` is the verifier that knows they are equal.
+The normalization matches DAPO's, which is Minerva's (Lewkowycz et al. 2022, arXiv 2206.14858, appendix): it removes
+unit words, LaTeX wrappers and typography, and adds braces to shorthand fractions and roots. It is purely textual:
+`1/2` and `0.5` differ; the `math` verifier treats them as equal.
 """
 
 from __future__ import annotations
 
 import re
 
-from megatron_fipo.reward.score import Score, right_or_wrong
+from megatron_fipo.reward.score import Score, binary_score
 
 SEARCHED_CHARACTERS = 300
 
@@ -18,8 +18,8 @@ ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _ARTICLES = ("an ", "a ")
 _AND = (r",\text{and}", r"\text{and}")
 
-# Removed wherever they stand, in this order: `12cm`, `12 square meters` and `\text{12 points}` are all 12, and a
-# `\text{}` emptied by a unit goes after the unit has. Longer forms stand before what they contain.
+# Removed everywhere, in this order: `12cm`, `12 square meters` and `\text{12 points}` are all 12, and a
+# `\text{}` emptied by removing a unit is removed next. Longer forms precede the forms they contain.
 _REMOVED = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points"),
     *("feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students"),
@@ -36,13 +36,13 @@ _SHORTHANDS = (
 
 
 def extract_answer(response: str) -> str | None:
-    """What follows the last `Answer:` within the final 300 characters, to the end of its line; None without one."""
+    """Return the text after the last `Answer:` in the final 300 characters, up to the end of its line, or None."""
     found = ANSWER.findall(response[-SEARCHED_CHARACTERS:])
     return found[-1] if found else None
 
 
 def normalize(answer: str) -> str:
-    """One spelling for answers that differ only in units, wrappers and typography."""
+    """Return a common spelling for answers that differ only in units, wrappers and typography."""
     answer = answer.rsplit("=", 1)[-1]
     for article in _ARTICLES:
         answer = answer.replace(article, "")
@@ -61,11 +61,11 @@ def normalize(answer: str) -> str:
     return (digits if digits.isdigit() else answer).strip()
 
 
-# Not regular expressions: `.*?\$(.*?)\$.*$` tries every pair of dollar signs of a text that it does not match.
+# Not a regular expression: `.*?\$(.*?)\$.*$` is quadratic in the dollar signs of a text without a match.
 
 
 def _between_dollar_signs(answer: str) -> str:
-    """Return what is between the first two dollar signs of a single line; anything else as it is."""
+    """Return the text between the first two dollar signs of a single line; other text unchanged."""
     line = answer.removesuffix("\n")
     parts = line.split("$", 2)
     return parts[1] + answer[len(line) :] if len(parts) == 3 and "\n" not in line else answer
@@ -89,7 +89,7 @@ def _without_box(line: str) -> str:
 
 
 def score(response: str, ground_truth: str) -> Score:
-    """+1 for the ground truth, -1 for anything else."""
+    """Return +1 for the ground truth, -1 otherwise."""
     extracted = extract_answer(response)
     answer = None if extracted is None else normalize(extracted)
-    return right_or_wrong(answer == normalize(ground_truth), answer)
+    return binary_score(answer == normalize(ground_truth), answer)

@@ -1,4 +1,4 @@
-"""Which answers to a problem are the same: what a majority vote counts together."""
+"""Equivalence classes of answers to a problem, as counted by a majority vote."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40})?", re.ASCII)
 
 @runtime_checkable
 class ComparesAnswers(Protocol):
-    """A reward function for which answers can be the same without being spelled the same."""
+    """Reward function that treats different spellings of an answer as equal."""
 
     def classes(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
-        """For each problem's answers a number each: the same for answers that are equal."""
+        """Return a class index for each answer of each problem; equal answers have equal indices."""
 
 
 def answer_classes(reward: RewardFunction, answers: Sequence[Sequence[str]]) -> list[list[int]]:
-    """For each problem's answers a number each, the same for answers that `reward` takes as equal; by default those
-    that it gave in the same spelling, normalized or not."""
+    """Return a class index for each answer of each problem, equal for answers that `reward` treats as equal.
+
+    By default these are answers with the same spelling, normalized or not.
+    """
     if isinstance(reward, ComparesAnswers):
         return reward.classes(answers)
     return [group_equal(some, lambda one, other: False) for some in answers]
 
 
 def group_equal(answers: Sequence[str], are_equal: Callable[[str, str], bool | None]) -> list[int]:
-    """A number for each answer, the same for equal ones.
+    """Return a class index for each answer, equal for equal answers.
 
-    Every different spelling is compared with one of each class so far, shorter spellings first, so that the result
-    does not depend on the order of the answers where `are_equal` is not transitive. Plain numbers are told apart
-    without it.
+    Each distinct spelling is compared with one of each class so far, shorter spellings first, so that the result
+    does not depend on the order of the answers where `are_equal` is not transitive. Plain numbers are compared
+    directly.
 
     Args:
-        are_equal: None where it could not decide within its limits. Such an answer is a class of its own, and is not
-            asked about again: otherwise one that takes for ever would cost a time limit for each of the others.
+        are_equal: returns None if it could not decide within its limits. Such an answer gets its own class and is not
+            compared again: otherwise a slow answer would cost a time limit for each of the others.
     """
     found: dict[str, int] = {}
     examples: list[tuple[int, str]] = []  # of each class that others may join
@@ -52,9 +54,9 @@ def group_equal(answers: Sequence[str], are_equal: Callable[[str, str], bool | N
 def _class_of(
     answer: str, examples: Sequence[tuple[int, str]], are_equal: Callable[[str, str], bool | None]
 ) -> tuple[int | None, bool]:
-    """The class that an answer belongs to, None for a new one, and whether that one is to be compared with others."""
+    """Return an answer's class, None for a new one, and whether the new class is comparable."""
     value = _number(answer)
-    if value is None and are_equal(answer, "0") is None:  # an easy question: it is this answer that takes for ever
+    if value is None and are_equal(answer, "0") is None:  # an easy comparison: this answer itself exceeds the limits
         return None, False
     for number, example in examples:
         other = _number(example)

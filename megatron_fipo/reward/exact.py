@@ -1,14 +1,14 @@
-"""The strictest verifier: what follows the last `Answer:` is the ground truth, character for character."""
+"""Exact verifier: the text after the last `Answer:` must equal the ground truth."""
 
 from __future__ import annotations
 
-from megatron_fipo.reward.score import Score, right_or_wrong
+from megatron_fipo.reward.score import Score, binary_score
 
 MARKER = "Answer:"
 
 
 def score(response: str, ground_truth: str) -> Score:
-    """+1 / -1. Surrounding white space is ignored, nothing else is."""
+    """Return +1 or -1, ignoring only surrounding white space."""
     _, found, rest = response.rpartition(MARKER)
     answer = rest.strip() if found else None
-    return right_or_wrong(answer == ground_truth.strip(), answer)
+    return binary_score(answer == ground_truth.strip(), answer)

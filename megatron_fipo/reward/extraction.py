@@ -1,6 +1,6 @@
-r"""Where the answer stands in a response: the last `\boxed{}` or `Answer:` line, if it is finished.
+r"""Answer extraction: the last `\boxed{}` or `Answer:` line of a response, if it is complete.
 
-A response that breaks off in the middle of its last answer has none, whatever it said before: `First \boxed{5}. Wait,
+A response that ends in the middle of its last answer has none, even if it gave an earlier one: `First \boxed{5}. Wait,
 so \boxed{6` is not an answer of 5.
 """
 
@@ -10,15 +10,15 @@ import re
 
 from megatron_fipo.reward import dapo
 
-_MARKS = r"[\s*_~`#]"  # of Markdown
+_MARKS = r"[\s*_~`#]"  # Markdown
 _OPENING = r"(?:[\s*_~`#$]|\\[\[(])"
-# `Answer:`, `**Answer**: `, `\textbf{Answer:}`, `<b>Answer</b>:`, with a full-width colon as well.
+# `Answer:`, `**Answer**: `, `\textbf{Answer:}`, `<b>Answer</b>:`, also with a full-width colon.
 _ANSWER = re.compile(
     rf"answer(?:{_MARKS}|\}}|</\w+>)*[:\uff1a](?:{_MARKS}|\}}|</?\w+>)*(?P<math>\$+|\\[\[(])?{_OPENING}*(?P<line>[^\n]*)",
     re.IGNORECASE,
 )
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-# Possessive: it would else try every way to share out a long gap between the two repetitions.
+# Possessive, since backtracking over a long gap between the two repetitions would be slow.
 _BETWEEN_BOXES = re.compile(r"[\s,;$]*+(?:and|or|\\text\{\s*+(?:and|or)\s*\})?[\s,;$]*")
 _BROKEN_COMMAND = re.compile(r"\\(?:bo|box|boxe|boxed|fb|fbo|fbox)\s*$")
 _TAGS = ("b", "i", "u", "em", "strong", "code", "p", "span")
@@ -32,7 +32,7 @@ _NEEDS_MORE = re.compile(
 def extract_answer(response: str) -> str | None:
     r"""Return the last `\boxed{}`, or the `Answer:` line after it; neighbours (`\boxed{1} and \boxed{2}`) are one list.
 
-    None where there is neither, and where the response ends before its last answer does.
+    None if there is neither, or if the response ends within its last answer.
     """
     start, boxed, unfinished = _last_boxes(response)
     tail_start = max(0, len(response) - dapo.SEARCHED_CHARACTERS)
@@ -48,7 +48,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def unwrapped(text: str) -> str:
-    """Return the text without the dollar signs, the markup and the full stop around it. Linear in the text."""
+    """Return the text without surrounding dollar signs, markup and full stop. Linear in the text."""
     leading = _LEADING.match(text)
     assert leading is not None
     start, end = leading.end(), len(text)
@@ -63,7 +63,7 @@ def unwrapped(text: str) -> str:
 
 
 def _is_finished(line: re.Match[str]) -> bool:
-    """Return whether an answer with which the response ends has all its brackets and dollar signs."""
+    """Return whether an answer at the end of the response has balanced brackets and dollar signs."""
     text = re.sub(r"\\[{}$]|\\\\", "", line["line"]).rstrip("*_` ")
     if not text or _NEEDS_MORE.search(text):
         return False
@@ -76,9 +76,11 @@ def _is_finished(line: re.Match[str]) -> bool:
 
 
 def _last_boxes(text: str) -> tuple[int, str | None, int]:
-    """Return where the last run of closed boxes starts and what is in it, -1 and None without one; and where the last
-    unfinished box starts, or -1. Linear in the text."""
-    open_braces: list[tuple[int, int] | None] = []  # of a box: where it and its content start
+    """Return start and content of the last run of closed boxes, and start of the last unclosed box.
+
+    -1 and None without a closed box, -1 without an unclosed one. Linear in the text.
+    """
+    open_braces: list[tuple[int, int] | None] = []  # of a box: start, and start of its content
     boxes: list[tuple[int, int, int]] = []  # start, content start, content end
     for match in _BRACES.finditer(text):
         token = match[0]

@@ -1,11 +1,10 @@
-r"""Answers compared as mathematics: `\boxed{\frac12}` is `0.5`, decided by math-verify in processes of their own.
+r"""Answers compared as mathematics: `\boxed{\frac12}` is `0.5`, decided by math-verify in separate processes.
 
-Which part of a response is its answer is told in `extraction`, what is equal in `math_comparison`. What a model writes
-can take for ever to evaluate or fill the memory (`10^{10^{10}}`), so each comparison has a deadline and each process a
-memory limit. One that breaks either is ended; the next answer gets a new one. A batch has a deadline as well: other
-ranks wait for it in a collective, and what a model writes may be slow in every response. An answer that could not be
-decided earns what a wrong one does, and its score says so.
-The signals that Slurm sends to every process of a job do not reach them: their parent ends them.
+`extraction` finds the answer in a response, `math_comparison` defines equality. Model output can take forever to
+evaluate or exhaust memory (`10^{10^{10}}`), so each comparison has a deadline and each process a memory limit. A
+process that exceeds either is killed and replaced. A batch has a deadline as well, since other ranks wait for it in a
+collective. An answer that could not be decided is scored like an incorrect one, and its score records the failure.
+Signals that Slurm sends to every process of a job are blocked in these processes: their parent ends them.
 """
 
 from __future__ import annotations
@@ -25,25 +24,26 @@ from pathlib import Path
 
 from megatron_fipo.reward.equivalence import group_equal
 from megatron_fipo.reward.extraction import extract_answer, unwrapped
-from megatron_fipo.reward.score import Failure, Score, right_or_wrong
+from megatron_fipo.reward.score import Failure, Score, binary_score
 
-MAX_ANSWER_CHARACTERS = 2000  # a longer one is right only if it is the ground truth to the letter
-MEMORY_BYTES = 2 << 30  # of one process
-_EXIT_SECONDS = 10.0  # from closing its pipe to a worker's end
-START_SECONDS = 120.0  # importing sympy from a busy network file system
+MAX_ANSWER_CHARACTERS = 2000  # longer answers are correct only if identical to the ground truth
+MEMORY_BYTES = 2 << 30  # per process
+_EXIT_SECONDS = 10.0  # from closing its pipe to a worker's exit
+START_SECONDS = 120.0  # import of sympy from a slow network file system
 _OF_THE_JOB = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 _VERDICTS: dict[bytes, bool | Failure] = {b"1": True, b"0": False, b"e": "error"}
 
 
 class MathReward:
-    """+1 / -1 by mathematical equivalence. The worker processes start with the first answer that needs one."""
+    """Reward +1 / -1 by mathematical equivalence. Worker processes start at the first answer that needs one."""
 
     def __init__(self, workers: int, timeout_seconds: float, batch_seconds: float = 600.0) -> None:
-        """
+        """Configure the workers; none is started yet.
+
         Args:
-            timeout_seconds: of one comparison.
-            batch_seconds: of one call. What is left of it then is not compared any more, and counts as timed out.
+            timeout_seconds: per comparison.
+            batch_seconds: per call. Remaining comparisons are skipped then, and count as timed out.
         """
         self._batch_seconds = batch_seconds
         self._workers = [_Worker(timeout_seconds) for _ in range(workers)]
@@ -59,16 +59,16 @@ class MathReward:
         truths = [unwrapped(truth) for truth in ground_truths]
         answers = [extract_answer(response) for response in responses]
         pairs: list[tuple[str | None, str]] = list(zip(answers, truths, strict=True))
-        # The responses of a group often agree: every different question is asked once.
+        # Responses of a group often agree: each distinct comparison is made once.
         open_questions = [(a, t) for a, t in dict.fromkeys(pairs) if a is not None and a != t and _comparable(a, t)]
         deadline = time.monotonic() + self._batch_seconds
-        verdicts: dict[tuple[str | None, str], bool | Failure] = dict(
-            zip(open_questions, self._threads.map(lambda q: self._verdict(q, deadline), open_questions), strict=True)
+        results: dict[tuple[str | None, str], bool | Failure] = dict(
+            zip(open_questions, self._threads.map(lambda q: self._check(q, deadline), open_questions), strict=True)
         )
-        return [_score(answer, verdicts.get((answer, truth), answer == truth)) for answer, truth in pairs]
+        return [_score(answer, results.get((answer, truth), answer == truth)) for answer, truth in pairs]
 
     def classes(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
-        """See `equivalence.ComparesAnswers`. What is not compared within the time of a batch is a class of its own."""
+        """Implement `equivalence.ComparesAnswers`; answers not compared within the batch's time get their own class."""
         deadline = time.monotonic() + self._batch_seconds
         return list(
             self._threads.map(lambda some: group_equal(some, lambda a, b: self._are_equal(a, b, deadline)), answers)
@@ -81,10 +81,10 @@ class MathReward:
     def _are_equal(self, answer: str, other: str, deadline: float) -> bool | None:
         if not _comparable(answer, other):
             return False
-        verdict = self._verdict((answer, other), deadline)
-        return verdict if isinstance(verdict, bool) else None
+        correct = self._check((answer, other), deadline)
+        return correct if isinstance(correct, bool) else None
 
-    def _verdict(self, question: tuple[str, str], deadline: float) -> bool | Failure:
+    def _check(self, question: tuple[str, str], deadline: float) -> bool | Failure:
         worker = self._idle.get()
         try:
             return worker.ask(*question) if time.monotonic() < deadline else "timeout"
@@ -93,22 +93,22 @@ class MathReward:
 
 
 class _Worker:
-    """One `math_worker.py`, started when it is needed and again when it has died."""
+    """One `math_worker.py` process, started on demand and restarted after it has died."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, answer: str, ground_truth: str) -> bool | Failure:
-        """Return whether the two are equal, or why that could not be decided within the limits."""
+        """Return whether two answers are equal, or why that could not be decided within the limits."""
         used = self._process is not None and self._process.poll() is None
-        verdict, died_early = self._reply(answer, ground_truth)
-        if died_early and used:  # perhaps before it saw this answer, which a new one then judges
-            verdict, _ = self._reply(answer, ground_truth)
-        return verdict
+        correct, died_early = self._reply(answer, ground_truth)
+        if died_early and used:  # it may have died before reading this answer: retry with a new worker
+            correct, _ = self._reply(answer, ground_truth)
+        return correct
 
     def _reply(self, answer: str, ground_truth: str) -> tuple[bool | Failure, bool]:
-        """Return the worker's verdict, and whether it died of something else than the time limit."""
+        """Return the worker's result, and whether it died for a reason other than the time limit."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         process = self._process
@@ -122,7 +122,7 @@ class _Worker:
         if reply:
             return _VERDICTS[reply], False
         seconds = time.monotonic() - started
-        # Its own alarm and the deadline here go off at the same time, and either may come first.
+        # The worker's own alarm and this deadline expire together; either may come first.
         alarmed = seconds < self._timeout_seconds and self._exit_code(process) == -signal.SIGALRM
         self.stop()
         late = alarmed or seconds >= self._timeout_seconds
@@ -140,16 +140,16 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()  # closes the pipes and reaps it
+            process.communicate()  # closes the pipes and waits for it
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # A fresh interpreter: neither the parent's threads and GPU context nor its main module come along. -P keeps
-        # the script's directory, where this very file would hide the standard library's `math`, off its path.
+        # A fresh interpreter does not inherit the parent's threads, GPU context and main module. -P keeps
+        # the script's directory, where this file would hide the standard library's `math`, off its path.
         self.stop()
         script = str(Path(__file__).with_name("math_worker.py"))
         command = [sys.executable, "-P", script, str(self._timeout_seconds), str(MEMORY_BYTES)]
-        # A process inherits what is blocked, from its first instruction on. A worker that a signal ends would be
-        # replaced, but each time in the midst of an answer, and while its parent tries to finish in good order.
+        # A process inherits blocked signals. A worker ended by a signal would be replaced, but each time in the middle
+        # of an answer, and while its parent tries to shut down cleanly.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -158,14 +158,14 @@ class _Worker:
         if _read_byte(process, START_SECONDS) != b"r":
             process.kill()
             process.communicate()
-            raise RuntimeError(f"the math verifier does not start; see what this prints: {' '.join(command)}")
+            raise RuntimeError(f"the math verifier does not start; see the output of: {' '.join(command)}")
         return process
 
 
-def _score(answer: str | None, verdict: bool | Failure) -> Score:
-    if isinstance(verdict, bool):
-        return right_or_wrong(verdict and answer is not None, answer)
-    return replace(right_or_wrong(False, answer), failure=verdict)
+def _score(answer: str | None, correct: bool | Failure) -> Score:
+    if isinstance(correct, bool):
+        return binary_score(correct and answer is not None, answer)
+    return replace(binary_score(False, answer), failure=correct)
 
 
 def _comparable(answer: str, truth: str) -> bool:
@@ -173,7 +173,7 @@ def _comparable(answer: str, truth: str) -> bool:
 
 
 def _read_byte(process: subprocess.Popen[bytes], timeout_seconds: float) -> bytes:
-    """The worker's next byte; nothing when it died or `timeout_seconds` have passed."""
+    """Return the worker's next byte; empty if it died or `timeout_seconds` have passed."""
     assert process.stdout is not None
     poll = select.poll()  # unlike select(), not limited to descriptors below 1024
     poll.register(process.stdout, select.POLLIN)

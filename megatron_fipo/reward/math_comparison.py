@@ -1,8 +1,8 @@
 r"""Mathematical equality, exact first: rationals, symbols and irrational numbers are never compared by rounding.
 
-A decimal (`0.333333`) stands for every number that it is the rounding of: within its last digit, and within a relative
-1e-6. Anything else is equal or is not. The grader of math-verify walks through sets, intervals, matrices and relations;
-its comparisons of single expressions, which round at a fixed number of places, are replaced by these.
+A decimal (`0.333333`) stands for every number that rounds to it: within its last digit, and within a relative 1e-6. All
+other numbers are compared exactly. math-verify's grader handles sets, intervals, matrices and relations; its
+comparisons of single expressions, which round to a fixed number of digits, are replaced by these.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ from sympy import simplify as sympy_simplify
 from sympy.core.relational import Relational
 
 RELATIVE_TOLERANCE = Rational(1, 10**6)  # of decimals
-_DIGITS = (60, 400)  # of irrational numbers that are compared: few to tell them apart, many to call them equal
-_AGREEMENT = {digits: Float(f"1e-{digits * 3 // 4}", digits) for digits in _DIGITS}  # relative difference of equal ones
-_UNKNOWN_PRECISION = 10  # bits: a number that evalf gives with no more than these is zero as far as it can tell
-# Single letters that the library would drop as units (`2d`) are variables; `to_latex` has dropped real units.
+_DIGITS = (60, 400)  # of irrational numbers: few suffice to show a difference, many are needed to show equality
+_AGREEMENT = {
+    digits: Float(f"1e-{digits * 3 // 4}", digits) for digits in _DIGITS
+}  # relative difference of equal numbers
+_UNKNOWN_PRECISION = 10  # bits: a number that evalf returns with at most these is indistinguishable from zero
+# Single letters that the library would drop as units (`2d`) are variables; `to_latex` has removed real units.
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _EQUALS = re.compile(r"(?<!\\|\<|\!|\>)=")
 _INTEGER, _DECIMAL = re.compile(r"[-+]?\d{1,2000}", re.ASCII), re.compile(r"[-+]?\d+\.\d+", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", re.ASCII)
 _PAIR = re.compile(r"\s*[(\[](.*,.*)[)\]]\s*", re.DOTALL)
 _PERCENT = UnevaluatedExpr(Rational(1, 100))
-# Values of variables: positive ones first, then of both signs.
+# Values of variables: first positive, then of both signs.
 _POSITIVE = tuple(Rational(*pair) for pair in ((7, 5), (3, 7), (11, 4), (13, 9), (5, 3), (17, 8), (2, 11), (23, 6)))
 
 
 def parse(latex: str) -> Any:
-    """Return a SymPy object; of a chain of equations that cannot be read, its last part.
+    """Return a SymPy object; for an unreadable chain of equations, that of its last part.
 
     Raises:
-        Exception: it is not mathematics that the parser knows.
+        Exception: the parser cannot read it.
     """
     number = _plain_number(latex)
     if number is not None:
@@ -69,19 +71,19 @@ def parse(latex: str) -> Any:
         if len(parts) <= 2 or "," in text or ";" in text:
             raise
         found = _sympy(parts[-1])
-    if found is S.EmptySet and (pair := _PAIR.fullmatch(text)):  # an interval that ends before it begins is a pair
+    if found is S.EmptySet and (pair := _PAIR.fullmatch(text)):  # an interval with its end before its start is a pair
         found = Tuple(*_sympy(pair[1])._unsorted_args)
     if found is None:
-        raise ValueError(f"not mathematics: {latex!r}")
+        raise ValueError(f"not a mathematical expression: {latex!r}")
     if re.search(r"(?<![A-Za-z])i\s*=|(?<![A-Za-z])i\s*\\in", text):  # an index
         return found
     return found.xreplace({Symbol("i", real=True): I}) if hasattr(found, "xreplace") else found
 
 
 def _plain_number(latex: str) -> Any:
-    """Return an integer, a decimal or a fraction of integers, None for anything else.
+    """Return an integer, a decimal or a fraction of integers, or None.
 
-    Most answers of training data are such, and the grammar takes a hundred times as long for them.
+    Most answers in training data are of this form, and the grammar takes a hundred times as long for them.
     """
     if _INTEGER.fullmatch(latex):
         return Integer(latex)
@@ -98,10 +100,10 @@ def _sympy(text: str) -> Any:
 
 
 def _refuse_juxtaposed_integers(parser: Any) -> None:
-    """Have the parser raise ValueError at `{7}{5}` and `7\\ {5}`, which it adds up as if 5 were a fraction after 7.
+    """Make the parser raise ValueError for `{7}{5}` and `7\\ {5}`, which it would add as if 5 were a fraction after 7.
 
-    It converts the factors of a product one by one, each with `convert_postfix`, and what follows one of them with
-    another call of `convert_postfix_list`.
+    It converts the factors of a product one by one with `convert_postfix`, and what follows a factor with another call
+    of `convert_postfix_list`.
     """
     convert, convert_all = parser.convert_postfix, parser.convert_postfix_list
 
@@ -113,7 +115,7 @@ def _refuse_juxtaposed_integers(parser: Any) -> None:
         before = self.factor if first else None
         rest = convert_all(self, factors, first)
         if isinstance(before, Integer) and isinstance(rest, Integer):
-            raise ValueError(f"integers side by side: {before} and {rest}")
+            raise ValueError(f"adjacent integers: {before} and {rest}")
         return rest
 
     parser.convert_postfix, parser.convert_postfix_list = convert_postfix, convert_postfix_list
@@ -123,7 +125,7 @@ _refuse_juxtaposed_integers(latex2sympy2._Latex2Sympy)
 
 
 def equal(truth: Any, answer: Any) -> bool:
-    """Return whether two parsed answers are the same.
+    """Return whether two parsed answers are equal.
 
     Raises:
         Exception: it could not be decided.
@@ -142,7 +144,7 @@ def _expressions_equal(one: Any, other: Any, *_: Any) -> bool:
 
 
 def _numerator_of_percentage(value: Any) -> Any:
-    """9 for `9` and for `9%`, which are taken as equal; None for anything but integers."""
+    """Return 9 for `9` and for `9%`, which count as equal; None for anything but integers."""
     if isinstance(value, Mul) and len(value.args) == 2 and value.args[1] == _PERCENT:
         value = value.args[0]
     return value if isinstance(value, Integer) else None
@@ -163,7 +165,7 @@ def _scalars_equal(one: Any, other: Any) -> bool:
 
 
 def _without_floats(value: Any) -> Any:
-    """The same with every decimal as the fraction that it is written as."""
+    """Return the value with every decimal as an exact fraction."""
     return value.xreplace({number: Rational(str(number)) for number in value.atoms(Float)})
 
 
@@ -172,7 +174,7 @@ def _is_decimal(value: Any) -> bool:
 
 
 def _last_digit(value: Any) -> Any:
-    """The worth of a decimal's last digit, that of the first place at most: 1/1000 of 2.517."""
+    """Return the place value of a decimal's last digit, at most that of the first place: 1/1000 for 2.517."""
     places = 1
     while (value * 10**places).q != 1 and places < 100:
         places += 1
@@ -185,17 +187,17 @@ def _exactly_equal(one: Any, other: Any) -> bool:
     difference = one - other
     if difference.is_Rational:
         return bool(difference == 0)
-    verdict = _compare_values(one, other, _agree)
-    if verdict is None:
+    outcome = _compare_values(one, other, _agree)
+    if outcome is None:
         return bool(sympy_simplify(difference) == 0)
-    if verdict and not difference.free_symbols:
+    if outcome and not difference.free_symbols:
         difference = expand(difference)
         return bool(difference == 0) if difference.is_Rational else True
-    return verdict
+    return outcome
 
 
 def _compare_values(one: Any, other: Any, same: Callable[[Any, Any], bool]) -> bool | None:
-    """Compare for several values of the variables, where both are real; None where that decides nothing."""
+    """Compare at several values of the variables where both are real; None if that is inconclusive."""
     compared = 0
     values_elsewhere = []
     for point in _points(one.free_symbols | other.free_symbols):
@@ -232,7 +234,7 @@ def _agree_in_detail(one: Any, other: Any, point: dict[Any, Any]) -> bool:
 
 
 def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS[0]) -> Any:
-    """A number, exact if it is rational; None where it has none."""
+    """Return a number, exact if rational; None if the expression has no value."""
     value = expression.subs(point) if point else expression
     if not value.is_Rational:
         value = value.evalf(digits, maxn=3 * digits)
@@ -244,7 +246,7 @@ def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS[0]) -> 
 
 
 def _known(part: Any) -> Any:
-    """Zero where nothing of the number is known to differ from it; None for what is no number."""
+    """Return zero if the number is indistinguishable from it; None for anything but numbers."""
     if part.is_Rational:
         return part
     if not isinstance(part, Float):
@@ -268,11 +270,11 @@ def _within(last_digit: Any) -> Callable[[Any, Any], bool]:
 
 
 def _relations_equal(truth: Any, answer: Any, *_: Any) -> bool:
-    """Return whether two relations have the same solutions: one is a multiple of the other, or both are solved."""
+    """Return whether two relations have the same solutions: as multiples of each other, or by solving them."""
     if truth.free_symbols != answer.free_symbols:
         return False
     if all(isinstance(relation, Eq) and relation.lhs.is_Symbol for relation in (truth, answer)):
-        return False  # each side by itself was compared before
+        return False  # the sides were compared individually before
     ratio = _constant_ratio(truth.lhs - truth.rhs, answer.lhs - answer.rhs)
     if ratio is not None and type(truth) is type(answer):
         return isinstance(truth, Eq) or bool(ratio > 0)
@@ -286,9 +288,9 @@ def _relations_equal(truth: Any, answer: Any, *_: Any) -> bool:
 
 
 def _constant_ratio(one: Any, other: Any) -> Any:
-    """Return the number by which two expressions differ as factors, None where there is none but zero.
+    """Return the constant nonzero ratio of two expressions, or None.
 
-    By values: SymPy's `simplify` would make `30^{10^{20}}` of `10^{20} \\ln 30`.
+    Evaluated numerically: SymPy's `simplify` would turn `30^{10^{20}}` into `10^{20} \\ln 30`.
     """
     ratio = None
     for point in _points(one.free_symbols | other.free_symbols):
@@ -312,7 +314,7 @@ _compare_symbols = grader.sympy_compare_symbols
 
 
 def _symbols_equal(one: Any, other: Any) -> bool:
-    """Return whether a symbol is the other's value, `x` of `2x - x`, or its letters."""
+    """Return whether a symbol equals the other's value, `x` of `2x - x`, or its letters."""
     return _expressions_equal(one, other) or bool(_compare_symbols(one, other))
 
 

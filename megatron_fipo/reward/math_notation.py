@@ -1,8 +1,8 @@
-r"""Answers as people and models write them, rewritten as the LaTeX that the parser reads.
+r"""Conversion of answers as people and models write them to LaTeX that the parser reads.
 
 `-2*pi`, `sqrt(2)/2`, `exp(16)` and `1e-5` are plain text, `10\,080` and `1 000` have digit groups, `90°` has a unit,
-`2516_8` a base. The parser reads letters as factors, drops subscripts of numbers and adds numbers that stand side by
-side, so each of these would be another value. Standard library only: the verifier's processes load this file by path.
+`2516_8` a base. The parser reads letters as factors, drops subscripts of numbers and adds adjacent numbers, so each of
+these would have a wrong value. Uses only the standard library: the verifier's processes load this file by path.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ _TOWER = re.compile(r"(?<=\^)(\d+|[A-Za-z])\s*\^\s*(\d+|[A-Za-z]|\{[^{}]*\})")
 
 
 def to_latex(text: str) -> str:
-    r"""Return an answer in LaTeX: `-1 + exp(16)` as `-1 + \exp(16)`, `10\,080` as `10080`, `90°` as `90`.
+    r"""Convert an answer to LaTeX: `-1 + exp(16)` to `-1 + \exp(16)`, `10\,080` to `10080`, `90°` to `90`.
 
     Raises:
-        ValueError: numbers side by side, which are neither digit groups nor a mixed number.
+        ValueError: adjacent numbers that are neither digit groups nor a mixed number.
     """
     text = _plain_characters(text)
     text = _joined_digits(text)
@@ -190,7 +190,7 @@ def to_latex(text: str) -> str:
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"\lg", r"\log_{10}")
     text = text.strip()
     if _SIDE_BY_SIDE.search(re.sub(r"\\[dt]?frac\s*\d\s*\d", "", text)):
-        raise ValueError(f"numbers side by side: {text!r}")
+        raise ValueError(f"adjacent numbers: {text!r}")
     return text
 
 
@@ -222,7 +222,7 @@ def _joined_digits(text: str) -> str:
 
 
 def _joined_unless_in_tuple(found: re.Match[str]) -> str:
-    """`(1,234)` is a pair, but `(1,234 + x)`, `2(1,234)`, `(1,234)^2` and `sin(1,234)` have one number."""
+    """Join digit groups unless in a tuple: `(1,234)` is a pair, `(1,234 + x)` and `2(1,234)` have one number."""
     before, after = found.string[max(0, found.start() - 30) : found.start()], found.string[found.end() :].lstrip()
     is_factor = after.startswith(")") and after[1:].lstrip().startswith(_OPERATORS)
     one = after.startswith((*_OPERATORS, ",")) or is_factor or _BEFORE_ONE_NUMBER.search(before)
@@ -230,7 +230,7 @@ def _joined_unless_in_tuple(found: re.Match[str]) -> str:
 
 
 def _without_units(text: str) -> str:
-    """Drop the units at the end and a currency before a number; single letters are variables."""
+    """Remove units at the end and a currency before a number; single letters are variables."""
     text = _CURRENCY.sub("", text)
     if not _TRIGONOMETRY.search(text) and not re.search(rf"(?:{'|'.join(_TRIGONOMETRIC)})\s*\(", text):
         text = re.sub(r"(\d\s*)(?:degrees?|deg)(?![A-Za-z])", r"\1", text)
@@ -242,7 +242,7 @@ def _without_units(text: str) -> str:
 
 
 def _mixed_number(text: str) -> str | None:
-    """`3 1/2` and `-3\\frac{1}{2}` as improper fractions."""
+    """Convert `3 1/2` and `-3\\frac{1}{2}` to improper fractions."""
     found = _MIXED.match(text) or _MIXED_IN_LATEX.match(text)
     if not found:
         return None
@@ -251,7 +251,7 @@ def _mixed_number(text: str) -> str | None:
 
 
 def _in_decimal(text: str) -> str:
-    """Numbers with a base as what they are worth; ones with a digit that the base does not have stay words."""
+    """Convert numbers with a base to decimal; invalid digits for the base leave them as words."""
     text = re.sub(rf"\\(?:{_STYLES})\s*\{{\s*([\dA-F]*\d[\dA-F]*)\s*\}}(?=\s*_)", r"\1", text)
     return _DIGITS_IN_BASE.sub(_number_of_base, text)
 
@@ -263,7 +263,7 @@ def _number_of_base(found: re.Match[str]) -> str:
         return found[0]
     try:
         return f"{int(digits, base)} "
-    except ValueError:  # a digit that the base does not have
+    except ValueError:  # a digit that is invalid in the base
         return rf"\text{{{digits} to base {base}}}" if digits.isdigit() else found[0]
 
 
@@ -289,7 +289,7 @@ def _with_words(text: str) -> str:
 
 
 def _with_braces(text: str) -> str:
-    r"""Arguments in braces: `\sqrt(x)`, `\sqrt12`, `^(n+1)`, `^-3`, `\abs(x)` and their like."""
+    r"""Add braces to arguments: `\sqrt(x)`, `\sqrt12`, `^(n+1)`, `^-3`, `\abs(x)` and similar."""
     text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+(?:\.\d+)?)", r"\1{\2}", text)
     text = re.sub(r"\^\s*([-+]\s*(?:\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))", r"^{\1}", text)
     text = re.sub(r"\^\s*(\d+\.\d+)", r"^{\1}", text)
@@ -312,7 +312,7 @@ _PARENTHESIZED = (
 
 
 def _rewrite_calls(text: str, opening: str, before: str, after: str) -> str:
-    """Every `opening(...)`, inner ones too, as `before...after`."""
+    """Rewrite every `opening(...)`, also nested ones, as `before...after`."""
     start = 0
     while (at := text.find(opening, start)) >= 0:
         inside = at + len(opening)
@@ -328,19 +328,19 @@ def _rewrite_calls(text: str, opening: str, before: str, after: str) -> str:
 
 
 def _closing(text: str, opening: int) -> int | None:
-    """The place of the parenthesis that closes the one at `opening`."""
+    """Return the index of the parenthesis that closes the one at `opening`."""
     if opening >= len(text) or text[opening] != "(":
         return None
     depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(opening, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place
+            return index
     return None
 
 
 def _in_radians(text: str) -> str:
-    """Degrees inside trigonometric functions as radians, and no sign for them elsewhere."""
+    """Convert degrees inside trigonometric functions to radians, and drop their sign elsewhere."""
     text = _DEGREES.sub(r"^\\circ", text)
     if _TRIGONOMETRY.search(text):
         text = _NUMBER_OF_DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)

@@ -1,8 +1,8 @@
-"""A process that decides whether two mathematical answers are equal; `math.py` starts it by path and ends it.
+"""Process that decides whether two mathematical answers are equal, started by path from `math.py`.
 
-It reads one JSON line a question, [answer, ground truth], from standard input, and writes one byte each: `1` or `0`, or
-`e` where it could not decide. A first byte `r` says that it is ready. It imports only the two modules beside it, by
-path and not through this package, so that it starts in a second.
+Reads one JSON line per comparison, [answer, ground truth], from standard input, and writes one byte each: `1` or `0`,
+or `e` if undecided. A first byte `r` signals readiness. Imports only the two modules beside it, by path and not
+through this package, so that it starts in a second.
 """
 
 import json
@@ -13,14 +13,14 @@ import resource
 import signal
 import sys
 
-# At the end of the path: this folder's `math` must not hide the standard library's.
+# Appended to the path: this folder's `math` must not hide the standard library's.
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from math_comparison import equal, parse
 from math_notation import to_latex
 
 
 def equivalent(answer: str, ground_truth: str) -> bool:
-    """Return whether two answers are equal. What is no mathematics is compared as text.
+    """Return whether two answers are equal; text that is not mathematical is compared as a string.
 
     Raises:
         Exception: the ground truth cannot be read, or the comparison failed.
@@ -38,22 +38,23 @@ def equivalent(answer: str, ground_truth: str) -> bool:
 
 
 def _as_text(text: str) -> str:
-    """The text without styles and case, and without the spaces that separate no numbers."""
+    """Return the text without styles, case, and spaces that do not separate numbers."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip(" .$")
     return re.sub(r"(?<=\d)\s+(?=\d)|(\s+)", lambda found: "" if found[1] else " ", text).casefold()
 
 
 def main(timeout_seconds: float, memory_bytes: int) -> None:
+    """Serve comparisons until standard input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable()
     replies = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not look like a reply
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prevents library output from looking like a reply
     equivalent(r"\frac{1}{2}", "0.5")  # builds the parser, which would cost the first answer most of its time
     os.write(replies, b"r")
-    for line in sys.stdin:  # ends with the parent, which holds the only other end
-        # The default action of the alarm is to end the process, even in the midst of one long multiplication that
-        # holds the interpreter lock: a busy worker does not outlive a dead parent either.
+    for line in sys.stdin:  # ends when the parent dies, which holds the only other end
+        # The alarm's default action ends the process even during a long multiplication that holds the interpreter
+        # lock, so that a busy worker does not outlive its parent either.
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds)
         reply = _reply(*json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -63,7 +64,7 @@ def main(timeout_seconds: float, memory_bytes: int) -> None:
 def _reply(answer: str, ground_truth: str) -> bytes:
     try:
         return b"1" if equivalent(answer, ground_truth) else b"0"
-    except MemoryError:  # ends this process: the next answer gets one whose memory is free
+    except MemoryError:  # ends this process; the next answer gets a new one with free memory
         raise
     except Exception:
         return b"e"

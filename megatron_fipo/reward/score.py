@@ -1,4 +1,4 @@
-"""What every reward function gives and how it is called."""
+"""Interface and result of reward functions."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-Failure: TypeAlias = Literal["timeout", "error"]  # of a verifier, which could not decide
+Failure: TypeAlias = Literal["timeout", "error"]  # why a verifier could not decide
 
 
 @dataclass(frozen=True)
 class Score:
-    """One response's verdict."""
+    """Score of one response."""
 
-    reward: float  # what the advantages are computed from
-    accuracy: float  # 0 or 1: what metrics and evaluation count as right
-    answer: str | None = None  # the extracted answer (Cons@k votes with it); None: none was found
-    failure: Failure | None = None  # why the verifier could not decide; such a response counts as wrong
+    reward: float  # used to compute advantages
+    accuracy: float  # 0 or 1: used by metrics and evaluation
+    answer: str | None = None  # extracted answer (Cons@k votes with it); None: not found
+    failure: Failure | None = None  # why the verifier could not decide; the response counts as incorrect
 
 
 class RewardFunction(Protocol):
-    """Scores a batch: the three sequences have one entry a response, and so has the result."""
+    """Reward function for a batch: the three sequences and the result have one entry per response."""
 
     def __call__(
         self, responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]
     ) -> list[Score]: ...
 
     def close(self) -> None:
-        """Give back what the function holds (processes, connections). It is not called afterwards."""
+        """Release processes and connections. The function is not called afterwards."""
 
 
 @dataclass(frozen=True)
 class PerResponse:
-    """A reward function that looks at one response at a time and holds nothing."""
+    """Reward function that scores each response separately and holds no resources."""
 
     score: Callable[[str, str], Score]  # (response, ground truth)
 
@@ -45,6 +45,6 @@ class PerResponse:
         pass
 
 
-def right_or_wrong(correct: bool, answer: str | None) -> Score:
-    """The recipe's scale: +1 or -1, accuracy 1 or 0."""
+def binary_score(correct: bool, answer: str | None) -> Score:
+    """Return the recipe's score: reward +1 or -1, accuracy 1 or 0."""
     return Score(reward=1.0 if correct else -1.0, accuracy=1.0 if correct else 0.0, answer=answer)

@@ -1,4 +1,4 @@
-"""A reward function of the user's, named `package.module:function` and checked at every call."""
+"""User-defined reward function, named `package.module:function` and validated at every call."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DEFAULT_THRESHOLD = 0.5
 
 
 class UserReward:
-    """Calls `function(responses, ground_truths, data_sources)`, which returns one `Score` or number a response.
+    """Call `function(responses, ground_truths, data_sources)`, which returns a `Score` or number per response.
 
-    A number is the reward. It counts as right from `accuracy_threshold` on; None: from 0.5 on, and the first number
-    that is neither 0, 1 nor -1 is warned of.
+    A number is the reward. It counts as correct from `accuracy_threshold` on; None: from 0.5 on, with a warning at the
+    first number other than 0, 1 and -1.
     """
 
     def __init__(self, path: str, accuracy_threshold: float | None = None) -> None:
@@ -40,7 +40,7 @@ class UserReward:
         return [self._checked(i, result) for i, result in enumerate(results)]
 
     def close(self) -> None:
-        """Calls the function's own `close()`, where it has one."""
+        """Call the function's own `close()`, if it has one."""
         close = getattr(self._function, "close", None)
         if close is not None:
             close()
@@ -50,13 +50,13 @@ class UserReward:
             score = result if isinstance(result, Score) else self._from_number(float(result))
         except (TypeError, ValueError):
             raise ValueError(
-                f"reward function {self._path} returned {result!r} for response {i}: neither a number nor a Score"
+                f"reward function {self._path} returned {result!r} for response {i}: must be a number or a Score"
             ) from None
         if not math.isfinite(score.reward):
             raise ValueError(f"reward function {self._path} returned reward {score.reward} for response {i}")
         if score.accuracy not in (0.0, 1.0):
             raise ValueError(
-                f"reward function {self._path} returned accuracy {score.accuracy} for response {i}; it is 0 or 1"
+                f"reward function {self._path} returned accuracy {score.accuracy} for response {i}: must be 0 or 1"
             )
         return score
 
@@ -64,10 +64,10 @@ class UserReward:
         threshold = DEFAULT_THRESHOLD if self._threshold is None else self._threshold
         if not self._warned and math.isfinite(reward) and reward not in (-1.0, 0.0, 1.0):
             self._warned = True
-            if os.environ.get("RANK", "0") == "0":  # the others would say the same
+            if os.environ.get("RANK", "0") == "0":  # once, not on every rank
                 logger.warning(
-                    "reward function %s returned the grade %g. Grades are trained on as they are; accuracy, Avg@k and "
-                    "pass@k count those from %g on as right. Set reward.accuracy_threshold, or return "
+                    "reward function %s returned %g. Such rewards are used unchanged in training; accuracy, Avg@k and "
+                    "pass@k count values of at least %g as correct. Set reward.accuracy_threshold, or return "
                     "Score(reward, accuracy)",
                     *(self._path, reward, threshold),
                 )
@@ -79,7 +79,7 @@ def _import(path: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward.function {path}: cannot import it ({error})") from error
+        raise ValueError(f"reward.function {path}: cannot be imported ({error})") from error
     if not callable(function):
-        raise ValueError(f"reward.function {path} is a {type(function).__name__}, not a function")
+        raise ValueError(f"reward.function {path} must be a function, got {type(function).__name__}")
     return function

@@ -1,1 +1,1 @@
-"""What a layout costs and how fast it is: planned on paper, its pipeline simulated, a real one recorded."""
+"""Planner, pipeline simulator and measurements of training layouts."""

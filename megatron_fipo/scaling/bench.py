@@ -1,4 +1,4 @@
-"""Times an operation on all ranks at the same moment: they share memory and links when they train, too."""
+"""Time an operation on all ranks at once, since they share memory and links in training, too."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-_LEAST_SECONDS = 2e-3  # of a sample; shorter operations are repeated inside it
+_LEAST_SECONDS = 2e-3  # minimum duration of a sample; shorter operations are repeated within it
 _SAMPLES = (3, 50)
-_QUEUE_CYCLES = 200_000_000  # for which a GPU sleeps while launches queue up, about 0.1 s
+_QUEUE_CYCLES = 200_000_000  # GPU sleep while launches queue up, about 0.1 s
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over samples, then over ranks.
+    """Seconds per call: the median over samples, then over ranks.
 
     Attributes:
-        spread: the samples' middle half over their median, of the noisiest rank.
-        waited: launches that were to be queued waited for the device, on any rank: the seconds are the host's.
+        spread: interquartile range of the samples over their median, of the noisiest rank.
+        waited: on some rank, launches meant to be queued waited for the device, so the seconds are the host's.
     """
 
     seconds: float
@@ -31,24 +31,24 @@ class Timing:
 
 
 class Bench:
-    """Of all ranks of the default process group, which call it alike."""
+    """Benchmark that all ranks of the default process group run together."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._waited = False
 
     def time(self, call: Callable[[], object], budget: float, queued: bool = False) -> Timing:
-        """At least 3 samples, and as many more as `budget` seconds allow.
+        """Time `call` in at least 3 samples, more if `budget` seconds allow.
 
         Args:
-            queued: on a GPU, time kernels that were launched before the first one started. A call that waits for the
-                device cannot be queued, which the result says.
+            queued: on a GPU, time kernels launched before the first one started. `Timing.waited` says that a call could
+                not be queued because it waits for the device.
         """
         self._waited = False
-        call()  # what only a first call does
-        # Every rank takes as many samples: of the slowest one's time, and the smallest budget.
-        told = self._gather([self._sample(call, 1, queued), budget])
-        first, budget = max(told[:, 0].max().item(), 1e-9), told[:, 1].min().item()
+        call()  # warm-up
+        # All ranks take the same number of samples: by the slowest rank's time and the smallest budget.
+        gathered = self._gather([self._sample(call, 1, queued), budget])
+        first, budget = max(gathered[:, 0].max().item(), 1e-9), gathered[:, 1].min().item()
         inner = max(1, math.ceil(_LEAST_SECONDS / first))
         count = int(min(_SAMPLES[1], max(_SAMPLES[0], budget / (inner * first))))
         samples = torch.tensor([self._sample(call, inner, queued) for _ in range(count)], dtype=torch.float64)
@@ -58,7 +58,7 @@ class Bench:
         return Timing(found[:, 0].median().item(), found[:, 1].max().item(), count, waited)
 
     def is_past(self, moment: float) -> bool:
-        """Whether any rank's monotonic clock is, so that all stop together."""
+        """Return whether any rank's monotonic clock has passed `moment`, so that all ranks stop together."""
         return self._gather([time.monotonic() - moment])[:, 0].max().item() > 0
 
     def _sample(self, call: Callable[[], object], inner: int, queued: bool) -> float:
@@ -84,8 +84,8 @@ class Bench:
         return start.elapsed_time(end) / 1e3 / inner
 
     def _gather(self, values: list[float]) -> torch.Tensor:
-        """[ranks, values]"""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
+        """Gather each rank's values as [ranks, values]."""
+        local = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, local)
         return torch.stack(everyone).cpu()

@@ -1,6 +1,6 @@
-"""Measures the machine that it runs on, a rank a GPU or a CPU process, for the planner's constants.
+"""Measure this machine, one rank per GPU or CPU process, to calibrate the planner's constants.
 
-The time limit is shared out beforehand: a share bounds the repetitions, and when it is spent, no further size is begun.
+Each measurement gets a fixed share of the time budget, which limits repetitions and sizes.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ _SHARES = {
     "memory": 0.08,
     "link": 0.2,
     "layer": 0.1,
-}  # of the limit; the rest is slack
-_PROCESSES = 1024  # of one machine that reach each other without a network card
+}  # of the time budget; the rest is slack
+_PROCESSES = 1024  # assumed size of a CPU machine's link group
 _DTYPES = ("bfloat16", "float32")
 Size = TypeVar("Size")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed.
+    """Sizes to measure.
 
     Attributes:
-        products: (rows, inner) of matrix products, each with all `widths`.
-        heads, head_dim, lengths: of attention.
-        elements: of each array of an elementwise sum.
-        messages: bytes of a collective.
+        products: (rows, inner) of matmuls, each run with all `widths`.
+        heads, head_dim, lengths: attention shapes.
+        elements: size of each array of an elementwise sum.
+        messages: bytes per collective.
     """
 
     products: tuple[tuple[int, int], ...]
@@ -98,12 +98,12 @@ ON_CPU = Sizes(
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was asked for.
+    """Options of `scaling calibrate`.
 
     Attributes:
-        gpu: name for the file; None: as the device is called.
-        dtype: of products and attention; None: bfloat16 on a GPU, float32 on a CPU.
-        sizes: None: those for the device.
+        gpu: name in the calibration file; None: the device's name.
+        dtype: of matmuls and attention; None: bfloat16 on a GPU, float32 on a CPU.
+        sizes: None: the defaults for the device.
     """
 
     out: Path
@@ -113,21 +113,23 @@ class Request:
     sizes: Sizes | None = None
 
     def check(self) -> None:
-        """Raises ValueError: it cannot be done."""
+        """Raise ValueError if an option is invalid."""
         if not 0 < self.minutes < float("inf"):
             raise ValueError(f"--minutes {self.minutes} must be a positive number")
         if self.gpu is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.gpu):
             raise ValueError(f"--gpu {self.gpu!r} must be a name of letters, digits, '.', '_' and '-'")
         if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ValueError(f"--dtype {self.dtype!r} is none of {', '.join(_DTYPES)}")
+            raise ValueError(f"--dtype {self.dtype!r} must be one of {', '.join(_DTYPES)}")
         if self.out.is_dir() or not self.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {self.out}: it must be a file in a directory that exists")
-        if not torch.cuda.is_available() and _listed(self.gpu) is not None:
-            raise ValueError(f"--gpu {self.gpu} is a GPU's name, and this machine has none: choose another, e.g. cpu")
+            raise ValueError(f"--out {self.out} must be a file in an existing directory")
+        if not torch.cuda.is_available() and _known_gpu(self.gpu) is not None:
+            raise ValueError(
+                f"--gpu {self.gpu} is a GPU's name, but this machine has no GPU: choose another name, e.g. cpu"
+            )
 
 
 def calibrate_rank(request: Request) -> None:
-    """On every rank; rank 0 writes the file and shows what is in it."""
+    """Calibrate on every rank; rank 0 writes and prints the calibration."""
     start = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     machine = _machine(request, device)
@@ -165,7 +167,7 @@ class _Calibration:
         return self.found
 
     def _reserve(self) -> float:
-        """What a rank holds that has done next to nothing, at most."""
+        """Return the largest memory use in bytes of a rank that has done almost no work."""
         torch.ones(64, 64, device=self.device) @ torch.ones(64, 64, device=self.device)
         dist.barrier()
         if self.device.type == "cuda":
@@ -173,7 +175,7 @@ class _Calibration:
             held = total - free - torch.cuda.memory_reserved()
         else:
             held = psutil.Process().memory_info().rss
-        return float(max(_everyone(held)))
+        return float(max(_gather(held)))
 
     def _products(self, budget: float) -> None:
         shapes = [(rows, inner, width) for rows, inner in self.sizes.products for width in self.sizes.widths]
@@ -188,12 +190,12 @@ class _Calibration:
         s = self.sizes
         for length in self._in_time(s.lengths):
             for name, attend in self._attentions(length):
-                flops = 2 * s.heads * 2 * s.head_dim * length**2 / 2  # as cost.py counts: half of the pairs
+                flops = 2 * s.heads * 2 * s.head_dim * length**2 / 2  # half of the pairs, as in cost.py
                 timing = self._timed(attend, budget / len(s.lengths))
                 self.found.attention.append(Rate(f"{name} attention", f"{length} tokens", flops, timing))
 
     def _attentions(self, length: int) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Transformer Engine's kernel where the package would use it, else torch's."""
+        """Yield Transformer Engine's kernel where the package would use it, else torch's."""
         s = self.sizes
         if self.device.type == "cuda" and find_transformer_engine().usable:
             from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
@@ -213,35 +215,35 @@ class _Calibration:
         )
 
     def _links(self, budget: float) -> None:
-        """Inside the node, and between nodes with all GPUs of each at once."""
-        near, far = _groups()
+        """Measure links within the node, and between nodes with all GPUs of each node at once."""
+        near, far = _link_groups()
         both = sum(size > 1 for _, size in (near, far))
         for (group, size), rates in ((near, self.found.link), (far, self.found.network)):
             if size > 1:
                 self._collectives(group, size, rates, budget / both / 3 / len(self.sizes.messages))
 
     def _collectives(self, group: Any, size: int, rates: list[Rate], budget: float) -> None:
-        """Amounts are the bytes that `cost.py` divides by the bandwidth."""
+        """Measure collectives; rates use the byte counts that `cost.py` divides by the bandwidth."""
         ring = (size - 1) / size
         for num_bytes in self._in_time(self.sizes.messages):
             text = f"{num_bytes / 2**20:g} MiB"
             whole = torch.zeros(num_bytes // 2 // size * size, dtype=torch.bfloat16, device=self.device)
-            mine, sent = torch.zeros_like(whole[: whole.numel() // size]), 2.0 * whole.numel()
-            gather = self._timed(partial(dist.all_gather_into_tensor, whole, mine, group=group), budget)
+            local, sent = torch.zeros_like(whole[: whole.numel() // size]), 2.0 * whole.numel()
+            gather = self._timed(partial(dist.all_gather_into_tensor, whole, local, group=group), budget)
             rates.append(Rate("all-gather", text, ring * sent, gather))
             reduce = self._timed(partial(dist.all_reduce, whole, group=group), budget)
             rates.append(Rate("all-reduce", text, 2 * ring * sent, reduce))
-            message = self._timed(partial(_pass_on, whole, group), budget)
+            message = self._timed(partial(_send_to_next, whole, group), budget)
             rates.append(Rate("message", text, sent, message))
 
     def _layer(self, budget: float) -> None:
-        """Of a model with more layers less one with fewer, a layer's share."""
+        """Measure the time per layer as the difference between a deep and a shallow model."""
         with _tiny_models(self.dtype, self.device, layers=(2, 10)) as (few, many):
             timings = [self.bench.time(model, budget / 2, queued=True) for model in (few, many)]
         self.found.layer = max(0.0, (timings[1].seconds - timings[0].seconds) / 8), timings[1]
 
     def _in_time(self, sizes: Sequence[Size]) -> Iterator[Size]:
-        """The first, and the others until the share is spent."""
+        """Yield the first size, and further ones until the budget is spent."""
         for i, size in enumerate(sizes):
             if i and self.bench.is_past(self.end):
                 return
@@ -255,8 +257,8 @@ class _Calibration:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
 
-def _pass_on(tensor: torch.Tensor, group: Any) -> None:
-    """From each even rank of the group to the next."""
+def _send_to_next(tensor: torch.Tensor, group: Any) -> None:
+    """Send `tensor` from each even rank of the group to the next rank."""
     rank = dist.get_rank(group)
     if rank % 2:
         dist.recv(tensor, group_src=rank - 1, group=group)
@@ -264,21 +266,21 @@ def _pass_on(tensor: torch.Tensor, group: Any) -> None:
         dist.send(tensor, group_dst=rank + 1, group=group)
 
 
-def _groups() -> tuple[tuple[Any, int], tuple[Any, int]]:
-    """This rank's group inside its node, and of the ranks in its place on all nodes, each with its size."""
-    hosts = _everyone(socket.gethostname())
-    places = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
-    mine = []
-    for keys in (hosts, places):
-        for key in dict.fromkeys(keys):  # every rank makes every group, in the same order
+def _link_groups() -> tuple[tuple[Any, int], tuple[Any, int]]:
+    """Return this rank's group within its node and its group across nodes (same local index), each with its size."""
+    hosts = _gather(socket.gethostname())
+    local_ranks = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
+    local_groups = []
+    for keys in (hosts, local_ranks):
+        for key in dict.fromkeys(keys):  # all ranks must create all groups in the same order
             ranks = [rank for rank, k in enumerate(keys) if k == key]
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
-                mine.append((group, len(ranks)))
-    return mine[0], mine[1]
+                local_groups.append((group, len(ranks)))
+    return local_groups[0], local_groups[1]
 
 
-def _everyone(value: Any) -> list[Any]:
+def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -288,7 +290,7 @@ def _everyone(value: Any) -> list[Any]:
 def _tiny_models(
     dtype: torch.dtype, device: torch.device, layers: Sequence[int]
 ) -> Iterator[list[Callable[[], object]]]:
-    """Forward passes of models with that many layers, so narrow that only what a layer costs at least is left."""
+    """Yield forward passes of models with the given layer counts, so narrow that only per-layer overhead counts."""
     from megatron_fipo.model.build import build_policy
     from megatron_fipo.parallel import topology as topologies
     from megatron_fipo.scaling.models import make_shape, plain_architecture
@@ -311,39 +313,39 @@ def _tiny_models(
 
 
 def _few_tokens(device: torch.device, count: int = 16) -> Any:
-    """One short sequence, as the trainer packs it."""
+    """Return one short sequence, packed as in training."""
     from megatron_fipo.batch import MicroBatch
 
-    places = torch.arange(count, device=device)
+    positions = torch.arange(count, device=device)
     ends = torch.tensor([0, count], device=device)
     nothing = torch.zeros(count, device=device)
     return MicroBatch(
-        input_ids=places,
-        position_ids=places,
+        input_ids=positions,
+        position_ids=positions,
         cu_seqlens=ends.int(),
         padded_lengths=(count,),
-        hidden_index=places,
-        targets=places,
-        places=places,
+        hidden_index=positions,
+        targets=positions,
+        places=positions,
         segment_offsets=ends,
         loss_mask=torch.ones(count, dtype=torch.bool, device=device),
         response_offsets=ends,
         advantages=nothing[:1],
-        sequence_index=places[:1],
+        sequence_index=positions[:1],
         rollout_log_probs=nothing,
     )
 
 
-# The machine, the file, and what is shown
+# Machine, calibration file and output
 
 
-def _listed(gpu: str | None) -> str | None:
-    """Its name as `hardware.yaml` spells it."""
+def _known_gpu(gpu: str | None) -> str | None:
+    """Return the GPU's name as spelled in `hardware.yaml`, or None."""
     return {name.lower(): name for name in hardware_files()["gpus"]}.get((gpu or "").lower())
 
 
 def _machine(request: Request, device: torch.device) -> Machine:
-    hosts = Counter(_everyone(socket.gethostname()))
+    hosts = Counter(_gather(socket.gethostname()))
     if device.type == "cuda":
         called, memory = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1])
         found, group = name_of(called, memory), max(hosts.values())
@@ -351,12 +353,12 @@ def _machine(request: Request, device: torch.device) -> Machine:
         called, memory = _processor(), psutil.virtual_memory().total / max(hosts.values())
         found, group = None, _PROCESSES
     own = request.gpu or found or (re.sub(r"[^\w.-]+", "-", called).strip("-") if device.type == "cuda" else "cpu")
-    name = _listed(own)
+    name = _known_gpu(own)
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     notes = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "hosts": ", ".join(f"{host} ({ranks} ranks)" for host, ranks in hosts.items()),
-        "device": f"{called}, {torch.get_num_threads()} threads a rank",
+        "device": f"{called}, {torch.get_num_threads()} threads per rank",
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if v),
     }
     return Machine(name or own, name is not None, memory, group, notes)
@@ -388,7 +390,7 @@ def _finish(request: Request, machine: Machine, measured: Measurements) -> None:
 
 def _product_table(measured: Measurements) -> Table:
     gemm = fit_gemm(measured.products)
-    table = Table(title=f"matrix products in {measured.dtype}, TFLOP/s", box=SIMPLE_HEAD)
+    table = Table(title=f"matmuls in {measured.dtype}, TFLOP/s", box=SIMPLE_HEAD)
     for name in ("rows", "inner", "width", "measured", "fitted", "spread"):
         table.add_column(name, justify="right")
     for p in measured.products:
@@ -398,7 +400,7 @@ def _product_table(measured: Measurements) -> Table:
 
 
 def _entry_table(machine: Machine, measured: Measurements) -> Table:
-    table = Table(title="what the planner takes from it", box=SIMPLE_HEAD)
+    table = Table(title="calibrated constants", box=SIMPLE_HEAD)
     for name in ("constant", "value", "measured from"):
         table.add_column(name, justify="right" if name == "value" else "left", overflow="fold")
     for path, value, source in entries(machine, measured):
@@ -408,7 +410,7 @@ def _entry_table(machine: Machine, measured: Measurements) -> Table:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Gives a function to be told what begins."""
+    """Yield a function that shows the name of the measurement that starts."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=dist.get_rank() != 0, transient=True) as bar:
         task = bar.add_task("starting", total=len(_SHARES) + 1)

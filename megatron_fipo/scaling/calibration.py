@@ -1,6 +1,6 @@
-"""What was measured of a machine becomes the planner's constants, and a calibration file that `plan` reads.
+"""Fit the planner's constants to measurements and write the calibration file that `plan` reads.
 
-The fits invert `cost.py`'s own formulas. What was not measured is not in the file.
+The fits invert the formulas in `cost.py`. Constants that were not measured are left out of the file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from megatron_fipo.scaling.bench import Timing
 from megatron_fipo.scaling.hardware import hardware_files
 
-NOISY = 0.1  # relative spread above which a measurement is warned of
+NOISY = 0.1  # relative spread above which a measurement causes a warning
 
 
 class Product(NamedTuple):
-    """A matrix product `[rows, inner] x [inner, width]`."""
+    """A matmul `[rows, inner] x [inner, width]` and its timing."""
 
     rows: int
     inner: int
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Of something moved or computed: `amount` (bytes or FLOPs) by one operation, as `cost.py` counts it."""
+    """Rate of one operation: `amount` is bytes or FLOPs, as `cost.py` counts them."""
 
     name: str
     size: str
@@ -51,13 +51,14 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What is calibrated.
+    """The machine being calibrated.
 
     Attributes:
-        name: of the GPU as `plan --gpu` takes it.
-        known: it stands in `hardware.yaml`, whose printed rates stay.
-        memory: bytes of one rank's device; `group`: ranks that reach each other by `link`.
-        notes: name -> text, for the file's head.
+        name: GPU name for `plan --gpu`.
+        known: listed in `hardware.yaml`, whose data-sheet rates are kept.
+        memory: bytes of one rank's device.
+        group: ranks that reach each other by `link`.
+        notes: name -> text, for the file's header.
     """
 
     name: str
@@ -69,21 +70,21 @@ class Machine:
 
 @dataclass
 class Measurements:
-    """Whatever came out; empty: not measured."""
+    """Results of all measurements; empty: not measured."""
 
     products: list[Product] = field(default_factory=list)
     attention: list[Rate] = field(default_factory=list)
     memory: list[Rate] = field(default_factory=list)
     link: list[Rate] = field(default_factory=list)
     network: list[Rate] = field(default_factory=list)
-    layer: tuple[float, Timing] | None = None  # seconds of one layer, and the timing of the deeper model
+    layer: tuple[float, Timing] | None = None  # seconds per layer, and the timing of the deeper model
     reserve_bytes: float | None = None
     dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """`cost.py`'s model of a product: seconds = FLOPs / rate * (1 + half_width / width)."""
+    """Time model of a matmul in `cost.py`: seconds = FLOPs / rate * (1 + half_width / width)."""
 
     rate: float
     half_width: float
@@ -93,23 +94,23 @@ class Gemm:
 
 
 def fit_gemm(products: Sequence[Product]) -> Gemm:
-    """Least squares of the relative errors.
+    """Fit the matmul model by least squares on relative errors.
 
     Raises:
-        ValueError: no product was timed.
+        ValueError: no matmul was timed.
     """
     if not products:
-        raise ValueError("no matrix product was timed")
+        raise ValueError("no matmul was timed; increase --minutes")
     per_flop = np.array([p.timing.seconds / p.flops for p in products])
     columns = np.array([[1.0, 1.0 / p.width] for p in products]) / per_flop[:, None]
     flat, narrow = np.linalg.lstsq(columns, np.ones(len(products)), rcond=None)[0].tolist()
-    if narrow <= 0 or flat <= 0:  # narrow ones were not slower, or nothing else counted: one rate for all
+    if narrow <= 0 or flat <= 0:  # narrow matmuls were not slower, or only width mattered: use a single rate
         flat, narrow = float((1 / per_flop).sum() / (1 / per_flop**2).sum()), 0.0
     return Gemm(1 / flat, narrow / flat)
 
 
 class Entry(NamedTuple):
-    """A number of the file, where it stands, and what it was measured from."""
+    """Entry of the calibration file: path, value and what it was measured from."""
 
     path: tuple[str, ...]
     value: float | str
@@ -117,7 +118,7 @@ class Entry(NamedTuple):
 
 
 def entries(machine: Machine, m: Measurements) -> list[Entry]:
-    """What the file says; of a known GPU its efficiencies, of another machine also what stands for printed rates."""
+    """Return the file's entries: efficiencies, and for a GPU that is not in `hardware.yaml` its peak rates."""
     printed = hardware_files()["gpus"].get(machine.name) if machine.known else None
     generation = printed["generation"] if printed else machine.name
     shares = ("efficiencies", generation)
@@ -125,10 +126,10 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
     found: list[Entry] = []
     if m.products:
         gemm = fit_gemm(m.products)
-        peak = peaks.of(("flops", "bfloat16"), max(gemm.rate, *(p.rate for p in m.products)), "the best product")
-        source = f"{len(m.products)} products in {m.dtype}, {_samples([p.timing for p in m.products])}"
+        peak = peaks.of(("flops", "bfloat16"), max(gemm.rate, *(p.rate for p in m.products)), "the fastest matmul")
+        source = f"{len(m.products)} matmuls in {m.dtype}, {_samples([p.timing for p in m.products])}"
         found.append(Entry((*shares, "gemm", "bfloat16"), gemm.rate / peak, source))
-        found.append(Entry((*shares, "gemm_width"), gemm.half_width, "the same products"))
+        found.append(Entry((*shares, "gemm_width"), gemm.half_width, "the same matmuls"))
         if m.attention:
             found.append(Entry((*shares, "attention"), _median(m.attention) / peak, _source(m.attention)))
     for name, place, rates in (
@@ -137,12 +138,12 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
         ("network", "network", m.network),
     ):
         if rates:
-            peak = peaks.of((place,), max(r.value for r in rates), "the best one measured")
+            peak = peaks.of((place,), max(r.value for r in rates), "the fastest measurement")
             found.append(Entry((*shares, name), _median(rates) / peak, _source(rates)))
     if m.layer is not None:
         seconds, timing = m.layer
-        host = ", the host's time since its kernels wait for each other" if timing.waited else ""
-        source = f"a layer of next to no arithmetic{host}, {_samples([timing])}"
+        host = " (host-bound: its kernels wait for each other)" if timing.waited else ""
+        source = f"a layer with negligible arithmetic{host}, {_samples([timing])}"
         found.append(Entry((*shares, "layer_seconds"), seconds, source))
     if m.reserve_bytes is not None:
         found.append(Entry((*shares, "reserve_bytes"), m.reserve_bytes, "an idle rank"))
@@ -150,7 +151,7 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
 
 
 class _Peaks:
-    """Printed rates, or the best measured ones where none are printed."""
+    """Data-sheet rates, or the best measured ones for a GPU that is not in `hardware.yaml`."""
 
     def __init__(self, machine: Machine, printed: Mapping[str, object] | None) -> None:
         self.machine, self.printed = machine, printed
@@ -170,23 +171,23 @@ class _Peaks:
     def entries(self) -> list[Entry]:
         if self.printed is not None:
             return []
-        place = ("gpus", self.machine.name)
+        path = ("gpus", self.machine.name)
         head = [
-            Entry((*place, "generation"), self.machine.name, ""),
-            Entry((*place, "memory"), self.machine.memory, "of each rank"),
-            Entry((*place, "link_gpus"), self.machine.group, "ranks that reach each other without a network card"),
+            Entry((*path, "generation"), self.machine.name, ""),
+            Entry((*path, "memory"), self.machine.memory, "per rank"),
+            Entry((*path, "link_gpus"), self.machine.group, "ranks that reach each other without a network card"),
         ]
         return head + self.found
 
 
 def render(machine: Machine, m: Measurements) -> str:
-    """The file."""
+    """Return the content of the calibration file."""
     head = ["# Written by `megatron-fipo scaling calibrate`; read by `megatron-fipo scaling plan --calibration`."]
     head += [f"# {name}: {text}" for name, text in machine.notes.items()]
-    head += ["# Medians of repetitions, then of ranks. Spread: the repetitions' middle half over their median."]
+    head += ["# Medians of repetitions, then of ranks. Spread: interquartile range over median."]
     if m.products:
         gemm = fit_gemm(m.products)
-        head += [f"# {m.dtype} products: rows x inner x width, TFLOP/s measured and fitted, spread"]
+        head += [f"# {m.dtype} matmuls: rows x inner x width, TFLOP/s measured and fitted, spread"]
         head += [
             f"#   {p.rows} x {p.inner} x {p.width}: {p.rate / 1e12:.4g}, {p.flops / gemm.seconds(p) / 1e12:.4g}, "
             f"{p.timing.spread:.1%}"
@@ -208,8 +209,8 @@ def render(machine: Machine, m: Measurements) -> str:
 
 
 def noise(m: Measurements) -> str | None:
-    """A warning where repetitions differ too much to be believed."""
-    timed = [(f"the product {p.rows} x {p.inner} x {p.width}", p.timing) for p in m.products]
+    """Return a warning if repetitions differ too much, else None."""
+    timed = [(f"matmul {p.rows} x {p.inner} x {p.width}", p.timing) for p in m.products]
     timed += [(f"{r.name}, {r.size}", r.timing) for r in (*m.attention, *m.memory, *m.link, *m.network)]
     timed += [("a layer", m.layer[1])] if m.layer is not None else []
     noisy = [t.spread for _, t in timed if t.spread > NOISY]
@@ -217,8 +218,8 @@ def noise(m: Measurements) -> str | None:
         return None
     name, worst = max(timed, key=lambda each: each[1].spread)
     return (
-        f"{len(noisy)} of {len(timed)} measurements spread by more than {NOISY:.0%}, most of all {name}, by "
-        f"{worst.spread:.0%}: calibrate on a machine that does nothing else"
+        f"{len(noisy)} of {len(timed)} measurements have a spread above {NOISY:.0%}, the largest: "
+        f"{name} with {worst.spread:.0%}; calibrate on an otherwise idle machine"
     )
 
 

@@ -1,4 +1,4 @@
-"""`megatron-fipo scaling`: layouts on paper, before nodes are burnt on them."""
+"""`megatron-fipo scaling`: compare layouts before spending node-hours."""
 
 from __future__ import annotations
 
@@ -16,38 +16,45 @@ if TYPE_CHECKING:
     from megatron_fipo.scaling.plan import Candidate, Plan, Planner
     from megatron_fipo.scaling.workload import Recompute
 
-app = typer.Typer(help="How a model scales, on paper and measured.", no_args_is_help=True)
+app = typer.Typer(help="Plan, measure and compare training layouts.", no_args_is_help=True)
 _SCALED = [2**k for k in range(3, 15)]  # 8..16384
 
 
 @app.callback()
 def scaling() -> None:
-    """How a model scales, on paper and measured."""
+    """Plan, measure and compare training layouts."""
 
 
 @app.command(epilog=EXIT_CODES)
 def plan(
-    config: Annotated[str | None, typer.Argument(help="A run's YAML: plans it, and judges its layout.")] = None,
+    config: Annotated[str | None, typer.Argument(help="Run config (YAML): plan it and evaluate its layout.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    model: Annotated[str | None, typer.Option(help="A published name, e.g. qwen2.5-32b, or a checkpoint.")] = None,
+    model: Annotated[str | None, typer.Option(help="Published name, e.g. qwen2.5-32b, or checkpoint path.")] = None,
     gpu: Annotated[str, typer.Option(help="E.g. A100-80, H100-80, H200, B200, GB200.")] = "H100-80",
-    gpus: Annotated[str | None, typer.Option(help="How many; 8,16,32 plans each of them.")] = None,
-    global_batch: Annotated[int | None, typer.Option(help="Sequences of one update; 1024 without CONFIG.")] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens: 4096, or a sample 800,1200,..., or p50=3000,p90=9000,p100=20480.")
+    gpus: Annotated[str | None, typer.Option(help="Number of GPUs; 8,16,32 plans each.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Sequences per update; default without CONFIG: 1024.")
     ] = None,
-    rollouts: Annotated[Path | None, typer.Option(help="Lengths from rollouts/step_N.parquet of a run.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of a micro-batch; else 1 and 2 longest sequences.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Sequence lengths in tokens: 4096, or 800,1200,..., or p50=3000,p90=9000,p100=20480."),
+    ] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="Sequence lengths from rollouts/step_N.parquet of a run.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per micro-batch; default: 1x and 2x the longest sequence.")
+    ] = None,
     recompute: Annotated[str, typer.Option(help="none, full, or both: none,full.")] = "none,full",
-    precision: Annotated[str, typer.Option(help="Of layers' products: bfloat16, float8, float4.")] = "bfloat16",
-    calibration: Annotated[Path | None, typer.Option(help="Measured rates, YAML or JSON.")] = None,
-    rows: Annotated[int, typer.Option(help="Of the table.")] = 15,
-    explain: Annotated[int | None, typer.Option(help="Layout of this row, part by part; 0: CONFIG's own.")] = None,
-    scale: Annotated[str | None, typer.Option(help="strong or weak: the best layout at 8..16384 GPUs.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="File for all layouts that fit.")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the table's rows with all their parts.")] = None,
+    precision: Annotated[str, typer.Option(help="Matmul dtype: bfloat16, float8, float4.")] = "bfloat16",
+    calibration: Annotated[Path | None, typer.Option(help="Calibration file, YAML or JSON.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows in the table.")] = 15,
+    explain: Annotated[int | None, typer.Option(help="Break down the layout in this row; 0: CONFIG's layout.")] = None,
+    scale: Annotated[str | None, typer.Option(help="strong or weak: best layout at 8..16384 GPUs.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write all layouts that fit to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the table's rows with full breakdown to this file.")] = None,
 ) -> None:
-    """Rank every legal layout by the time of one update, with what fits into a GPU. Nothing is run."""
+    """Rank all legal layouts that fit into GPU memory by time per update. Runs nothing."""
     from megatron_fipo.scaling import tables
     from megatron_fipo.scaling.hardware import find_hardware
 
@@ -67,7 +74,7 @@ def plan(
             name = model or (settings.model.hf_path if settings else "")
             _show(made, planner, f"{name} on {count} x {gpu}", rows, explain)
             if settings is not None and count == settings.parallel.world_size:
-                _judge(settings, planner, made, explain == 0)
+                _evaluate_config_layout(settings, planner, made, explain == 0)
     if csv is not None:
         tables.write_csv(csv, everything)
     if json is not None:
@@ -79,9 +86,9 @@ def _scale(planner: Planner, kind: str, counts: list[int], max_tokens: int | Non
     from megatron_fipo.scaling.plan import scaling as scaled
 
     if kind not in ("strong", "weak"):
-        raise ValueError(f"--scale {kind!r} is neither strong nor weak")
+        raise ValueError(f"--scale {kind!r} must be strong or weak")
     found = list(scaled(planner, counts, kind == "weak", max_tokens))
-    tables.show([tables.scaling_table(found, f"{kind} scaling on {gpu}, the best layout each")])
+    tables.show([tables.scaling_table(found, f"{kind} scaling on {gpu}, best layout at each size")])
     return [row.best for row in found]
 
 
@@ -94,11 +101,13 @@ def _show(made: Plan, planner: Planner, title: str, rows: int, explain: int | No
     else:
         typer.echo(title)
     if not made.candidates and made.nearest is not None:
-        typer.echo(f"no layout fits; the nearest, {made.nearest.layout}, misses {-made.nearest.spare / 1e9:.1f} GB")
+        typer.echo(f"no layout fits; the closest, {made.nearest.layout}, lacks {-made.nearest.spare / 1e9:.1f} GB")
         tables.show(tables.explain_tables(made.nearest))
     if explain:
         if explain > len(made.candidates):
-            raise ValueError(f"--explain {explain}: only {len(made.candidates)} layouts fit")
+            raise ValueError(
+                f"--explain {explain}: must be at most {len(made.candidates)}, the number of layouts that fit"
+            )
         tables.show(tables.explain_tables(planner.evaluate(made.candidates[explain - 1].layout)))
 
 
@@ -117,11 +126,11 @@ def _planner(
     from megatron_fipo.scaling.plan import Planner
 
     if (settings is None) == (model is None):
-        raise ValueError("scaling plan needs a CONFIG.yaml or --model NAME, and not both")
+        raise ValueError("scaling plan needs either a CONFIG.yaml or --model NAME")
     if lengths is not None and rollouts is not None:
-        raise ValueError("--lengths and --rollouts both say how long the sequences are: give one")
+        raise ValueError("--lengths and --rollouts are mutually exclusive")
     if global_batch is not None and global_batch < 1:
-        raise ValueError(f"--global-batch {global_batch} must be positive")
+        raise ValueError(f"--global-batch {global_batch} must be at least 1")
     count = global_batch or (recipe.update_sequences(settings) if settings else 1024)
     if rollouts is not None:
         sequences = read_rollouts(rollouts, count)
@@ -161,8 +170,8 @@ def _modes(recompute: str) -> list[Recompute]:
     return modes
 
 
-def _judge(settings: Config, planner: Planner, made: Plan, explain: bool) -> None:
-    """What the planner thinks of the config's own layout."""
+def _evaluate_config_layout(settings: Config, planner: Planner, made: Plan, explain: bool) -> None:
+    """Evaluate the config's own layout."""
     from megatron_fipo.scaling import recipe, tables
 
     problems = recipe.recipe_problems(settings, planner.hardware)
@@ -173,14 +182,14 @@ def _judge(settings: Config, planner: Planner, made: Plan, explain: bool) -> Non
         return
     own = planner.evaluate(layout)
     faster = sum(c.cost.seconds < own.cost.seconds for c in made.candidates)
-    fits = f"fits with {own.spare / 1e9:.1f} GB to spare" if own.fits else f"misses {-own.spare / 1e9:.1f} GB"
+    fits = f"fits with {own.spare / 1e9:.1f} GB to spare" if own.fits else f"lacks {-own.spare / 1e9:.1f} GB"
     typer.echo(
-        f"the config's own {layout}: {own.cost.seconds:.2f} s an update, {own.cost.mfu:.1%} MFU, "
+        f"the config's own {layout}: {own.cost.seconds:.2f} s per update, {own.cost.mfu:.1%} MFU, "
         f"{own.cost.bubble_fraction:.1%} bubble, {fits}; {faster} layouts are faster"
     )
     if made.candidates and faster:
         gain = own.cost.seconds / made.candidates[0].cost.seconds - 1
-        typer.echo(f"it takes {gain:.0%} longer than the fastest")
+        typer.echo(f"{gain:.0%} slower than the fastest")
     if explain:
         tables.show(tables.explain_tables(own))
 

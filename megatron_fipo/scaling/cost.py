@@ -1,6 +1,6 @@
-"""Time of one optimizer update, by stage and part: arithmetic over rates, communication over bandwidth, and a pipeline.
+"""Time of one optimizer update by stage and part: arithmetic, communication and pipeline.
 
-Seconds of a rank of a stage; TP, CP and EP ranks of a stage are alike. Letters: h hidden size, n tokens of a
+Times are seconds of a rank of a stage; TP, CP and EP ranks of a stage are alike. Letters: h hidden size, n tokens of a
 micro-batch on one context-parallel rank, t tensor-parallel ranks.
 """
 
@@ -25,14 +25,14 @@ from megatron_fipo.scaling.workload import Batch, Layout, stage_weights
 Schedule = Callable[[Sequence[float], Sequence[float], int | Sequence[float], int, float], float]
 PASS_PARTS = ("gemm", "attention", "elementwise", "head", "tensor", "context", "expert", "overhead")
 _ITEM = 2  # bytes of an activation
-# Bytes that attention without flash kernels moves for each score: written, masked, normalised and read, forward and
-# backward; `unfused` softmax does so in float32 and in several kernels.
+# Bytes moved per attention score without flash kernels (written, masked, normalised and read), forward and backward;
+# `unfused` softmax runs in float32 and in several kernels.
 _SCORE_BYTES = {"fused": (8, 12), "unfused": (28, 32)}
-_NORM_BYTES = {True: 4, False: 36}  # for each element, one kernel or torch's separate ones in float32
-_OPTIMIZER_BYTES = 34  # for each element: gradient twice, two moments, float32 and narrow parameters
-_LOGIT_BYTES = 16  # for each logit and pass: written, read in float32, normalised
-_MERGE_BYTES = 10  # for each output of a context-parallel round: read, and added to a float32 sum
-ATTENTION_BACKWARD = 0.8  # of the forward pass's rate (FlashAttention-2 and -3, their figures)
+_NORM_BYTES = {True: 4, False: 36}  # per element: one fused kernel, or torch's separate ones in float32
+_OPTIMIZER_BYTES = 34  # per element: gradient twice, two moments, float32 and narrow parameters
+_LOGIT_BYTES = 16  # per logit and pass: written, read in float32, normalised
+_MERGE_BYTES = 10  # per output element of a context-parallel round: read, and added to a float32 sum
+ATTENTION_BACKWARD = 0.8  # relative to the forward rate (FlashAttention-2 and -3, their figures)
 _FLASH1_SLOWER = 1.7  # FlashAttention-2 (arXiv 2307.08691): 1.7 to 3 times its first version at these lengths
 
 
@@ -55,11 +55,11 @@ class Passes:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One update.
+    """Cost of one update.
 
     Attributes:
-        stages: seconds of each stage by part, over all micro-batches, `p2p`, `data`, `optimizer` and `bubble` (the
-            rest) included: each adds up to `seconds`.
+        stages: per stage, seconds by part over all micro-batches, including `p2p`, `data`, `optimizer` and `bubble`
+            (the remainder); each stage adds up to `seconds`.
         model_flops: forward and backward of all tokens, causal attention, nothing recomputed.
     """
 
@@ -77,7 +77,7 @@ class StepCost:
 
     @property
     def flops_per_gpu(self) -> float:
-        """Model FLOP/s of each GPU."""
+        """Model FLOP/s per GPU."""
         return self.model_flops / self.seconds / self.gpus
 
     @property
@@ -86,11 +86,11 @@ class StepCost:
 
 
 class CostModel:
-    """Times of a model on some hardware.
+    """Estimates times of a model on given hardware.
 
     Args:
-        precision: of the layers' matrix products: bfloat16, float8 or float4.
-        weight_gradients: False for adapters, which leave the weights as they are.
+        precision: matmul dtype of the layers: bfloat16, float8 or float4.
+        weight_gradients: False for adapters, which do not train the weights.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class CostModel:
         self.weight_gradients = weight_gradients
         if precision not in hardware.gpu.flops or precision not in hardware.efficiency.gemm:
             known = ", ".join(hardware.gpu.flops)
-            raise ValueError(f"{hardware.gpu.name} has no known rate for {precision}; known: {known}")
+            raise ValueError(f"{hardware.gpu.name} has no rate for {precision}; must be one of {known}")
 
-    # One micro-batch
+    # Micro-batch
 
     def chunks(self, layout: Layout, batch: Batch) -> list[Passes]:
-        """Of each model chunk, LM head included where it is."""
+        """Return the passes of each model chunk, including the LM head where it is."""
         counts, kinds, first = layout.layers(self.model), {}, 0
         for sparse in {False, bool(self.model.experts)}:
             kinds[sparse] = self._layer(layout, batch, sparse)
@@ -130,10 +130,10 @@ class CostModel:
         gemm, weights = self._gemms(n, p.tensor, p.expert * layout.expert_tensor, layer if sparse else -1)
         attention = self._attention(layout, batch)
         elementwise = self._elementwise(layout, n, sparse, weights)
-        gathered = _ITEM if self.precision == "bfloat16" else 1  # narrow inputs travel as such, sums do not
+        gathered = _ITEM if self.precision == "bfloat16" else 1  # narrow inputs are sent as such, sums are not
         all_reduce = self._collective(n * m.hidden_size * (gathered + _ITEM), p.tensor, p.tensor)
         tensor = soft.tensor_exposed * all_reduce * (1 if sparse else 2)
-        if m.num_kv_heads < p.tensor:  # ranks that share a key/value head gather what all of them have projected
+        if m.num_kv_heads < p.tensor:  # ranks that share a key/value head all-gather the projections
             tensor += self._collective(n * (m.query_size + 2 * m.key_size) * _ITEM, p.tensor, p.tensor)
         context = 0.0
         if p.context > 1:
@@ -161,7 +161,7 @@ class CostModel:
         return Passes(forward, backward)
 
     def _gemms(self, n: float, t: int, expert_ranks: int, layer: int) -> tuple[float, float]:
-        """Seconds forward, and elements of the weights on this rank. A layer of -1 is dense."""
+        """Return forward seconds, and the weights' elements on this rank. Layer -1 is dense."""
         m = self.model
         attention = attention_weights(m) / t
         common, expert = (
@@ -198,14 +198,14 @@ class CostModel:
         return 2 * multiply_adds / rate, 5 * multiply_adds / (rate * ATTENTION_BACKWARD)
 
     def _elementwise(self, layout: Layout, n: float, sparse: bool, weights: float) -> tuple[float, float]:
-        """Norms, residuals, rope, the gate, and casts of the inputs and weights of narrow products."""
+        """Return seconds of norms, residuals, rope, the gate, and casts of inputs and weights for narrow matmuls."""
         m, p, eff = self.model, layout.parallel, self.hardware.efficiency
         t, h = p.tensor, m.hidden_size
         whole = h * (2 * _NORM_BYTES[self.hardware.software.fused_norms] + 6 * _ITEM) / (t if p.sequence else 1)
         width = (m.shared_ffn_hidden_size if sparse else m.ffn_hidden_size) * m.mlp_matrices
         if sparse:
             assert m.experts is not None
-            width += m.experts.active * (m.mlp_matrices * m.experts.ffn_hidden_size + 4 * h)  # permuted, and back
+            width += m.experts.active * (m.mlp_matrices * m.experts.ffn_hidden_size + 4 * h)  # permutation and back
         split = (2 * (m.query_size + m.key_size_over(t)) + width) * _ITEM / t
         seconds = n * (whole + split) / self._memory_rate()
         if self.precision == "bfloat16":
@@ -228,13 +228,13 @@ class CostModel:
     # Communication
 
     def _collective(self, num_bytes: float, ranks: int, span: int, stride: int = 1) -> float:
-        """Seconds of gathering or scattering `num_bytes` in all over ranks `stride` apart, who reach over `span`."""
+        """Seconds to gather or scatter `num_bytes` in total over ranks `stride` apart that span `span` ranks."""
         return (ranks - 1) / ranks * num_bytes / self._bandwidth(span, stride) if ranks > 1 else 0.0
 
     def _bandwidth(self, span: int, stride: int) -> float:
-        """Bytes/s for each rank of a group that reaches over `span` ranks of the job; its ranks are `stride` apart.
+        """Bytes/s per rank of a group that spans `span` ranks of the job, `stride` apart.
 
-        A ring that leaves a node does so once for all its ranks there, with the cards of as many GPUs as it has ranks.
+        A ring crosses a node's boundary once for all its ranks there, using the network cards of that many GPUs.
         """
         hardware, gpus, node = self.hardware, self.hardware.gpu.link_gpus, self.hardware.software.node_network
         if span <= gpus:
@@ -244,7 +244,7 @@ class CostModel:
         return min(hardware.link_rate, network) if gpus > 1 else network
 
     def _all_to_all(self, layout: Layout, n: float) -> float:
-        """Each token's copies to its experts and back, one pass."""
+        """Seconds for sending each token's copies to its experts and back, one pass."""
         m, p, gpu = self.model, layout.parallel, self.hardware.gpu
         assert m.experts is not None
         copies = 2 * n / p.tensor * m.experts.active * m.hidden_size * _ITEM
@@ -258,19 +258,19 @@ class CostModel:
         return self.hardware.gpu.memory_bandwidth * self.hardware.efficiency.memory
 
     def p2p(self, layout: Layout, batch: Batch) -> float:
-        """One micro-batch's activations, from one stage to the next."""
+        """Seconds to send one micro-batch's activations to the next stage."""
         p = layout.parallel
         num_bytes = batch.tokens / p.context * self.model.hidden_size * _ITEM / (p.tensor if p.sequence else 1)
         near = p.world_size <= self.hardware.gpu.link_gpus
         return num_bytes / (self.hardware.link_rate if near else self.hardware.network_rate)
 
-    # One update
+    # Update
 
     def step(self, layout: Layout, batch: Batch, schedule: Schedule = pipeline_time) -> StepCost:
-        """All of it, the pipeline's time by `schedule`.
+        """Return the cost of one update, with the pipeline's time by `schedule`.
 
         Raises:
-            ValueError: the layers cannot be dealt out.
+            ValueError: the layers cannot be split over the stages.
         """
         p, soft = layout.parallel, self.hardware.software
         chunks, count = self.chunks(layout, batch), len(batch.sizes)
@@ -299,11 +299,11 @@ class CostModel:
         )
 
     def _pass_parts(self, own: Sequence[Passes], count: int) -> dict[str, float]:
-        """Of a stage's chunks, over all micro-batches."""
+        """Sum the parts of a stage's chunks over all micro-batches."""
         return {name: count * sum(c.forward[k] + c.backward[k] for c in own) for k, name in enumerate(PASS_PARTS)}
 
     def forward_seconds(self, layout: Layout, batch: Batch) -> float:
-        """Of one forward pass over the same micro-batches, as for the log-probabilities of the old policy."""
+        """Seconds of one forward pass over the same micro-batches, as for old log-probabilities."""
         p = layout.parallel
         forward = [sum(c.forward) for c in self.chunks(layout, batch)]
         p2p = self.p2p(layout, batch) if p.pipeline > 1 else 0.0
@@ -311,14 +311,14 @@ class CostModel:
         return sum(forward) + p2p * (len(forward) - 1) + (sum(batch.sizes) - 1) * slowest
 
     def attention_tokens(self, layout: Layout) -> float:
-        """Length of a sequence whose attention takes as long as the rest of its layer."""
+        """Return the sequence length at which attention takes as long as the rest of its layer."""
         unit = Batch(1.0, 1.0, 1.0, (1.0,), 1.0, 1.0)
         layer = self._layer(layout, unit, bool(self.model.experts))
         attention = layer.forward[1] + layer.backward[1]
         return (layer.forward[0] + layer.backward[0] + layer.forward[2] + layer.backward[2]) / attention
 
     def _data(self, layout: Layout, stage: int, forward: float, backward: float) -> float:
-        """Reduction of gradients and gathering of parameters, as far as no pass hides them."""
+        """Seconds of gradient reduction and parameter gathering that no pass overlaps."""
         if not self.weight_gradients:
             return 0.0
         p, soft = layout.parallel, self.hardware.software

@@ -1,4 +1,4 @@
-"""A timeline as a figure: a row a stage, its passes by model chunk, and what it waited for in between."""
+"""Plot of a timeline: one row per stage, its passes by model chunk, and communication and waiting in between."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from megatron_fipo.whole_file import write_whole
 
 _COLORS = {"forward": ("#2f6db3", "#93b8e0"), "backward": ("#2e8b62", "#9ccfb5")}  # first and last chunk
 _MOVING, _WAITING = "#dd7a1f", "#e4e7ea"
-_NUMBERED = 200  # passes of a stage up to which micro-batches are numbered
+_NUMBERED = 200  # micro-batches are numbered up to this many passes per stage
 
 
 def draw(timeline: Timeline, title: str = "") -> Figure:
+    """Plot a timeline."""
     stages = len(timeline.stages)
     figure = Figure(figsize=(12, 0.45 * stages + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,18 +40,19 @@ def draw(timeline: Timeline, title: str = "") -> Figure:
 
 
 def png(timeline: Timeline, title: str = "") -> bytes:
+    """Return the plot as PNG."""
     image = io.BytesIO()
     draw(timeline, title).savefig(image, format="png", dpi=120, metadata={"Software": None})
     return image.getvalue()
 
 
 def write_figure(path: Path, timeline: Timeline, title: str = "") -> None:
-    """As PNG; the file appears whole."""
+    """Write the plot as PNG, atomically."""
     write_whole(path, png(timeline, title))
 
 
 def _draw_stage(axes: Axes, stage: int, spans: Sequence[Span], chunks: int) -> None:
-    """A collection for each kind of bar: an artist for each of ten thousand spans would take a minute."""
+    """Draw one stage with one collection per kind of bar: an artist per span would take a minute for 10,000 spans."""
     passes = [span for span in spans if span.is_pass]
     calls = [span for span in spans if not span.is_pass]
     waits = [(span.start, span.seconds - span.transfer) for span in calls]
@@ -59,7 +61,7 @@ def _draw_stage(axes: Axes, stage: int, spans: Sequence[Span], chunks: int) -> N
     axes.broken_barh(moves, (stage - 0.15, 0.3), color=_MOVING)
     bars = [(span.start, span.seconds) for span in passes]
     colors = [_color(span, chunks) for span in passes]
-    few = len(passes) <= _NUMBERED  # edges of many would cover them
+    few = len(passes) <= _NUMBERED  # edges would hide many small bars
     axes.broken_barh(bars, (stage - 0.4, 0.8), facecolors=colors, edgecolor="white", linewidth=0.4 if few else 0)
     for span in passes if few else ():
         middle = (span.start + span.end) / 2
@@ -67,7 +69,7 @@ def _draw_stage(axes: Axes, stage: int, spans: Sequence[Span], chunks: int) -> N
 
 
 def _color(span: Span, chunks: int) -> tuple[float, ...]:
-    """Between the colours of the first and of the last chunk."""
+    """Interpolate between the colours of the first and the last chunk."""
     share = span.chunk / max(1, chunks - 1)
     ends = ([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in _COLORS[span.name])
     return tuple((1 - share) * a + share * b for a, b in zip(*ends, strict=True))

@@ -1,4 +1,4 @@
-"""Arithmetic of a transformer: multiply-adds count twice; nothing about hardware.
+"""FLOPs and weights of a transformer, independent of hardware. A multiply-add counts as two FLOPs.
 
 Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, L layers, V vocabulary,
 s sequence length.
@@ -10,7 +10,7 @@ from megatron_fipo.scaling.models import ModelShape
 
 
 def attention_weights(m: ModelShape) -> int:
-    """Elements of the projections to and from the heads, one layer."""
+    """Return the elements of one layer's projections to and from the heads."""
     h = m.hidden_size
     if m.latent is None:
         return h * (2 * m.query_size + 2 * m.key_size)
@@ -21,7 +21,7 @@ def attention_weights(m: ModelShape) -> int:
 
 
 def mlp_weights(m: ModelShape, layer: int) -> tuple[int, int]:
-    """Elements of one layer's MLP that every token uses, and of one expert (0 where there are none)."""
+    """Return the elements of one layer's MLP used by every token, and of one expert (0 without experts)."""
     h, matrices = m.hidden_size, m.mlp_matrices
     if m.experts is None or layer < m.dense_layers:
         return matrices * h * m.ffn_hidden_size, 0
@@ -29,13 +29,13 @@ def mlp_weights(m: ModelShape, layer: int) -> tuple[int, int]:
 
 
 def score_size(m: ModelShape) -> float:
-    """Multiply-adds for one query and one key over all heads: the score, and the weighted value."""
+    """Return the multiply-adds per query-key pair over all heads: the score and the weighted value."""
     key_dim = m.head_dim if m.latent is None else m.latent.plain_dim + m.latent.rope_dim
     return m.num_heads * (key_dim + m.head_dim)
 
 
 def attended_pairs(m: ModelShape, squares: float, tokens: float) -> float:
-    """Query-key pairs, averaged over the layers, of sequences whose squared lengths add up to `squares`."""
+    """Return the query-key pairs, averaged over layers, of sequences whose squared lengths sum to `squares`."""
     causal = squares / 2
     if m.window is None or tokens == 0:
         return causal
@@ -43,7 +43,7 @@ def attended_pairs(m: ModelShape, squares: float, tokens: float) -> float:
 
 
 def active_weights(m: ModelShape) -> int:
-    """Elements that multiply each token, with the LM head and without the embedding."""
+    """Return the elements that multiply each token, with the LM head, without the embedding."""
     total = m.hidden_size * m.vocab_size
     for layer in range(m.num_layers):
         common, expert = mlp_weights(m, layer)
@@ -52,7 +52,7 @@ def active_weights(m: ModelShape) -> int:
 
 
 def parameters(m: ModelShape) -> int:
-    """Elements of all matrices, both embeddings included unless they are tied."""
+    """Return the elements of all matrices, including both embeddings unless tied."""
     total = m.hidden_size * m.vocab_size * (1 if m.tied_embeddings else 2)
     for layer in range(m.num_layers):
         common, expert = mlp_weights(m, layer)
@@ -61,11 +61,11 @@ def parameters(m: ModelShape) -> int:
 
 
 def model_flops(m: ModelShape, tokens: float, squares: float, causal: bool = True) -> float:
-    """Of forward and backward without recomputation: 6 a weight and token, and attention.
+    """Return the FLOPs of forward and backward without recomputation: 6 per weight and token, and attention.
 
     Args:
-        tokens, squares: sums over the sequences of their lengths and squared lengths.
-        causal: count the pairs that a causal mask leaves; the literature often counts all of them (12 L h s a token).
+        tokens, squares: sums of the sequences' lengths and squared lengths.
+        causal: count only pairs that a causal mask leaves; the literature often counts all (12 L h s per token).
     """
     pairs = attended_pairs(m, squares, tokens) * (1 if causal else 2)
     return 6 * active_weights(m) * tokens + 6 * m.num_layers * score_size(m) * pairs

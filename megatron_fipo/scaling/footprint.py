@@ -1,7 +1,7 @@
-"""Device memory of any layout of any model, by stage and part: the estimate that the planner ranks with.
+"""Estimated device memory of any layout of any model, by stage and part, for ranking layouts.
 
-`memory.py` has this package's own buffers to the byte, for a run's config; here are also other models, other codes and
-what a GPU loses to the CUDA context, NCCL and the allocator. A test holds the two together.
+`memory.py` computes this package's own buffers to the byte for a run's config; this file also covers other models and
+codes, and the overhead of CUDA context, NCCL and allocator. A test compares the two.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_fipo.scaling.workload import Layout, stage_weights
 
 _ITEM = 2  # bytes of a parameter and of an activation
 _STATE = 12  # Adam's moments and the float32 parameter
-# Bytes kept for each attention score where no flash kernel drops them: softmax's output, and its float32 input
+# Bytes kept per attention score without flash kernels: softmax's output, and its float32 input.
 _SCORE_BYTES = {"fused": 4, "unfused": 12}
-_NORM_BYTES = {True: 8, False: 24}  # of a layer's two norms and residuals for each hidden element: kept inputs, outputs
+_NORM_BYTES = {True: 8, False: 24}  # of a layer's two norms and residuals per hidden element: saved inputs, outputs
 CHUNK_TOKENS = 4096  # model.lm_head_chunk_tokens
 
 
@@ -46,12 +46,12 @@ def footprint(
     squares: float = 0.0,
     sharded_optimizer: bool = True,
 ) -> Footprint:
-    """Of one stage.
+    """Return the memory of one stage.
 
     Args:
-        tokens: of the largest micro-batch over all context-parallel ranks; `squares`: of its sequences' lengths, which
-            counts without flash attention.
-        sharded_optimizer: over data-parallel ranks (ZeRO-1).
+        tokens: of the largest micro-batch over all context-parallel ranks.
+        squares: of its sequences' lengths; matters only without flash attention.
+        sharded_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1).
     """
     p, soft = layout.parallel, hardware.software
     dense, experts = stage_weights(model, layout, stage)
@@ -73,7 +73,7 @@ def footprint(
 def layer_bytes(
     model: ModelShape, soft: Software, layout: Layout, tokens: float, squares: float, sparse: bool
 ) -> float:
-    """What backward needs of one layer: inputs and outputs of norms, projections, attention and the MLP."""
+    """Return the bytes saved for backward in one layer: inputs and outputs of norms, projections, attention and MLP."""
     p = layout.parallel
     whole = model.hidden_size * _NORM_BYTES[soft.fused_norms] / (p.tensor if p.sequence else 1)
     width = 2 * (model.query_size + model.key_size_over(p.tensor))
@@ -88,7 +88,7 @@ def layer_bytes(
 
 
 def _activations(model: ModelShape, soft: Software, layout: Layout, stage: int, tokens: float, squares: float) -> float:
-    """Of the micro-batches between their passes on this stage."""
+    """Return the bytes of micro-batches between forward and backward on this stage."""
     p, counts = layout.parallel, layout.layers(model)
     own = counts[stage :: p.pipeline]
     sparse = model.experts is not None

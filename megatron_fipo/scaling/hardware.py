@@ -1,7 +1,7 @@
-"""GPUs, and how much of their printed rates training reaches: `hardware.yaml` and `efficiency.yaml`, or a calibration.
+"""GPU data sheets and achieved efficiencies, from `hardware.yaml` and `efficiency.yaml`, or a calibration.
 
-A calibration is a YAML or JSON file with any of the fields of either file, measured on the cluster that is planned for;
-what it names replaces what is known here.
+A calibration is a YAML or JSON file with any of the fields of either file, measured on the target cluster; its fields
+override the packaged ones.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PRECISIONS = ("bfloat16", "float8", "float4")
 
 @dataclass(frozen=True)
 class GPU:
-    """Printed rates of one GPU: FLOP/s (dense) by precision, bytes, bytes/s one way.
+    """Data-sheet rates of one GPU: dense FLOP/s by precision, bytes, bytes/s one way.
 
     Attributes:
         link: bytes/s to another GPU of the same NVLink domain, which has `link_gpus`.
         network: bytes/s of each GPU's share of the network cards.
 
-    `link` and `network` of a calibrated machine with one rank or one node are not known, 0.
+    `link` and `network` are 0 (unknown) for a machine calibrated with one rank or one node.
     """
 
     name: str
@@ -42,23 +42,23 @@ class GPU:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Constants of a GPU generation that were fitted to published runs.
+    """Efficiency constants of a GPU generation, fitted to published runs.
 
     Attributes:
-        gemm: share of the peak that large matrix products reach, by precision.
-        gemm_width: output columns at which a product reaches half of that, narrower ones being slower.
+        gemm: share of the peak that large matmuls reach, by precision.
+        gemm_width: output columns at which a matmul reaches half of that; narrower ones are slower.
         attention: share of the bfloat16 peak that flash attention's forward pass reaches; its backward pass reaches
             `cost.ATTENTION_BACKWARD` of that.
-        memory: share of the memory bandwidth, of elementwise kernels.
-        casts: bytes a weighted input costs more where products are narrower than bfloat16, in units of its own size.
-        link, network: share of the bandwidth, of large collectives.
-        layer_seconds: that one layer's forward pass takes beyond its arithmetic: launches, tails of kernels.
-        expert_width: width of an expert at which its product takes twice as long for being grouped.
-        expert_seconds: that routing adds to one layer's forward pass.
-        reserve_bytes, reserve_share: memory beyond what tensors hold: CUDA, NCCL and kernels' workspaces; and what the
-            allocator loses to fragmentation, in units of what they hold.
+        memory: share of the memory bandwidth that elementwise kernels reach.
+        casts: extra bytes per weighted input for matmuls narrower than bfloat16, in units of the input's size.
+        link, network: share of the bandwidth that large collectives reach.
+        layer_seconds: overhead of one layer's forward pass beyond its arithmetic: launches, tails of kernels.
+        expert_width: expert width at which a grouped matmul takes twice as long as an ungrouped one.
+        expert_seconds: routing overhead of one layer's forward pass.
+        reserve_bytes, reserve_share: memory beyond tensors: CUDA, NCCL and kernel workspaces; and allocator
+            fragmentation, relative to the tensors' bytes.
 
-    What has a default is not measured by a calibration, or only where there is more than one rank or node.
+    Fields with a default are not measured by a calibration, or only with more than one rank or node.
     """
 
     gemm: dict[str, float]
@@ -77,19 +77,19 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Software:
-    """What a training code does with the hardware.
+    """Properties of a training code.
 
     Attributes:
-        attention: `flash`, `flash1` (its first version), or scores in memory: `fused` softmax or `unfused`.
-        fused_norms: one kernel a norm and no copies between elementwise operations.
-        tensor_exposed, context_exposed, expert_exposed: share of that communication that arithmetic does not hide.
-        data_overlap: share of one micro-batch's backward pass behind which gradients travel.
-        node_network: bytes/s that the network cards of a whole node have for one kind of collective; None: the GPUs'.
-        gradient_bytes, gather_bytes: an element, as gradients are reduced and updated parameters gathered.
+        attention: `flash`, `flash1` (first version), or materialized scores: `fused` softmax or `unfused`.
+        fused_norms: one kernel per norm, and no copies between elementwise operations.
+        tensor_exposed, context_exposed, expert_exposed: share of that communication that is not overlapped.
+        data_overlap: share of one micro-batch's backward pass that overlaps gradient communication.
+        node_network: bytes/s of a whole node's network cards for one kind of collective; None: the GPUs' sum.
+        gradient_bytes, gather_bytes: per element, of reduced gradients and gathered parameters.
         chunked_head: logits are recomputed in backward instead of kept.
-        logit_bytes: kept for each logit if not; `whole_logits`: on every tensor-parallel rank.
-        step_seconds: an update takes beyond everything else.
-        straggling: share that a step grows with each doubling of the nodes.
+        logit_bytes: bytes kept per logit otherwise; `whole_logits`: on every tensor-parallel rank.
+        step_seconds: fixed overhead of an update.
+        straggling: share by which a step grows with each doubling of the nodes.
     """
 
     attention: str = "flash"
@@ -110,7 +110,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of GPU with its efficiencies."""
+    """A GPU with its efficiencies."""
 
     gpu: GPU
     efficiency: Efficiency
@@ -118,12 +118,12 @@ class Hardware:
 
     @property
     def link_rate(self) -> float:
-        """Bytes/s reached. Raises ValueError: it is not known."""
+        """Achieved bytes/s of the link; raises ValueError if it was not measured."""
         return self._known("link", self.gpu.link) * self.efficiency.link
 
     @property
     def network_rate(self) -> float:
-        """Bytes/s reached, of each GPU. Raises ValueError: it is not known."""
+        """Achieved bytes/s of the network per GPU; raises ValueError if it was not measured."""
         return self._known("network", self.gpu.network) * self.efficiency.network
 
     def _known(self, name: str, rate: float) -> float:
@@ -134,7 +134,7 @@ class Hardware:
 
 
 def find_hardware(gpu: str, software: str = "megatron_fipo", calibration: str | Path | None = None) -> Hardware:
-    """By the GPU's name, e.g. H100-80.
+    """Return the hardware with this name, e.g. H100-80.
 
     Raises:
         ValueError: an unknown GPU or software, or a calibration that cannot be read or has unknown fields.
@@ -143,14 +143,16 @@ def find_hardware(gpu: str, software: str = "megatron_fipo", calibration: str | 
     name = {k.lower(): k for k in known["gpus"]}.get(gpu.lower())
     if name is None:
         near = difflib.get_close_matches(gpu.upper(), known["gpus"], n=3, cutoff=0.3)
-        raise ValueError(f"GPU {gpu!r} is not known; known: {', '.join(near or known['gpus'])}, or give a calibration")
+        raise ValueError(
+            f"GPU {gpu!r} is unknown: use one of {', '.join(near or known['gpus'])}, or give a calibration"
+        )
     return build_hardware(known, name, software)
 
 
 def local_hardware() -> Hardware | None:
-    """This machine's first GPU; None without one, or if its kind is not known.
+    """Return this machine's first GPU; None without one, or if its model is unknown.
 
-    Asked of nvidia-smi: CUDA would keep memory of the device for this process.
+    Queries nvidia-smi, since CUDA would allocate device memory in this process.
     """
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -167,8 +169,9 @@ def local_hardware() -> Hardware | None:
 
 
 def name_of(device: str, memory: float) -> str | None:
-    """The key in `hardware.yaml` of a device as its driver names it, e.g. "NVIDIA H100 80GB HBM3"; None if there is
-    none. Of keys that differ in memory only, the nearest.
+    """Return the key in `hardware.yaml` of a device name such as "NVIDIA H100 80GB HBM3", or None.
+
+    Of keys that differ only in memory, the nearest.
     """
     words = set(re.split(r"[ \-_]", device.upper()))
     gpus = hardware_files()["gpus"]
@@ -177,10 +180,10 @@ def name_of(device: str, memory: float) -> str | None:
 
 
 def build_hardware(known: dict[str, Any], name: str, software: str) -> Hardware:
-    """From the contents of the files."""
+    """Build the hardware from the files' contents."""
     fields = {k: v for k, v in known["gpus"][name].items() if k != "sources"}
     if software not in known["software"]:
-        raise ValueError(f"software {software!r} is not known; known: {', '.join(known['software'])}")
+        raise ValueError(f"software {software!r} is unknown: must be one of {', '.join(known['software'])}")
     try:
         gpu = GPU(name=name, **fields)
         efficiency = Efficiency(**known["efficiencies"][gpu.generation])
@@ -191,7 +194,7 @@ def build_hardware(known: dict[str, Any], name: str, software: str) -> Hardware:
 
 @cache
 def hardware_files() -> dict[str, Any]:
-    """Contents of the packaged files."""
+    """Return the contents of the packaged files."""
     merged: dict[str, Any] = {}
     for file in ("hardware.yaml", "efficiency.yaml"):
         merged |= _read(Path(__file__).with_name(file))
@@ -207,7 +210,9 @@ def _known(calibration: str | None) -> dict[str, Any]:
         raise ValueError(f"calibration {calibration} does not exist")
     given = _read(Path(calibration))
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"calibration {calibration}: unknown {unknown[0]!r}; known: {', '.join(known)}")
+        raise ValueError(
+            f"calibration {calibration}: unknown section {unknown[0]!r}; must be one of {', '.join(known)}"
+        )
     merged = OmegaConf.to_container(OmegaConf.merge(known, given))
     assert isinstance(merged, dict)
     return {str(k): v for k, v in merged.items()}
@@ -216,8 +221,8 @@ def _known(calibration: str | None) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # YAML's own error classes share no public base with OmegaConf's
+    except Exception as error:  # YAML's errors share no public base class with OmegaConf's
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must have sections, e.g. gpus")
+        raise ValueError(f"{file} must be a mapping with sections, e.g. gpus")
     return {str(k): v for k, v in content.items()}

@@ -1,4 +1,4 @@
-"""Which layouts are legal: an enumeration, and for an illegal one the arithmetic and the nearest legal choices."""
+"""Legal layouts: enumeration, and explanations of illegal ones with the nearest legal choices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_fipo.scaling.hardware import Hardware
 from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.workload import Layout, Recompute
 
-_MOST_CHUNKS = 16  # of a stage; more only adds messages
+_MOST_CHUNKS = 16  # per stage; more only adds messages
 _MOST_CONTEXT = 64
 
 
 def layout_problems(model: ModelShape, p: ParallelConfig) -> list[str]:
-    """What is illegal about a layout, each with the arithmetic and the nearest legal choices; [] if nothing."""
+    """Return what is illegal about a layout, with the arithmetic and the nearest legal choices; [] if nothing."""
     problems = list(_world_problems(model, p))
     problems += _split_problems(model, p)
     if model.experts is None and p.expert > 1:
@@ -40,7 +40,7 @@ def _world_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
 
 
 def _nearest_factors(model: ModelShape, p: ParallelConfig) -> str:
-    """The layout closest in each axis that divides the world, and the model."""
+    """Return the nearest layout on each axis that divides the world size and the model."""
     legal = []
     for t in _divisors(p.world_size):
         for pp in _divisors(p.world_size // t):
@@ -60,13 +60,13 @@ def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
         if size % p.tensor:
             legal = _around(_divisors(size), p.tensor)
             yield (
-                f"{size} {name} / tp {p.tensor} = {size / p.tensor:.2f}: not whole; the nearest legal tp: "
+                f"{size} {name} / tp {p.tensor} = {size / p.tensor:.2f} is not an integer; nearest legal tp: "
                 f"{' or '.join(map(str, legal))}"
             )
     if not kv_heads_split(model, p.tensor):
         legal = _around([t for t in _divisors(model.num_heads) if kv_heads_split(model, t)], p.tensor)
         yield (
-            f"{model.num_kv_heads} key/value heads are neither a multiple nor a divisor of tp {p.tensor}; the nearest "
+            f"{model.num_kv_heads} key/value heads must be a multiple or a divisor of tp {p.tensor}; nearest "
             f"legal tp: {' or '.join(map(str, legal))}"
         )
     if p.sequence and p.tensor == 1:
@@ -79,7 +79,7 @@ def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
     if count % p.expert:
         legal = _around(_divisors(count), p.expert)
         yield (
-            f"{count} experts / ep {p.expert} = {count / p.expert:.2f}: not whole; the nearest legal ep: "
+            f"{count} experts / ep {p.expert} = {count / p.expert:.2f} is not an integer; nearest legal ep: "
             f"{' or '.join(map(str, legal))}"
         )
     if stage % p.expert:
@@ -100,9 +100,9 @@ def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
         return
     rest, stages, chunks = layers - sum(fixed), p.pipeline - len(fixed), p.virtual_pipeline
     if any(n < 1 or n % chunks for n in fixed):
-        yield f"first or last stage of {fixed} layers cannot be cut into {chunks} equal chunks of at least 1"
+        yield f"first or last stage of {fixed} layers cannot be split into {chunks} equal chunks of at least 1"
     if both_ends_interleaved(p):
-        yield f"pp 2 x vpp {chunks} takes first_stage_layers or last_stage_layers, not both: the other follows from it"
+        yield f"pp 2 x vpp {chunks} takes first_stage_layers or last_stage_layers, not both; one determines the other"
     if rest >= stages * chunks and not (rest % (stages * chunks) if stages else rest):
         return
     uneven = f" - {' - '.join(map(str, fixed))}" if fixed else ""
@@ -114,12 +114,12 @@ def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
         choices.append(f"first_stage_layers {stages_layers[0]} with last_stage_layers {stages_layers[1]}")
     yield (
         f"{layers}{uneven} layers / ({stages} stages x {chunks} chunks) = {rest / max(1, stages * chunks):.2f}: "
-        f"must be whole and at least 1; the nearest legal: {', '.join(choices)}"
+        f"must be an integer and at least 1; nearest legal: {', '.join(choices)}"
     )
 
 
 def uneven_stages(layers: int, stages: int) -> Iterator[tuple[int, int]]:
-    """(first, last) stage's layers, with equal stages between and the last one lighter, since it has the LM head."""
+    """Yield (first, last) stage layers with equal stages in between and a lighter last one, which has the LM head."""
     if stages < 2:
         return
     seen = set()
@@ -133,33 +133,33 @@ def uneven_stages(layers: int, stages: int) -> Iterator[tuple[int, int]]:
 
 
 def memory_problem(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> str | None:
-    """Why an update with micro-batches of `tokens` does not fit, and what would; None if it does."""
+    """Return why an update with micro-batches of `tokens` does not fit, and what would; None if it fits."""
     stage, most = fullest_stage(model, hardware, layout, tokens)
     if most.total <= hardware.gpu.memory:
         return None
     parts = ", ".join(f"{name} {getattr(most, name) / 1e9:.1f}" for name in most.__dataclass_fields__)
     message = (
-        f"stage {stage} of {layout} needs {most.total / 1e9:.1f} GB ({parts}), {hardware.gpu.name} has "
-        f"{hardware.gpu.memory / 1e9:.1f}"
+        f"stage {stage} of {layout} needs {most.total / 1e9:.1f} GB ({parts}), but {hardware.gpu.name} has "
+        f"{hardware.gpu.memory / 1e9:.1f} GB"
     )
     return f"{message}; {fitting_changes(model, hardware, layout, tokens)}"
 
 
 def fitting_changes(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float | None = None) -> str:
-    """What to do about a layout that does not fit; `tokens` of the largest micro-batch, if it is not full."""
+    """Return changes that make a layout fit; `tokens`: of the largest micro-batch, if not full."""
     choices = _smaller(model, hardware, layout, tokens or float(layout.tokens_per_micro_batch))
     return f"it fits with {' or '.join(choices)}" if choices else "use more GPUs"
 
 
 def fullest_stage(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> tuple[int, Footprint]:
-    """The stage with the highest peak."""
+    """Return the stage with the highest peak memory."""
     stages = [footprint(model, hardware, layout, i, tokens) for i in range(layout.parallel.pipeline)]
     stage = max(range(len(stages)), key=lambda i: stages[i].total)
     return stage, stages[stage]
 
 
 def _smaller(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> list[str]:
-    """Single changes that make it fit."""
+    """Return single changes that make it fit."""
     found, p = [], layout.parallel
     if layout.recompute != "full":
         full = replace(layout, recompute="full")
@@ -188,12 +188,12 @@ def enumerate_layouts(
     most_tensor: int = 8,
     most_replicas: int | None = None,
 ) -> Iterator[Layout]:
-    """Every legal layout of `gpus` GPUs, and of uneven stages those that make the last one lighter.
+    """Yield every legal layout of `gpus` GPUs; uneven stages only with a lighter last one.
 
     Args:
-        budgets: tokens of a micro-batch that may be chosen.
+        budgets: choices of tokens per micro-batch.
         most_tensor: GPUs of an NVLink domain; tensor parallelism beyond it is never best.
-        most_replicas: no more than sequences in an update.
+        most_replicas: the number of sequences in an update.
     """
     recompute = tuple(recompute)
     for p in _parallel_configs(model, gpus, most_tensor):
@@ -234,14 +234,14 @@ def _expert_sizes(model: ModelShape, p: ParallelConfig) -> list[int]:
 
 
 def head_in_layers(model: ModelShape) -> float:
-    """The LM head's arithmetic in units of a layer's."""
+    """Return the LM head's arithmetic in units of a layer's."""
     common, expert = mlp_weights(model, model.num_layers)
     active = attention_weights(model) + common + expert * (model.experts.active if model.experts else 0)
     return model.hidden_size * model.vocab_size / active
 
 
 def _around(legal: Sequence[int], wanted: int) -> list[int]:
-    """The nearest ones on both sides."""
+    """Return the nearest legal values on both sides."""
     below, above = [n for n in legal if n < wanted], [n for n in legal if n > wanted]
     return [*below[-1:], *above[:1]]
 

@@ -1,4 +1,4 @@
-"""Lengths of the sequences of one update: a list, percentiles, or what a run's rollouts were."""
+"""Sequence lengths of one update: from a list, percentiles, or a run's rollouts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_CHARACTERS_A_TOKEN = 3.5  # of a prompt, whose tokens the rollout files do not keep
+_CHARACTERS_A_TOKEN = 3.5  # of prompts, whose tokens are not in rollout files
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Of all replicas in one update.
+    """Sequences of all replicas in one update.
 
     Attributes:
-        lengths: tokens of prompt and response of each.
-        response_share: of all tokens, that the LM head sees.
+        lengths: prompt and response tokens of each sequence.
+        response_share: share of all tokens that the LM head processes.
     """
 
     lengths: tuple[int, ...]
@@ -42,7 +42,7 @@ class Sequences:
         return sum(n * n for n in self.lengths)
 
     def resampled(self, count: int) -> Sequences:
-        """`count` sequences of the same distribution: its evenly spaced quantiles, with the longest among them."""
+        """Return `count` evenly spaced quantiles of the same distribution, including the longest."""
         if count == len(self):
             return self
         at = np.linspace(0, 1, count) if count > 1 else np.ones(1)
@@ -51,10 +51,10 @@ class Sequences:
 
 
 def parse_lengths(text: str, count: int) -> Sequences:
-    """`count` sequences from `4096` (all equal), `800,1200,...` (a sample), or `p50=3000,p90=9000,p100=20480`.
+    """Return `count` sequences from `4096` (all equal), `800,1200,...` (a sample), or `p50=3000,p90=9000,p100=20480`.
 
     Raises:
-        ValueError: none of these, or percentiles that do not rise.
+        ValueError: another format, or percentiles that do not increase.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
@@ -63,10 +63,10 @@ def parse_lengths(text: str, count: int) -> Sequences:
         lengths = tuple(int(part) for part in parts)
     except ValueError as error:
         raise ValueError(
-            f"--lengths {text!r}: {error}; give 4096, or 800,1200,5000, or p50=3000,p90=9000,p100=20480"
+            f"--lengths {text!r}: {error}; use 4096, or 800,1200,5000, or p50=3000,p90=9000,p100=20480"
         ) from None
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"--lengths {text!r}: lengths must be positive")
+        raise ValueError(f"--lengths {text!r}: lengths must be at least 1")
     return Sequences(lengths).resampled(count)
 
 
@@ -76,29 +76,31 @@ def _from_percentiles(parts: Sequence[str], count: int) -> Sequences:
     )
     at, lengths = [p for p, _ in pairs], [n for _, n in pairs]
     if lengths != sorted(lengths) or not 0 <= at[0] <= at[-1] <= 100 or lengths[0] < 1:
-        raise ValueError("percentiles must rise from at least 1 token, between p0 and p100")
-    if at[0] > 0:  # from half of the lowest one given
+        raise ValueError("percentiles must be between p0 and p100, and their tokens at least 1 and increasing")
+    if at[0] > 0:  # start at half of the lowest given length
         at, lengths = [0.0, *at], [lengths[0] / 2, *lengths]
-    drawn = np.interp(np.linspace(0, 100, count) if count > 1 else [100.0], at, lengths)
-    return Sequences(tuple(max(1, round(float(n))) for n in drawn))
+    sampled = np.interp(np.linspace(0, 100, count) if count > 1 else [100.0], at, lengths)
+    return Sequences(tuple(max(1, round(float(n))) for n in sampled))
 
 
 def read_rollouts(path: str | Path, count: int | None = None) -> Sequences:
-    """Lengths in rollouts/step_N.parquet of a run, a file or a directory of parts; prompts' by their characters.
+    """Return the lengths in a run's rollouts/step_N.parquet, a file or a directory of parts.
+
+    Prompts' tokens are estimated from their characters.
 
     Raises:
-        ValueError: no such file, or not one that a run wrote.
+        ValueError: the file does not exist or is not a run's rollouts.
     """
     if not Path(path).exists():
-        raise ValueError(f"--rollouts {path} does not exist; it is rollouts/step_N.parquet of a run")
+        raise ValueError(f"--rollouts {path} does not exist: give rollouts/step_N.parquet of a run")
     try:
         table = pq.read_table(path, columns=["prompt", "response_tokens"])
-    except Exception as error:  # pyarrow's errors share no base
+    except Exception as error:  # pyarrow's errors have no common base class
         raise ValueError(f"--rollouts {path} cannot be read as a run's rollouts: {error}") from None
     responses = pc.list_value_length(table["response_tokens"]).to_numpy()
     prompts = np.ceil(pc.utf8_length(table["prompt"]).to_numpy() / _CHARACTERS_A_TOKEN)
     if not len(responses):
-        raise ValueError(f"--rollouts {path} holds no responses")
+        raise ValueError(f"--rollouts {path} contains no responses")
     lengths = tuple(int(n) for n in prompts + responses)
     found = Sequences(lengths, float(responses.sum() / sum(lengths)))
     return found if count is None else found.resampled(count)

@@ -1,4 +1,4 @@
-"""One rank's part of a measurement: real updates of the real actor, timed from inside Megatron's schedule."""
+"""Measurement on one rank: real updates of the real actor, timed inside Megatron's schedule."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from megatron_fipo.scaling.timeline import Timeline, write_trace
 from megatron_fipo.scaling.timers import PipelineRecorder
 from megatron_fipo.whole_file import write_whole
 
-RESULT = "result.json"  # among the notes: what was measured
+RESULT = "result.json"  # file with the measurement's result
 
 
 class Notes:
-    """What a rank has reached, for the case that it cannot say so any more."""
+    """Progress of a rank on disk, readable after the rank has died."""
 
     def __init__(self, directory: Path, rank: int, memory: PeakMemory) -> None:
         self._path = directory / f"rank_{rank}.json"
         self._memory = memory
 
     def write(self, done: int, error: BaseException | None = None) -> None:
-        """`done`: finished steps, those of the warm-up included."""
+        """Write the state; `done`: finished steps, including warm-up."""
         note = {"done": done, "pid": os.getpid(), "host": host()}
         note |= {"peak_memory_bytes": self._memory.read(), "memory_kind": self._memory.kind}
         if error is not None:
@@ -52,7 +52,7 @@ class Notes:
 
 
 class _Measured(NamedTuple):
-    """Of the measured steps; timelines are those of this rank's pipeline."""
+    """Results of the measured steps; timelines of this rank's pipeline."""
 
     seconds: list[float]
     timelines: list[Timeline]
@@ -60,16 +60,16 @@ class _Measured(NamedTuple):
 
 
 def measure_rank(measurement: Measurement) -> None:
-    """Inside an initialized default process group. Rank 0 leaves the result and the trace.
+    """Measure inside an initialized default process group. Rank 0 writes the result and the trace.
 
     Raises:
-        Interrupted: a rank was asked to stop.
+        Interrupted: a rank received a stop signal.
     """
     memory = PeakMemory()
     notes = Notes(measurement.notes, dist.get_rank(), memory)
     with _noted(notes, memory):
         topology = topologies.initialize(measurement.config.parallel, measurement.config.run.seed)
-        if measurement.memory_bytes is not None:  # gloo's threads are there by now
+        if measurement.memory_bytes is not None:  # gloo's threads exist by now
             memory.limit(measurement.memory_bytes)
         actor = MeasuredActor(measurement, topology)
         notes.write(0)
@@ -77,7 +77,7 @@ def measure_rank(measurement: Measurement) -> None:
         peaks: list[Any] = [None] * topology.world_size
         dist.all_gather_object(peaks, (topology.pp.rank(), memory.read(), host()))
     if topology.rank == 0:
-        _leave(measurement, topology, measured, peaks, memory.kind)
+        _write_result(measurement, topology, measured, peaks, memory.kind)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _run(measurement: Measurement, actor: MeasuredActor, batch: TrainBatch, note
 
 
 def _step(actor: MeasuredActor, batch: TrainBatch) -> tuple[float, float]:
-    """Seconds until the slowest rank has updated its weights, and the loss."""
+    """Return the seconds until the slowest rank has updated its weights, and the loss."""
     torch.cuda.synchronize()
     dist.barrier()
     started = time.monotonic()
@@ -122,7 +122,9 @@ def _step(actor: MeasuredActor, batch: TrainBatch) -> tuple[float, float]:
     return time.monotonic() - started, loss
 
 
-def _leave(measurement: Measurement, topology: Topology, measured: _Measured, peaks: list[Any], kind: str) -> None:
+def _write_result(
+    measurement: Measurement, topology: Topology, measured: _Measured, peaks: list[Any], kind: str
+) -> None:
     middle = median(measured.seconds)
     middle_step = min(range(len(measured.seconds)), key=lambda i: abs(measured.seconds[i] - middle))
     timeline = measured.timelines[middle_step]
@@ -144,10 +146,10 @@ def _leave(measurement: Measurement, topology: Topology, measured: _Measured, pe
 
 
 def pipeline_fields(timeline: Timeline, peaks: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """A row's fields of the pipeline's part of a step.
+    """Return a row's fields on the pipeline.
 
     Args:
-        peaks: stage and peak memory of each rank.
+        peaks: (stage, peak memory) of each rank.
     """
     stages = [
         {
@@ -172,7 +174,7 @@ def pipeline_fields(timeline: Timeline, peaks: Sequence[tuple[int, float]]) -> d
 
 
 def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """What the simulator makes of the mean time of each pass and the median message: no straggling, no noise."""
+    """Simulate with the mean time of each pass and the median message time: no stragglers, no noise."""
     stages, chunks = len(timelines[0].stages), timelines[0].chunks
     passes = timelines[0].passes(0)
     micro_batches = 1 + max(span.micro_batch for span in passes)
@@ -186,12 +188,12 @@ def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 
 def _mean_passes(timelines: Sequence[Timeline], schedule: Schedule, name: str) -> np.ndarray:
-    """[virtual stages, micro-batches] seconds."""
+    """Return mean seconds as [virtual stages, micro-batches]."""
     seconds = np.zeros((schedule.virtual_stages, schedule.micro_batches))
     for stage in range(schedule.stages):
         for spans in zip(*(t.passes(stage) for t in timelines), strict=True):
             span = spans[0]
             if span.name == name:
-                place = span.chunk * schedule.stages + stage
-                seconds[place, span.micro_batch] = fmean(s.seconds for s in spans)
+                virtual_stage = span.chunk * schedule.stages + stage
+                seconds[virtual_stage, span.micro_batch] = fmean(s.seconds for s in spans)
     return seconds

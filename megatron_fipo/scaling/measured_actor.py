@@ -1,4 +1,4 @@
-"""The actor that trains, with what a measurement needs: random weights, and language modelling to compare with."""
+"""The training actor for measurements, with optional random weights and language-modelling loss."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measurement import Loss, Measurement
 
-_DEVIATION = 0.02  # of random weights
+_DEVIATION = 0.02  # standard deviation of random weights
 
 
 @dataclass(frozen=True)
 class LanguageModelLoss:
-    """Cross-entropy of the response tokens, in the form of `PolicyLoss`."""
+    """Cross-entropy of the response tokens, with the interface of `PolicyLoss`."""
 
     topology: Topology
 
     def __call__(
         self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-        """`output` is `[2, R_local]`, log-probabilities and entropies. There is nothing to record of a token."""
+        """Return loss sum, token count and metrics. `output`: `[2, R_local]` log-probabilities and entropies."""
         losses = -output[0]
         mask = micro_batch.loss_mask
         if self.topology.cp.size() > 1:
@@ -40,7 +40,7 @@ class LanguageModelLoss:
 
 
 class MeasuredActor(FIPOActor):
-    """Weights are random where model.hf_path has none."""
+    """Actor whose weights are random if model.hf_path has none."""
 
     def __init__(self, measurement: Measurement, topology: Topology) -> None:
         config = measurement.config
@@ -52,13 +52,13 @@ class MeasuredActor(FIPOActor):
         if self.config.model.megatron_path or any(Path(self.config.model.hf_path).glob("*.safetensors")):
             return super()._make_chunks()
         chunks = build_policy(self.arch, self.config, self.topology)
-        _draw_weights(chunks, self.arch.tied_embeddings, self.topology)
+        _init_weights(chunks, self.arch.tied_embeddings, self.topology)
         return chunks
 
 
 @torch.no_grad()
-def _draw_weights(chunks: list[PolicyModel], tied_embeddings: bool, topology: Topology) -> None:
-    """The same on every replica, and of a tied embedding on both stages that hold it."""
+def _init_weights(chunks: list[PolicyModel], tied_embeddings: bool, topology: Topology) -> None:
+    """Initialize equally on every replica, and a tied embedding equally on both stages that hold it."""
     for name, parameter in named_parameters(chunks):
         if name == "output_layer.weight" and tied_embeddings:
             name = "embedding.word_embeddings.weight"
@@ -73,8 +73,10 @@ def _draw_weights(chunks: list[PolicyModel], tied_embeddings: bool, topology: To
 
 
 def make_batch(measurement: Measurement, actor: FIPOActor) -> TrainBatch:
-    """This replica's share of one update: random tokens, dealt and packed as the trainer does it; with the policy's own
-    log-probabilities as old ones, as in the first update on a batch."""
+    """Return this replica's share of one update: random tokens, distributed and packed as in training.
+
+    Old log-probabilities are the policy's own, as in the first update on a batch.
+    """
     config, topology, sequences = measurement.config, actor.topology, measurement.sequences
     plan = plan_micro_batches(
         sequences.lengths,
@@ -84,17 +86,17 @@ def make_batch(measurement: Measurement, actor: FIPOActor) -> TrainBatch:
         multiple=topology.micro_batch_multiple,
         order=config.trainer.micro_batch_order,
     )[topology.dp.rank()]
-    mine = [i for index in plan for i in index]
-    rollouts = _random_rollouts(measurement, mine, actor.arch.vocab_size)
-    row = {i: n for n, i in enumerate(mine)}
+    local_ids = [i for index in plan for i in index]
+    rollouts = _random_rollouts(measurement, local_ids, actor.arch.vocab_size)
+    row = {i: n for n, i in enumerate(local_ids)}
     batch = TrainBatch(tuple(actor.pack(rollouts, [row[i] for i in index]) for index in plan))
     return _with_old_log_probs(batch, actor, measurement.loss)
 
 
-def _random_rollouts(measurement: Measurement, mine: list[int], vocabulary: int) -> Rollouts:
-    """A sequence's tokens follow from its number, whatever the layout."""
+def _random_rollouts(measurement: Measurement, local_ids: list[int], vocabulary: int) -> Rollouts:
+    """Generate rollouts; a sequence's tokens depend only on its index, not on the layout."""
     prompts, responses, advantages = [], [], []
-    for i in mine:
+    for i in local_ids:
         generator = torch.Generator().manual_seed(measurement.config.run.seed * 1_000_003 + i)
         length = max(2, measurement.sequences.lengths[i])
         tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
@@ -103,13 +105,13 @@ def _random_rollouts(measurement: Measurement, mine: list[int], vocabulary: int)
         responses.append(tokens[prompt:])
         advantages.append(torch.randn(1, generator=generator))
     rollouts = Rollouts.from_responses(
-        ids=mine,
+        ids=local_ids,
         prompts=prompts,
         responses=responses,
         log_probs=[[0.0] * len(r) for r in responses],
-        truncated=[False] * len(mine),
+        truncated=[False] * len(local_ids),
     )
-    return rollouts.replace(advantages=torch.cat(advantages)) if mine else rollouts
+    return rollouts.replace(advantages=torch.cat(advantages)) if local_ids else rollouts
 
 
 def _with_old_log_probs(batch: TrainBatch, actor: FIPOActor, loss: Loss) -> TrainBatch:
@@ -117,5 +119,5 @@ def _with_old_log_probs(batch: TrainBatch, actor: FIPOActor, loss: Loss) -> Trai
         return batch
     old = actor.log_probs(batch)
     batch = batch.with_token_values(old_log_probs=old)
-    # The initial policy is the policy.
+    # The reference policy is the policy itself.
     return batch.with_token_values(reference_log_probs=old) if actor.initial_weights is not None else batch

@@ -1,8 +1,8 @@
-"""What `scaling run` measures: one layout, one loss, one update's sequences; and where it leaves what came out.
+"""Specification of one measurement: layout, loss and one update's sequences; and where results are written.
 
 DIR/rows/NAME.json    the row
 DIR/traces/NAME.json  a Chrome trace of the median step
-DIR/rows/.NAME/       while it runs: what each rank has reached
+DIR/rows/.NAME/       during the measurement: each rank's progress
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from megatron_fipo.scaling.lengths import Sequences
 
 Loss: TypeAlias = Literal["fipo", "lm"]
-FINISHED = ("ok", "out_of_memory")  # a row that failed is measured again
+FINISHED = ("ok", "out_of_memory")  # failed rows are measured again
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Given to every rank.
+    """Measurement specification, given to every rank.
 
     Attributes:
-        loss: fipo: the config's own, algorithm.loss; lm: cross-entropy of the next token.
-        gpu: name of the hardware; "cpu" where there is none and no calibration says more.
-        hardware: what the prediction and MFU are made with; None: neither is.
-        warmup: steps before the measured ones.
-        memory_bytes: a rank may take no more; None: what there is.
+        loss: fipo: the config's algorithm.loss; lm: next-token cross-entropy.
+        gpu: hardware name; "cpu" without a GPU, unless a calibration names it.
+        hardware: for prediction and MFU; None: neither.
+        warmup: unmeasured steps at the start.
+        memory_bytes: limit per rank; None: no limit.
     """
 
     config: Config
@@ -63,7 +63,7 @@ class Measurement:
 
 
 def measurement_name(config: Config, gpu: str, loss: str) -> str:
-    """Of the layout, safe as a file's name."""
+    """Return the layout's name, safe as a file name."""
     p = config.parallel
     stages = "".join(
         f"-{end}{layers}" for end, layers in (("f", p.first_stage_layers), ("l", p.last_stage_layers)) if layers
@@ -75,19 +75,22 @@ def measurement_name(config: Config, gpu: str, loss: str) -> str:
 
 
 def model_name(config: Config) -> str:
+    """Return the model's name: the last part of its path."""
     return Path(config.model.hf_path).name
 
 
 def row_path(directory: Path, name: str) -> Path:
+    """Return the path of a measurement's row."""
     return directory / "rows" / f"{name}.json"
 
 
 def notes_of(row: Path) -> Path:
+    """Return the directory of the ranks' progress beside a row."""
     return row.with_name(f".{row.stem}")
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """None where there is no whole row."""
+    """Return the row, or None if there is no complete one."""
     try:
         row = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -96,18 +99,19 @@ def read_row(path: Path) -> dict[str, Any] | None:
 
 
 def is_finished(row: dict[str, Any] | None) -> bool:
+    """Return whether a row needs no further measurement."""
     return row is not None and row.get("status") in FINISHED
 
 
 def measured_config(config: Config, loss: Loss, longest: int | None = None) -> Config:
-    """The run's config as it is measured.
+    """Return the run's config as used for the measurement.
 
     Args:
-        longest: tokens of the longest sequence where lengths were given; they, and not what the config allows, must
-            fit a micro-batch then.
+        longest: tokens of the longest sequence if lengths were given; then they must fit a micro-batch, not the
+            config's maximum.
 
     Raises:
-        ValueError: the layout is illegal whatever the model.
+        ValueError: the layout is illegal for any model.
     """
     if longest is not None:
         config = replace(

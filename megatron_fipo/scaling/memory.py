@@ -2,11 +2,11 @@
 
 Exact: parameters, gradients and optimizer state, which a test compares with Megatron's own buffers. Estimated, from
 the tensors that backward needs: activations, with Transformer Engine's kernels or with torch's on a GPU or a CPU (a
-test compares the last with what autograd keeps), and the LM head. Not in it: the CUDA context, NCCL's buffers, kernels'
-workspaces, and what the allocator loses to fragmentation.
+test compares the last with what autograd keeps), and the LM head. Not included: the CUDA context, NCCL's buffers,
+kernels' workspaces, and fragmentation.
 
 Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, t tensor-parallel ranks,
-p pipeline stages, v model chunks a stage, N tokens of a micro-batch on one context-parallel rank.
+p pipeline stages, v model chunks per stage, N tokens of a micro-batch on one context-parallel rank.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from megatron_fipo.model.layout import stage_layers
 Kernels = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
 _FLOAT32 = 4
-# Megatron's distributed optimizer aligns each tensor in its buffers, and the end of each buffer so that it can be
-# shared out evenly; in elements.
+# Megatron's distributed optimizer aligns each tensor in its buffers, and pads each buffer so that it can be split
+# evenly; in elements.
 _TENSOR_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """One rank during an update, at its peak."""
+    """Memory of one rank at the peak of an update."""
 
     parameters: int
     gradients: int
-    optimizer: int  # the largest share of any data-parallel rank
+    optimizer: int  # largest share of any data-parallel rank
     activations: int
     lm_head: int
 
@@ -45,11 +45,11 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class RolloutMemory:
-    """One rank while a rollout engine on the same GPU generates.
+    """Memory of one rank while a rollout engine on the same GPU generates.
 
     Attributes:
-        kept: what stays of the trainer.
-        weights: of the engine.
+        kept: trainer memory that stays allocated.
+        weights: the engine's weights.
         cache_per_token: keys and values, on each of the engine's GPUs.
     """
 
@@ -61,15 +61,15 @@ class RolloutMemory:
 def training_memory(
     arch: Architecture, config: Config, stage: int, kernels: Kernels = "transformer_engine"
 ) -> TrainingMemory:
-    """Of a rank of pipeline stage `stage`, 0 first.
+    """Return the memory of a rank of pipeline stage `stage`, counted from 0.
 
     Raises:
-        ValueError: the layers cannot be dealt to the stages.
+        ValueError: the layers cannot be split over the stages.
     """
     buckets = list(_buckets(arch, config.parallel, stage))
     distributed, item = config.optimizer.distributed, _ITEM[config.model.dtype]
     elements = sum(b.elements(distributed) for b in buckets)
-    # Adam's two moments, and beside narrower parameters the float32 ones that are updated
+    # Adam's two moments, plus float32 master parameters if the parameters are narrower
     state = _FLOAT32 * (3 if item < _FLOAT32 else 2)
     return TrainingMemory(
         parameters=elements * item,
@@ -81,7 +81,7 @@ def training_memory(
 
 
 def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMemory:
-    """Beside an engine that splits the model, in the trainer's precision, over rollout.tensor_parallel GPUs."""
+    """Return the memory beside an engine that shards the model over rollout.tensor_parallel GPUs."""
     trainer, item = training_memory(arch, config, stage), _ITEM[config.model.dtype]
     size = config.rollout.tensor_parallel
     engine = ParallelConfig(world_size=size, tensor=size)
@@ -94,10 +94,10 @@ def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMem
 
 
 def num_parameters(arch: Architecture, layout: ParallelConfig, stage: int) -> int:
-    """Elements of the parameters on one rank of a stage; a tied embedding counts on both ends of a pipeline.
+    """Return the parameters' elements on one rank of a stage; a tied embedding counts at both ends of a pipeline.
 
     Raises:
-        ValueError: the layers cannot be dealt to the stages.
+        ValueError: the layers cannot be split over the stages.
     """
     return sum(sum(b.sizes) for b in _buckets(arch, layout, stage))
 
@@ -107,22 +107,22 @@ class _Bucket:
     """Parameters whose gradients are reduced together."""
 
     sizes: list[int]  # elements of each tensor
-    ranks: int  # that the distributed optimizer shares them out to
+    ranks: int  # of the distributed optimizer that share them
 
     def elements(self, distributed: bool) -> int:
-        """With the distributed optimizer's padding."""
+        """Return the elements, with the distributed optimizer's padding."""
         if not distributed:
             return sum(self.sizes)
         aligned = sum(_round_up(n, _TENSOR_ALIGNMENT) for n in self.sizes)
         return _round_up(aligned, math.lcm(self.ranks, _BUCKET_ALIGNMENT))
 
     def largest_share(self) -> int:
-        """Elements that the first rank updates; exact unless tensors are padded, by up to that padding too many."""
+        """Return the elements updated by the first rank; with padded tensors, at most the padding too many."""
         return min(self.elements(distributed=True) // self.ranks, sum(self.sizes))
 
 
 def _buckets(arch: Architecture, p: ParallelConfig, stage: int) -> Iterator[_Bucket]:
-    """Of each model chunk: dense parameters, experts, and an embedding that two pipeline stages share."""
+    """Yield the buckets of each model chunk: dense parameters, experts, and an embedding shared by two stages."""
     layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
     expert_ranks = p.tensor * p.context * p.data // p.expert
     vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor * arch.hidden_size
@@ -142,7 +142,7 @@ def _buckets(arch: Architecture, p: ParallelConfig, stage: int) -> Iterator[_Buc
 
 
 def _dense_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
-    """Elements of a layer's parameters on one rank, without its experts."""
+    """Return the elements of a layer's parameters on one rank, without experts."""
     h, q = arch.hidden_size, arch.num_heads * arch.head_dim
     qkv = (q + 2 * arch.num_kv_heads * arch.head_dim) // p.tensor
     sizes = [h, qkv * h, h * q // p.tensor, h]  # norm, projections to and from the heads, norm
@@ -163,11 +163,11 @@ def _expert_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
 
 
 def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "transformer_engine") -> int:
-    """Bytes a token of one layer that backward needs, where nothing is recomputed.
+    """Return the bytes per token that backward needs of one layer without recomputation.
 
     In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
     both halves of the MLP's input to SwiGLU, and its output, 3f. torch's layers keep more: see `_torch_parts`. Where
-    tensor-parallel ranks share key/value heads, each has a whole one.
+    tensor-parallel ranks share key/value heads, each has a full copy.
     """
     p, item = config.parallel, _ITEM[config.model.dtype]
     arch = replace(arch, num_kv_heads=max(arch.num_kv_heads, p.tensor))
@@ -176,7 +176,7 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
     else:
         norms, mlp_width = 4 * arch.hidden_size * item, 3
         heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim * item
-    if arch.experts:  # each token's copies for its experts, whole, balanced over their ranks
+    if arch.experts:  # copies of each token for its experts, balanced over the experts' ranks
         mlp = arch.experts.active * (2 * arch.hidden_size + mlp_width * arch.experts.ffn_hidden_size)
     else:
         mlp = mlp_width * arch.ffn_hidden_size
@@ -184,14 +184,14 @@ def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "tr
 
 
 def _torch_parts(arch: Architecture, item: int, on_gpu: bool) -> tuple[int, int, int]:
-    """Bytes a token of both norms and of attention, and the MLP's elements in units of f.
+    """Return the bytes per token of both norms and of attention, and the MLP's elements in units of f.
 
     A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it;
-    torch's kernel for GPUs keeps its input as it is, the scale, and the output.
-    Attention keeps the projection's output, rotated queries and keys, its own output, each head's log-sum-exp, and the
-    output once more, put together of all sequences, unless flash attention, in 16 bits on a GPU, gives all at once.
-    SwiGLU is five tensors: both halves of the input, the gate's activation, a copy of the other half, and the product;
-    compiled, as on GPUs, both halves of the input and the product.
+    torch's kernel for GPUs keeps its input as it is, the scale, and the output. Attention keeps the projection's
+    output, rotated queries and keys, its own output, each head's log-sum-exp, and the output concatenated over
+    sequences, unless flash attention, in 16 bits on a GPU, returns all at once. SwiGLU is five tensors: both halves of
+    the input, the gate's activation, a copy of the other half, and the product; compiled, as on GPUs, both halves of
+    the input and the product.
     """
     q, k = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     norm = arch.hidden_size * (2 * item if on_gpu else 2 * _FLOAT32 + item) + _FLOAT32
@@ -203,29 +203,29 @@ def _torch_parts(arch: Architecture, item: int, on_gpu: bool) -> tuple[int, int,
 
 
 def _activations(arch: Architecture, config: Config, stage: int, kernels: Kernels) -> int:
-    """Those of the micro-batches between their forward and backward pass on this stage."""
+    """Return the bytes of micro-batches between forward and backward on this stage."""
     p = config.parallel
     tokens = config.trainer.tokens_per_micro_batch // p.context
     layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
     one_layer, in_flight = layer_activations(arch, config, kernels) * tokens, chunks_in_flight(p, stage)
     item = _ITEM[config.model.dtype]
-    # Cosines and sines of all tokens, which torch's layers share.
+    # Cosines and sines of all tokens, shared by torch's layers.
     angles = 0 if kernels == "transformer_engine" else 2 * arch.head_dim * item * tokens * in_flight
-    if config.model.recompute != "full":  # flash attention has next to nothing left for `selective` to drop
+    if config.model.recompute != "full":  # flash attention leaves almost nothing for `selective` to drop
         return layers * in_flight * one_layer + angles
     layer_input = arch.hidden_size * item * tokens // (p.tensor if p.sequence else 1)
-    return layers * in_flight * layer_input + one_layer + angles  # of the one that is being recomputed
+    return layers * in_flight * layer_input + one_layer + angles  # of the layer being recomputed
 
 
 def chunks_in_flight(p: ParallelConfig, stage: int) -> int:
-    """Forward passes of this stage's model chunks whose backward is still to come, at most (1F1B)."""
+    """Return the maximum number of this stage's forward passes whose backward is pending (1F1B)."""
     if p.virtual_pipeline == 1:
         return p.pipeline - stage
     return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
 
 
 def _lm_head(arch: Architecture, config: Config) -> int:
-    """Backward of the chunked head, if every token of the micro-batch belongs to a response."""
+    """Return the bytes of the chunked head's backward if all tokens of the micro-batch are response tokens."""
     p, item = config.parallel, _ITEM[config.model.dtype]
     tokens = config.trainer.tokens_per_micro_batch // p.context
     vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor

@@ -1,7 +1,7 @@
-"""A model by its published name, or the directory of a checkpoint -> `ModelShape`, on which the planner counts.
+"""Model shapes for the planner, by published name or from a checkpoint directory.
 
-Beyond what the package trains, a shape describes the models that the literature measured: MLPs without a gate, shared
-experts, first layers without experts, multi-head latent attention, attention within a window.
+Beyond what the package trains, a shape describes models of the literature: MLPs without a gate, shared experts, first
+layers without experts, multi-head latent attention, sliding-window attention.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from megatron_fipo.model.architecture import Architecture, Experts, architecture
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Queries, keys and values that go through narrow projections (DeepSeek-V2, section 2.1).
+    """Low-rank projections of queries, keys and values (DeepSeek-V2, section 2.1).
 
-    `rope_dim` of each head's query and key turn with the position, `plain_dim` do not.
+    `rope_dim` of each head's query and key are rotated by position, `plain_dim` are not.
     """
 
     query_rank: int
@@ -29,14 +29,15 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape(Architecture):
-    """An `Architecture`, and what only the models of the literature have.
+    """An `Architecture` with the features that only models of the literature have.
 
     Attributes:
-        gated_mlp: three matrices (SwiGLU); if not, two.
-        shared_ffn_hidden_size: width of the expert that every token visits.
-        dense_layers: first layers, whose MLP has width `ffn_hidden_size` and no experts.
-        latent: None for plain or grouped-query attention, where `head_dim` is that of keys; it is that of values here.
-        window: keys that a query of every other layer sees; None: all before it.
+        gated_mlp: three matrices (SwiGLU) instead of two.
+        shared_ffn_hidden_size: width of the shared expert.
+        dense_layers: number of first layers without experts, of width `ffn_hidden_size`.
+        latent: None for multi-head or grouped-query attention, where `head_dim` is that of keys; here it is that of
+            values.
+        window: keys visible to a query in every other layer; None: all preceding.
     """
 
     gated_mlp: bool = True
@@ -54,7 +55,7 @@ class ModelShape(Architecture):
         return self.num_kv_heads * self.head_dim
 
     def key_size_over(self, tensor: int) -> int:
-        """Width of the keys on all of so many tensor-parallel ranks, which may share heads and then have copies."""
+        """Return the width of all keys on `tensor` tensor-parallel ranks, including copies of shared heads."""
         return max(self.num_kv_heads, tensor) * self.head_dim
 
     @property
@@ -63,27 +64,27 @@ class ModelShape(Architecture):
 
 
 def shape_of(arch: Architecture) -> ModelShape:
-    """The same model as a shape."""
+    """Convert an architecture to a shape."""
     if isinstance(arch, ModelShape):
         return arch
     return ModelShape(**{f.name: getattr(arch, f.name) for f in fields(Architecture)})
 
 
 def plain_architecture(shape: ModelShape) -> Architecture:
-    """What the package's own model is built from.
+    """Return the architecture that the package can build.
 
     Raises:
-        ValueError: the package has no such layers.
+        ValueError: the package does not implement its layers.
     """
     if shape.latent or shape.window or shape.dense_layers or shape.shared_ffn_hidden_size or not shape.gated_mlp:
-        raise ValueError(f"a {shape.model_type} model has layers that the package does not train")
+        raise ValueError(f"a {shape.model_type} model has layers that this package cannot train")
     return Architecture(**{f.name: getattr(shape, f.name) for f in fields(Architecture)})
 
 
 def make_shape(
     layers: int, hidden: int, ffn: int, heads: int, kv_heads: int | None = None, vocab: int = 51200, **more: Any
 ) -> ModelShape:
-    """A shape from the numbers that tables print; `more` sets any other field."""
+    """Build a shape from the numbers that tables print; `more` sets any other field."""
     numbers: dict[str, Any] = {
         "model_type": "llama",
         "head_dim": hidden // heads,
@@ -168,10 +169,10 @@ PUBLISHED: dict[str, ModelShape] = {
 
 
 def find_model(name: str) -> ModelShape:
-    """By published name, in any case and with an owner before it; or by the directory of a Hugging Face checkpoint.
+    """Return a model by published name (case-insensitive, owner optional) or Hugging Face checkpoint directory.
 
     Raises:
-        ValueError: neither; or the checkpoint is of a kind that the package does not train.
+        ValueError: unknown name, or a checkpoint that the package cannot train.
     """
     if (Path(name) / "config.json").is_file():
         return shape_of(architecture(load_hf_config(name, {})))
@@ -182,4 +183,6 @@ def find_model(name: str) -> ModelShape:
     if key in PUBLISHED:
         return PUBLISHED[key]
     near = difflib.get_close_matches(key, PUBLISHED, n=3, cutoff=0.4) or sorted(PUBLISHED)
-    raise ValueError(f"model {name!r} is no directory with a config.json and no known name; known: {', '.join(near)}")
+    raise ValueError(
+        f"model {name!r} is neither a directory with a config.json nor a known name; known names: {', '.join(near)}"
+    )

@@ -1,7 +1,7 @@
-"""In which order a pipeline should take its micro-batches, by simulation of steps on responses as RL draws them.
+"""Micro-batch orders for pipelines, compared by simulating steps on response lengths typical of RL.
 
-Seconds are relative: a micro-batch costs its tokens, each a little more the longer its sequence is (attention), and
-backward twice as much as forward. Letters: p stages, v chunks a stage, m micro-batches.
+Seconds are relative: a micro-batch costs its tokens, each slightly more in longer sequences (attention), and backward
+twice as much as forward. Letters: p stages, v chunks per stage, m micro-batches.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from megatron_fipo.batch import MicroBatchOrder, micro_batch_order, plan_micro_b
 from megatron_fipo.scaling.schedule import Schedule
 from megatron_fipo.scaling.simulate import Communication, simulate
 
-Order = Callable[[Sequence[float], int], list[int]]  # loads and the interleaved schedule's round -> places
-Lengths = Callable[[np.random.Generator, int, int], np.ndarray]  # count and limit -> tokens of as many sequences
+Order = Callable[[Sequence[float], int], list[int]]  # loads and interleaved group size -> micro-batch indices
+Lengths = Callable[[np.random.Generator, int, int], np.ndarray]  # count and limit -> token lengths
 
 
 def _alternating(loads: Sequence[float], multiple: int) -> list[int]:
     falling = micro_batch_order(loads, "longest_first")
     pairs = zip(falling, falling[::-1], strict=True)
-    return [place for pair in pairs for place in pair][: len(falling)]
+    return [index for pair in pairs for index in pair][: len(falling)]
 
 
 def _shortest_middle(loads: Sequence[float], multiple: int) -> list[int]:
     return micro_batch_order([-load for load in loads], "longest_middle", multiple)
 
 
-def _of_the_trainer(name: MicroBatchOrder) -> Order:
+def _trainer_order(name: MicroBatchOrder) -> Order:
     return lambda loads, multiple: micro_batch_order(loads, name, multiple)
 
 
 ORDERS: dict[str, Order] = {
-    **{name: _of_the_trainer(name) for name in get_args(MicroBatchOrder)},
+    **{name: _trainer_order(name) for name in get_args(MicroBatchOrder)},
     "as_packed": lambda loads, multiple: list(range(len(loads))),
     "alternating": _alternating,
     "shortest_middle": _shortest_middle,
@@ -47,13 +47,13 @@ def _log_normal(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:
 
 
 def _two_kinds(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:
-    """Three of four are solved briefly; the others reason long, up to the limit."""
+    """Sample lengths where three of four are short and the others long, up to the limit."""
     long = rng.random(count) < 0.25
     return np.where(long, rng.uniform(0.6 * limit, limit, count), rng.lognormal(np.log(limit / 8), 0.5, count))
 
 
 def _near_the_limit(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:
-    """As late in FIPO's training; many are truncated."""
+    """Sample lengths as late in FIPO's training, many of them truncated."""
     return rng.lognormal(np.log(limit / 2), 0.6, count)
 
 
@@ -66,13 +66,13 @@ LENGTHS: dict[str, Lengths] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated.
+    """Setting of a simulation.
 
     Attributes:
-        sequences: of a mini-batch, on each replica.
+        sequences: per mini-batch and replica.
         limit: tokens of the longest response.
-        token_budget: of a micro-batch.
-        attention_tokens: the length at which attention costs a sequence as much as everything else, about 20 h for
+        token_budget: per micro-batch.
+        attention_tokens: length at which a sequence's attention costs as much as everything else, about 20 h for
             hidden size h.
     """
 
@@ -91,11 +91,11 @@ class Setting:
 
 
 def micro_batch_seconds(setting: Setting, seed: int) -> list[list[float]]:
-    """For each replica the cost of its micro-batches, as the trainer's packer deals a drawn mini-batch to them."""
+    """Return the costs of each replica's micro-batches, packed as in training from a sampled mini-batch."""
     rng = np.random.default_rng(seed)
     count = setting.sequences * setting.replicas
-    drawn = LENGTHS[setting.lengths](rng, count, setting.limit).clip(64, setting.limit)
-    lengths = (drawn + rng.integers(64, 512, count)).astype(int).tolist()
+    responses = LENGTHS[setting.lengths](rng, count, setting.limit).clip(64, setting.limit)
+    lengths = (responses + rng.integers(64, 512, count)).astype(int).tolist()
     plan = plan_micro_batches(
         lengths, replicas=setting.replicas, token_budget=setting.token_budget, multiple=setting.multiple
     )
@@ -106,7 +106,7 @@ def micro_batch_seconds(setting: Setting, seed: int) -> list[list[float]]:
 def step_seconds(
     setting: Setting, replicas: Sequence[Sequence[float]], order: Order, communication: Communication | None = None
 ) -> float:
-    """Of an update: the slowest replica's, whose micro-batches cost `replicas[r][i]` over all stages together."""
+    """Return the slowest replica's step time, where a micro-batch costs `replicas[r][i]` over all stages together."""
     return max(_step(setting, costs, order(costs, setting.multiple), communication) for costs in replicas)
 
 
@@ -119,7 +119,7 @@ def _step(
 
 
 def compare_orders(setting: Setting, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """For each order and seed, the step over that of "longest_first"."""
+    """Return for each order and seed the step time relative to "longest_first"."""
     ratios: dict[str, list[float]] = {name: [] for name in ORDERS}
     for seed in seeds:
         replicas = micro_batch_seconds(setting, seed)
@@ -130,18 +130,18 @@ def compare_orders(setting: Setting, seeds: Sequence[int]) -> dict[str, list[flo
 
 
 def search_order(setting: Setting, costs: Sequence[float], start: Order, tries: int, seed: int = 0) -> float:
-    """The shortest step of one replica that random exchanges and moves find from an order on."""
+    """Return the shortest step of one replica found by random swaps and moves from a start order."""
     rng = np.random.default_rng(seed)
     best = start(costs, setting.multiple)
     shortest = _step(setting, costs, best, None)
     for _ in range(tries if len(costs) > 1 else 0):
-        places = list(best)
+        order = list(best)
         i, j = rng.choice(len(costs), 2, replace=False)
         if rng.random() < 0.5:
-            places[i], places[j] = places[j], places[i]
+            order[i], order[j] = order[j], order[i]
         else:
-            places.insert(j, places.pop(i))
-        seconds = _step(setting, costs, places, None)
+            order.insert(j, order.pop(i))
+        seconds = _step(setting, costs, order, None)
         if seconds <= shortest:
-            best, shortest = places, seconds
+            best, shortest = order, seconds
     return shortest

@@ -1,4 +1,4 @@
-"""The row of a measurement, put together by the process that watches over the ranks, whatever became of them."""
+"""Row of a measurement, written by the process that supervises the ranks, also after a failure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MEASURED = (
 
 
 def write_finished_row(measurement: Measurement) -> dict[str, Any]:
-    """Of a measurement whose ranks have come to the end."""
+    """Write the row of a completed measurement."""
     result = json.loads((measurement.notes / RESULT).read_text())
     row = _base(measurement) | {"status": "ok", "error": None}
     tokens, p = measurement.sequences.tokens, measurement.config.parallel
@@ -49,8 +49,10 @@ def write_finished_row(measurement: Measurement) -> dict[str, Any]:
 
 
 def write_failed_row(measurement: Measurement, error: str) -> dict[str, Any]:
-    """With what the ranks had noted. `error` is what the process that watched over them says; a rank that ran out of
-    memory knows better."""
+    """Write the row of a failed measurement from the ranks' progress files.
+
+    `error` is the supervisor's message; a rank's own out-of-memory error takes precedence.
+    """
     ranks = measurement.config.parallel.world_size
     notes = [read_row(measurement.notes / f"rank_{rank}.json") or {} for rank in range(ranks)]
     full = min((n for n in notes if n.get("out_of_memory")), key=lambda note: note["at"], default=None)
@@ -65,7 +67,7 @@ def write_failed_row(measurement: Measurement, error: str) -> dict[str, Any]:
 
 
 def prepare_notes(measurement: Measurement) -> None:
-    """Nothing is left there of an earlier attempt."""
+    """Create an empty directory for the ranks' progress, and remove an earlier row."""
     shutil.rmtree(measurement.notes, ignore_errors=True)
     measurement.notes.mkdir(parents=True)
     measurement.row_path.unlink(missing_ok=True)
@@ -79,7 +81,7 @@ def _write(measurement: Measurement, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(measurement: Measurement) -> dict[str, Any]:
-    """What is known before anything ran."""
+    """Return the fields that are known before the measurement."""
     config, p = measurement.config, measurement.config.parallel
     micro_batches = _micro_batches(measurement)
     return {
@@ -98,7 +100,7 @@ def _base(measurement: Measurement) -> dict[str, Any]:
 
 
 def _micro_batches(measurement: Measurement) -> int | None:
-    """Of a replica; None where a sequence does not fit or the layout is illegal."""
+    """Return the micro-batches per replica; None if a sequence does not fit or the layout is illegal."""
     p = measurement.config.parallel
     try:
         plan = plan_micro_batches(
@@ -114,7 +116,7 @@ def _micro_batches(measurement: Measurement) -> int | None:
 
 
 def _predicted(measurement: Measurement) -> dict[str, Any] | None:
-    """The planner's opinion; None without hardware to have one of, or of an illegal layout."""
+    """Return the planner's prediction; None without hardware data or for an illegal layout."""
     if measurement.hardware is None:
         return None
     config, layout = measurement.config, layout_of(measurement.config)
@@ -130,8 +132,8 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
     return {
         "seconds": cost.seconds,
         "bubble_fraction": cost.bubble_fraction,
-        "memory_bytes": max(stage.total for stage in stages),  # what has to fit
-        "stage_memory_bytes": [stage.total - stage.reserve for stage in stages],  # tensors, as they are measured
+        "memory_bytes": max(stage.total for stage in stages),  # must fit into device memory
+        "stage_memory_bytes": [stage.total - stage.reserve for stage in stages],  # tensors, as measured
     }
 
 
@@ -173,7 +175,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that runs; None for an installed package."""
+    """Return the commit of this checkout; None for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, env=dict(os.environ))

@@ -1,7 +1,7 @@
-"""Time of a pipeline: a replay of Megatron's 1F1B schedules with unequal stages, plain or interleaved.
+"""Time of a pipeline: a replay of Megatron's 1F1B schedules, plain or interleaved, with unequal stages.
 
-Only the passes and what they need, so that thousands of layouts are compared in seconds. `simulate` has all that
-messages do besides: rendezvous, calls that block, shapes sent ahead.
+Models only passes and their dependencies, so that thousands of layouts are compared in seconds. `simulate` also models
+messages: rendezvous, blocking calls, shapes sent ahead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def pipeline_time(
     virtual: int = 1,
     p2p: float = 0.0,
 ) -> float:
-    """Seconds from the first forward to the last backward pass of all stages.
+    """Return the seconds from the first forward to the last backward pass of all stages.
 
     Args:
-        forward, backward: seconds of one micro-batch on each stage; with more than one model chunk a stage, on each
-            chunk in the order that a micro-batch visits them: chunk c of stage i at c * stages + i.
-        micro_batches: their number if they are equal, or the time of each in units of `forward` and `backward`.
-        virtual: model chunks a stage; with more than one, micro-batches come in multiples of the stages.
-        p2p: seconds from one stage to the next.
+        forward, backward: seconds of one micro-batch on each stage; with several model chunks per stage, on each chunk
+            in the order that a micro-batch visits them: chunk c of stage i at c * stages + i.
+        micro_batches: number of equal micro-batches, or the time of each in units of `forward` and `backward`.
+        virtual: model chunks per stage; with several, micro-batches come in multiples of the stages.
+        p2p: seconds per message between stages.
     """
     stages, rest = divmod(len(forward), virtual)
     assert not rest
@@ -34,7 +34,7 @@ def pipeline_time(
         return _replay(forward, backward, list(micro_batches), stages, virtual, p2p)
     if stages == 1:
         return micro_batches * (sum(forward) + sum(backward))
-    # After two rounds of the pipeline, each further round takes as long as the one before it.
+    # After two rounds of the pipeline, each further round takes as long as the previous one.
     head = 3 * stages + micro_batches % stages
     if micro_batches <= head:
         return _replay(forward, backward, [1.0] * micro_batches, stages, virtual, p2p)
@@ -49,14 +49,14 @@ def pipeline_estimate(
     virtual: int = 1,
     p2p: float = 0.0,
 ) -> float:
-    """About the same without a replay: the busiest stage, and what it waits for before its first and after its last.
+    """Estimate `pipeline_time` without a replay: the busiest stage, and its wait before and after its passes.
 
     Equal to `pipeline_time` for equal stages and micro-batches without p2p.
     """
     stages = len(forward) // virtual
     count = micro_batches if isinstance(micro_batches, int) else sum(micro_batches)
     passes = [sum(forward[i::stages]) + sum(backward[i::stages]) for i in range(stages)]
-    # A micro-batch passes all other stages once, on its way to the busiest one and back.
+    # A micro-batch traverses all other stages once on its way to the busiest one and back.
     busiest = max(range(stages), key=passes.__getitem__)
     others = sum(passes) - passes[busiest]
     return count * passes[busiest] + others / virtual + 2 * p2p * (stages - 1)
@@ -70,9 +70,9 @@ def _replay(
     virtual: int,
     p2p: float,
 ) -> float:
-    """Each pass starts when its stage is free and its input is there."""
+    """Replay the schedule: a pass starts when its stage is free and its input has arrived."""
     count = len(sizes)
-    if virtual > 1 and count % stages:  # the schedule needs whole rounds
+    if virtual > 1 and count % stages:  # the schedule needs full rounds
         sizes, count = [*sizes, *[0.0] * (-count % stages)], count + -count % stages
     last = stages * virtual - 1
     schedule = Schedule(stages, count, virtual)
@@ -87,19 +87,19 @@ def _replay(
         while at < len(order):
             kind, chunk, m = order[at]
             back = kind == "backward"
-            place = chunk * stages + i
+            virtual_stage = chunk * stages + i
             if not back:
-                arrival = forward_end[place - 1][m] if place else 0.0
-            elif place == last:
-                arrival = forward_end[place][m]
+                arrival = forward_end[virtual_stage - 1][m] if virtual_stage else 0.0
+            elif virtual_stage == last:
+                arrival = forward_end[virtual_stage][m]
             else:
-                arrival = backward_end[place + 1][m]
+                arrival = backward_end[virtual_stage + 1][m]
             if arrival < 0:
                 break
-            neighbour = (place != last) if back else place > 0
+            neighbour = (virtual_stage != last) if back else virtual_stage > 0
             start = max(clock, arrival + (p2p if neighbour and stages > 1 else 0.0))
-            clock = start + sizes[m] * (backward[place] if back else forward[place])
-            (backward_end if back else forward_end)[place][m] = clock
+            clock = start + sizes[m] * (backward[virtual_stage] if back else forward[virtual_stage])
+            (backward_end if back else forward_end)[virtual_stage][m] = clock
             at += 1
         if at > position[i]:
             ready += [j for j in ((i + 1) % stages, (i - 1) % stages) if j not in ready and j != i]

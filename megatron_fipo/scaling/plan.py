@@ -1,4 +1,4 @@
-"""Ranks all layouts of a model on a number of GPUs by the time of one optimizer update, and tells why."""
+"""Rank all layouts of a model on a number of GPUs by the time of one optimizer update."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.pipeline import pipeline_estimate, pipeline_time
 from megatron_fipo.scaling.workload import Batch, Layout, Recompute, estimated_batch, packed_batch
 
-_REPLAYED = 64  # fastest layouts by estimate, which are then packed and replayed
-_PACKED_AT_MOST = 4096  # sequences; of more, one replica's share of the distribution is packed
+_REPLAYED = 64  # fastest layouts by estimate that are packed and replayed
+_PACKED_AT_MOST = 4096  # sequences; with more, one replica's share of the distribution is packed
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its cost.
+    """A layout and its cost.
 
     Attributes:
-        memory: of the fullest stage, `stage`, at its peak.
-        log_prob_seconds: of one forward pass over the same sequences, as for old log-probabilities.
-        replayed: whether the sequences were packed and the pipeline replayed, or both estimated.
+        memory: peak memory of the fullest stage, `stage`.
+        log_prob_seconds: one forward pass over the same sequences, as for old log-probabilities.
+        replayed: sequences were packed and the pipeline replayed, instead of estimated.
     """
 
     layout: Layout
@@ -45,16 +45,18 @@ class Candidate:
 
     @property
     def spare(self) -> float:
-        """Bytes; negative: what is missing."""
+        """Free bytes; negative: the missing bytes."""
         return self.gpu_memory - self.memory.total
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    candidates: that fit, fastest first; the first ones replayed, the others estimated.
-    rejected: legal layouts that do not fit.
-    nearest: of those, the one that misses least.
+    """Result of planning.
+
+    Attributes:
+        candidates: layouts that fit, fastest first; the first ones replayed, the others estimated.
+        rejected: number of legal layouts that do not fit.
+        nearest: the layout closest to fitting if none fits.
     """
 
     candidates: tuple[Candidate, ...]
@@ -64,10 +66,10 @@ class Plan:
 
 @dataclass
 class Planner:
-    """One model on one kind of GPU.
+    """Planner for one model on one kind of GPU.
 
     Attributes:
-        engine_bytes: of each GPU that a sleeping rollout engine keeps.
+        engine_bytes: bytes per GPU held by a sleeping rollout engine.
     """
 
     model: ModelShape
@@ -87,10 +89,10 @@ class Planner:
         max_tokens: int | None = None,
         recompute: Sequence[Recompute] = ("none", "full"),
     ) -> Plan:
-        """All legal layouts.
+        """Plan over all legal layouts.
 
         Args:
-            max_tokens: of a micro-batch; None: once and twice the longest sequence.
+            max_tokens: per micro-batch; None: one and two times the longest sequence.
 
         Raises:
             ValueError: there is no legal layout, or a sequence is longer than max_tokens.
@@ -107,12 +109,12 @@ class Planner:
         )
 
     def layouts(self, gpus: int, max_tokens: int | None, recompute: Sequence[Recompute]) -> list[Layout]:
-        """Legal ones that the sequences fit into."""
+        """Return the legal layouts whose micro-batches hold every sequence."""
         if gpus < 1:
-            raise ValueError(f"{gpus} GPUs: at least 1 is needed")
+            raise ValueError(f"{gpus} GPUs: must be at least 1")
         longest = self.sequences.longest
         if max_tokens is not None and max_tokens < longest:
-            raise ValueError(f"--max-tokens {max_tokens} is below the longest sequence, {longest} tokens")
+            raise ValueError(f"--max-tokens {max_tokens} must be at least the longest sequence, {longest} tokens")
         budgets = [max_tokens] if max_tokens is not None else [_rounded_up(longest), 2 * _rounded_up(longest)]
         link = min(self.hardware.gpu.link_gpus, 8)
         found = [
@@ -123,15 +125,17 @@ class Planner:
         ]
         if not found:
             layout = ParallelConfig(world_size=gpus, pipeline=gpus)
-            problems = layout_problems(self.model, layout) or [f"{len(self.sequences)} sequences are too few"]
+            problems = layout_problems(self.model, layout) or [
+                f"{len(self.sequences)} sequences are fewer than the replicas"
+            ]
             raise ValueError(f"no legal layout on {gpus} GPUs; e.g. with pp {gpus}: {'; '.join(problems)}")
         return found
 
     def evaluate(self, layout: Layout) -> Candidate:
-        """One layout, its sequences packed and its pipeline replayed.
+        """Evaluate one layout with packed sequences and a replayed pipeline.
 
         Raises:
-            ValueError: the layers cannot be dealt out, or a sequence does not fit into a micro-batch.
+            ValueError: the layers cannot be split over the stages, or a sequence does not fit into a micro-batch.
         """
         return self._candidate(layout, self.batch(layout), replayed=True)
 
@@ -152,12 +156,12 @@ class Planner:
         )
 
     def peak_tokens(self, layout: Layout) -> float:
-        """A full micro-batch, unless all sequences of a replica are fewer tokens."""
+        """Return the tokens of the largest micro-batch: full, unless a replica's sequences are fewer."""
         share = self.sequences.tokens / layout.parallel.data
         return float(min(layout.tokens_per_micro_batch, max(share, self.sequences.longest)))
 
     def batch(self, layout: Layout) -> Batch:
-        """Packed once for all layouts that pack alike."""
+        """Pack once for all layouts that pack equally."""
         p = layout.parallel
         multiple = p.pipeline if p.virtual_pipeline > 1 else 1
         key = (p.data, layout.tokens_per_micro_batch, p.sequence_alignment, multiple)
@@ -175,9 +179,11 @@ class Planner:
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """Attributes:
-    gpus, best: the fastest layout there.
-    efficiency: tokens/s/GPU over those of the first row.
+    """Best layout at one number of GPUs.
+
+    Attributes:
+        best: the fastest layout.
+        efficiency: tokens/s/GPU relative to the first row.
     """
 
     gpus: int
@@ -186,10 +192,10 @@ class ScalingRow:
 
 
 def scaling(planner: Planner, counts: Sequence[int], weak: bool, max_tokens: int | None = None) -> Iterator[ScalingRow]:
-    """The best layout at each number of GPUs, on paper; rows where nothing fits or is legal are left out.
+    """Yield the best layout at each number of GPUs; sizes without a legal layout that fits are skipped.
 
     Args:
-        weak: the update grows with the GPUs from the first row's; if not, it stays the same.
+        weak: the batch grows with the GPUs, from the first row's; otherwise it is constant.
     """
     base, first = len(planner.sequences), None
     for gpus in counts:

@@ -1,4 +1,4 @@
-"""Lines of the CSV file that `scaling plan --csv` writes, as layouts to be measured."""
+"""Reader for the CSV file of `scaling plan --csv`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """What one line asks for. `sequence` is tensor > 1 where the file does not say it."""
+    """Layout of one line. `sequence` defaults to tensor > 1."""
 
-    key: LayoutKey  # by which its row is known
+    key: LayoutKey  # identifies its row
     sequence: bool
 
     def applied(self, config: Config) -> Config:
-        """The config with this layout; nothing is validated."""
+        """Return the config with this layout, without validation."""
         wanted = self.key._asdict()
-        recompute: Any = wanted["recompute"]  # a mode: `read_plan` took it
+        recompute: Any = wanted["recompute"]  # `read_plan` checked it
         parallel = replace(
             config.parallel,
             world_size=self.key.gpus,
@@ -42,10 +42,10 @@ class PlannedLayout:
 
 
 def read_plan(path: Path) -> list[PlannedLayout]:
-    """All lines.
+    """Return the layouts of all lines.
 
     Raises:
-        ValueError: the file is not there, or is no plan; with the line and the column.
+        ValueError: the file does not exist or is invalid, with line and column.
     """
     if not path.is_file():
         raise ValueError(f"plan {path} does not exist; `megatron-fipo scaling plan ... --csv {path}` writes one")
@@ -54,19 +54,19 @@ def read_plan(path: Path) -> list[PlannedLayout]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"plan {path} cannot be read: {error}") from None
     if not lines:
-        raise ValueError(f"plan {path} has no layouts")
+        raise ValueError(f"plan {path} contains no layouts")
     return [_layout(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
 
 
 def plan_line(path: Path, number: int) -> PlannedLayout:
-    """Line `number`, counted from 1 without the header.
+    """Return line `number`, counted from 1 without the header.
 
     Raises:
-        ValueError: as `read_plan`, or there is no such line.
+        ValueError: as `read_plan`, or no such line.
     """
     layouts = read_plan(path)
     if not 1 <= number <= len(layouts):
-        raise ValueError(f"line {number} of {path}: it has the lines 1 to {len(layouts)}")
+        raise ValueError(f"line {number} of {path} does not exist: must be 1 to {len(layouts)}")
     return layouts[number - 1]
 
 
@@ -76,16 +76,16 @@ def _layout(line: Mapping[str, str | None], where: str) -> PlannedLayout:
     recompute = line.get("recompute")
     sequence = line.get("sequence") or str(numbers["tensor"] > 1)
     if recompute not in _RECOMPUTE:
-        raise ValueError(f"{where}: recompute is {recompute!r} and must be one of {', '.join(_RECOMPUTE)}")
+        raise ValueError(f"{where}: recompute must be one of {', '.join(_RECOMPUTE)}, got {recompute!r}")
     if sequence not in ("True", "False"):
-        raise ValueError(f"{where}: sequence is {sequence!r} and must be True or False")
+        raise ValueError(f"{where}: sequence must be True or False, got {sequence!r}")
     return PlannedLayout(LayoutKey(**numbers, recompute=recompute), sequence=sequence == "True")
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:
     text = line.get(name)
     if text is None:
-        raise ValueError(f"{where} has no {name}; is it what `scaling plan --csv` wrote?")
+        raise ValueError(f"{where} has no column {name}: expected a file written by `scaling plan --csv`")
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{where}: {name} is {text!r} and must be a whole number of at least 1")
+        raise ValueError(f"{where}: {name} must be an integer of at least 1, got {text!r}")
     return int(text)

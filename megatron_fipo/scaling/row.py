@@ -1,7 +1,7 @@
-"""What was measured of one layout: a JSON object in `<directory>/rows/NAME.json`, read with what is wrong about it.
+"""Row of one measured layout, `<directory>/rows/NAME.json`: schema and validation.
 
-Who the row is about must be there and of its type; a measured number that is missing, of another type or not finite is
-unknown (None) and named in a warning. Fields that are not known here are left alone.
+Identifying fields are required; a measured number that is missing, of the wrong type or not finite becomes None with a
+warning. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from megatron_fipo.scaling.timeline import Span, Timeline
 
 Status: TypeAlias = Literal["ok", "out_of_memory", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "out_of_memory", "failed")
-CAUSES = ("warm_up", "waiting", "drain", "communication")  # of a stage's idle time, as `timeline.Bubble` has them
+CAUSES = ("warm_up", "waiting", "drain", "communication")  # of idle time: the fields of `timeline.Bubble`
 
 
-_LARGEST = 1e20  # of a count, seconds or bytes: nothing larger has been measured, and figures end at 1e308
-_MOST_STAGES = 512  # of a timeline, which is drawn with a row for each
+_LARGEST = 1e20  # upper limit for counts, seconds and bytes; plots fail at 1e308
+_MOST_STAGES = 512  # limit for a timeline, which is plotted with one row per stage
 
 
 class LayoutKey(NamedTuple):
-    """The layout of a row, or of a line of a plan."""
+    """Layout of a row, or of a line of a plan."""
 
     gpus: int
     tensor: int
@@ -49,7 +49,7 @@ class LayoutKey(NamedTuple):
 
 @dataclass(frozen=True)
 class StageResult:
-    """One pipeline stage. Seconds of the median step; None: not known."""
+    """Results of one pipeline stage, in seconds of the median step; None: unknown."""
 
     stage: int
     bubble_fraction: float | None
@@ -63,8 +63,12 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the planner said before, or the simulator from measured passes; bytes of the fullest stage with all
-    that has to fit beside its tensors, and of each stage's tensors."""
+    """Prediction by the planner, or by the simulator from measured passes.
+
+    Attributes:
+        memory_bytes: memory of the fullest stage, including everything beside its tensors.
+        stage_memory_bytes: bytes of each stage's tensors.
+    """
 
     seconds: float | None = None
     bubble_fraction: float | None = None
@@ -80,13 +84,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One layout of one model and loss. What was measured is None where it is not known.
+    """Row of one layout of one model and loss. Unknown measurements are None.
 
     Attributes:
-        micro_batches: of each replica; tokens: of one update, unpadded.
-        error: one line, where the status is not ok.
-        seconds: of an update, the median of `step_seconds`.
-        peak_memory_bytes: by rank, as far as known; `memory_kind`: of the device, or of the host's processes.
+        micro_batches: per replica.
+        tokens: per update, without padding.
+        error: one line if the status is not ok.
+        seconds: per update, the median of `step_seconds`.
+        peak_memory_bytes: of the ranks where it is known.
+        memory_kind: device or host memory.
         closed_form: (p - 1) / (m v + p - 1), the bubble fraction of equal stages and micro-batches.
     """
 
@@ -121,40 +127,40 @@ class MeasuredRow:
 
     @property
     def peak_memory(self) -> float | None:
-        """Of the fullest rank."""
+        """Peak memory of the fullest rank."""
         return max(self.peak_memory_bytes, default=None)
 
     @property
     def setting(self) -> tuple[str, str, str]:
-        """What layouts are compared within."""
+        """Model, GPU and loss, within which layouts are compared."""
         return self.model, self.gpu, self.loss
 
 
 class _Fields:
-    """An object's fields by type; `problems` gathers what is wrong about those that may be unknown."""
+    """Typed access to an object's fields; `problems` collects errors in optional fields."""
 
     def __init__(self, content: Any, problems: list[str], place: str = "") -> None:
         if not isinstance(content, Mapping):
-            raise ValueError(f"{place or 'it'} is no JSON object")
+            raise ValueError(f"{place or 'content'} must be a JSON object")
         self.content, self.problems, self.place = content, problems, place
 
     def text(self, name: str) -> str:
         value = self.content.get(name)
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{name} is {_shown(value)} and must be a text")
+            raise ValueError(f"{name} must be a non-empty string, got {_shown(value)}")
         return value
 
     def count(self, name: str, least: int = 1) -> int:
         value: Any = self.content.get(name)
         if not _is_whole(value) or not least <= value <= _LARGEST:
-            raise ValueError(f"{name} is {_shown(value)} and must be a whole number of at least {least}")
+            raise ValueError(f"{name} must be an integer of at least {least}, got {_shown(value)}")
         return int(value)
 
     def optional_count(self, name: str) -> int | None:
         return None if self.content.get(name) is None else self.count(name)
 
     def number(self, name: str, expected: bool = True, sign: bool = False) -> float | None:
-        """None where it is not known; `expected`: then it is a problem. Negative ones only with `sign`."""
+        """Return a number or None; a missing one is an error only if `expected`, a negative one unless `sign`."""
         value = self.content.get(name)
         if value is None and not expected:
             return None
@@ -165,7 +171,7 @@ class _Fields:
         return number
 
     def numbers(self, name: str, expected: bool = True) -> tuple[float, ...]:
-        """Those that are known of a list."""
+        """Return a list's valid numbers."""
         value = self.content.get(name)
         if value is None and not expected:
             return ()
@@ -176,16 +182,16 @@ class _Fields:
 
 
 def parse_row(content: Any) -> tuple[MeasuredRow, list[str]]:
-    """A row, and what is wrong about its measured numbers.
+    """Parse a row; return it with the errors in its measured numbers.
 
     Raises:
-        ValueError: it is no object, or does not say what it is about.
+        ValueError: not an object, or an identifying field is missing.
     """
     problems: list[str] = []
     fields = _Fields(content, problems)
     status = next((s for s in STATUSES if s == content.get("status")), None)
     if status is None:
-        raise ValueError(f"status is {_shown(content.get('status'))} and must be one of {', '.join(STATUSES)}")
+        raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_shown(content.get('status'))}")
     ok = status == "ok"
     row = MeasuredRow(
         name=fields.text("name"),
@@ -206,7 +212,7 @@ def parse_row(content: Any) -> tuple[MeasuredRow, list[str]]:
         bubble_fraction=fields.number("bubble_fraction", ok, sign=True),
         idle_over_ideal=fields.number("idle_over_ideal", ok, sign=True),
         stages=_stages(content.get("stages"), ok, problems),
-        # Of a run that failed, ranks are unknown (null) that did not come to say it.
+        # After a failure, ranks that reported nothing are null.
         peak_memory_bytes=fields.numbers("peak_memory_bytes") if ok else _known(content.get("peak_memory_bytes")),
         memory_kind=str(content.get("memory_kind") or ""),
         predicted=_prediction(content, problems),
@@ -218,10 +224,10 @@ def parse_row(content: Any) -> tuple[MeasuredRow, list[str]]:
 
 
 def read_rows(directory: Path) -> tuple[list[MeasuredRow], list[str]]:
-    """All readable rows by name, and a warning for each file or number that is not.
+    """Return all readable rows by name, and a warning for each invalid file or number.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no readable row.
     """
     rows, warnings = [], []
     for file in sorted((directory / "rows").glob("*.json")):
@@ -229,14 +235,14 @@ def read_rows(directory: Path) -> tuple[list[MeasuredRow], list[str]]:
             continue
         try:
             row, problems = parse_row(json.loads(file.read_text()))
-        except (ValueError, OSError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
-            warnings.append(f"rows/{file.name} is left out: {error}")
+        except (ValueError, OSError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+            warnings.append(f"rows/{file.name} is skipped: {error}")
             continue
         rows.append(row)
         warnings += [f"rows/{file.name}: {problem}" for problem in problems]
     if not rows:
-        damaged = f": {warnings[0]}" if warnings else f"; is {directory} what `scaling run --out` wrote to?"
-        raise ValueError(f"there is no measured row in {directory / 'rows'}{damaged}")
+        damaged = f": {warnings[0]}" if warnings else ": expected a directory written by `scaling run --out`"
+        raise ValueError(f"no measured rows in {directory / 'rows'}{damaged}")
     return rows, warnings
 
 
@@ -256,7 +262,7 @@ def _layout(fields: _Fields) -> LayoutKey:
 
 
 def _positive(fields: _Fields, name: str, expected: bool) -> float | None:
-    """One that others are divided by."""
+    """Return a number that is used as a divisor."""
     value = fields.number(name, expected)
     if value == 0:
         fields.problems.append(f"{name} is 0")
@@ -307,11 +313,11 @@ def _timeline(content: Any, expected: bool, problems: list[str]) -> Timeline | N
         stages = tuple(tuple(_span(span) for span in stage) for stage in content["stages"])
         chunks = content["chunks"]
         if not _is_whole(chunks) or chunks < 1 or not 0 < len(stages) <= _MOST_STAGES:
-            raise ValueError(f"no chunks, or not 1 to {_MOST_STAGES} stages")
+            raise ValueError(f"chunks must be at least 1, and stages 1 to {_MOST_STAGES}")
         if not all(any(s.is_pass and s.name == "forward" and s.seconds > 0 for s in spans) for spans in stages):
-            raise ValueError("a stage without a forward pass")
+            raise ValueError("every stage must have a forward pass")
     except (TypeError, ValueError, KeyError) as error:
-        problems.append(f"timeline is not one: {error}")
+        problems.append(f"timeline is invalid: {error}")
         return None
     return Timeline(stages, chunks)
 
@@ -320,11 +326,11 @@ def _span(content: Any) -> Span:
     name, start, end, chunk, micro_batch, transfer = content
     times = [_number(x) for x in (start, end, transfer)]
     if not isinstance(name, str) or not all(t is not None and abs(t) <= _LARGEST for t in times):
-        raise ValueError(f"{_shown(content)} is no span")
+        raise ValueError(f"{_shown(content)} is not a valid span")
     if not (_is_whole(chunk) and abs(chunk) <= _LARGEST and _is_whole(micro_batch) and abs(micro_batch) <= _LARGEST):
-        raise ValueError(f"{_shown(content)} is no span")
+        raise ValueError(f"{_shown(content)} is not a valid span")
     if micro_batch >= 0 and name not in ("forward", "backward"):
-        raise ValueError(f"{_shown(name)} is no pass")
+        raise ValueError(f"{_shown(name)} is not forward or backward")
     return Span(name, float(start), float(end), chunk, micro_batch, float(transfer))
 
 
@@ -347,7 +353,7 @@ def _known(content: Any) -> tuple[float, ...]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite one."""
+    """Return a finite number as float, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

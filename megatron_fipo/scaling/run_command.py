@@ -1,4 +1,4 @@
-"""`megatron-fipo scaling run` and `scaling sweep`: layouts on real ranks."""
+"""`megatron-fipo scaling run` and `scaling sweep`: measure layouts on real ranks."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ if TYPE_CHECKING:
     from megatron_fipo.scaling.hardware import Hardware
     from megatron_fipo.scaling.lengths import Sequences
 
-EPILOG = f"{EXIT_CODES} {NOT_MEASURED}: out of memory or failed, as the row says."
-_LOOK_SECONDS = 0.25  # between looks at how far the ranks are
+EPILOG = f"{EXIT_CODES} {NOT_MEASURED}: out of memory or failed; see the row."
+_POLL_SECONDS = 0.25  # interval of reading the ranks' progress
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="section.key=value.")]
-Out = Annotated[Path | None, typer.Option(help="Directory of rows/ and traces/; runs/scaling if not given.")]
-Steps = Annotated[int, typer.Option(min=1, help="Updates that are measured.")]
-WarmUp = Annotated[int, typer.Option(min=0, help="Updates before them.")]
+Out = Annotated[Path | None, typer.Option(help="Directory of rows/ and traces/; default: runs/scaling.")]
+Steps = Annotated[int, typer.Option(min=1, help="Measured updates.")]
+WarmUp = Annotated[int, typer.Option(min=0, help="Warm-up updates before them.")]
 LossName = Annotated[str, typer.Option(help="fipo: the config's algorithm.loss; lm: next-token cross-entropy.")]
-Lengths = Annotated[str | None, typer.Option(help="Tokens: 4096, or 800,1200,..., or p50=3000,p90=9000,p100=20480.")]
-Rollouts = Annotated[Path | None, typer.Option(help="Lengths from rollouts/step_N.parquet of a run.")]
-GPUName = Annotated[str, typer.Option(help="What the prediction and MFU are made for, where there is a GPU.")]
-Calibration = Annotated[Path | None, typer.Option(help="Measured rates; for --gpu, which may then be a CPU.")]
-MemoryGB = Annotated[float | None, typer.Option(help="A rank may take no more, on a CPU above what it starts with.")]
-Again = Annotated[bool, typer.Option("--again", help="Also what has a finished row (ok, out_of_memory).")]
+Lengths = Annotated[
+    str | None, typer.Option(help="Sequence lengths in tokens: 4096, or 800,1200,..., or p50=3000,p90=9000,p100=20480.")
+]
+Rollouts = Annotated[Path | None, typer.Option(help="Sequence lengths from rollouts/step_N.parquet of a run.")]
+GPUName = Annotated[str, typer.Option(help="GPU for prediction and MFU; ignored without a GPU.")]
+Calibration = Annotated[Path | None, typer.Option(help="Calibration file for --gpu, which may then be a CPU.")]
+MemoryGB = Annotated[float | None, typer.Option(help="Memory limit per rank; on a CPU, above its initial memory.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure again even if there is a finished row.")]
 
 
 def run(
-    config: Annotated[str, typer.Argument(help="A run's YAML. A model without safetensors gets random weights.")],
+    config: Annotated[str, typer.Argument(help="Run config (YAML). A model without safetensors gets random weights.")],
     overrides: Overrides = None,
-    plan: Annotated[Path | None, typer.Option(help="CSV of `scaling plan --csv`; its layout instead.")] = None,
-    row: Annotated[int | None, typer.Option(help="Line of --plan, from 1.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="CSV of `scaling plan --csv`, whose layout replaces CONFIG's.")
+    ] = None,
+    row: Annotated[int | None, typer.Option(help="Line of --plan, counted from 1.")] = None,
     out: Out = None,
     steps: Steps = 5,
     warmup: WarmUp = 2,
@@ -52,13 +56,13 @@ def run(
     memory_gb: MemoryGB = None,
     again: Again = False,
 ) -> None:
-    """Measure one layout: real updates of the real model on random responses. Starts its own ranks unless torchrun or
-    srun already did.
+    """Measure one layout: real updates of the real model on random responses.
 
-    The row in OUT/rows tells time, bubble, memory and what was predicted; OUT/traces has a Chrome trace of all stages.
+    Starts its own ranks unless torchrun or srun already did. The row in OUT/rows has time, bubble, memory and the
+    prediction; OUT/traces has a Chrome trace of all stages.
     """
     if (plan is None) != (row is None):
-        raise ValueError("--plan FILE.csv and --row N need each other")
+        raise ValueError("--plan FILE.csv and --row N must be given together")
     settings = _with_plan(load_config(config, overrides or []), plan, row)
     directory = out or Path("runs/scaling")
     measurement = make_measurement(
@@ -80,10 +84,10 @@ def make_measurement(
     calibration: Path | None,
     memory_gb: float | None = None,
 ) -> Measurement:
-    """What the options ask for.
+    """Build the measurement from the options.
 
     Raises:
-        ValueError: one of them is illegal.
+        ValueError: an option is invalid.
     """
     return Measurement(
         config=config,
@@ -99,11 +103,11 @@ def make_measurement(
 
 
 def measure(measurement: Measurement, lengths_given: bool, planned: bool, again: bool) -> None:
-    """Run it, unless there is a finished row, and leave one.
+    """Measure and write the row, unless a finished row exists.
 
     Raises:
-        ValueError: the layout is illegal, or the row there is of another update.
-        typer.Exit: with NOT_MEASURED, the row says why.
+        ValueError: the layout is illegal, or the existing row is of a different update.
+        typer.Exit: with NOT_MEASURED; the row has the reason.
     """
     from megatron_fipo import launch
     from megatron_fipo.scaling.outcome_row import prepare_notes, write_failed_row, write_finished_row
@@ -113,7 +117,7 @@ def measure(measurement: Measurement, lengths_given: bool, planned: bool, again:
         _skip(measurement, found, first)
         return
     try:
-        measurement = _legal(measurement, lengths_given)
+        measurement = _validated(measurement, lengths_given)
     except ValueError as error:
         if planned and first:
             write_failed_row(measurement, " ".join(str(error).split()))
@@ -122,16 +126,16 @@ def measure(measurement: Measurement, lengths_given: bool, planned: bool, again:
         prepare_notes(measurement)
     try:
         _launch(measurement, first)
-    except (RuntimeError, ValueError) as error:  # a RankFailure, or under torchrun the rank's own
+    except (RuntimeError, ValueError) as error:  # a RankFailure, or under torchrun the rank's own error
         if first:
-            _tell(error, write_failed_row(measurement, str(error)))
+            _report_failure(error, write_failed_row(measurement, str(error)))
         raise
     if first:
         show_row(write_finished_row(measurement))
 
 
-def _legal(measurement: Measurement, lengths_given: bool) -> Measurement:
-    """As it will be measured.
+def _validated(measurement: Measurement, lengths_given: bool) -> Measurement:
+    """Return the measurement with its effective config.
 
     Raises:
         ValueError: layout, model and lengths do not fit together.
@@ -143,10 +147,11 @@ def _legal(measurement: Measurement, lengths_given: bool) -> Measurement:
     return measurement
 
 
-def _tell(error: Exception, row: dict[str, Any]) -> None:
-    """
+def _report_failure(error: Exception, row: dict[str, Any]) -> None:
+    """Show a failed row and exit, unless the error is a user error.
+
     Raises:
-        typer.Exit: it is not the user's to mend.
+        typer.Exit: with NOT_MEASURED, unless it is a user error.
     """
     if isinstance(error, ValueError):
         return
@@ -169,8 +174,8 @@ def _skip(measurement: Measurement, row: dict[str, Any], first: bool) -> None:
     tokens = measurement.sequences.tokens
     if row.get("tokens") != tokens:
         raise ValueError(
-            f"{measurement.row_path} is of an update of {row.get('tokens')} tokens, and this one has {tokens}: choose "
-            "another --out, or replace it with --again"
+            f"{measurement.row_path} was measured with {row.get('tokens')} tokens per update, but this one has "
+            f"{tokens}: choose another --out, or measure again with --again"
         )
     if first:
         typer.echo(f"{measurement.row_path} is there already: {row['status']}")
@@ -179,7 +184,7 @@ def _skip(measurement: Measurement, row: dict[str, Any], first: bool) -> None:
 
 
 def _check_layout(measurement: Measurement) -> None:
-    """Raises ValueError: the layout does not fit the model, with the arithmetic."""
+    """Raise ValueError if the layout does not fit the model, with the arithmetic."""
     from megatron_fipo.scaling.layouts import layout_problems
     from megatron_fipo.scaling.recipe import model_of
 
@@ -189,7 +194,7 @@ def _check_layout(measurement: Measurement) -> None:
 
 
 def _check_model(measurement: Measurement) -> None:
-    """Raises ValueError: the model's own limits, kernels that are missing, or a sequence longer than a micro-batch."""
+    """Raise ValueError on unsupported models, missing kernels, or a sequence longer than a micro-batch."""
     from megatron_fipo.batch import plan_micro_batches
     from megatron_fipo.fused_kernels import check_context_parallelism
     from megatron_fipo.model.architecture import check_model
@@ -216,7 +221,7 @@ def _sequences(config: Config, lengths: str | None, rollouts: Path | None) -> Se
     from megatron_fipo.scaling.lengths import parse_lengths, read_rollouts
 
     if lengths is not None and rollouts is not None:
-        raise ValueError("--lengths and --rollouts both say how long the sequences are: give one")
+        raise ValueError("--lengths and --rollouts are mutually exclusive")
     count = recipe.update_sequences(config)
     if rollouts is not None:
         return read_rollouts(rollouts, count)
@@ -224,15 +229,16 @@ def _sequences(config: Config, lengths: str | None, rollouts: Path | None) -> Se
 
 
 def loss_name(name: str) -> Loss:
+    """Return the loss; raise ValueError if unknown."""
     if name == "fipo":
         return "fipo"
     if name == "lm":
         return "lm"
-    raise ValueError(f"--loss {name!r} is neither fipo nor lm")
+    raise ValueError(f"--loss {name!r} must be fipo or lm")
 
 
 def gpu_name(gpu: str, calibration: Path | None) -> str:
-    """What rows call the hardware."""
+    """Return the hardware's name in rows."""
     from megatron_fipo.launch.supervisor import has_gpu
 
     return gpu if calibration is not None or has_gpu() else "cpu"
@@ -252,18 +258,19 @@ def _memory_bytes(gigabytes: float | None) -> float | None:
 
 
 def show_row(row: dict[str, Any]) -> None:
+    """Print a row as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("figure", "value", title=printable(row["name"]))
     for name, value in _shown(row):
         table.add_row(name, printable(value))
-    Console(width=100, markup=False).print(table)  # an error's brackets are no markup
+    Console(width=100, markup=False).print(table)  # no markup: errors may contain brackets
 
 
 def _shown(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "status", row["status"] if row["error"] is None else f"{row['status']}: {row['error']}"
-    yield "tokens of an update", f"{row['tokens']:,}"
+    yield "tokens per update", f"{row['tokens']:,}"
     if row["status"] == FINISHED[0]:
         yield "seconds", f"{row['seconds']:.4g} (from {min(row['step_seconds']):.4g} to {max(row['step_seconds']):.4g})"
         yield "tokens/s/GPU", f"{row['tokens_per_second_per_gpu']:,.0f}"
@@ -280,7 +287,7 @@ def _shown(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _progress(measurement: Measurement, first: bool) -> Iterator[None]:
-    """A bar over the steps, from what rank 0 notes: its own output is no terminal."""
+    """Show a progress bar on the launcher's terminal, from rank 0's progress file."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -292,11 +299,11 @@ def _progress(measurement: Measurement, first: bool) -> Iterator[None]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(measurement.name, total=total)
 
-        def look() -> None:
-            while not ended.wait(_LOOK_SECONDS):
+        def poll() -> None:
+            while not ended.wait(_POLL_SECONDS):
                 bar.update(task, completed=(read_row(measurement.notes / "rank_0.json") or {}).get("done", 0))
 
-        thread = threading.Thread(target=look, name="progress", daemon=True)
+        thread = threading.Thread(target=poll, name="progress", daemon=True)
         thread.start()
         try:
             yield

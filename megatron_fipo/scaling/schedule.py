@@ -1,10 +1,10 @@
-"""What each pipeline stage does in a step, in Megatron-Core's order, as plain data.
+"""Program of each pipeline stage in a step, in Megatron-Core's order, as plain data.
 
-`Schedule.passes` is the order of forward and backward passes; `Schedule.program` has the communication between them
-too, in the calls that Megatron's schedules make of it: what is sent and received together, and where a stage waits.
+`Schedule.passes` is the order of forward and backward passes; `Schedule.program` also has the communication calls
+between them, as Megatron's schedules make them: what is sent and received together, and where a stage waits.
 
-Letters: p stages, v model chunks a stage (virtual pipeline), m micro-batches. Virtual stage `chunk * p + stage`, of
-v * p, is the place of a chunk in the model.
+Letters: p stages, v model chunks per stage (virtual pipeline), m micro-batches. Virtual stage `chunk * p + stage`, of
+v * p, is a chunk's position in the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pass(NamedTuple):
 
 
 class Message(NamedTuple):
-    """An activation (forward) or its gradient (backward) on its way between neighbouring virtual stages."""
+    """Activation (forward) or its gradient (backward) sent between neighbouring virtual stages."""
 
     kind: Kind
     source: int  # virtual stage
@@ -38,12 +38,12 @@ class Message(NamedTuple):
 
     @property
     def boundary(self) -> int:
-        """Number of the boundary that it crosses: b lies between virtual stages b and b + 1."""
+        """Index of the boundary it crosses: b lies between virtual stages b and b + 1."""
         return min(self.source, self.target)
 
 
 class Exchange(NamedTuple):
-    """Sends and receives that are started together. `blocking`: the stage goes on when all of them are done."""
+    """Sends and receives that are started together. `blocking`: the stage continues when all are done."""
 
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
@@ -51,10 +51,10 @@ class Exchange(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Go on when a message of an exchange that did not block has been sent or received."""
+    """Wait for a message of a non-blocking exchange."""
 
     message: Message
-    sent: bool  # wait as its sender; else as its receiver
+    sent: bool  # wait for the send; else for the receive
 
 
 Step = Pass | Exchange | Wait
@@ -63,12 +63,12 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Schedule:
-    """1F1B, interleaved where a stage has several chunks; without a pipeline, forward and backward in turn.
+    """1F1B schedule, interleaved if a stage has several chunks; without a pipeline, forward and backward alternate.
 
     Attributes:
-        micro_batches: of a replica, in one update.
-        group_size: micro-batches that go through a chunk before the next chunk's turn
-            (`microbatch_group_size_per_vp_stage`); None: as many as there are stages.
+        micro_batches: per replica and update.
+        group_size: micro-batches that go through a chunk before the next chunk
+            (`microbatch_group_size_per_vp_stage`); None: the number of stages.
         forward_only: as for log-probabilities.
         overlap: the interleaved schedule's `overlap_p2p_comm`.
     """
@@ -92,12 +92,14 @@ class Schedule:
     def _check_interleaved(self) -> None:
         p, m, group = self.stages, self.micro_batches, self.group
         if p == 1:
-            raise ValueError(f"{self.chunks} chunks a stage need at least 2 stages")
+            raise ValueError(f"{self.chunks} chunks per stage need at least 2 stages")
         if p == 2 and not self.overlap:
-            raise ValueError("2 interleaved stages need overlapped communication: messages would pair up wrongly")
+            raise ValueError(
+                "2 interleaved stages need overlapped communication; otherwise messages are matched incorrectly"
+            )
         if not p <= group <= m:
             raise ValueError(
-                f"interleaving takes groups of {group} micro-batches: at least the {p} stages, at most the {m} "
+                f"the group size {group} of an interleaved schedule must be between the {p} stages and the {m} "
                 "micro-batches"
             )
         if 0 < m % group < p:
@@ -112,7 +114,7 @@ class Schedule:
         return self.stages * self.chunks
 
     def passes(self, stage: int) -> list[Pass]:
-        """The order of this stage's work: those of `program`, without the communication that takes time to lay out."""
+        """Return the order of passes in `program`, without computing the communication."""
         warm_up, total = self.warm_up(stage), len(self._turns)
         order = [self._pass("forward", k) for k in range(warm_up)]
         for k in range(warm_up, total):
@@ -120,10 +122,12 @@ class Schedule:
         drain = range(0) if self.forward_only else range(total - warm_up, total)
         return order + [self._pass("backward", k) for k in drain]
 
-    @lru_cache(maxsize=1024)  # noqa: B019  a schedule is a few numbers, and is simulated again and again
+    @lru_cache(maxsize=1024)  # noqa: B019  a schedule is a few numbers, and is simulated repeatedly
     def program(self, stage: int) -> tuple[Step, ...]:
-        """This stage's passes and the communication calls between them; interleaved, calls that have nothing to send
-        or receive are made all the same."""
+        """Return the stage's passes and the communication calls between them.
+
+        In interleaved schedules this includes calls that send and receive nothing.
+        """
         if self.stages == 1:
             return tuple(self._alone())
         if self.chunks > 1:
@@ -170,8 +174,12 @@ class Schedule:
             yield from (Exchange((), gradient_into(i)), Pass("backward", 0, i), Exchange(gradient_out(i), ()))
 
     def _interleaved(self, stage: int) -> Iterable[Step]:
-        """Iteration k of a stage runs the k-th entry of `_turns`; the input of the next iteration is received after
-        it, or on the first stage (for gradients: the last) that of the entry which the pipeline's end has just run."""
+        """Yield the interleaved schedule.
+
+        Iteration k of a stage runs entry k of `_turns`. The input of the next iteration is received after it; on the
+        first stage (for gradients: the last), it is the output of the entry that the other end of the pipeline has
+        just run.
+        """
         total = len(self._turns)
         remaining = total - self.warm_up(stage)
         if stage > 0:
@@ -223,7 +231,7 @@ class Schedule:
             yield Exchange(self._out("backward", stage, k), self._into("backward", stage, k))
 
     def _arrival(self, kind: Kind, stage: int, k: int, received: dict[Kind, list[Message]]) -> Iterable[Step]:
-        """Before pass k: wait for the oldest receive that is still under way, unless the pass takes no input."""
+        """Wait for the oldest pending receive before pass k, unless the pass has no input."""
         end = 0 if kind == "forward" else self.virtual_stages - 1
         if received[kind] and self._pass(kind, k).chunk * self.stages + stage != end:
             yield Wait(received[kind].pop(0), sent=False)
@@ -235,12 +243,12 @@ class Schedule:
 
     @cached_property
     def _turns(self) -> list[tuple[int, int]]:
-        """(micro-batch, chunk) of each forward; each backward has the same micro-batch and the mirrored chunk."""
+        """Return (micro-batch, chunk) of each forward; backwards use the same micro-batch and the mirrored chunk."""
         groups = [range(a, min(a + self.group, self.micro_batches)) for a in range(0, self.micro_batches, self.group)]
         return [(i, chunk) for group in groups for chunk in range(self.chunks) for i in group]
 
     def warm_up(self, stage: int) -> int:
-        """Forward passes before the first backward of the 1F1B phase; all of them if there is no such phase."""
+        """Return the number of forward passes before the 1F1B phase; all of them if there is no such phase."""
         total = self.micro_batches * self.chunks
         if self.forward_only:
             return total
@@ -253,7 +261,7 @@ class Schedule:
         return Pass(kind, chunk if kind == "forward" else self.chunks - 1 - chunk, micro_batch)
 
     def _message(self, kind: Kind, stage: int, k: int) -> Message:
-        """What pass k of that stage produces."""
+        """Return the message that pass k of the stage produces."""
         _, chunk, micro_batch = self._pass(kind, k)
         return Message(kind, chunk * self.stages + stage, micro_batch)
 
@@ -262,12 +270,12 @@ class Schedule:
         return (message,) if 0 <= message.target < self.virtual_stages else ()
 
     def _into(self, kind: Kind, stage: int, k: int) -> Messages:
-        """What is received after pass k of this stage."""
+        """Return what is received after pass k of this stage."""
         if k == len(self._turns) - 1:
             return ()
         step = -1 if kind == "forward" else 1
         leads = stage == (0 if kind == "forward" else self.stages - 1)
-        if leads:  # it is p - 1 passes ahead of the stage at the other end, whose outputs come round to it
+        if leads:  # the stage at the other end is p - 1 passes behind; its outputs come back to this one
             return self._out(kind, (stage + step) % self.stages, k - self.stages + 1) if k >= self.stages - 1 else ()
         return (self._message(kind, stage + step, k + 1),)
 

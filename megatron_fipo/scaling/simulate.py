@@ -1,15 +1,15 @@
-"""A pipeline's step, simulated: each stage runs its program, and messages pass when both ends take part.
+"""Simulation of a pipeline step: each stage runs its program, and messages move when both ends have started them.
 
-How Megatron-Core communicates decides what a stage waits for:
-- A message is a rendezvous. It moves once its sender and its receiver have both started it, and both are done when it
-  has arrived. NCCL and gloo work so for all but small messages.
-- Exchanges block, as batched send/receive pairs do: a stage that sends an activation and receives a gradient goes on
+Megatron-Core's communication determines what a stage waits for:
+- A message is a rendezvous: it moves once sender and receiver have both started it, and both complete on arrival.
+  NCCL and gloo work this way for all but small messages.
+- Exchanges block, as batched send/receive pairs do: a stage that sends an activation and receives a gradient continues
   when both are done.
-- With shapes that vary between micro-batches, every exchange is preceded by one of the tensors' shapes, which blocks
-  even where the exchange itself is overlapped with computation: the interleaved schedule then waits for an input when
-  it asks for it, one pass before it needs it.
+- With variable shapes, every exchange is preceded by an exchange of the tensors' shapes, which blocks even where the
+  exchange itself overlaps with computation: the interleaved schedule then waits for an input when
+  it requests it, one pass before it needs it.
 
-Letters: p stages, v chunks a stage, V = v * p virtual stages, m micro-batches.
+Letters: p stages, v chunks per stage, V = v * p virtual stages, m micro-batches.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Seconds: TypeAlias = npt.ArrayLike
 
 @dataclass(frozen=True)
 class Communication:
-    """What messages cost.
+    """Cost of messages.
 
     Attributes:
-        seconds: of an activation or gradient, latency and bytes over bandwidth; broadcast to [V - 1, m], so one number,
-            `[m]` for each micro-batch, or `[V - 1, 1]` for each boundary.
-        shape_seconds: of the shapes sent ahead of it; None: none are sent, since all stages know them, as in this
-            package's trainer, or since all micro-batches have the same.
-        backend: "nccl" sends shapes without waiting for the receiver, and then waits for all that the device has still
-            to do, overlapped messages included. "gloo" does neither.
+        seconds: per activation or gradient, latency plus bytes over bandwidth; broadcast to [V - 1, m], so a single
+            number, `[m]` per micro-batch, or `[V - 1, 1]` per boundary.
+        shape_seconds: per shape message sent ahead; None: none are sent, since all stages know them, as in this
+            package's trainer, or since all micro-batches have the same shape.
+        backend: "nccl" sends shapes without waiting for the receiver, and then waits for all pending device work,
+            including overlapped messages. "gloo" does neither.
     """
 
     seconds: Seconds = 0.0
@@ -49,15 +49,14 @@ class Communication:
 def simulate(
     schedule: Schedule, forward: Seconds, backward: Seconds, communication: Communication | None = None
 ) -> Timeline:
-    """The timeline of one step.
+    """Return the timeline of one step.
 
     Args:
         forward, backward: seconds of each pass, broadcast to [V, m]; virtual stage `chunk * p + stage`.
-        communication: None: free, of varying shapes, over NCCL.
+        communication: None: free, with variable shapes, over NCCL.
 
     Raises:
-        ValueError: times that are negative, not numbers, or do not fit the schedule; communication that would never
-            end.
+        ValueError: times that are negative, not numbers, or do not fit the schedule; or a deadlock.
     """
     size = schedule.virtual_stages, schedule.micro_batches
     seconds: dict[Kind, list[list[float]]] = {
@@ -74,14 +73,14 @@ def _seconds(name: str, values: Seconds, size: tuple[int, int]) -> list[list[flo
     try:
         array = np.broadcast_to(array, size)
     except ValueError:
-        raise ValueError(f"{name} seconds have shape {list(array.shape)}; needed: {list(size)}") from None
+        raise ValueError(f"{name} seconds have shape {list(array.shape)}, must be {list(size)}") from None
     if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} seconds must be finite and not negative")
+        raise ValueError(f"{name} seconds must be finite and non-negative")
     return array.tolist()
 
 
 class _Parcel(NamedTuple):
-    """A message, or the shape that travels ahead of it."""
+    """A message, or its shape sent ahead."""
 
     message: Message
     shape: bool
@@ -89,14 +88,14 @@ class _Parcel(NamedTuple):
 
 @dataclass
 class _Transfer:
-    sent: float | None = None  # when the sender started it
-    received: float | None = None  # when the receiver did
-    began: float = 0.0  # when it started to move
-    done: float | None = None  # when it had arrived
+    sent: float | None = None  # time at which the sender started it
+    received: float | None = None  # time at which the receiver started it
+    began: float = 0.0  # time at which it started to move
+    done: float | None = None  # arrival time
 
 
 class _Run:
-    """The state of a simulation. Stages run in turn, each as far as it gets; clocks are their own."""
+    """State of a simulation. Stages run in turn, each as far as possible; each has its own clock."""
 
     def __init__(
         self,
@@ -109,12 +108,12 @@ class _Run:
         self.message_seconds = message_seconds
         self.eager_shapes = self.drains = communication.backend == "nccl"
         self.transfers: dict[_Parcel, _Transfer] = defaultdict(_Transfer)
-        # Messages between two stages, in one direction, pass one after another in the order they were sent.
+        # Messages between two stages in one direction pass in the order they were sent.
         self.links: dict[tuple[int, int, bool], deque[_Parcel]] = defaultdict(deque)
         self.link_free: dict[tuple[int, int, bool], float] = defaultdict(float)
         self.spans: list[list[Span]] = [[] for _ in range(schedule.stages)]
         self.clocks = [0.0] * schedule.stages
-        self.moving = [0.0] * schedule.stages  # seconds of the current wait in which messages moved
+        self.moving = [0.0] * schedule.stages  # seconds of the current wait during which messages moved
         self.under_way: list[list[_Parcel]] = [[] for _ in range(schedule.stages)]
         self.waits_for: dict[_Parcel, int] = {}
         self.runnable = deque(range(schedule.stages))
@@ -131,12 +130,12 @@ class _Run:
                 self.waits_for[parcel] = stage
         if finished < self.schedule.stages:
             blocked = ", ".join(f"stage {s} waits for {p.message}" for p, s in self.waits_for.items())
-            raise ValueError(f"the stages of {self.schedule} wait for each other for ever: {blocked}")
+            raise ValueError(f"the stages of {self.schedule} are deadlocked: {blocked}")
         spans = (tuple(sorted(s, key=lambda span: span.start)) for s in self.spans)
         return Timeline(tuple(spans), self.schedule.chunks)
 
     def _run(self, stage: int, program: Sequence[Step]) -> Iterator[_Parcel]:
-        """One stage. Yields what it waits for, and is resumed when that has arrived."""
+        """Run one stage; yield the parcel it waits for, and resume when that has arrived."""
         for step in program:
             if isinstance(step, Pass):
                 self._compute(stage, step)
@@ -146,13 +145,13 @@ class _Run:
                 yield from self._blocked(stage, _name(step), self._communicate(stage, step))
 
     def _compute(self, stage: int, step: Pass) -> None:
-        place = step.chunk * self.schedule.stages + stage
+        virtual_stage = step.chunk * self.schedule.stages + stage
         start = self.clocks[stage]
-        self.clocks[stage] = start + self.seconds[step.kind][place][step.micro_batch]
+        self.clocks[stage] = start + self.seconds[step.kind][virtual_stage][step.micro_batch]
         self.spans[stage].append(Span(step.kind, start, self.clocks[stage], step.chunk, step.micro_batch))
 
     def _blocked(self, stage: int, name: str, until: Iterator[_Parcel]) -> Iterator[_Parcel]:
-        """Record how long the stage stands still."""
+        """Record how long the stage is blocked."""
         began, self.moving[stage] = self.clocks[stage], 0.0
         yield from until
         if self.clocks[stage] > began:
@@ -182,7 +181,7 @@ class _Run:
                 self.clocks[stage] = transfer.done
 
     def _start(self, stage: int, exchange: Exchange, shape: bool) -> list[_Parcel]:
-        """Sends, then receives."""
+        """Start sends, then receives."""
         now = self.clocks[stage]
         parcels = [_Parcel(m, shape) for m in exchange.sends + exchange.receives]
         for parcel in parcels[: len(exchange.sends)]:
@@ -191,15 +190,15 @@ class _Run:
         for parcel in parcels[len(exchange.sends) :]:
             self.transfers[parcel].received = now
         for parcel in parcels:
-            self._pass_on(self._link(parcel))
+            self._deliver(self._link(parcel))
         return parcels
 
     def _link(self, parcel: _Parcel) -> tuple[int, int, bool]:
         p, message = self.schedule.stages, parcel.message
         return message.source % p, message.target % p, parcel.shape
 
-    def _pass_on(self, link: tuple[int, int, bool]) -> None:
-        """Let the messages arrive that both ends have started, the oldest first."""
+    def _deliver(self, link: tuple[int, int, bool]) -> None:
+        """Deliver messages that both ends have started, oldest first."""
         queue = self.links[link]
         while queue and self.transfers[queue[0]].received is not None:
             parcel = queue.popleft()
@@ -220,6 +219,6 @@ class _Run:
 
 
 def _name(exchange: Exchange) -> str:
-    """As Megatron names the timer of such a call, e.g. `forward-send-backward-recv`."""
+    """Return Megatron's timer name for such a call, e.g. `forward-send-backward-recv`."""
     parts = [f"{m.kind}-send" for m in exchange.sends] + [f"{m.kind}-recv" for m in exchange.receives]
     return "-".join(parts)

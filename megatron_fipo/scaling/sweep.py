@@ -1,7 +1,7 @@
-"""All lines of a plan, one after the other, or in an array job the task's own: each measured by a command of its own.
+"""Measurement of all lines of a plan, or in an array job the task's line, each by a separate command.
 
-Runs beside the ranks and not above them, so that it is still there to write a row when a whole srun step has been
-killed. In a Slurm job a line gets as many of the job's tasks as its layout has ranks, on as few nodes as hold them.
+Runs beside the ranks, so that it can write a row even when a whole srun step has been killed. In a Slurm job a line
+gets as many of the job's tasks as its layout has ranks, on as few nodes as possible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What the job that this process runs in can start."""
+    """Resources of the current Slurm job."""
 
     nodes: int
     tasks_per_node: int
@@ -31,21 +31,21 @@ class SlurmJob:
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> SlurmJob | None:
-        """None outside a job.
+        """Return the job of this environment, or None.
 
         Raises:
-            ValueError: the job does not say how many tasks it has on a node.
+            ValueError: the job does not define its tasks per node.
         """
         if "SLURM_JOB_ID" not in environment:
             return None
         per_node = environment.get("SLURM_NTASKS_PER_NODE")
         if per_node is None:
-            raise ValueError("the job does not say how many ranks a node takes: sbatch --ntasks-per-node=N ...")
+            raise ValueError("SLURM_NTASKS_PER_NODE is not set: submit with sbatch --ntasks-per-node=N ...")
         cpus = environment.get("SLURM_CPUS_PER_TASK")
         return SlurmJob(int(environment["SLURM_JOB_NUM_NODES"]), int(per_node), cpus)
 
     def problem(self, ranks: int) -> str | None:
-        """Why it cannot start so many."""
+        """Return why the job cannot start `ranks` ranks, or None."""
         have = self.nodes * self.tasks_per_node
         if ranks <= have:
             return None
@@ -56,7 +56,7 @@ class SlurmJob:
         )
 
     def command(self, ranks: int, options: Sequence[str]) -> list[str]:
-        """Return `srun` for so many, with the options of the batch scripts in slurm/, which say why."""
+        """Return the `srun` command for `ranks` ranks; the batch scripts in slurm/ explain its options."""
         per_node = min(ranks, self.tasks_per_node)
         command = ["srun", f"--ntasks={ranks}", f"--nodes={-(-ranks // per_node)}", f"--ntasks-per-node={per_node}"]
         command += ["--export=ALL", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
@@ -64,26 +64,28 @@ class SlurmJob:
 
 
 def lines_to_measure(layouts: Sequence[PlannedLayout], environment: Mapping[str, str]) -> list[int]:
-    """Numbers from 1.
+    """Return line numbers, counted from 1.
 
     Raises:
-        ValueError: the array task's number is that of no line.
+        ValueError: the array task has no line in the plan.
     """
     task = environment.get("SLURM_ARRAY_TASK_ID")
     if task is None:
         return list(range(1, len(layouts) + 1))
     if not 1 <= int(task) <= len(layouts):
-        raise ValueError(f"array task {task}: the plan has lines 1 to {len(layouts)}; sbatch --array=1-{len(layouts)}")
+        raise ValueError(
+            f"array task {task} must be a line of the plan, 1 to {len(layouts)}: use sbatch --array=1-{len(layouts)}"
+        )
     return [int(task)]
 
 
 def run_line(
     arguments: Sequence[str], ranks: int, job: SlurmJob | None, srun_options: Sequence[str], row: Path
 ) -> str | None:
-    """Measure one; returns why there is no row, or None.
+    """Measure one line; return why there is no row, or None.
 
     Raises:
-        Interrupted: the measurement was asked to stop.
+        Interrupted: the measurement received a stop signal.
     """
     problem = job.problem(ranks) if job else None
     if problem is not None:
@@ -96,21 +98,21 @@ def run_line(
     if read_row(row) is not None:
         return None
     if code == RUN_AGAIN:
-        raise Interrupted("the measurement was asked to stop; the same command goes on")
+        raise Interrupted("the measurement was interrupted; run the same command again to continue")
     if code == BAD_INPUT:
         return f"{command[0]} ended with exit code {code}: bad input, see the job's output"
     signal = f" (128 + signal {code - 128})" if code > 128 else ""
-    return f"{Path(command[0]).name} ended with exit code {code}{signal} before the ranks could say more"
+    return f"{Path(command[0]).name} ended with exit code {code}{signal} without a result from the ranks"
 
 
-def keep_plan(plan: Path, directory: Path) -> None:
-    """A copy beside the rows, for the report. Array tasks may do so at the same time."""
+def copy_plan(plan: Path, directory: Path) -> None:
+    """Copy the plan beside the rows, for the report. Safe for concurrent array tasks."""
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / "plan.csv", plan.read_bytes())
 
 
 def options_text(options: Mapping[str, object]) -> list[str]:
-    """Those that were given, as a command line has them."""
+    """Return the options that were given as command-line arguments."""
     given: list[str] = []
     for name, value in options.items():
         if value is True:

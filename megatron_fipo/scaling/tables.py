@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal, and as CSV and JSON files that appear whole."""
+"""Plans as terminal tables, and as CSV and JSON files that are written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_fipo.whole_file import write_whole
 
 WIDTH = 100
 _EXPLAINED = {
-    "gemm": "matrix products",
+    "gemm": "matmuls",
     "attention": "attention",
     "elementwise": "norms, activations, casts",
     "head": "LM head and log-probabilities",
@@ -27,17 +27,17 @@ _EXPLAINED = {
     "expert": "expert-parallel communication",
     "overhead": "kernel launches",
     "p2p": "messages between stages",
-    "data": "gradients and parameters over replicas",
+    "data": "data-parallel communication",
     "optimizer": "optimizer",
-    "bubble": "bubble and waiting for other stages",
+    "bubble": "bubble (idle)",
 }
 
 
 def plan_table(plan: Plan, title: str, rows: int) -> Table:
-    """The fastest layouts. layers: of the first and last stage; again: what is recomputed; micro: micro-batches."""
+    """Table of the fastest layouts. layers: of first and last stage; micro: micro-batches."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for column in ("#", "layout", "layers", "tokens", "again", "micro", "s", "tok/s/GPU", "MFU", "bubble", "GB"):
-        left = column in ("layout", "layers", "again")
+    for column in ("#", "layout", "layers", "tokens", "recompute", "micro", "s", "tok/s/GPU", "MFU", "bubble", "GB"):
+        left = column in ("layout", "layers", "recompute")
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "layout")
     for number, c in enumerate(plan.candidates[:rows], start=1):
         table.add_row(
@@ -66,10 +66,10 @@ def _stages(c: Candidate) -> str:
 
 
 def explain_tables(c: Candidate) -> list[Table]:
-    """One layout line by line: seconds of each stage, and the memory of the fullest."""
+    """Tables of one layout: seconds of each stage, and the memory of the fullest."""
     time = Table(title=f"{c.layout}: one update of {c.cost.seconds:.2f} s, {len(c.batch.sizes)} micro-batches")
     shown = _shown_stages(len(c.cost.stages))
-    time.add_column("seconds by stage")
+    time.add_column("seconds per stage")
     for i in shown:
         time.add_column(str(i), justify="right")
     for part, name in _EXPLAINED.items():
@@ -78,22 +78,23 @@ def explain_tables(c: Candidate) -> list[Table]:
             time.add_row(name, *(f"{v:.3f}" for v in values))
     time.add_row("together", *(f"{sum(c.cost.stages[i].values()):.3f}" for i in shown))
     time.add_row("old log-probabilities of the same sequences", *([""] * (len(shown) - 1)), f"{c.log_prob_seconds:.3f}")
-    memory = Table(title=f"a GPU of stage {c.stage}, {c.gpu_memory / 1e9:.1f} GB")
-    memory.add_column("memory at the peak")
+    memory = Table(title=f"memory of stage {c.stage} on a GPU with {c.gpu_memory / 1e9:.1f} GB")
+    memory.add_column("peak memory")
     memory.add_column("GB", justify="right")
     for part in c.memory.__dataclass_fields__:
         memory.add_row(part, f"{getattr(c.memory, part) / 1e9:.2f}")
     memory.add_row("together", f"{c.memory.total / 1e9:.2f}")
-    memory.add_row("to spare" if c.fits else "missing", f"{abs(c.spare) / 1e9:.2f}")
+    memory.add_row("free" if c.fits else "missing", f"{abs(c.spare) / 1e9:.2f}")
     return [time, memory]
 
 
 def _shown_stages(count: int) -> list[int]:
-    """At most five."""
+    """Return at most five stages."""
     return list(range(count)) if count <= 5 else [0, 1, count // 2, count - 2, count - 1]
 
 
 def scaling_table(rows: Sequence[ScalingRow], title: str) -> Table:
+    """Table of the best layout at each number of GPUs."""
     table = Table(title=title)
     for column in ("GPUs", "layout", "s", "tok/s/GPU", "MFU", "bubble", "efficiency"):
         table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=column == "layout")
@@ -112,13 +113,14 @@ def scaling_table(rows: Sequence[ScalingRow], title: str) -> Table:
 
 
 def show(tables: Sequence[Table]) -> None:
+    """Print tables."""
     console = Console(width=WIDTH, markup=False)
     for table in tables:
         console.print(table)
 
 
 def record(c: Candidate) -> dict[str, Any]:
-    """One candidate as flat numbers."""
+    """Return a candidate as flat numbers."""
     return {
         **c.layout.record(),
         "micro_batches": len(c.batch.sizes),
@@ -135,6 +137,7 @@ def record(c: Candidate) -> dict[str, Any]:
 
 
 def write_csv(path: Path, candidates: Sequence[Candidate]) -> None:
+    """Write candidates as CSV."""
     text = io.StringIO()
     rows = [record(c) for c in candidates]
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
@@ -144,11 +147,12 @@ def write_csv(path: Path, candidates: Sequence[Candidate]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write content as JSON."""
     _write(path, json.dumps(content, indent=1) + "\n")
 
 
 def details(c: Candidate) -> dict[str, Any]:
-    """A candidate with its parts."""
+    """Return a candidate with its breakdown."""
     return {
         **record(c),
         "stages": [dict(stage) for stage in c.cost.stages],
@@ -158,11 +162,12 @@ def details(c: Candidate) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """
+    """Write a file atomically.
+
     Raises:
-        ValueError: the place that the user named cannot be written to.
+        ValueError: the path cannot be written.
     """
     try:
         write_whole(path, text)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from None
+        raise ValueError(f"cannot write {path}: {error}") from None

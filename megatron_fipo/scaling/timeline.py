@@ -1,9 +1,9 @@
-"""When each pipeline stage did what, simulated or measured, and where the time went that no pass filled.
+"""Timeline of the pipeline stages, simulated or measured, and the causes of idle time.
 
-p stages, v model chunks a stage, m micro-batches. Two quantities are both called bubble elsewhere; here
-- `idle_over_ideal` is the idle time over the time that perfectly filled stages would take: (p - 1) / (m v) for 1F1B
-  with equal stages and micro-batches and free communication;
-- `bubble_fraction` is the share of the step that the stages idle: (p - 1) / (m v + p - 1) in the same case.
+p stages, v model chunks per stage, m micro-batches. Two quantities are called bubble in the literature; here
+- `idle_over_ideal` is the idle time over the time of perfectly filled stages: (p - 1) / (m v) for 1F1B with equal
+  stages and micro-batches and free communication;
+- `bubble_fraction` is the share of the step in which stages are idle: (p - 1) / (m v + p - 1) in the same case.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megatron_fipo.whole_file import write_whole
 
 
 class Span(NamedTuple):
-    """A pass, or a stage's time in communication. Seconds from the step's start."""
+    """A pass, or a stage's time in a communication call, in seconds from the step's start."""
 
-    name: str  # "forward", "backward", or what is sent and received, e.g. "forward-send-backward-recv"
+    name: str  # "forward", "backward", or the communication call, e.g. "forward-send-backward-recv"
     start: float
     end: float
     chunk: int = 0
-    micro_batch: int = -1  # -1: no pass
-    transfer: float = 0.0  # of communication: seconds in which messages moved; the rest waited for a neighbour
+    micro_batch: int = -1  # -1: not a pass
+    transfer: float = 0.0  # seconds of a communication call in which messages moved; the rest waited for a neighbour
 
     @property
     def is_pass(self) -> bool:
@@ -39,13 +39,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Bubble:
-    """A stage's idle seconds in a step, by cause; they add up to the step less the stage's passes.
+    """Idle seconds of a stage in a step, by cause; they add up to the step minus the stage's passes.
 
     Attributes:
-        warm_up: waiting for neighbours before this stage's first backward: the pipeline fills.
-        waiting: for neighbours between first backward and last forward: slower stages, longer micro-batches.
-        drain: for neighbours after its last forward, and after its last pass for the others to end.
-        communication: messages on their way.
+        warm_up: waiting for neighbours before this stage's first backward.
+        waiting: waiting between first backward and last forward, for slower stages or longer micro-batches.
+        drain: waiting after the last forward, and after the last pass for other stages to finish.
+        communication: message transfers.
     """
 
     warm_up: float
@@ -60,7 +60,7 @@ class Bubble:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Passes of one step. `stages[s]` are stage s's spans by their start; `chunks` is v."""
+    """Passes of one step. `stages[s]`: spans of stage s by start; `chunks`: v."""
 
     stages: tuple[tuple[Span, ...], ...]
     chunks: int = 1
@@ -74,12 +74,12 @@ class Timeline:
         return max(span.end for spans in self.stages for span in spans)
 
     def busy(self, stage: int) -> float:
-        """Seconds that the stage computes."""
+        """Return the seconds in which the stage computes."""
         return sum(span.seconds for span in self.passes(stage))
 
     @property
     def ideal(self) -> float:
-        """Seconds of a step if its work filled all stages evenly."""
+        """Seconds of a step whose work fills all stages evenly."""
         return sum(self.busy(stage) for stage in range(len(self.stages))) / len(self.stages)
 
     @property
@@ -91,11 +91,11 @@ class Timeline:
         return 1 - self.ideal / self.step
 
     def stage_bubble_fraction(self, stage: int) -> float:
-        """The share of the step in which this stage does not compute."""
+        """Return the share of the step in which this stage does not compute."""
         return 1 - self.busy(stage) / self.step
 
     def bubbles(self) -> list[Bubble]:
-        """Of each stage."""
+        """Return the idle time of each stage."""
         return [self._bubble(stage) for stage in range(len(self.stages))]
 
     def _bubble(self, stage: int) -> Bubble:
@@ -121,14 +121,14 @@ class Timeline:
         return [_pass(span) for span in self.passes(stage)]
 
     def chrome_trace(self) -> dict[str, Any]:
-        """Trace-event JSON for chrome://tracing and Perfetto: a process a stage; microseconds."""
+        """Return trace-event JSON for chrome://tracing and Perfetto: one process per stage; microseconds."""
         return {
             "traceEvents": [e for stage in range(len(self.stages)) for e in trace_events(stage, self.stages[stage])]
         }
 
 
 def trace_events(stage: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
-    """One stage's part of a Chrome trace: passes on one line, communication on another."""
+    """Return one stage's part of a Chrome trace: passes on one line, communication on another."""
     name = {"name": "process_name", "ph": "M", "pid": stage, "args": {"name": f"stage {stage}"}}
     events: list[dict[str, Any]] = [name]
     for span in spans:
@@ -142,7 +142,7 @@ def trace_events(stage: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
-    """As JSON; the file appears whole."""
+    """Write a trace as JSON, atomically."""
     write_whole(path, json.dumps(trace))
 
 

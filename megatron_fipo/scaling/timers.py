@@ -1,8 +1,8 @@
 """Timers inside Megatron's pipeline schedules: when this stage computed, sent, received and waited.
 
 Megatron's schedules start and stop named timers (`config.timers`) around every forward, backward and communication
-call. A `PipelineRecorder` takes their place for the time of a step: a mark costs a CUDA event on a GPU, a look at the
-monotonic clock elsewhere, and nothing is synchronized. Passes and messages are told apart by the schedule's program.
+call. A `PipelineRecorder` replaces them during a step: a mark is a CUDA event on a GPU, a reading of the monotonic
+clock elsewhere, without any synchronization. Passes and messages are matched using the schedule's program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CALLS = ("-send", "-recv")
 
 
 class _HostClock:
-    """Marks are seconds."""
+    """Clock whose marks are seconds."""
 
     def __init__(self) -> None:
         self.zero = time.monotonic()
@@ -41,7 +41,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """Marks are events on the current stream."""
+    """Clock whose marks are events on the current stream."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
@@ -67,7 +67,7 @@ class _Record:
 
 @dataclass
 class _Timers:
-    """What Megatron's schedules see of a run."""
+    """Timers object passed to Megatron's schedules in one run."""
 
     schedule: Schedule
     clock: Any
@@ -91,18 +91,19 @@ class _Timer(NamedTuple):
 
 
 class PipelineRecorder:
-    """Of one rank. Made on all ranks of a pipeline together.
+    """Recorder of pipeline timelines on one rank, created collectively by all ranks of a pipeline.
 
-    A run of the schedule is recorded inside `with recorder(micro_batches, forward_only):`; `timelines` then gives the
-    runs' timelines, those of all stages on every rank.
+    Record a run of the schedule inside `with recorder(micro_batches, forward_only):`; `timelines` then returns the
+    timelines of all stages on every rank.
     """
 
     def __init__(self, model_config: Any, group: dist.ProcessGroup, sends_shapes: bool = False) -> None:
-        """
+        """Synchronize the clocks of the pipeline's ranks.
+
         Args:
-            model_config: the TransformerConfig of the model that will be run.
+            model_config: TransformerConfig of the recorded model.
             group: the pipeline's ranks.
-            sends_shapes: messages are preceded by their shapes, as by Megatron's own communicator.
+            sends_shapes: messages are preceded by their shapes, as in Megatron's own communicator.
         """
         self._config, self._group, self._sends_shapes = model_config, group, sends_shapes
         self._runs: list[_Timers] = []
@@ -128,10 +129,10 @@ class PipelineRecorder:
         self._runs.append(run)
 
     def timelines(self) -> list[Timeline]:
-        """Of the runs since the last call. Collective over the pipeline; waits for the device."""
-        mine = [_stage_spans(run, self._group.rank()) for run in self._runs]
+        """Return the timelines since the last call. Collective over the pipeline; waits for the device."""
+        local_spans = [_stage_spans(run, self._group.rank()) for run in self._runs]
         gathered: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(gathered, (socket.gethostname(), self._clock.zero, mine), group=self._group)
+        dist.all_gather_object(gathered, (socket.gethostname(), self._clock.zero, local_spans), group=self._group)
         zeros = _zeros([(host, zero) for host, zero, _ in gathered])
         stages = [[_shift(s, zero) for s in spans] for (_, _, spans), zero in zip(gathered, zeros, strict=True)]
         runs, self._runs, self._clock = self._runs, [], self._common_clock()
@@ -140,21 +141,21 @@ class PipelineRecorder:
         ]
 
     def _common_clock(self) -> Any:
-        """On another machine its zero is as exact as a barrier."""
+        """Create a clock with a common zero; across machines it is as accurate as a barrier."""
         dist.barrier(group=self._group)
         return _DeviceClock() if torch.cuda.is_available() else _HostClock()
 
 
 class PipelineProfile:
-    """The recorder of a training run: metrics for its log, and traces of the newest update."""
+    """Recorder of a training run: metrics for its log, and traces of the latest update."""
 
     def __init__(self, model_config: Any, group: dist.ProcessGroup, directory: Path) -> None:
-        """On all ranks of a pipeline together. `directory` gets `rank_R.json`, a Chrome trace of the rank's stage."""
+        """Create it on all ranks of a pipeline. `directory` gets `rank_R.json`, a Chrome trace of the rank's stage."""
         self.recorder = PipelineRecorder(model_config, group)
         self._stage, self._directory = group.rank(), directory
 
     def finish_step(self) -> dict[str, float]:
-        """Metrics of the updates since the last call, means over them. Collective over the pipeline."""
+        """Return mean metrics of the updates since the last call. Collective over the pipeline."""
         updates = [t for t in self.recorder.timelines() if any(span.name == "backward" for span in t.stages[0])]
         if not updates:
             return {}
@@ -166,7 +167,7 @@ class PipelineProfile:
 
 
 def _zeros(clocks: Sequence[tuple[str, float]]) -> list[float]:
-    """When each clock began, in seconds; processes of one machine share a monotonic clock."""
+    """Return the start of each clock in seconds; processes of one machine share a monotonic clock."""
     one_machine = len({host for host, _ in clocks}) == 1
     return [zero if one_machine else 0.0 for _, zero in clocks]
 
@@ -176,7 +177,7 @@ def _shift(spans: Sequence[Span], seconds: float) -> list[Span]:
 
 
 def _stage_spans(run: _Timers, stage: int) -> list[Span]:
-    """One for each step of the stage's program, in its order."""
+    """Return one span per step of the stage's program, in its order."""
     passes_and_calls = (r for r in run.records if r.name in _PASSES or r.name.endswith(_CALLS))
     spans: list[Span] = []
     for step in run.schedule.program(stage):
@@ -198,13 +199,14 @@ def _fill_waits(spans: list[Span]) -> list[Span]:
             timed = next(s for s in reversed(spans[:i]) if s.name != "wait")
             following = next((s for s in spans[i + 1 :] if s.name != "wait"), None)
             end = following.start if following else timed.end
-            start = timed.end if spans[i - 1].name != "wait" else end  # of several in a row the first has it all
+            # The first of consecutive waits gets all the time.
+            start = timed.end if spans[i - 1].name != "wait" else end
             spans[i] = span._replace(start=start, end=end)
     return spans
 
 
 def _timeline(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool) -> Timeline:
-    """From the first stage's beginning on, with the time in which messages moved."""
+    """Return the timeline from the first stage's start, with transfer times."""
     transfers = _transfers(schedule, stages, sends_shapes)
     zero = min(spans[0].start for spans in stages)
     return Timeline(
@@ -216,13 +218,13 @@ def _timeline(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool) 
     )
 
 
-_Call = tuple[int, int]  # stage, place in its program
+_Call = tuple[int, int]  # stage, index in its program
 
 
 def _transfers(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool) -> dict[_Call, float]:
-    """Seconds of each call in which all its neighbours had come to take part, so that messages could move."""
+    """Return the seconds of each call after all its neighbours had started, in which messages could move."""
     programs = [schedule.program(stage) for stage in range(schedule.stages)]
-    ends: dict[Message, list[_Call]] = defaultdict(list)  # a message's sender's and receiver's call
+    ends: dict[Message, list[_Call]] = defaultdict(list)  # the calls of a message's sender and receiver
     for stage, program in enumerate(programs):
         for i, step in enumerate(program):
             if isinstance(step, Exchange):
@@ -233,7 +235,7 @@ def _transfers(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool)
         return stages[call[0]][call[1]].start
 
     def met(call: _Call) -> float:
-        """When the messages themselves could start: shapes go ahead, to and from all neighbours of the call."""
+        """Return when messages could start; shapes are exchanged first with all neighbours of the call."""
         return max(map(began, _neighbours(programs, ends, call))) if sends_shapes else began(call)
 
     transfers = {}
@@ -251,14 +253,14 @@ def _transfers(schedule: Schedule, stages: list[list[Span]], sends_shapes: bool)
 
 
 def _neighbours(programs: Sequence[Sequence[Step]], ends: dict[Message, list[_Call]], call: _Call) -> list[_Call]:
-    """A call and those that it exchanges messages with."""
+    """Return a call and those it exchanges messages with."""
     step = programs[call[0]][call[1]]
     assert isinstance(step, Exchange)
     return [call] + [end for message in step.sends + step.receives for end in ends[message]]
 
 
 def bubble_metrics(timeline: Timeline) -> dict[str, float]:
-    """For a run's log: the share of the step in which stages idle, of all and of each, and its causes over all."""
+    """Return a run's metrics: the idle share of the step over all stages and per stage, and by cause over all."""
     bubbles = timeline.bubbles()
     whole = timeline.step * len(bubbles)
     metrics = {"pipeline/bubble_fraction": timeline.bubble_fraction}

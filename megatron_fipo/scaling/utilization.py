@@ -1,4 +1,4 @@
-"""How much of the GPUs' arithmetic the updates use."""
+"""Utilization of the GPUs' peak FLOP/s in updates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from megatron_fipo.scaling.models import shape_of
 
 
 class Utilization:
-    """Model FLOP/s of a step's updates: forward and backward of all trained sequences with causal attention, nothing
-    that is recomputed (PaLM, arXiv 2204.02311, appendix B), over the updates' seconds."""
+    """Model FLOP/s and MFU of a step's updates.
+
+    Counts forward and backward of all trained sequences with causal attention, without recomputation (PaLM, arXiv
+    2204.02311, appendix B).
+    """
 
     def __init__(self, config: Config, arch: Architecture, topology: Topology) -> None:
         self._model, self._topology = shape_of(arch), topology
@@ -25,10 +28,10 @@ class Utilization:
         self._peak = _peak(config.model.dtype)
 
     def __call__(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
-        """Metrics; utilization only on a GPU whose peak is known. Collective.
+        """Return metrics; MFU only on a GPU with known peak. Collective.
 
         Args:
-            lengths: of this replica's trained sequences, prompts included.
+            lengths: of this replica's trained sequences, including prompts.
             seconds: of all updates on them.
         """
         sums = torch.tensor([sum(lengths), sum(n * n for n in lengths)], dtype=torch.float64)
@@ -41,7 +44,7 @@ class Utilization:
 
 
 def _peak(dtype: str) -> float | None:
-    """FLOP/s that this rank's GPU has on its data sheet."""
+    """Return the data-sheet peak FLOP/s of this rank's GPU, or None."""
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""What the planner lays out: one optimizer update's sequences, packed into micro-batches, over a layout of ranks."""
+"""Workload of the planner: one update's sequences, packed into micro-batches, on a layout of ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share the work.
+    """Parallel layout of the ranks.
 
     Attributes:
-        tokens_per_micro_batch: packed tokens of a micro-batch on one context-parallel group, at most.
-        chunk_layers: layers of each model chunk in the order that a micro-batch visits them; None: as `parallel` says.
-        expert_tensor: ranks that split each expert; this package leaves experts whole.
-        split_head: the LM head is shared out over all stages (vocabulary parallelism) instead of on the last.
+        tokens_per_micro_batch: maximum packed tokens of a micro-batch on one context-parallel group.
+        chunk_layers: layers of each model chunk in the order that a micro-batch visits them; None: by `parallel`.
+        expert_tensor: ranks that shard each expert; 1 in this package.
+        split_head: the LM head is sharded over all stages (vocabulary parallelism) instead of on the last.
     """
 
     parallel: ParallelConfig
@@ -36,7 +36,7 @@ class Layout:
     split_head: bool = False
 
     def record(self) -> dict[str, Any]:
-        """Under the names that plans and rows of measurements have for them."""
+        """Return the layout's fields as named in plans and measured rows."""
         p = self.parallel
         return {
             "gpus": p.world_size,
@@ -54,14 +54,14 @@ class Layout:
         }
 
     def layers(self, model: ModelShape) -> list[int]:
-        """Of each model chunk; chunk c of stage i at c * stages + i.
+        """Return the layers of each model chunk; chunk c of stage i at c * stages + i.
 
         Raises:
-            ValueError: they cannot be dealt out.
+            ValueError: they cannot be split over the stages.
         """
         if self.chunk_layers is not None:
             return list(self.chunk_layers)
-        return list(_dealt(model.num_layers, self.parallel))
+        return list(_chunk_layers(model.num_layers, self.parallel))
 
     def __str__(self) -> str:
         p = self.parallel
@@ -71,12 +71,12 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def _dealt(layers: int, p: ParallelConfig) -> tuple[int, ...]:
+def _chunk_layers(layers: int, p: ParallelConfig) -> tuple[int, ...]:
     return tuple(n // p.virtual_pipeline for n in stage_layers(layers, p)) * p.virtual_pipeline
 
 
 def stage_weights(m: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
-    """Elements of the matrices on one rank: what all data-parallel ranks share, and its experts."""
+    """Return the elements of the matrices on one rank: shared by data-parallel ranks, and of experts."""
     p, counts = layout.parallel, layout.layers(m)
     plain = m.mlp_matrices * m.hidden_size * m.ffn_hidden_size
     dense = experts = 0.0
@@ -100,13 +100,13 @@ def stage_weights(m: ModelShape, layout: Layout, stage: int) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class Batch:
-    """One update, as the replica with the most work sees it; sums over the sequences of a mean micro-batch.
+    """One update on the replica with the most work; sums are over the sequences of an average micro-batch.
 
     Attributes:
-        tokens: padded, over all context-parallel ranks.
-        squares: of the sequences' lengths.
-        head_tokens: whose log-probabilities are computed.
-        sizes: each micro-batch's work in units of the mean one.
+        tokens: with padding, over all context-parallel ranks.
+        squares: sum of squared sequence lengths.
+        head_tokens: tokens whose log-probabilities are computed.
+        sizes: each micro-batch's work relative to the average.
         all_tokens, all_squares: of the whole update, without padding.
     """
 
@@ -119,10 +119,10 @@ class Batch:
 
 
 def equal_batch(length: int, sequences: int, micro_batch: int, replicas: int) -> Batch:
-    """Sequences of one length, as in pre-training.
+    """Return a batch of sequences of equal length, as in pre-training.
 
     Raises:
-        ValueError: the sequences do not divide by micro-batch and replicas.
+        ValueError: the sequences are not divisible by micro-batch and replicas.
     """
     count, rest = divmod(sequences, micro_batch * replicas)
     if rest or count < 1:
@@ -135,14 +135,14 @@ def equal_batch(length: int, sequences: int, micro_batch: int, replicas: int) ->
 
 
 def packed_batch(sequences: Sequences, layout: Layout, attention_tokens: float, copies: int | None = None) -> Batch:
-    """Sequences of any lengths, dealt out by the trainer's own packer.
+    """Return a batch of sequences of any lengths, packed as in training.
 
     Args:
-        copies: replicas that have these lengths each; None: the lengths are of all of them.
+        copies: replicas with these lengths each; None: the lengths are of all replicas.
         attention_tokens: sequence length at which attention takes as long as the rest of a layer.
 
     Raises:
-        ValueError: a sequence is longer than a micro-batch may be.
+        ValueError: a sequence exceeds a micro-batch.
     """
     p, lengths = layout.parallel, sequences.lengths
     plan = plan_micro_batches(
@@ -156,13 +156,13 @@ def packed_batch(sequences: Sequences, layout: Layout, attention_tokens: float, 
         [_work([lengths[i] for i in m], p.sequence_alignment, attention_tokens) for m in replica] for replica in plan
     ]
     slowest = max(range(len(plan)), key=lambda r: sum(work[r]))
-    mine, count = [i for m in plan[slowest] for i in m], len(plan[slowest])
+    indices, count = [i for m in plan[slowest] for i in m], len(plan[slowest])
     mean = sum(work[slowest]) / count
-    tokens = sum(-(-lengths[i] // p.sequence_alignment) * p.sequence_alignment for i in mine) / count
+    tokens = sum(-(-lengths[i] // p.sequence_alignment) * p.sequence_alignment for i in indices) / count
     return Batch(
         tokens=tokens,
-        squares=sum(float(lengths[i]) ** 2 for i in mine) / count,
-        head_tokens=sum(lengths[i] for i in mine) * sequences.response_share / count,
+        squares=sum(float(lengths[i]) ** 2 for i in indices) / count,
+        head_tokens=sum(lengths[i] for i in indices) * sequences.response_share / count,
         sizes=tuple(w / mean for w in work[slowest]),
         all_tokens=float(sequences.tokens) * (copies or 1),
         all_squares=float(sequences.squares) * (copies or 1),
@@ -170,7 +170,7 @@ def packed_batch(sequences: Sequences, layout: Layout, attention_tokens: float, 
 
 
 def estimated_batch(sequences: Sequences, layout: Layout) -> Batch:
-    """About what `packed_batch` makes, without packing: full micro-batches of average sequences."""
+    """Approximate `packed_batch` without packing: full micro-batches of average sequences."""
     p, tokens, squares = layout.parallel, float(sequences.tokens), float(sequences.squares)
     count = math.ceil(tokens / p.data / layout.tokens_per_micro_batch)
     multiple = p.pipeline if p.virtual_pipeline > 1 else 1

@@ -92,7 +92,7 @@ def test_errors():
     """Illegal sizes, and groups without an outcome, are refused."""
     with pytest.raises(ValueError, match="prompts_per_step = 0"):
         GroupCollector(0)
-    with pytest.raises(ValueError, match="2 groups were added with the outcomes of 1"):
+    with pytest.raises(ValueError, match="2 groups must have as many outcomes, got 1"):
         GroupCollector[str](1).add_round(["a", "b"], outcomes(MIXED))
 
 

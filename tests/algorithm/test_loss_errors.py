@@ -14,7 +14,7 @@ from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss, grpo_loss
         ({"log_probs": torch.zeros(4, dtype=torch.bfloat16)}, "keep log-probabilities in float32"),
         ({"log_probs": torch.zeros(2, 2)}, "pack the sequences"),
         ({"old_log_probs": torch.zeros(3)}, r"old_log_probs must be \[4\]"),
-        ({"old_log_probs": torch.zeros(4, dtype=torch.float64)}, "like log_probs, not .*float64"),
+        ({"old_log_probs": torch.zeros(4, dtype=torch.float64)}, "like log_probs, got .*float64"),
         ({"advantages": torch.zeros(3)}, r"\[N\] = \[4\] or \[S\] = \[2\]"),
         ({"advantages": torch.zeros(4, dtype=torch.int64)}, "floating point"),
         ({"loss_mask": torch.ones(5)}, r"loss_mask must be \[4\]"),

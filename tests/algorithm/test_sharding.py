@@ -133,4 +133,4 @@ def _refused(layout: str) -> str:
 def test_errors() -> None:
     """An unknown layout, and an odd number of zig-zag segments, are named."""
     assert run_ranks(_refused, 1, "spiral") == ["layout 'spiral' must be 'contiguous' or 'zigzag'"]
-    assert run_ranks(_refused, 1, "zigzag") == ["zigzag needs two segments a sequence, but cu_seqlens has 1"]
+    assert run_ranks(_refused, 1, "zigzag") == ["zigzag needs two segments per sequence, but cu_seqlens has 1 segments"]

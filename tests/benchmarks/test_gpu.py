@@ -97,4 +97,4 @@ def test_without_a_gpu_it_refuses() -> None:
     """Figures of a CPU must not pass for a GPU's."""
     ended = _run("--parts", "loss")
     assert ended.returncode == 2
-    assert "there is no GPU here; --toy" in ended.stderr
+    assert "no GPU is available; --toy" in ended.stderr

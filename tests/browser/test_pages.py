@@ -189,5 +189,5 @@ def test_search_filter_and_sort(open_page: Any) -> None:
         (r["step"], r["id"]) for r in everything if any("token17" in texts[t] for t in r["tokens"])
     }
     page.fill("#search", "no such text")
-    assert page.text_content("#list") == "No response fits."
+    assert page.text_content("#list") == "No matching response."
     assert page.errors == []

@@ -51,7 +51,7 @@ def test_difference_is_exit_code_1(
     tensors["model.norm.weight"][3] += 1.0
     save_file(tensors, source / "model.safetensors")
     assert _run(monkeypatch, "verify", "--hf", source, "--megatron", tmp_path / "megatron") == 1
-    assert "model.norm.weight: 1 of 64 numbers differ, by up to 1 (float32)" in capsys.readouterr().out
+    assert "model.norm.weight: 1 of 64 elements differ, by up to 1 (float32)" in capsys.readouterr().out
 
 
 def test_bad_input_is_exit_code_2(
@@ -61,7 +61,7 @@ def test_bad_input_is_exit_code_2(
     for arguments, message in (
         (("to-megatron", "--hf", source, "--dtype", "fp8"), "--dtype 'fp8' is none of bf16, fp16, fp32"),
         (("to-megatron", "--hf", tmp_path), "has no config.json"),
-        (("to-hf", "--megatron", source), "is no finished Megatron checkpoint"),
+        (("to-hf", "--megatron", source), "is not a complete Megatron checkpoint"),
     ):
         assert _run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
         assert message in capsys.readouterr().err

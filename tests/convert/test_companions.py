@@ -234,7 +234,7 @@ def test_links_out_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     (source / "config.json").write_text("{}")
     (source / "tokenizer.model").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"tokenizer\.model is a link to .*secret, outside of the checkpoint"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model links to .*secret, outside of the checkpoint"):
         copy_companions(source, target)
     assert list(target.iterdir()) == []
 

@@ -62,11 +62,11 @@ def _assert_bits(found: Path, wanted: Path) -> None:
     [
         (_without("model.layers.1.mlp.up_proj.weight"), r"lacks tensors: model\.layers\.1\.mlp\.up_proj\.weight"),
         (lambda t: {**t, "model.layers.2.x": torch.ones(1)}, r"has unexpected tensors: model\.layers\.2\.x"),
-        (lambda t: {**t, "model.norm.weight": torch.ones(3)}, r"model\.norm\.weight of .* has the shape \(3,\)"),
-        (lambda t: {**t, "model.norm.weight": torch.ones(64).int()}, r"model\.norm\.weight of .* is of type I32"),
+        (lambda t: {**t, "model.norm.weight": torch.ones(3)}, r"model\.norm\.weight of .* has shape \(3,\)"),
+        (lambda t: {**t, "model.norm.weight": torch.ones(64).int()}, r"model\.norm\.weight of .* has type I32"),
         (
             lambda t: {**t, "model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"].half()},
-            r"model\.layers\.1\.mlp\.up_proj\.weight is torch\.float16, .*: choose one type with --dtype",
+            r"model\.layers\.1\.mlp\.up_proj\.weight has dtype torch\.float16, .*: choose a common one with --dtype",
         ),
     ],
 )
@@ -103,7 +103,7 @@ def test_index_that_does_not_fit_the_files(source: Path, tmp_path: Path) -> None
     less = {name: file for name, file in places.items() if name != "model.norm.weight"}
     for index, message in (
         (wrong, r"says that model\.norm\.weight is in model-\d\.safetensors, but it is not"),
-        (less, r"holds model\.norm\.weight, which .* does not name"),
+        (less, r"contains model\.norm\.weight, which is not in"),
     ):
         (source / INDEX).write_text(json.dumps({"weight_map": index}))
         with pytest.raises(ValueError, match=message):
@@ -116,7 +116,7 @@ def test_unknown_model_type(source: Path, tmp_path: Path) -> None:
     """Only exact model types are known."""
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_moe"}))
-    with pytest.raises(ValueError, match=r"model type 'qwen2_moe' of .* is not supported; supported: qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"model type 'qwen2_moe' of .* is not supported: must be one of qwen2, qwen3"):
         to_megatron(source, tmp_path / "out")
 
 
@@ -124,7 +124,7 @@ def test_out_that_is_there_is_kept(original: Path, tmp_path: Path) -> None:
     """Neither direction replaces a directory."""
     to_megatron(original, tmp_path / "out")
     for convert, path in ((to_megatron, original), (to_huggingface, tmp_path / "out")):
-        with pytest.raises(ValueError, match="is there already"):
+        with pytest.raises(ValueError, match="already exists"):
             convert(path, tmp_path / "out")
 
 
@@ -134,16 +134,16 @@ def test_damaged_megatron_checkpoint(original: Path, tmp_path: Path) -> None:
     to_megatron(original, out)
     data = out / "__0_0.distcp"
     os.truncate(data, data.stat().st_size - 100)
-    with pytest.raises(ValueError, match=r"__0_0\.distcp has \d+ bytes instead of \d+: the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=r"__0_0\.distcp has \d+ bytes, expected \d+: the checkpoint is damaged"):
         to_huggingface(out, tmp_path / "back")
     (out / "conversion.json").unlink()  # as in a training checkpoint
-    with pytest.raises(ValueError, match=r"of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot read .* of "):
         to_huggingface(out, tmp_path / "back")
     data.unlink()
-    with pytest.raises(ValueError, match=r"of .* cannot be read: .*__0_0\.distcp"):
+    with pytest.raises(ValueError, match=r"cannot read .* of .*: .*__0_0\.distcp"):
         to_huggingface(out, tmp_path / "back")
     (out / "metadata.json").unlink()
-    with pytest.raises(ValueError, match=r"no finished Megatron checkpoint: .*metadata\.json is missing"):
+    with pytest.raises(ValueError, match=r"not a complete Megatron checkpoint: .*metadata\.json is missing"):
         to_huggingface(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -163,7 +163,7 @@ def test_metadata_that_would_run_code(original: Path, tmp_path: Path) -> None:
     out, mark = tmp_path / "megatron", tmp_path / "mark"
     to_megatron(original, out)
     (out / ".metadata").write_bytes(pickle.dumps(_Bomb(mark)))
-    with pytest.raises(ValueError, match=r"is damaged: .*posix\.mkdir, which no checkpoint has use for"):
+    with pytest.raises(ValueError, match=r"is damaged: .*posix\.mkdir, which is not allowed in a checkpoint"):
         DistributedCheckpoint(out)
     assert not mark.exists()
 
@@ -172,8 +172,8 @@ def test_megatron_checkpoint_of_another_model(original: Path, tmp_path: Path) ->
     """Its shapes are held against the config before anything is written."""
     to_megatron(original, tmp_path / "megatron")
     for changes, message in (
-        ({"intermediate_size": 80}, r"decoder\.layers\.mlp\.linear_fc1\.weight of .* has the shape \(176, 64\)"),
-        ({"vocab_size": 252}, r"embedding\.word_embeddings\.weight of .* has the shape \(251, 64\)"),
+        ({"intermediate_size": 80}, r"decoder\.layers\.mlp\.linear_fc1\.weight of .* has shape \(176, 64\)"),
+        ({"vocab_size": 252}, r"embedding\.word_embeddings\.weight of .* has shape \(251, 64\)"),
         ({"tie_word_embeddings": True}, r"has unexpected parameters: output_layer\.weight"),
     ):
         other = make_checkpoint(tmp_path / "other", "qwen2", **{"num_hidden_layers": 2, **changes})
@@ -235,9 +235,9 @@ def test_writer_refuses_what_is_not_the_model(tmp_path: Path) -> None:
     writer.write("b", torch.ones(2, 3))
     for name, tensor, message in (
         ("c", torch.ones(2, 3), "tensor c is not expected"),
-        ("b", torch.ones(2, 3), "tensor b is there already"),
-        ("a", torch.ones(3, 2), r"tensor a is \(3, 2\)"),
-        ("a", torch.ones(2, 3).half(), r"tensor a is \(2, 3\) torch\.float16"),
+        ("b", torch.ones(2, 3), "tensor b is already written"),
+        ("a", torch.ones(3, 2), r"tensor a must be \(2, 3\) .*got \(3, 2\)"),
+        ("a", torch.ones(2, 3).half(), r"tensor a must be .*got \(2, 3\) torch\.float16"),
     ):
         with pytest.raises(ValueError, match=message):
             writer.write(name, tensor)
@@ -259,7 +259,7 @@ def test_too_little_space_is_said_at_once(original: Path, tmp_path: Path, monkey
     """Before anything is written."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"out needs 0\.\d GB more, but 0\.0 GB are free"):
+    with pytest.raises(ValueError, match=r"out needs 0\.\d GB more disk space, but only 0\.0 GB are free"):
         to_megatron(original, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -276,7 +276,7 @@ def test_disk_that_fills_up(original: Path, tmp_path: Path, monkeypatch: pytest.
         return real(path, tensors)
 
     monkeypatch.setattr(conversion, "write_file", full)
-    with pytest.raises(ValueError, match=r"no space left for .*out: free some and go on with --resume"):
+    with pytest.raises(ValueError, match=r"no space left for .*out: free space and continue with --resume"):
         to_megatron(original, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     to_megatron(original, tmp_path / "out", resume=True)
@@ -311,7 +311,7 @@ def test_killed_half_way(direction: str, original: Path, tmp_path: Path) -> None
     assert not out.exists()
     (unfinished,) = (f for f in tmp_path.iterdir() if f.name.startswith("."))
     for check in (DistributedCheckpoint, lambda path: to_megatron(path, tmp_path / "x")):
-        with pytest.raises(ValueError, match=r"no finished Megatron checkpoint|has no config\.json"):
+        with pytest.raises(ValueError, match=r"not a complete Megatron checkpoint|has no config\.json"):
             check(unfinished)
     whole = {f.name: f.stat().st_mtime_ns for f in unfinished.iterdir() if not f.name.startswith(".")}
     convert = to_megatron if direction == "to_megatron" else to_huggingface
@@ -338,7 +338,7 @@ def test_resume_of_other_files_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         to_megatron(source, tmp_path / "out", progress=stop)
     _change(source, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
-    with pytest.raises(ValueError, match="what another conversion, or one of other files, left"):
+    with pytest.raises(ValueError, match="was left by a different conversion"):
         to_megatron(source, tmp_path / "out", resume=True)
     to_megatron(source, tmp_path / "out")
     assert verify(source, tmp_path / "out").differences == []

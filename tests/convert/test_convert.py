@@ -220,7 +220,7 @@ def test_index_that_names_a_missing_file(tmp_path: Path) -> None:
     names = load_file(tmp_path / "model.safetensors")
     index = {"weight_map": {**dict.fromkeys(names, "model.safetensors"), "lm_head.weight": "model-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index\.json names model-00002\.safetensors, which is not there"):
+    with pytest.raises(ValueError, match=r"index\.json names model-00002\.safetensors, which does not exist"):
         Checkpoint(tmp_path)
 
 

@@ -142,5 +142,7 @@ def test_every_layout_is_the_model_that_transformers_loads(
 def test_tensor_parallel_ranks_that_do_not_fit_the_heads(checkpoints: dict[str, tuple[Path, Path]]) -> None:
     """Refused before any rank starts, with the possible sizes."""
     config = make_config(checkpoints["qwen2"][0], parallel={"tensor": 8, "world_size": 8})
-    with pytest.raises(ValueError, match=r"4 attention heads cannot be .* parallel\.tensor 8; possible: \[1, 2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"4 attention heads cannot be .* parallel\.tensor 8: must be one of \[1, 2, 4\]"
+    ):
         check_model(config)

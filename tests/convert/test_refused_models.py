@@ -24,11 +24,11 @@ def _config(family: str, **changes: Any) -> Any:
         ("llama2", {"mlp_bias": True}, "mlp_bias of a llama model"),
         ("qwen3", {"attention_bias": True}, "attention_bias of a qwen3 model"),
         ("llama3", {"rope_parameters": {**_LLAMA3, "low_freq_factor": 2.0}}, r"low_freq_factor 2\.0 is not supported"),
-        ("llama3", {"rope_parameters": {**_LLAMA3, "high_freq_factor": 8.0}}, r"computes 4\.0"),
+        ("llama3", {"rope_parameters": {**_LLAMA3, "high_freq_factor": 8.0}}, r"must be 4\.0"),
         (
             "llama3",
             {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 4096}},
-            "original_max_position_embeddings 4096 is not supported: Megatron-Core computes 8192",
+            "original_max_position_embeddings 4096 is not supported: must be 8192",
         ),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope type 'yarn'"),
         ("mistral", {"sliding_window": 32, "max_position_embeddings": 64}, "sliding_window 32 is below"),

@@ -136,10 +136,10 @@ def _transposed(tensors: Tensors) -> Tensors:
 
 
 BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "transposed": (_transposed, r"mlp\.experts\.gate_up_proj .*\(6, 64, 48\), .* asks for \(6, 48, 64\): experts"),
+    "transposed": (_transposed, r"mlp\.experts\.gate_up_proj .*\(6, 64, 48\), .* requires \(6, 48, 64\): experts"),
     "too few experts": (
         lambda t: {**t, f"{LAYER}mlp.experts.down_proj": t[f"{LAYER}mlp.experts.down_proj"][:5].clone()},
-        r"mlp\.experts\.down_proj of .* has the shape \(5, 64, 24\)",
+        r"mlp\.experts\.down_proj of .* has shape \(5, 64, 24\)",
     ),
     "one is missing": (
         lambda t: {n: x for n, x in t.items() if n != f"{LAYER}mlp.experts.down_proj"},
@@ -191,7 +191,7 @@ def test_a_tied_output_layer_that_differs_is_refused(
     path = make_checkpoint(tmp_path / "hf", family, num_hidden_layers=1)
     to_megatron(path, tmp_path / "megatron")
     _with_output_layer(path, change)
-    message = r"tie_word_embeddings true in config\.json, but lm_head\.weight differs from model\.embed_tokens\.weight"
+    message = r"tie_word_embeddings=true in config\.json, but lm_head\.weight differs from model\.embed_tokens\.weight"
     for attempt in (
         lambda: check_weights(path, _arch(path)),
         lambda: to_megatron(path, tmp_path / "again"),

@@ -84,7 +84,7 @@ def test_classes_stay_as_they_are(target: str, tmp_path: Path) -> None:
     """A file cannot set an attribute of what it names, which would then be every other object's."""
     path = write(tmp_path, b"\x80\x02c" + target.encode() + b"\n" + EVIL)
     for _ in range(2):  # what was refused once is checked again
-        with pytest.raises(ValueError, match="which is no object of the checkpoint's"):
+        with pytest.raises(ValueError, match="which is not an object of the checkpoint"):
             read_metadata(path)
     assert not hasattr(Metadata, "evil")
     assert not hasattr(TensorProperties, "evil")
@@ -94,7 +94,7 @@ def test_members_of_enumerations_stay_as_they_are(tmp_path: Path) -> None:
     """They are shared by everything that was read."""
     member = torch_metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
     path = write(tmp_path, pickle.dumps(member, 2)[:-1] + EVIL)
-    with pytest.raises(ValueError, match="which is no object of the checkpoint's"):
+    with pytest.raises(ValueError, match="which is not an object of the checkpoint"):
         read_metadata(path)
     assert not hasattr(member, "evil")
 
@@ -103,7 +103,7 @@ def test_members_of_enumerations_stay_as_they_are(tmp_path: Path) -> None:
 def test_files_outside_are_not_read(name: str, tmp_path: Path) -> None:
     """Tensors are in files of the checkpoint's directory, by their bare names."""
     places: Any = {MetadataIndex("embedding.x", torch.Size([0, 0]), 0): _StorageInfo(name, 0, 10)}
-    with pytest.raises(ValueError, match="as a file of the checkpoint"):
+    with pytest.raises(ValueError, match="as a file name"):
         DistributedCheckpoint(write(tmp_path, metadata(storage_data=places)))
 
 
@@ -156,7 +156,7 @@ def test_torch_cannot_be_told_to_run_code(tmp_path: Path, monkeypatch: pytest.Mo
     """TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD does not count where a checkpoint is read, and is there again afterwards."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save(_Evil(tmp_path / "mark"), tmp_path / "common.pt")
-    with pytest.raises(ValueError, match="made to run code"), code_refused(tmp_path):
+    with pytest.raises(ValueError, match="would run code"), code_refused(tmp_path):
         torch.load(tmp_path / "common.pt")
     assert not (tmp_path / "mark").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"

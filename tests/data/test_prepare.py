@@ -91,9 +91,9 @@ def test_memory_does_not_grow_with_the_repeats(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"validation_fraction": 1.0}, r"validation_fraction 1.0 is not in \[0, 1\)"),
+        ({"validation_fraction": 1.0}, r"validation_fraction 1.0 must be in \[0, 1\)"),
         ({"validation_fraction": 0.1}, r"out_validation.parquet would be empty: .* has 2 usable prompts"),
-        ({"output": "in.parquet"}, "is the input too"),
+        ({"output": "in.parquet"}, "is also the input"),
     ],
 )
 def test_errors(tmp_path, arguments, message):

@@ -31,7 +31,7 @@ def test_longest_allowed_prompt_is_kept(tmp_path):
     """`max_prompt_tokens` is inclusive: <user>a<assistant> is 18 tokens."""
     path = write([row("a")], tmp_path / "p.parquet")
     assert len(load_prompts(path, character_tokenizer(), max_prompt_tokens=18)) == 1
-    with pytest.raises(ValueError, match=re.escape("none has at most 17 tokens (data.max_prompt_tokens)")):
+    with pytest.raises(ValueError, match=re.escape("none with at most 17 tokens (data.max_prompt_tokens)")):
         load_prompts(path, character_tokenizer(), max_prompt_tokens=17)
 
 
@@ -61,12 +61,21 @@ def test_tokenizer_without_chat_template(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": None}, "row 1: column prompt is None"),
-        ({"prompt": []}, "row 1: column prompt is []"),
-        ({"prompt": [{"role": "user", "content": " "}]}, "row 1: column prompt.content is ' ', not a text"),
-        ({"prompt": [{"role": None, "content": "a"}]}, "row 1: column prompt.role is None"),
-        ({"reward_model": None}, "row 1: column reward_model is None"),
-        ({"reward_model": {"ground_truth": None, "style": "rule"}}, "row 1: column reward_model.ground_truth is None"),
+        ({"prompt": None}, "row 1: column prompt must be a non-empty list of {role, content}, got None"),
+        ({"prompt": []}, "row 1: column prompt must be a non-empty list of {role, content}, got []"),
+        (
+            {"prompt": [{"role": "user", "content": " "}]},
+            "row 1: column prompt.content must be a non-blank string, got ' '",
+        ),
+        (
+            {"prompt": [{"role": None, "content": "a"}]},
+            "row 1: column prompt.role must be a non-blank string, got None",
+        ),
+        ({"reward_model": None}, "row 1: column reward_model must be {ground_truth, style}, got None"),
+        (
+            {"reward_model": {"ground_truth": None, "style": "rule"}},
+            "row 1: column reward_model.ground_truth must be a non-blank string, got None",
+        ),
     ],
 )
 def test_bad_values_name_file_row_and_column(tmp_path, change, message):
@@ -79,11 +88,17 @@ def test_bad_values_name_file_row_and_column(tmp_path, change, message):
 def test_columns_of_another_type(tmp_path):
     """A prompt that is plain text, a ground truth that is a number or absent: each is named."""
     for change, message in [
-        ({"prompt": "1+2?"}, "column prompt is '1+2?', not a list"),
-        ({"reward_model": {"ground_truth": True}}, "column reward_model.ground_truth is True, not a text"),
-        ({"reward_model": {"style": "rule"}}, "column reward_model is {'style': 'rule'}"),
-        ({"data_source": 3}, "row 0: column data_source is 3, not a text"),
-        ({"prompt": [{"role": "user", "text": "a"}]}, "which is not {role, content}"),
+        ({"prompt": "1+2?"}, "column prompt must be a non-empty list of {role, content}, got '1+2?'"),
+        (
+            {"reward_model": {"ground_truth": True}},
+            "column reward_model.ground_truth must be a non-blank string, got True",
+        ),
+        (
+            {"reward_model": {"style": "rule"}},
+            "column reward_model must be {ground_truth, style}, got {'style': 'rule'}",
+        ),
+        ({"data_source": 3}, "row 0: column data_source must be a string, got 3"),
+        ({"prompt": [{"role": "user", "text": "a"}]}, "must contain {role, content}"),
     ]:
         path = write([{**row("a"), **change}], tmp_path / "p.parquet")
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -87,7 +87,7 @@ def test_revisions_and_checksums_are_pinned():
 def test_damaged_download(tmp_path, hub):
     """Another content than the published one is refused, and nothing is written."""
     hub("aime-2024", write_as_aime_2024([("a", "1")], 1, tmp_path / "hub.parquet"), sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"hub\.parquet has the checksum [0-9a-f]{64}, and not 0{64} of aime-2024"):
+    with pytest.raises(ValueError, match=r"hub\.parquet has checksum [0-9a-f]{64}, expected 0{64} for aime-2024"):
         prepare("aime-2024", tmp_path / "out.parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["hub.parquet"]
 
@@ -119,7 +119,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 
 def test_neither_file_nor_name(tmp_path):
     """Anything else is refused, and the names are listed."""
-    with pytest.raises(ValueError, match=r"aime-2026 is neither a file .* \(dapo-math-17k, aime-2024, aime-2025\)"):
+    with pytest.raises(ValueError, match=r"aime-2026 must be a file .* \(dapo-math-17k, aime-2024, aime-2025\)"):
         prepare("aime-2026", tmp_path / "out.parquet")
 
 

@@ -117,14 +117,14 @@ def test_many_questions(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"problem": "b", "answer": ""}', "row 1: column answer is '', not a text"),
-        ('{"problem": "b", "answer": null}', "row 1: column answer is None, not a text"),
-        ('{"problem": "b", "answer": true}', "row 1: column answer is True, not a text"),
-        ('{"problem": "b", "answer": 0.5}', "row 1: column answer is 0.5, not a text"),
-        ('{"question": " ", "answer": "1"}', "row 1: column question is ' ', not a text"),
+        ('{"problem": "b", "answer": ""}', "row 1: column answer must be a non-blank string, got ''"),
+        ('{"problem": "b", "answer": null}', "row 1: column answer must be a non-blank string, got None"),
+        ('{"problem": "b", "answer": true}', "row 1: column answer must be a non-blank string, got True"),
+        ('{"problem": "b", "answer": 0.5}', "row 1: column answer must be a non-blank string, got 0.5"),
+        ('{"question": " ", "answer": "1"}', "row 1: column question must be a non-blank string, got ' '"),
         ('{"text": "b", "answer": "1"}', "row 1 has text, answer, but no problem or question with an answer"),
         ('{"problem": "b"', "line 2 is not JSON"),
-        ("[1]", "line 2 is '[1]', not an object"),
+        ("[1]", "line 2 must be an object with a problem and an answer, got '[1]'"),
     ],
 )
 def test_bad_questions(tmp_path, line, message):

@@ -92,7 +92,7 @@ def test_variables_reach_the_template(tmp_path: Path, kwargs: dict[str, Any], su
 @pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "strftime_now", "tokenize"])
 def test_variables_of_the_recipe_are_refused(name: str) -> None:
     """What the recipe sets itself cannot be set otherwise."""
-    with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs has {name}, which the recipe sets"):
+    with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs must not contain {name}, which the recipe sets"):
         TemplateOptions({name: True})
 
 
@@ -141,7 +141,7 @@ def test_ground_truths_may_be_numbers(tmp_path: Path, truth: float, text: str) -
 def test_ground_truths_that_are_none(tmp_path: Path, truth: Any) -> None:
     """Truth values, missing numbers and blanks are no answers."""
     path = write([{**row("a"), "reward_model": {"ground_truth": truth}}], tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"row 0: column reward_model\.ground_truth is"):
+    with pytest.raises(ValueError, match=r"row 0: column reward_model\.ground_truth must be"):
         load_prompts(path, character_tokenizer(), 1000)
 
 

@@ -161,7 +161,9 @@ def test_other_settings_are_refused(task: Path, tmp_path: Path, sections: dict[s
     out = tmp_path / "out"
     run_ranks(_claim, 1, _config(task), out)
     command.check(_config(task, eval={"samples": 9}, parallel={"world_size": 2, "tensor": 2}), out)
-    with pytest.raises(ValueError, match=rf"other settings:\n  - {says}\nGo back to them, give another --out, or rem"):
+    with pytest.raises(
+        ValueError, match=rf"other settings:\n  - {says}\nRestore these settings, choose another --out, or rem"
+    ):
         command.check(_config(task, **sections), out)
 
 

@@ -73,7 +73,7 @@ def test_several_benchmarks() -> None:
 @pytest.mark.parametrize(("words", "counts"), [(["rr", "r"], r"\[1, 2\]"), ([], r"\[\]")])
 def test_unequal_counts_are_refused(words: list[str], counts: str) -> None:
     """A problem with fewer samples than another, or no sample at all."""
-    with pytest.raises(ValueError, match=f"the same number of samples, but there are {counts}"):
+    with pytest.raises(ValueError, match=f"the same number of samples, got {counts}"):
         summarize(samples(*words))
 
 

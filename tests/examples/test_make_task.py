@@ -95,7 +95,7 @@ def test_complete_output_is_kept(made, capsys):
 def test_foreign_directory_is_left_alone(tmp_path):
     """A directory that this script did not make is refused and stays as it is."""
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="was not made by this script"):
+    with pytest.raises(SystemExit, match="was not created by this script"):
         run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -104,7 +104,7 @@ def test_clean_corpus_is_right():
     """Without slips every step and every answer is true, in all three formats."""
     rng = random.Random(0)
     for _ in range(300):
-        numbers = make_task.draw_problem(rng, held=False)
+        numbers = make_task.sample_problem(rng, held=False)
         response = make_task.response_to(numbers, rng, make_task.CLEAN)
         assert response.endswith(f"Answer:{sum(numbers)}")
         for left, right in re.findall(r"(\d+\+\d+)=(\d+)", response):
@@ -116,7 +116,7 @@ def test_sloppy_corpus_slips_more_in_short_formats():
     rng = random.Random(0)
     right = {True: [], False: []}
     for _ in range(2000):
-        numbers = make_task.draw_problem(rng, held=False)
+        numbers = make_task.sample_problem(rng, held=False)
         response = make_task.response_to(numbers, rng, make_task.SLOPPY)
         right[":" in response.removesuffix(response[response.index("Answer") :])].append(
             response.endswith(f"Answer:{sum(numbers)}")

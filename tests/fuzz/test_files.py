@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.checkpoint.files import DamagedError, Marker
-from megatron_fipo.convert.unfinished import MANIFEST, check_sizes
+from megatron_fipo.convert.staging import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
 from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts as machine_hosts

@@ -12,7 +12,7 @@ import pytest
 from megatron_fipo.checkpoint.files import DamagedError, Marker
 from megatron_fipo.config import load_config
 from megatron_fipo.convert.huggingface import INDEX, Checkpoint
-from megatron_fipo.convert.unfinished import MANIFEST, check_sizes
+from megatron_fipo.convert.staging import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
 from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts
@@ -35,11 +35,11 @@ CHOICE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({}, "names no tensors"),
+        ({}, "contains no tensors"),
         ({"a": 3}, "names 3 for a, expected the name of a file beside it"),
         ({"a": "../x.safetensors"}, "names '../x.safetensors' for a"),
         ({"a": ".."}, r"names '\.\.' for a"),
-        ([], "is no index of safetensors files"),
+        ([], "is not a valid index of safetensors files"),
     ],
 )
 def test_indexes(tmp_path: Path, places: Any, message: str) -> None:
@@ -57,13 +57,13 @@ def test_deep_json(tmp_path: Path) -> None:
     (tmp_path / "rows" / "x.json").write_text(DEEP)
     with pytest.raises(DamagedError, match="cannot be read"):
         Marker.read(tmp_path, 1)
-    with pytest.raises(ValueError, match="is no index of safetensors files"):
+    with pytest.raises(ValueError, match="is not a valid index of safetensors files"):
         Checkpoint(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         check_sizes(tmp_path)
     with pytest.raises(ValueError, match="is not JSON"):
         prepare(tmp_path / "questions.jsonl", tmp_path / "out.parquet")
-    with pytest.raises(ValueError, match=r"no measured row in .*x\.json is left out"):
+    with pytest.raises(ValueError, match=r"no measured rows in .*x\.json is skipped"):
         read_rows(tmp_path)
     assert attempts.read(tmp_path / "metrics.jsonl") == []
     assert attempts.training_progress(tmp_path).number == 1
@@ -128,6 +128,6 @@ def test_numbers_beyond_all_measurements() -> None:
     stages = row["timeline"]["stages"] * 1000
     found, problems = parse_row({**row, "seconds": 1e308, "timeline": {"chunks": 1, "stages": stages}})
     assert (found.seconds, found.timeline) == (None, None)
-    assert problems == ["seconds is 1e+308", "timeline is not one: no chunks, or not 1 to 512 stages"]
-    with pytest.raises(ValueError, match="gpus is 1000000000000000000000"):
+    assert problems == ["seconds is 1e+308", "timeline is invalid: chunks must be at least 1, and stages 1 to 512"]
+    with pytest.raises(ValueError, match="gpus must be an integer of at least 1, got 1000000000000000000000"):
         parse_row({**row, "gpus": 10**21})

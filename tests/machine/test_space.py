@@ -76,13 +76,13 @@ def test_room_for_checkpoints(
     config = make_config("unused", run=run, model={"dtype": "bfloat16"}, checkpoint={"keep_last": 2, "every": 5})
     if refused:
         with pytest.raises(
-            ValueError, match=r"a checkpoint takes 14.0 GB, .* left by the user quota of /home: too little"
+            ValueError, match=r"a checkpoint takes 14.0 GB, .* left by the user quota of /home: at least two"
         ):
             needs.check_space(config)
         return
     warnings = needs.check_space(config)
     assert len(warnings) == warned
-    assert all("will keep up to 2, and one more" in warning for warning in warnings)
+    assert all("keep up to 2 checkpoints, plus one" in warning for warning in warnings)
 
 
 def test_a_file_that_another_node_has_just_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

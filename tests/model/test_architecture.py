@@ -84,7 +84,7 @@ def _without(rope: dict[str, Any], name: str) -> dict[str, Any]:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "lacks factor and high_freq_factor and low"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling .* lacks factor"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling .* lacks rope_type"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "has two kinds"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "has both type and rope_type"),
         ({"rope_scaling": "linear"}, "rope_scaling of .* is 'linear'; expected an object"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor in rope_scaling .* is None; expected"),
         ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "factor in rope_scaling .* is '8'; expected a positive number"),
@@ -97,7 +97,7 @@ def _without(rope: dict[str, Any], name: str) -> dict[str, Any]:
         ),
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-            "has rope_scaling .* and rope_parameters {}: readers take the one",
+            "has rope_scaling .* and rope_parameters {}: readers disagree",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
@@ -118,7 +118,7 @@ def test_code_beside_a_model_is_not_run(kind: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if kind == "auto_map":
         directory = _directory(tmp_path, model_type="custom", auto_map={"AutoConfig": "code.Config"})
-        with pytest.raises(ValueError, match=r"'custom' has code of its own \(auto_map\), which is never run"):
+        with pytest.raises(ValueError, match=r"'custom' has custom code \(auto_map\), which is never run"):
             load_hf_config(directory, {})
     else:
         auto = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Custom"}
@@ -172,16 +172,16 @@ def test_overrides_of_rotary_embeddings(
     [
         ({"rope_theta": "many"}, r"model\.overrides\.rope_theta is 'many'; expected a positive number"),
         ({"rope_theta": -1.0}, r"model\.overrides\.rope_theta is -1\.0; expected"),
-        ({"rope_scaling": "linear"}, r"model\.overrides\.rope_scaling: 'linear' must have names and values"),
+        ({"rope_scaling": "linear"}, r"model\.overrides\.rope_scaling: 'linear' must be a mapping"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
-        ({"rope_scaling": None, "rope_parameters": None}, "two spellings of the same: give one"),
-        ({"rope_parameters": {"rope_theta": 1e6}}, "name its rope_type, 'default' for none"),
+        ({"rope_scaling": None, "rope_parameters": None}, "two spellings of the same setting: give only one"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "give its rope_type \('default' for none\)"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 1e6},
             "rope_theta 1000000.0 and rope_parameters' 10000.0 differ",
         ),
         ({"num_attention_heads": "4"}, r"model\.overrides\.num_attention_heads: .*expected int"),
-        ({"rope_base": 1e6}, r"model\.overrides\.rope_base: the llama config has no such field"),
+        ({"rope_base": 1e6}, r"model\.overrides\.rope_base: the llama config does not have this field"),
     ],
 )
 def test_overrides_that_are_refused(overrides: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_two_ends_and_nothing_between_are_not_interleaved(
         first_stage_layers=first,
         last_stage_layers=last,
     )
-    with pytest.raises(ValueError, match=rf"first_stage_layers {first} and last_stage_layers {last} .* set one"):
+    with pytest.raises(ValueError, match=rf"first_stage_layers {first} and last_stage_layers {last} .* set only one"):
         stage_layers(layers, p)
     assert stage_layers(layers, replace(p, last_stage_layers=None)) == [first, last]
     assert stage_layers(layers, replace(p, first_stage_layers=None)) == [first, last]
@@ -140,7 +140,9 @@ def test_two_ends_and_nothing_between_are_not_interleaved(
 def test_layers_that_do_not_divide_show_the_arithmetic() -> None:
     """10 layers, of which the first stage takes 3, over 2 further stages."""
     p = ParallelConfig(world_size=3, pipeline=3, first_stage_layers=3)
-    with pytest.raises(ValueError, match=r"10 layers - 3 \(first/last stage\) = 7 over 2 pipeline stages leaves 1"):
+    with pytest.raises(
+        ValueError, match=r"10 layers - 3 \(first/last stage\) = 7 over 2 pipeline stages leaves a remainder of 1"
+    ):
         stage_layers(10, p)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.evaluation.evaluate import _judged
+from megatron_fipo.evaluation.evaluate import _scored
 from megatron_fipo.model.stop_tokens import declared_stop_tokens, stop_token_ids, without_stop_token
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Response
@@ -57,13 +57,17 @@ def test_overrides_replace_the_config_s(tmp_path: Path) -> None:
     [
         ("{}", '{"eos_token_id": [5, 6', r"generation_config\.json cannot be read"),
         ("{}", "", r"generation_config\.json cannot be read"),
-        ("{}", "[5]", r"generation_config\.json cannot be read: expected an object"),
+        ("{}", "[5]", r"generation_config\.json cannot be read: expected a JSON object"),
         ('{"eos_token_id": 5', "{}", r"/config\.json cannot be read"),
-        ('{"eos_token_id": "5"}', "{}", r"eos_token_id of .*/config\.json is '5'; expected a token id"),
-        ("{}", '{"eos_token_id": [5, null]}', r"eos_token_id of .*generation_config\.json is \[5, None\]"),
-        ("{}", '{"eos_token_id": -1}', "is -1; expected a token id"),
-        ("{}", '{"eos_token_id": true}', "is True; expected a token id"),
-        ("{}", '{"eos_token_id": 5.0}', "is 5.0; expected a token id"),
+        (
+            '{"eos_token_id": "5"}',
+            "{}",
+            r"eos_token_id of .*/config\.json must be a token id or a list of them, got '5'",
+        ),
+        ("{}", '{"eos_token_id": [5, null]}', r"eos_token_id of .*generation_config\.json must be .*, got \[5, None\]"),
+        ("{}", '{"eos_token_id": -1}', "must be a token id or a list of them, got -1"),
+        ("{}", '{"eos_token_id": true}', "must be a token id or a list of them, got True"),
+        ("{}", '{"eos_token_id": 5.0}', "must be a token id or a list of them, got 5.0"),
     ],
 )
 def test_a_broken_file_is_an_error(config: str, generation: str, message: str, tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_a_broken_file_is_an_error(config: str, generation: str, message: str, t
 def test_no_end_at_all(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, (None,))
     assert declared_stop_tokens(path, None) == ()
-    with pytest.raises(ValueError, match=r"names no end-of-sequence token \(eos_token_id\)"):
+    with pytest.raises(ValueError, match=r"has no end-of-sequence token \(eos_token_id\)"):
         stop_token_ids(path, SimpleNamespace(eos_token_id=None))
 
 
@@ -88,7 +92,7 @@ def test_only_the_last_token_ends_a_response(tokens: list[int], left: list[int])
     assert without_stop_token(tokens, (8, 9)) == left
 
 
-def test_what_ended_a_response_is_not_judged(tmp_path: Path) -> None:
+def test_what_ended_a_response_is_not_scored(tmp_path: Path) -> None:
     """Special or not: `12` ended by the digit 5, by the tokenizer's special token, and cut off at its length."""
     tokenizer = save_tokenizer(tmp_path)
     one, two, five = tokenizer.convert_tokens_to_ids(["1", "2", "5"])
@@ -107,7 +111,7 @@ def test_what_ended_a_response_is_not_judged(tmp_path: Path) -> None:
         (SimpleNamespace(key=("b", 0, i), seed=0, prompt=prompt), Response(r, [0.0] * len(r), truncated=i >= 2))
         for i, r in enumerate(responses)
     ]
-    samples = list(_judged(drawn, reward, tokenizer, stops))  # type: ignore[arg-type]
+    samples = list(_scored(drawn, reward, tokenizer, stops))  # type: ignore[arg-type]
     plain = tokenizer.batch_decode([[one, two], [one, two], [one, two], [one, five, two]])
     assert judged == [*plain, *plain]
     assert [sample.response for sample in samples] == plain

@@ -163,7 +163,7 @@ def test_compile():
         (2, torch.zeros(12), r"advantages must be \[11\]"),
         (3, torch.zeros(495), "mask must be .* bool or uint8, not .*float32"),
         (4, torch.tensor([0, 494]), "from 0 to the 495 packed tokens, not from 0 to 494"),
-        (4, torch.tensor([0, 600, 495]), "must not decrease"),
+        (4, torch.tensor([0, 600, 495]), "must be non-decreasing"),
         (4, torch.tensor([0.0, 495.0]), "int32 or int64"),
         (5, torch.ones(3), r"token_weights must be \[495\]"),
         (6, torch.ones(3), r"carry_in must be \[11\]"),
@@ -183,7 +183,7 @@ def test_op_errors(position, value, message):
 def test_backend_errors(monkeypatch):
     """ "compiled" is refused where it cannot be had, and says why; "auto" falls back to the reference."""
     batch = widened(exact_batch(LENGTHS))
-    with pytest.raises(ValueError, match=r"not built for torch\.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"not available for torch\.float64 on cpu"):
         fipo_loss(*batch.inputs(), CONFIG, backend="compiled")
     assert fipo_loss(*batch.inputs(), CONFIG, backend="auto").loss_sum.dtype == torch.float64
     monkeypatch.setattr(extension, "_extension", None)
@@ -203,7 +203,7 @@ def test_instruction_sets(isa):
         [sys.executable, "-c", "from megatron_fipo.ops import compiled_summary; print(compiled_summary())"],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    if "is not to be had" in probe.stderr:
+    if "is not available" in probe.stderr:
         pytest.skip(f"no {isa} here")
     assert f"in use: {isa}" in probe.stdout
     files = ["tests/ops/test_fused_loss.py", "tests/ops/test_extension.py", "tests/golden"]

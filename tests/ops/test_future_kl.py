@@ -111,7 +111,7 @@ def test_sequence_ids():
         ({"mask": torch.ones(4)}, "mask must be .*bool"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must be"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "from 0 to the 4 packed tokens, not from 0 to 3"),
-        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "must not decrease"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "must be non-decreasing"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
         ({"half_life": 0.0}, "half_life = 0.0 must be positive"),
     ],

@@ -103,7 +103,7 @@ def test_every_instruction_set(isa: str) -> None:
     )
     environment = os.environ | {"MEGATRON_FIPO_ISA": isa}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    if "is not to be had on this machine" in result.stderr:
+    if "is not available on this machine" in result.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert result.returncode == 0, result.stderr
 
@@ -116,7 +116,7 @@ def test_wrong_arguments_are_named() -> None:
         logit_statistics(case.logits, case.targets.int(), 1.0, out)
     with pytest.raises(ValueError, match=r"out must be \[4, 4\] torch.float32"):
         logit_statistics(case.logits, case.targets, 1.0, out.double())
-    with pytest.raises(ValueError, match="hold something"):
+    with pytest.raises(ValueError, match="not empty"):
         logit_statistics(case.logits[:0], case.targets[:0], 1.0, out[:, :0])
     short = RowTerms(*(torch.zeros(3) for _ in range(4)))
     with pytest.raises(ValueError, match=r"logsumexp must be \[4\]"):

@@ -129,7 +129,7 @@ def test_groups_by_the_beginning_of_the_name(tmp_path):
 def test_a_run_named_twice(tmp_path):
     """The same directory twice is an error."""
     run = named_run(tmp_path / "x", rows_of(2))
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="given twice"):
         write_report([run, tmp_path / "y" / ".." / "x"], tmp_path / "all.html")
 
 
@@ -203,7 +203,7 @@ def test_findings_are_on_the_page(tmp_path):
     assert "(from the authors&#x27; code)" in page or "(from the authors' code)" in page
     assert "x, steps 5 to 8: FIPO does nothing" in text
     write_report(named_run(tmp_path / "y", [{"step": 1}]))
-    assert "No rule found anything." in (tmp_path / "y" / "report.html").read_text()
+    assert "No findings." in (tmp_path / "y" / "report.html").read_text()
 
 
 def test_figures_of_several_runs_have_the_usual_size(tmp_path):

@@ -171,7 +171,7 @@ def test_a_damaged_file_is_named(run: Path) -> None:
     """Bytes that are no parquet are an error that names the file."""
     (run / "rollouts").mkdir()
     (run / "rollouts" / "step_1.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"step_1\.parquet is no rollouts file"):
+    with pytest.raises(ValueError, match=r"step_1\.parquet is not a valid rollouts file"):
         write_report(run)
 
 
@@ -216,5 +216,5 @@ def test_rollouts_of_another_kind(run: Path, changes: dict) -> None:
     """A column of another type or length is told with the file's name."""
     rows = [{**row, **changes} for row in write_rollouts(run, 1)]
     pq.write_table(pa.Table.from_pylist(rows), run / "rollouts" / "step_1.parquet")
-    with pytest.raises(ValueError, match=r"step_1\.parquet is no rollouts file: a column holds"):
+    with pytest.raises(ValueError, match=r"step_1\.parquet is not a valid rollouts file: a column has"):
         credit.write_credit_page(read_run(run), "name")

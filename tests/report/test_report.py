@@ -232,16 +232,16 @@ def test_torn_last_line_is_tolerated(tmp_path):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"step": 2, "reward/mea', "line 2: no JSON"),
-        ("[1, 2]", "line 2: not an object with a step"),
-        ('{"reward/mean": 1.0}', "line 2: not an object with a step"),
-        ('{"step": 2, "reward/mean": "high"}', "line 2: reward/mean = high is no number"),
-        ('{"step": null}', "line 2: not an object with a step"),
-        ('{"step": 1e999}', "line 2: step = inf is no number of a step"),
-        ('{"step": 2.5}', "line 2: step = 2.5 is no number of a step"),
-        ('{"step": -1}', "line 2: step = -1 is no number of a step"),
+        ('{"step": 2, "reward/mea', "line 2: invalid JSON"),
+        ("[1, 2]", "line 2: not a JSON object with a step"),
+        ('{"reward/mean": 1.0}', "line 2: not a JSON object with a step"),
+        ('{"step": 2, "reward/mean": "high"}', "line 2: reward/mean = high must be a number"),
+        ('{"step": null}', "line 2: not a JSON object with a step"),
+        ('{"step": 1e999}', "line 2: step = inf must be a non-negative integer"),
+        ('{"step": 2.5}', "line 2: step = 2.5 must be a non-negative integer"),
+        ('{"step": -1}', "line 2: step = -1 must be a non-negative integer"),
         ('{"step": 2, "x": ' + "9" * 4000 + "}", "line 2: x = 999"),
-        ("[" * 99999, "line 2: no row of metrics: it is nested too deeply"),
+        ("[" * 99999, "line 2: not a row of metrics: nested too deeply"),
     ],
 )
 def test_broken_line_is_named(tmp_path, line, complaint):
@@ -257,13 +257,13 @@ def test_broken_line_is_named(tmp_path, line, complaint):
 
 def test_not_a_run(tmp_path):
     """A directory without metrics, a missing one, and a run without a finished step are errors that say so."""
-    with pytest.raises(ValueError, match=r"is no run: it has no metrics\.jsonl"):
+    with pytest.raises(ValueError, match=r"is not a run: it has no metrics\.jsonl"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         write_report(tmp_path / "absent")
     for content in ("", "\n", '{"st', '{"step": 0, "eval/avg@k": 0.1}\n'):
         (tmp_path / "metrics.jsonl").write_text(content)
-        with pytest.raises(ValueError, match="holds no finished step yet"):
+        with pytest.raises(ValueError, match="contains no finished step yet"):
             write_report(tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_damaged_summary(tmp_path):
     write_run(tmp_path, rows_of(2))
     for content in ("{", "[]"):
         (tmp_path / "summary.json").write_text(content)
-        with pytest.raises(ValueError, match=r"summary\.json is no JSON"):
+        with pytest.raises(ValueError, match=r"summary\.json (is not valid JSON|must be a JSON object)"):
             write_report(tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_summary_of_another_kind(tmp_path, summary):
     """A summary.json of other types is told by its name."""
     write_run(tmp_path, rows_of(2))
     (tmp_path / "summary.json").write_text(summary)
-    with pytest.raises(ValueError, match=r"summary\.json is no"):
+    with pytest.raises(ValueError, match=r"summary\.json (is not|must be)"):
         write_report(tmp_path)
 
 

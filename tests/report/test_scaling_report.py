@@ -112,7 +112,7 @@ def test_terminal_table_has_the_rows_numbers(tmp_path: Path) -> None:
         pattern = rf"^ +{c['gpus']}\*? +{_layout(c)} +4,096 +" + " +".join(map(re.escape, numbers))
         assert len(re.findall(pattern, text, re.MULTILINE)) == 1
     assert re.findall(r"(\d+)\* +(TP\d PP\d)", text) == [("8", "TP1 PP1"), ("16", "TP1 PP1")]
-    assert "8 measured, 0 out of memory, 0 failed; predicted times are off by 5.0% (median of 8)" in text
+    assert "8 measured, 0 out of memory, 0 failed; error of predicted times: 5.0% (median of 8)" in text
 
 
 def test_mixed_rows(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_mixed_rows(tmp_path: Path) -> None:
     _write_plan(tmp_path, [*contents[:2], make_row(128, 4, 2)])
     text = write_scaling_report(write_study(tmp_path, *contents))
     assert "10 measured, 1 out of memory, 1 failed; 1 of the plan's 3 layouts not measured yet" in text
-    assert "to be measured: 128 GPUs, TP1 PP4 VPP2, 4,096 tokens" in text
+    assert "not measured yet: 128 GPUs, TP1 PP4 VPP2, 4,096 tokens" in text
     page = (tmp_path / "report.html").read_text()
     lines = {x[-2]: x[11] for x in _cells(page) if len(x) == 18 and x[0] == "64"}
     assert lines == {"out of memory: CUDA out of memory": "84.5", "failed: rank 3: lost": "84.5"}
@@ -143,7 +143,7 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     study = write_study(tmp_path, *_sweep())
     (study / "plan.csv").write_text("gpus,tensor\n8,x\n")
     text = write_scaling_report(study)
-    assert f"warning: line 1 of {study / 'plan.csv'}: tensor is 'x' and must be a whole number of at least 1" in text
+    assert f"warning: line 1 of {study / 'plan.csv'}: tensor must be an integer of at least 1, got 'x'" in text
     assert f"{len(_sweep())} measured" in text
 
 
@@ -159,7 +159,7 @@ def test_figures_without_data_are_left_out(tmp_path: Path) -> None:
         file.unlink()
     write_scaling_report(write_study(study, lost(make_row(8, 1, predicted=None), "failed", "no")))
     assert _figures(study) == []
-    assert "None has been measured" in (study / "report.html").read_text()
+    assert "No layout has been measured" in (study / "report.html").read_text()
 
 
 def test_figures_are_in_the_page(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_broken_rows_are_warned_of(tmp_path: Path) -> None:
     study = write_study(tmp_path, make_row(), make_row(8, 4, seconds=float("nan"), mfu="high"))
     (study / "rows" / "half.json").write_text("{")
     text = write_scaling_report(study)
-    assert "warning: rows/half.json is left out" in text
+    assert "warning: rows/half.json is skipped" in text
     assert "seconds is nan" in text
     assert "mfu is &#x27;high&#x27;" in (study / "report.html").read_text()
 

@@ -482,7 +482,7 @@ def test_dapo_reads_markup_as_its_authors_do() -> None:
 
 def test_numbers_side_by_side_are_refused() -> None:
     """`3 5` is neither 35 nor 8 nor 15."""
-    with pytest.raises(ValueError, match="numbers side by side: '3 5'"):
+    with pytest.raises(ValueError, match="adjacent numbers: '3 5'"):
         to_latex("3 5")
 
 

@@ -68,8 +68,8 @@ def test_scores_are_kept():
     [
         ("one_short", "user_rewards:one_short returned 1 results for 2 responses"),
         ("not_a_number", "user_rewards:not_a_number returned reward nan for response 1"),
-        ("words", "user_rewards:words returned 'good' for response 0: neither a number nor a Score"),
-        ("half_right", "user_rewards:half_right returned accuracy 0.5 for response 0; it is 0 or 1"),
+        ("words", "user_rewards:words returned 'good' for response 0: must be a number or a Score"),
+        ("half_right", "user_rewards:half_right returned accuracy 0.5 for response 0: must be 0 or 1"),
     ],
 )
 def test_bad_results_name_the_function(name, message):
@@ -82,11 +82,11 @@ def test_bad_results_name_the_function(name, message):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("user_rewards:missing", "cannot import it"),
-        ("no_such_module:f", "cannot import it"),
-        (":f", "cannot import it"),
-        ("user_rewards:CONSTANT", "is a int, not a function"),
-        ("dappo", "none of dapo, math, exact, package.module:function"),
+        ("user_rewards:missing", "cannot be imported"),
+        ("no_such_module:f", "cannot be imported"),
+        (":f", "cannot be imported"),
+        ("user_rewards:CONSTANT", "must be a function, got int"),
+        ("dappo", "must be one of dapo, math, exact, package.module:function"),
     ],
 )
 def test_unknown_functions(path, message):
@@ -146,5 +146,5 @@ def test_grades_without_a_threshold_are_warned_of_once(caplog, name, settings, w
     assert all(
         text in message
         for message in found
-        for text in ("user_grades:grades", "the grade 0.2", "reward.accuracy_threshold")
+        for text in ("user_grades:grades", "returned 0.2", "reward.accuracy_threshold")
     )

@@ -246,7 +246,7 @@ def test_exhausted(results: dict[int, list[dict[str, Any]]]) -> None:
     """After max_rounds the run stops with the arithmetic, or trains on what there is."""
     error = results[1][0]["stop"]["error"]
     assert "1 generation rounds of 4 prompts gave 2 of the 4 groups" in error
-    assert "1 were all right and 1 all wrong" in error
+    assert "1 were all correct and 1 all incorrect" in error
     (batch,) = results[1][0]["train"]["steps"]
     assert batch.groups == [1, 3]
     assert batch.metrics["batch/responses"] == 2 * GROUP

@@ -142,7 +142,9 @@ def test_noise_is_told() -> None:
     calm = Measurements(memory=[Rate("sum", "1 MB", 1.0, _timing(1.0, 0.1))])
     assert noise(calm) is None
     loud = dataclasses.replace(calm, link=[Rate("message", "2 MB", 1.0, _timing(1.0, s)) for s in (0.2, 0.5)])
-    assert str(noise(loud)).startswith("2 of 3 measurements spread by more than 10%, most of all message, 2 MB, by 50%")
+    assert str(noise(loud)).startswith(
+        "2 of 3 measurements have a spread above 10%, the largest: message, 2 MB with 50%"
+    )
 
 
 @pytest.mark.distributed
@@ -166,9 +168,9 @@ BAD = {
     "zero": (["--minutes", "0"], "--minutes 0.0 must be a positive number"),
     "nan": (["--minutes", "nan"], "--minutes nan must be"),
     "name": (["--gpu", "a b"], "--gpu 'a b' must be a name"),
-    "dtype": (["--dtype", "int8"], "--dtype 'int8' is none of bfloat16, float32"),
-    "out": (["--out", "no/where.yaml"], "must be a file in a directory that exists"),
-    "directory": (["--out", "."], "must be a file in a directory that exists"),
+    "dtype": (["--dtype", "int8"], "--dtype 'int8' must be one of bfloat16, float32"),
+    "out": (["--out", "no/where.yaml"], "must be a file in an existing directory"),
+    "directory": (["--out", "."], "must be a file in an existing directory"),
 }
 
 
@@ -187,5 +189,5 @@ def test_bad_input_is_the_users(name: str, monkeypatch: Any, capsys: Any, tmp_pa
 def test_a_listed_gpu_is_not_claimed_without_one(monkeypatch: Any, tmp_path: Path) -> None:
     """A CPU's rates would stand under a GPU's name."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="h100-80 is a GPU's name, and this machine has none"):
+    with pytest.raises(ValueError, match="h100-80 is a GPU's name, but this machine has no GPU"):
         Request(tmp_path / "c.yaml", "h100-80", 1.0).check()

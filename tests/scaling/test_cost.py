@@ -242,7 +242,7 @@ def test_batches_that_do_not_divide_are_refused() -> None:
 
 def test_shapes_without_a_name_are_refused() -> None:
     """The nearest names are told."""
-    with pytest.raises(ValueError, match=r"'Qwen/Qwen2.5-33B' is no directory .*qwen2.5-32b"):
+    with pytest.raises(ValueError, match=r"'Qwen/Qwen2.5-33B' is neither a directory .*qwen2.5-32b"):
         find_model("Qwen/Qwen2.5-33B")
     assert find_model("Qwen/Qwen2.5-32B") == PUBLISHED["qwen2.5-32b"]
     assert find_model("meta-llama/Llama-3.1-8B-Instruct") == PUBLISHED["llama3-8b"]

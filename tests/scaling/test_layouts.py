@@ -80,7 +80,7 @@ def test_uneven_stages_add_up(layers: int, stages: int) -> None:
 REFUSED = {
     "heads": (
         {"tensor": 3, "world_size": 6},
-        "8 attention heads / tp 3 = 2.67: not whole; the nearest legal tp: 2 or 4",
+        "8 attention heads / tp 3 = 2.67 is not an integer; nearest legal tp: 2 or 4",
     ),
     "world": (
         {"tensor": 4, "pipeline": 2, "world_size": 12},
@@ -88,13 +88,13 @@ REFUSED = {
     ),
     "layers": (
         {"pipeline": 3, "world_size": 3},
-        "8 layers / (3 stages x 1 chunks) = 2.67: must be whole and at least 1; the nearest legal: pp 2, pp 4, "
+        "8 layers / (3 stages x 1 chunks) = 2.67: must be an integer and at least 1; nearest legal: pp 2, pp 4, "
         "first_stage_layers 2 with last_stage_layers 3",
     ),
     "chunks": (
         {"pipeline": 2, "virtual_pipeline": 3, "world_size": 2},
-        "8 layers / (2 stages x 3 chunks) = 1.33: must be whole and at least 1; the nearest legal: pp 1, vpp 2, vpp 4, "
-        "first_stage_layers 4 with last_stage_layers 4",
+        "8 layers / (2 stages x 3 chunks) = 1.33: must be an integer and at least 1; nearest legal: pp 1, vpp 2, "
+        "vpp 4, first_stage_layers 4 with last_stage_layers 4",
     ),
     "experts of a dense model": ({"expert": 2, "world_size": 2}, "parallel.expert 2: the model has no experts; use 1"),
 }
@@ -110,7 +110,7 @@ def test_refusals_show_the_arithmetic(name: str) -> None:
 def test_refusals_of_experts() -> None:
     """8 experts over 3 ranks; and over 4 of a stage that has 6."""
     problems = layout_problems(MOE, ParallelConfig(world_size=12, pipeline=2, expert=3))
-    assert "8 experts / ep 3 = 2.67: not whole; the nearest legal ep: 2 or 4" in problems
+    assert "8 experts / ep 3 = 2.67 is not an integer; nearest legal ep: 2 or 4" in problems
     problems = layout_problems(MOE, ParallelConfig(world_size=12, pipeline=2, expert=4))
     assert "ep 4 does not divide the 6 GPUs of a stage (12 / pp 2)" in problems
 

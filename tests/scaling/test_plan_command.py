@@ -57,7 +57,7 @@ def test_recipe_is_judged(plan: Command) -> None:
     code, out, _ = plan(str(ROOT / "examples" / "fipo_32b.yaml"), "--rows", "2", "--explain", "0")
     assert code == 0
     assert "the config's own TP8 PP2 DP8" in out
-    assert "longer than the fastest" in out
+    assert "slower than the fastest" in out
     assert "LM head and log-probabilities" in out
 
 
@@ -66,7 +66,7 @@ def test_recipe_that_cannot_fit_is_told(plan: Command) -> None:
     recipe = str(ROOT / "examples" / "fipo_32b.yaml")
     code, out, _ = plan(recipe, "rollout.gpu_memory_utilization=0.99", "--rows", "1")
     assert code == 0
-    assert "problem: while rolling out, stage 0 keeps 4.2 GB beside the engine's 84.2" in out
+    assert "problem: during rollouts, stage 0 keeps 4.2 GB beside the engine's 84.2" in out
     assert "set it to 0.93" in out
 
 
@@ -77,7 +77,7 @@ def test_lengths_of_a_runs_rollouts(plan: Command, tmp_path: Path) -> None:
     arguments = ("--model", "qwen2.5-0.5b", "--gpus", "1", "--global-batch", "2")
     code, _, err = plan(*arguments, "--rollouts", str(tmp_path / "step_1.parquet"), "--max-tokens", "499")
     assert code == 2
-    assert "below the longest sequence, 500 tokens" in err
+    assert "must be at least the longest sequence, 500 tokens" in err
     assert plan(*arguments, "--rollouts", str(tmp_path / "step_1.parquet"), "--max-tokens", "500")[0] == 0
 
 
@@ -100,25 +100,28 @@ def test_a_calibration_replaces_what_is_known(plan: Command, tmp_path: Path) -> 
 
 
 BAD = {
-    "nothing to plan": ([], "needs a CONFIG.yaml or --model"),
-    "both": ([str(ROOT / "examples" / "fipo_32b.yaml"), "--model", "qwen2.5-7b"], "and not both"),
-    "model": (["--model", "qwen9"], "no known name"),
-    "gpu": (["--model", "qwen2.5-7b", "--gpu", "H1000"], "GPU 'H1000' is not known; known: H100-80"),
+    "nothing to plan": ([], "needs either a CONFIG.yaml or --model"),
+    "both": (
+        [str(ROOT / "examples" / "fipo_32b.yaml"), "--model", "qwen2.5-7b"],
+        "needs either a CONFIG.yaml or --model",
+    ),
+    "model": (["--model", "qwen9"], "nor a known name"),
+    "gpu": (["--model", "qwen2.5-7b", "--gpu", "H1000"], "GPU 'H1000' is unknown: use one of H100-80"),
     "gpus": (["--model", "qwen2.5-7b", "--gpus", "eight"], "--gpus 'eight' must be numbers"),
     "no gpus": (["--model", "qwen2.5-7b", "--gpus", "0"], "--gpus '0' must be positive"),
-    "lengths": (["--model", "qwen2.5-7b", "--lengths", "p90=5,p50=9"], "percentiles must rise"),
+    "lengths": (["--model", "qwen2.5-7b", "--lengths", "p90=5,p50=9"], "their tokens at least 1 and increasing"),
     "rollouts": (["--model", "qwen2.5-7b", "--rollouts", "no.parquet"], "--rollouts no.parquet does not exist"),
     "budget": (
         ["--model", "qwen2.5-7b", "--max-tokens", "100"],
-        "--max-tokens 100 is below the longest sequence, 4096",
+        "--max-tokens 100 must be at least the longest sequence, 4096",
     ),
     "recompute": (["--model", "qwen2.5-7b", "--recompute", "some"], "must be none, full, or none,full"),
-    "precision": (["--model", "qwen2.5-7b", "--precision", "float4"], "H100-80 has no known rate for float4"),
-    "scale": (["--model", "qwen2.5-7b", "--scale", "up"], "is neither strong nor weak"),
-    "explain": (["--model", "qwen2.5-0.5b", "--gpus", "1", "--explain", "9999"], "--explain 9999: only"),
+    "precision": (["--model", "qwen2.5-7b", "--precision", "float4"], "H100-80 has no rate for float4"),
+    "scale": (["--model", "qwen2.5-7b", "--scale", "up"], "must be strong or weak"),
+    "explain": (["--model", "qwen2.5-0.5b", "--gpus", "1", "--explain", "9999"], "--explain 9999: must be at most"),
     "calibration": (["--model", "qwen2.5-7b", "--calibration", "no.yaml"], "calibration no.yaml does not exist"),
-    "directory": (["--model", "qwen2.5-0.5b", "--gpus", "1", "--csv", "no/where.csv"], "cannot be written"),
-    "batch": (["--model", "qwen2.5-7b", "--global-batch", "-1"], "--global-batch -1 must be positive"),
+    "directory": (["--model", "qwen2.5-0.5b", "--gpus", "1", "--csv", "no/where.csv"], "cannot write"),
+    "batch": (["--model", "qwen2.5-7b", "--global-batch", "-1"], "--global-batch -1 must be at least 1"),
     "prime": (["--model", "qwen2.5-7b", "--gpus", "97", "--global-batch", "8"], "no legal layout on 97 GPUs"),
 }
 

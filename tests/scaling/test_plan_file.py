@@ -72,11 +72,11 @@ def test_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gpus": "eight"}, "line 1 of .*: gpus is 'eight' and must be a whole number"),
-        ({"tensor": "0"}, "tensor is '0' and must be"),
-        ({"pipeline": None}, "line 1 of .* has no pipeline"),
-        ({"recompute": "some"}, "recompute is 'some' and must be one of none, selective, full"),
-        ({"sequence": "2"}, "sequence is '2'"),
+        ({"gpus": "eight"}, "line 1 of .*: gpus must be an integer of at least 1, got 'eight'"),
+        ({"tensor": "0"}, "tensor must be an integer of at least 1, got '0'"),
+        ({"pipeline": None}, "line 1 of .* has no column pipeline"),
+        ({"recompute": "some"}, "recompute must be one of none, selective, full, got 'some'"),
+        ({"sequence": "2"}, "sequence must be True or False, got '2'"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, str | None], message: str, tmp_path: Path) -> None:
@@ -90,10 +90,10 @@ def test_lines_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; `megatron-fipo scaling plan"):
         read_plan(tmp_path / "none.csv")
     plan = _write(tmp_path / "plan.csv")
-    with pytest.raises(ValueError, match=r"line 2 of .*: it has the lines 1 to 1"):
+    with pytest.raises(ValueError, match=r"line 2 of .*: must be 1 to 1"):
         plan_line(plan, 2)
     plan.write_text("gpus\n")
-    with pytest.raises(ValueError, match="has no layouts"):
+    with pytest.raises(ValueError, match="contains no layouts"):
         read_plan(plan)
 
 

@@ -29,7 +29,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
     memory = training_memory(model_of(config), config, 0)
     held = memory.parameters + memory.gradients + memory.optimizer
     small = replace(H100, gpu=replace(H100.gpu, memory=held - 1.0))
-    with pytest.raises(ValueError, match=f"= {held / 1e9:.1f} GB, and H100-80 has") as refused:
+    with pytest.raises(ValueError, match=f"= {held / 1e9:.1f} GB, but H100-80 has") as refused:
         check_memory(config, small)
     assert f"{memory.optimizer / 1e9:.1f} of optimizer state" in str(refused.value)
     assert check_memory(_recipe(), H100) == []

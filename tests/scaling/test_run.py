@@ -197,7 +197,7 @@ def test_killed_rank_leaves_a_row(model: Path, tmp_path: Path) -> None:
     assert measured["status"] == "ok"
     measure(again, lengths_given=True, planned=False, again=False)
     assert json.loads(again.row_path.read_text()) == measured
-    with pytest.raises(ValueError, match="442 tokens, and this one has 10"):
+    with pytest.raises(ValueError, match="442 tokens per update, but this one has 10"):
         measure(replace(again, sequences=Sequences((10,))), lengths_given=True, planned=False, again=False)
 
 

@@ -111,9 +111,9 @@ def _input(step: Pass, place: int) -> tuple[str, int, int]:
     [
         ((0, 1), "each must be at least 1"),
         ((1, 4, 2), "at least 2 stages"),
-        ((4, 2, 2), "at least the 4 stages, at most the 2 micro-batches"),
+        ((4, 2, 2), "must be between the 4 stages and the 2 micro-batches"),
         ((4, 6, 2), "the last group has 6 % 4 = 2 micro-batches, fewer than the 4 stages"),
-        ((4, 8, 2, 3), "groups of 3"),
+        ((4, 8, 2, 3), "the group size 3 of"),
     ],
 )
 def test_refused(arguments: tuple[int, ...], message: str) -> None:

@@ -93,13 +93,13 @@ def test_shapes_block_overlapped_messages() -> None:
 
 def test_stages_that_wait_for_each_other() -> None:
     """Without overlap, shapes that vary and sends that wait for their receiver stop this pipeline for ever."""
-    with pytest.raises(ValueError, match="wait for each other for ever: stage"):
+    with pytest.raises(ValueError, match="are deadlocked: stage"):
         simulate(Schedule(4, 4, 2, overlap=False), 1.0, 2.0, Communication(backend="gloo"))
 
 
 @pytest.mark.parametrize(
     ("forward", "message"),
-    [(np.ones((3, 4)), "shape \\[3, 4\\]; needed: \\[2, 4\\]"), (-1.0, "not negative"), (np.nan, "finite")],
+    [(np.ones((3, 4)), "shape \\[3, 4\\], must be \\[2, 4\\]"), (-1.0, "non-negative"), (np.nan, "finite")],
 )
 def test_refused_times(forward: Any, message: str) -> None:
     """Times that fit no schedule."""

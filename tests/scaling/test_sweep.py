@@ -52,7 +52,7 @@ def test_array_task_has_one_line() -> None:
     layouts = [PlannedLayout(LayoutKey(1, 1, 1, 1, 1, 1, None, None, 256, "none"), False)] * 3
     assert lines_to_measure(layouts, {}) == [1, 2, 3]
     assert lines_to_measure(layouts, {"SLURM_ARRAY_TASK_ID": "2"}) == [2]
-    with pytest.raises(ValueError, match="array task 4: the plan has lines 1 to 3; sbatch --array=1-3"):
+    with pytest.raises(ValueError, match="array task 4 must be a line of the plan, 1 to 3: use sbatch --array=1-3"):
         lines_to_measure(layouts, {"SLURM_ARRAY_TASK_ID": "4"})
 
 

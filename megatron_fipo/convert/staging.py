@@ -1,4 +1,4 @@
-"""A directory that is filled file by file and then appears under its name, whole."""
+"""Staging directory that is filled file by file and then renamed atomically."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ MANIFEST = "conversion.json"
 _PROGRESS = ".progress.jsonl"
 
 
-class Unfinished:
-    """Work towards the directory `out`, in a hidden directory beside it until `publish`.
+class StagingDirectory:
+    """Staging directory of `out`: hidden beside it until `publish`.
 
     Attributes:
-        path: where to write meanwhile.
-        finished: the files that an earlier process wrote whole, and its notes on them; empty for fresh work.
+        path: directory to write to.
+        finished: files that an earlier process completed, with its notes; empty for a new start.
     """
 
     def __init__(self, out: Path, job: dict[str, Any], resume: bool = False) -> None:
-        """Start, or with `resume` continue, the work that `job` describes.
+        """Start, or with `resume` continue, the job described by `job`.
 
         Raises:
-            ValueError: the unfinished directory was left by another job.
+            ValueError: the staging directory belongs to another job.
         """
         self.out = out
-        self.path = out.with_name(f".{out.name}.unfinished")  # no mkdtemp: others could not read its directories
+        self.path = out.with_name(f".{out.name}.unfinished")  # not mkdtemp, whose directories are unreadable for others
         self._progress = self.path / _PROGRESS
         self.finished: dict[str, Any] = {}
         if resume and self._progress.is_file():
@@ -44,15 +44,15 @@ class Unfinished:
             for done in noted[1:]:
                 self.finished.update(done)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self._progress} is damaged: {error}; leave out --resume") from None
+            raise ValueError(f"{self._progress} is damaged: {error}; omit --resume to start over") from None
         if not noted or noted[0] != json.loads(json.dumps(job)):
             raise ValueError(
-                f"{self.path} is what another conversion, or one of other files, left: remove it, or leave out --resume"
+                f"{self.path} was left by a different conversion: remove it, or omit --resume to start over"
             )
-        self._progress.write_text("".join(lines))  # without a line that was cut off
+        self._progress.write_text("".join(lines))  # drops an incomplete last line
 
     def record(self, file: str, note: Any = None) -> None:
-        """A file is whole and on disk."""
+        """Record that a file is complete and synced to disk."""
         self.finished[file] = note
         self._append({file: note})
 
@@ -63,7 +63,7 @@ class Unfinished:
             os.fsync(stream.fileno())
 
     def publish(self, manifest: dict[str, Any] | None = None) -> None:
-        """Write the manifest, with the size of every file, and give the directory its name; replaces an older one."""
+        """Write the manifest with the size of every file, and rename the directory; replaces an older one."""
         self._progress.unlink()
         if manifest is not None:
             sizes = {f.name: f.stat().st_size for f in sorted(self.path.iterdir())}
@@ -77,17 +77,17 @@ class Unfinished:
 
 
 def check_sizes(directory: Path) -> None:
-    """Compare the files of a converted checkpoint with its manifest; one without a manifest passes.
+    """Compare the files of a converted checkpoint with its manifest; passes without a manifest.
 
     Raises:
-        ValueError: a file is missing or of another size.
+        ValueError: a file is missing or has a different size.
     """
     if not (directory / MANIFEST).is_file():
         return
     for name, size in _sizes(directory / MANIFEST).items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
         if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
             raise ValueError(f"{directory / name} {state}: the checkpoint is damaged")
 
 
@@ -97,5 +97,5 @@ def _sizes(manifest: Path) -> dict[str, int]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{manifest} is damaged: {error!r}") from None
     if not all(Path(name).name == name and isinstance(size, int) for name, size in sizes.items()):
-        raise ValueError(f"{manifest} is damaged: it names other things than files and their sizes")
+        raise ValueError(f"{manifest} is damaged: it must map file names to sizes")
     return sizes
