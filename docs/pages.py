@@ -209,6 +209,7 @@ def _yaml(value: Any) -> str:
 
 
 def main() -> None:
+    """Write every generated page."""
     for path, text in pages().items():
         path.write_text(text)
 
