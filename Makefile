@@ -26,7 +26,7 @@ PYTEST = $(BIN)/python -m pytest -q
 WORKERS_SHARE_FILES = -n $(WORKERS) --dist loadfile
 
 .PHONY: help install vllm-env quickstart test durations test-all test-slow test-slurm test-servers test-browser test-tools \
-  test-vllm test-idle test-gpu sanitize lint clean
+  test-vllm test-idle test-gpu sanitize lint docs docs-pages clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -128,6 +128,13 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs-pages: install  ## rewrite docs/configuration.md, docs/metrics.md and the status table of README.md
+	$(BIN)/python docs/pages.py
+
+docs: docs-pages  ## the documentation as a site, in build/site
+	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove the environment and build products; runs/ stays
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

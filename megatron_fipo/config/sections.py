@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "run"
+    name: str = "run"  # in reports and trackers, and of the default directory
     directory: str | None = None  # None: runs/<name>
-    seed: int = 1
+    seed: int = 1  # of the data order and of sampling
     overwrite: bool = False  # replace the results of an earlier run in the directory
     # On GPUs: updates, and thus resumed runs, are reproducible bit by bit, at some cost; see docs/determinism.md. On
     # the CPU they always are.
@@ -25,7 +25,7 @@ class ModelConfig:
     # hf_path, since it includes config.json and tokenizer.
     megatron_path: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)  # replace fields of config.json, e.g. the context length
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations
     fp32_logits: bool = False  # compute the LM head in float32 instead of `dtype`; softmax always is float32
     lm_head_chunk_tokens: int | None = None  # rows of logits at a time; None: 4096 on GPUs, else 512
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation
@@ -45,14 +45,14 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     world_size: int = 1  # number of ranks; `train` starts them unless torchrun or srun already did
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # tensor-parallel size (TP)
+    pipeline: int = 1  # pipeline stages (PP)
     virtual_pipeline: int = 1  # model chunks per pipeline stage; 1: no interleaving
-    context: int = 1
+    context: int = 1  # context-parallel size (CP): ranks that split each sequence
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     expert: int = 1  # ranks that share the experts; taken from the tensor, context and data axes
     first_stage_layers: int | None = None  # uneven pipeline: layers of the first stage
-    last_stage_layers: int | None = None
+    last_stage_layers: int | None = None  # uneven pipeline: layers of the last stage
     timeout_minutes: float = 30.0  # maximum wait for other ranks, which may still generate; then the run ends
     nccl_timeout_minutes: float = 20.0  # timeout of NCCL collectives, in which no rank waits long; then the run ends
     threads_per_rank: int | None = None  # CPU threads; None: cores divided by local ranks
@@ -76,7 +76,7 @@ class DataConfig:
     # Several files are separate benchmarks; overall scores are means over them.
     validation: Any = None
     max_prompt_tokens: int = 2048  # longer prompts are dropped and counted
-    shuffle: bool = True
+    shuffle: bool = True  # another order of the problems in every epoch
     # Variables of the chat template, e.g. {enable_thinking: false}
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -102,12 +102,13 @@ class RolloutConfig:
     surplus_groups: Literal["drop", "keep"] = (
         "drop"  # groups beyond prompts_per_step: discard, or start the next step with them
     )
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of sampling in training
+    top_p: float = 1.0  # nucleus sampling in training; 1: all tokens
     top_k: int = 0  # 0: all tokens
-    max_response_tokens: int = 20480
+    max_response_tokens: int = 20480  # longer responses are truncated
     batch_size: int = 256  # hf engine: sequences per generation batch of a rank
-    # The remaining settings apply to the vllm engine.
+    # The settings from here to prefix_cache apply to the vllm engine.
+
     # local: servers beside rank 0. colocated: on the ranks' GPUs, alternating with them (requires
     # optimizer.offload_state). disaggregated: on nodes of the same Slurm job without ranks.
     placement: Literal["local", "colocated", "disaggregated"] = "local"
@@ -137,13 +138,15 @@ class RolloutConfig:
     prefix_cache: bool = True  # share the prompt's cache among the responses of a group
     # Truncated weights: trainer over rollout probabilities. auto: token if max_staleness allows older weights.
     importance_sampling: Literal["auto", "none", "token", "sequence"] = "auto"
-    importance_sampling_cap: float = 2.0
+    importance_sampling_cap: float = 2.0  # the largest such weight
     mismatch_warning: float = 0.05  # threshold of mean |log p_trainer - log p_rollout| for a warning
     save: bool = True  # keep rollouts/step_N.parquet
     # Include each token's log-probabilities before the step and in its last update, Future-KL and influence weight: 16
     # bytes per token.
     save_credit: bool = True
-    # Requires servers (vllm). Maximum number of steps by which the weights that generated a token may be older than
+    # The settings from here on require servers (vllm).
+
+    # Maximum number of steps by which the weights that generated a token may be older than
     # those being trained. 0: every batch is generated by the latest weights. 1: the next batch is generated during
     # training (not if colocated, where they alternate).
     max_staleness: int = 0
@@ -174,7 +177,7 @@ class RewardConfig:
     # warning for numbers other than 0, 1 and -1. Training uses the number itself.
     accuracy_threshold: float | None = None
     overlong_buffer_tokens: int = 4096  # 0: no overlong shaping
-    overlong_penalty_factor: float = 1.0
+    overlong_penalty_factor: float = 1.0  # penalty at the length limit; it grows linearly over the buffer
     workers: int = 2  # processes of the `math` verifier per data-parallel replica
     timeout_seconds: float = 10.0  # per answer
     batch_seconds: float = 600.0  # per batch of a replica; remaining answers count as timed out
@@ -190,12 +193,14 @@ class AlgorithmConfig:
     loss: Literal["fipo", "grpo"] = "fipo"  # grpo: DAPO/GRPO, the same loss with influence weight 1
     half_life: float = 32.0  # tokens; gamma = 2^(-1/half_life)
     influence_clip: tuple[float, float] | None = (1.0, 1.2)  # None: no clip, capped at 10
-    safety_threshold: float = 10.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.28
-    dual_clip: float = 10.0
-    log_ratio_clamp: float = 20.0
+    safety_threshold: float = 10.0  # above this ratio, with a negative advantage, the weight is clipped to [0.8, 1]
+    clip_ratio_low: float = 0.2  # PPO clip: ratios below 1 - this
+    clip_ratio_high: float = 0.28  # PPO clip: ratios above 1 + this
+    dual_clip: float = 10.0  # bounds the loss of negative advantages; larger ratios are left out of Future-KL
+    log_ratio_clamp: float = 20.0  # nats; log-ratios are clamped to +- this
     max_dual_clipped_tokens: int | None = 1  # a sequence with more is vetoed; None: never
+    # How token losses become one number: a mean over all tokens, or over sequences of each one's sum, mean, or sum
+    # divided by max_response_tokens.
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -205,13 +210,13 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate of AdamW
     warmup: int = 10  # linear from 0, then constant
     warmup_unit: Literal["step", "update"] = "step"  # unit of the schedule; the authors' code counts steps
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.1  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient of an update
     distributed: bool = True  # shard optimizer state over data-parallel ranks
     offload_state: bool = False  # outside updates: optimizer state in host memory, gradient buffers freed
     spike_threshold: float | None = None  # skip updates with a larger gradient norm; None: only non-finite ones
@@ -220,7 +225,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    max_steps: int = 100
+    max_steps: int = 100  # training steps of the whole run
     mini_batch_prompts: int = 64  # groups per optimizer update; prompts_per_step / this = updates per step
     epochs_per_batch: int = 1  # passes over a training batch
     tokens_per_micro_batch: int = 20480 + 2048  # packed tokens of a micro-batch per context-parallel group
@@ -229,7 +234,7 @@ class TrainerConfig:
     micro_batch_order: Literal["longest_first", "shortest_first", "longest_middle"] = "longest_middle"
     strict: bool = False  # reject, instead of warn about, settings under which FIPO is a no-op
     export_policy: bool = True  # write the trained policy as a Hugging Face checkpoint to <run>/policy
-    tensorboard: bool = True
+    tensorboard: bool = True  # also log to <run>/tensorboard
     wandb_project: str | None = None  # log to this Weights & Biases project, too (extra `wandb`)
 
 
@@ -237,8 +242,8 @@ class TrainerConfig:
 class EvalConfig:
     every: int = 5  # steps; 0: only before the first and after the last
     samples: int = 32  # k: responses per problem
-    temperature: float = 1.0
-    top_p: float = 0.7
+    temperature: float = 1.0  # of sampling in evaluations
+    top_p: float = 0.7  # nucleus sampling in evaluations
     max_problems: int | None = None  # of each benchmark, its first problems
     # Values of j for pass@j, at most `samples`; None: powers of two, and `samples`.
     pass_k: tuple[int, ...] | None = None
