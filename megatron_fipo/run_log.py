@@ -270,7 +270,7 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
 
 def _scores_line(e: Evaluation) -> str:
     """Scores, of Avg@k with the ends of its 95 % interval."""
-    between = "  \\[{:.3f}, {:.3f}]".format(*e.intervals["avg@k"]) if e.intervals else ""
+    between = "  [{:.3f}, {:.3f}]".format(*e.intervals["avg@k"]) if e.intervals else ""
     return (
         f"avg@{e.samples} {e.avg:.3f}{between}  cons@{e.samples} {e.cons:.3f}  "
         f"pass@{e.samples} {e.pass_:.3f}  length {e.length:.0f}  ({e.problems} problems)"

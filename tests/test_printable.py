@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import Config
+from megatron_fipo.evaluation import Evaluation
 from megatron_fipo.printable import printable
 from megatron_fipo.report.parts import terminal_text
 from megatron_fipo.run_log import RunLog
@@ -46,3 +47,10 @@ def test_markup_in_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixtu
     """The path is shown as it is."""
     RunLog(Config(), rank=0, enabled=False).warn(f"{tmp_path}[/bold]/x")
     assert f"{tmp_path}[/bold]/x" in capsys.readouterr().out
+
+
+def test_interval_of_a_score(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets around its ends are shown as they are."""
+    result = Evaluation(8, 23, 0.333, 0.35, 0.6, 9.0, 0.0, intervals={"avg@k": (0.278, 0.391)})
+    RunLog(Config(), rank=0, enabled=False).evaluation(5, result)
+    assert capsys.readouterr().out.startswith("eval at step 5: avg@8 0.333  [0.278, 0.391]  cons@8 0.350  pass@8 0.600")
