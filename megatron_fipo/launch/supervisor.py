@@ -94,11 +94,10 @@ class Supervisor:
             self._kill(rank)
         for thread in self._copying:  # ends with the last process that holds the rank's output
             thread.join(timeout=2)
+        # Another task's end has srun end this one, which is about to end with an exit code that says more.
+        ignored = [signal.SIGTERM] if error[0] is not None and self.attempt.job is not None else []
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if error[0] is not None and self.attempt.job is not None:
-            # Another task's end has srun end this one, which is about to end with an exit code that says more.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if number in ignored else handler)
 
     def start(self, tasks: Sequence[RankTask]) -> None:
         context: Any = multiprocessing.get_context(_start_method())
