@@ -29,6 +29,7 @@ from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.convert.policy import load_policy
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.parallel.collectives import broadcast
 from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.known_shapes import KnownShapes
 from megatron_fipo.parallel.topology import Topology
@@ -334,9 +335,7 @@ class FIPOActor(AlignableGenerativeInterface):
         """Broadcast over the pipeline group."""
         if self.topology.pp.size() == 1:
             return metrics
-        box: list[Any] = [metrics]
-        dist.broadcast_object_list(box, self.topology.last_stage_rank, group=self.topology.pp)
-        return box[0]
+        return broadcast(metrics, self.topology.last_stage_rank, self.topology.pp)
 
     def _copy_weights(self) -> list[torch.Tensor]:
         return [p.detach().to("cpu", copy=True) for _, p in named_parameters(self.chunks)]

@@ -29,6 +29,7 @@ from megatron_fipo.checkpoint.writing import Payload, Report, WriterQueue, Writt
 from megatron_fipo.config import CheckpointConfig
 from megatron_fipo.convert.distributed import load_sharded
 from megatron_fipo.convert.untrusted import code_refused
+from megatron_fipo.parallel.collectives import broadcast, gather
 from megatron_fipo.parallel.topology import Topology
 
 _MOST_FAILURES = 2
@@ -282,7 +283,7 @@ class Checkpointer:
                 action()
             except OSError as error:
                 failure = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        return _broadcast(failure)
+        return broadcast(failure)
 
     # Loading
 
@@ -296,7 +297,7 @@ class Checkpointer:
         """
         self._on_first_rank(self._clean_up)
         reasons = []
-        for step in _broadcast(files.steps(self.directory) if self.topology.rank == 0 else None):
+        for step in broadcast(files.steps(self.directory) if self.topology.rank == 0 else None):
             reason = self._damage(step)
             if reason is None:
                 self.whole = step
@@ -376,15 +377,6 @@ def _check_plain(value: Any) -> None:
         raise TypeError(f"a checkpoint's part cannot hold a {type(value).__name__}")
 
 
-def _broadcast(value: Any) -> Any:
-    """Rank 0's value, on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
 def _first(problem: str | None) -> str | None:
     """Return the problem of the lowest rank that has one, on all ranks."""
-    box: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, problem)
-    return next((text for text in box if text is not None), None)
+    return next((text for text in gather(problem) if text is not None), None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -41,6 +40,7 @@ from megatron_fipo.convert.tables import Parameter
 from megatron_fipo.convert.untrusted import DAMAGE, code_refused, read_metadata
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.parallel.collectives import gather
 
 _FORMAT = "metadata.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -311,7 +311,5 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
 
 def _agree(problem: str | None) -> None:
     """Raise ValueError on all ranks if one has a problem, so that no rank waits for another."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if first := next(filter(None, problems), None):
+    if first := next(filter(None, gather(problem)), None):
         raise ValueError(first)

@@ -28,6 +28,7 @@ from megatron_fipo.model.architecture import check_model, load_hf_config
 from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.outcome import note_running
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.collectives import broadcast
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import RolloutEngine, make_engine
@@ -65,11 +66,10 @@ def run(config: Config, out: Path) -> None:
         Interrupted: a rank received a stop signal; finished samples are kept, and the same command continues.
     """
     tokenizer, store = _tokenizer(config), Store(out)
-    began = [store.began()]
-    dist.broadcast_object_list(began, src=0)
-    benchmarks = load_benchmarks(config, tokenizer, began[0])
+    began = broadcast(store.began())
+    benchmarks = load_benchmarks(config, tokenizer, began)
     if dist.get_rank() == 0:
-        store.claim(settings_of(config, benchmarks, began[0]))
+        store.claim(settings_of(config, benchmarks, began))
         finished = store.read()
     else:
         finished = []
@@ -86,9 +86,8 @@ def _evaluate(
 ) -> tuple[Evaluation, list[Sample]]:
     topology = topologies.initialize(config.parallel, config.run.seed)
     progress = _Progress({spec.key for spec in plan_samples(benchmarks, config)}, finished, store)
-    complete = [progress.left == 0]
-    dist.broadcast_object_list(complete, src=0)
-    reward, engine = make_reward(config.reward), None if complete[0] else _engine(config, topology)
+    complete = broadcast(progress.left == 0)
+    reward, engine = make_reward(config.reward), None if complete else _engine(config, topology)
 
     def keep(samples: Sequence[Sample]) -> None:
         store.add(samples)

@@ -16,6 +16,7 @@ from megatron_fipo.evaluation.sample import Sample
 from megatron_fipo.evaluation.sampling import SampleSpec, local_chunks, plan_samples, responses
 from megatron_fipo.evaluation.summary import Evaluation, summarize
 from megatron_fipo.model.stop_tokens import without_stop_token
+from megatron_fipo.parallel.collectives import broadcast
 from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.reward.equivalence import answer_classes
@@ -65,7 +66,7 @@ def evaluate(
     """
     specs, rank, ranks = plan_samples(benchmarks, config), dist.get_rank(), dist.get_world_size()
     known = {sample.key: sample for sample in finished}
-    chunks = local_chunks(specs, set(_from_rank_0(list(known))), rank, ranks, config.rollout.batch_size)
+    chunks = local_chunks(specs, set(broadcast(list(known))), rank, ranks, config.rollout.batch_size)
     limit = config.rollout.max_response_tokens
     sampling = Sampling(config.eval.temperature, config.eval.top_p, 0, limit, stop_token_ids)
 
@@ -80,7 +81,7 @@ def evaluate(
     known |= {sample.key: sample for part in _to_rank_0(unless_interrupted(generate)) for sample in part}
     samples = _with_classes([known[d.key] for d in specs] if rank == 0 else [], reward)
     result = summarize(samples, config.eval.pass_k, config.run.seed) if rank == 0 else None
-    return _from_rank_0(result), samples
+    return broadcast(result), samples
 
 
 def _scored(
@@ -112,7 +113,7 @@ def _with_classes(samples: Sequence[Sample], reward: RewardFunction) -> list[Sam
     for sample in samples:
         if sample.answer is not None and sample.accuracy <= 0:
             problems.setdefault((sample.benchmark, sample.problem), {})[sample.answer] = None
-    work = _from_rank_0([(problem, list(answers)) for problem, answers in problems.items()])
+    work = broadcast([(problem, list(answers)) for problem, answers in problems.items()])
     local_work = work[dist.get_rank() :: dist.get_world_size()]
     found = answer_classes(reward, [answers for _, answers in local_work])
     named = [
@@ -129,12 +130,6 @@ def _class_of(sample: Sample, classes_of: Mapping[tuple[str, int], Mapping[str, 
     if sample.accuracy > 0:
         return CORRECT
     return CORRECT + 1 + classes_of[sample.benchmark, sample.problem][sample.answer]
-
-
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _to_rank_0(value: Any) -> list[Any]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.data import Prompt
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.rollout.assembly import StepBatch, no_rollouts, response_rows, step_batch
@@ -144,6 +144,4 @@ class RolloutCollector(Collector):
 
     def _over_replicas(self, rollouts: Rollouts) -> torch.Tensor:
         """Return `response_rows` of all replicas."""
-        rows: list[Any] = [None] * self.topology.dp.size()
-        dist.all_gather_object(rows, response_rows(rollouts), group=self.topology.dp)
-        return torch.cat(rows)
+        return torch.cat(gather(response_rows(rollouts), self.topology.dp))

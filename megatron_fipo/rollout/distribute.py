@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
 from megatron_fipo.config import Config
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.exchange import exchange
 from megatron_fipo.parallel.topology import Topology
 
@@ -52,8 +51,7 @@ def distribute(
 
 def _lengths_everywhere(rollouts: Rollouts, topology: Topology) -> dict[int, int]:
     """Tokens of each response of the batch, by id. All-gather over the data-parallel group."""
-    gathered: list[Any] = [None] * topology.dp.size()
-    dist.all_gather_object(gathered, (rollouts.ids.tolist(), rollouts.lengths.tolist()), group=topology.dp)
+    gathered = gather((rollouts.ids.tolist(), rollouts.lengths.tolist()), topology.dp)
     return {i: n for ids, lengths in gathered for i, n in zip(ids, lengths, strict=True)}
 
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt, PromptStream
 from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.exchange import all_gather
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.parallel.topology import Topology
@@ -220,7 +220,7 @@ class StreamingCollector(Collector):
             except Exception as failed:
                 error = failed
                 report = replace(report, problem=f"{type(failed).__name__}: {failed}")
-        reports = self._gather(report)
+        reports = gather(report)
         if error is not None:
             raise error
         for rank, theirs in enumerate(reports):
@@ -272,7 +272,7 @@ class StreamingCollector(Collector):
     def _leftovers(self, discarded: Discarded) -> dict[str, float]:
         """Return figures that depend on speed, unlike all others."""
         kept = len(self._kept["finished"]) // self.config.rollout.group_size
-        totals = [sum(column) for column in zip(*self._gather((*discarded, kept, self._too_old)), strict=True)]
+        totals = [sum(column) for column in zip(*gather((*discarded, kept, self._too_old)), strict=True)]
         names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
         return {f"sampling/{name}": float(total) for name, total in zip(names, totals, strict=True)}
 
@@ -307,11 +307,6 @@ class StreamingCollector(Collector):
         if not self.config.rollout.dynamic_sampling:
             return True
         return bool(informative_groups(scores, torch.zeros(len(scores), dtype=torch.int64)).informative)
-
-    def _gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
 
     # State
 

@@ -19,7 +19,7 @@ if [ -n "$(missing)" ]; then
 * They need munge and slurm-wlm (apt), or another package of Slurm 22.05 or newer.     *
 ****************************************************************************************
 END
-elif ! tests/slurm/newer.sh build/newer-slurm >build/newer-slurm.log 2>&1; then
+elif ! mkdir -p build || ! tests/slurm/newer.sh build/newer-slurm >build/newer-slurm.log 2>&1; then
   tail -5 build/newer-slurm.log >&2
   cat >&2 <<'END'
 ****************************************************************************************

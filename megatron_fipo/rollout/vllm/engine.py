@@ -27,6 +27,7 @@ from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
 from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.parallel import interrupt
+from megatron_fipo.parallel.collectives import broadcast, gather
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
@@ -107,7 +108,7 @@ class VLLMEngine:
     def _conclude(self, send: update.Update, version: str, incarnations: Sequence[int | None]) -> None:
         """Agree on which servers have the new weights, and use those."""
         newest = self._transport.newest if isinstance(self._transport, FileTransport) else None
-        reports = _gather((send.failures, send.problem, send.compared, newest))
+        reports = gather((send.failures, send.problem, send.compared, newest))
         failures = {server: reason for failed, *_ in reports for server, reason in failed.items()}
         problem = next((problem for _, problem, *_ in reports if problem), None)
         self.compared = max(compared for _, _, compared, _ in reports)
@@ -211,7 +212,7 @@ class VLLMEngine:
         if self._client is not None:
             return self._client
         rollout = self.config.rollout
-        self._run = _from_rank_0(new_run())
+        self._run = broadcast(new_run())
         self._directory = own_directory(rollout.weight_directory, self._run)
         error: ValueError | MachineFailure | None = None
         urls: list[str] = list(rollout.servers)
@@ -227,7 +228,7 @@ class VLLMEngine:
         except RuntimeError as failed:  # an interpreter that does not run, on this node
             error = MachineFailure(str(failed), [host()])
         told = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
-        reports = _gather((told, [(s.process.url, s.process.key) for s in self.supervisor.servers if s.incarnation]))
+        reports = gather((told, [(s.process.url, s.process.key) for s in self.supervisor.servers if s.incarnation]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
             self.supervisor.close()
@@ -248,7 +249,7 @@ class VLLMEngine:
     def _views(self) -> list[tuple[str, ...]]:
         """Return what each rank of this node sees of its GPUs. Collective."""
         mine = visible_devices(os.environ, torch.cuda.device_count())
-        return [view for host, view in _gather((socket.gethostname(), mine)) if host == socket.gethostname()]
+        return [view for host, view in gather((socket.gethostname(), mine)) if host == socket.gethostname()]
 
     def _start_servers(self, views: Sequence[tuple[str, ...]]) -> None:
         """Start the servers that are this rank's own, if any."""
@@ -329,18 +330,5 @@ class VLLMEngine:
 
         When this returns, no rank generates any more.
         """
-        incarnations = {server: incarnation for part in _gather(mine) for server, incarnation in part.items()}
+        incarnations = {server: incarnation for part in gather(mine) for server, incarnation in part.items()}
         return [incarnations.get(server, 1) for server in range(len(self._controls))]
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's value, in order. Collective."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
