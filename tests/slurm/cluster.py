@@ -86,7 +86,7 @@ GRES_CONF = "AutoDetect=off\nName=gpu Type=h100 File={directory}/dev/nvidia[0-7]
 # No cgroup is used, and none may be mounted. Slurm 22.05 cannot say so otherwise, newer ones have a word for it.
 CGROUP_CONF, NEWER_CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n", "CgroupPlugin=disabled\n"
 # Of a node that is given a job.
-PROLOG = "#!/bin/sh\nif rm {directory}/etc/refuses 2>/dev/null; then exit 1; fi\n"
+PROLOG = "#!/bin/sh\nif rm {directory}/etc/refuses.$SLURM_JOB_ID 2>/dev/null; then exit 1; fi\n"
 NEWER = ROOT / "build" / "newer-slurm"  # where install.sh puts a second, newer Slurm
 
 
@@ -112,7 +112,10 @@ def _namespaces() -> list[str]:
 
 
 class Cluster:
-    """A running cluster; a context manager. Its processes end with it, or with the process that made it."""
+    """A running cluster; a context manager. Its processes end with it, or with the process that made it.
+
+    `inside` before a command runs that command in the cluster's network.
+    """
 
     def __init__(self, num_nodes: int = NODES, newer: bool = False) -> None:
         """Start it and wait until all nodes are idle; `newer`: of the Slurm in NEWER, not the system's.
@@ -134,7 +137,7 @@ class Cluster:
             start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
         )
         user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
-        self._inside = ["nsenter", f"--target={self._keeper.pid}", *user, "--net"]
+        self.inside = ["nsenter", f"--target={self._keeper.pid}", *user, "--net"]
         try:
             self.wait_for(self.nodes, ("idle",), 30.0)
         except BaseException:
@@ -160,7 +163,7 @@ class Cluster:
             RuntimeError: it failed; the message is its standard error, or its exit code where that is empty.
         """
         done = subprocess.run(
-            [*self._inside, *map(str, command)],
+            [*self.inside, *map(str, command)],
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
@@ -187,10 +190,6 @@ class Cluster:
         """Start a node that crashed, and wait until it can take jobs; `lacks`: a directory that it finds empty."""
         self._tell(f"start {node} {lacks or ''}")
         self.wait_for([node], ("idle", "allocated"), 60.0)
-
-    def refuse(self) -> None:
-        """Let the next node that is given a job fail at its preparation, so that Slurm requeues the job."""
-        (self.directory / "etc" / "refuses").touch()
 
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
@@ -255,6 +254,12 @@ class Job:
     def nodes(self) -> list[str]:
         """Where it runs, or ran last."""
         return self.cluster.run("scontrol", "show", "hostnames", self.read()["NodeList"]).stdout.split()
+
+    def release_refused(self) -> None:
+        """Release a job that was submitted with `--hold`; the first node that is given it fails at its preparation, so
+        that Slurm requeues it."""
+        (self.cluster.directory / "etc" / f"refuses.{self.number}").touch()
+        self.cluster.run("scontrol", "release", self.number)
 
     def cancel(self) -> None:
         """End it, if it has not ended, and wait for that."""

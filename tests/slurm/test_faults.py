@@ -29,8 +29,8 @@ def test_signal_after_a_requeue_of_slurm(
     each_cluster: Cluster, undisturbed: Learned, train: Train, tmp_path: Path
 ) -> None:
     """A job that Slurm has requeued, since a node would not start it, is told to stop: it requeues itself as well."""
-    each_cluster.refuse()
-    job = train(tmp_path / "run", "waits_in_second", on=each_cluster)
+    job = train(tmp_path / "run", "waits_in_second", on=each_cluster, options=("--hold",))
+    job.release_refused()
     await_fault(tmp_path / "run", job, attempt=1)
     assert job.read()["BatchFlag"] == ("2" if each_cluster.newer else "1")  # newer ones count requeues in it
     drained = each_cluster.run("sinfo", "--noheader", "--states=drain", "--format=%N").stdout.strip()
