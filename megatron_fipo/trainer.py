@@ -30,6 +30,11 @@ from megatron_fipo.actor.credit import token_credit
 from megatron_fipo.algorithm import DynamicSamplingExhausted, group_relative_advantages, overlong_penalty
 from megatron_fipo.algorithm.metrics import summarize_updates
 from megatron_fipo.batch import Rollouts, TrainBatch
+from megatron_fipo.batching import StepBatch, make_batch_builder
+from megatron_fipo.batching.distribute import distribute
+from megatron_fipo.batching.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
+from megatron_fipo.batching.random_rollouts import random_rollouts
+from megatron_fipo.batching.step_batch import batch_metrics, score_responses
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import Prompt, PromptStream, TemplateOptions, load_prompts
@@ -45,11 +50,6 @@ from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.resume import replaces_weights, starts_over
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import make_engine
-from megatron_fipo.rollout.assembly import StepBatch, batch_metrics, score_responses
-from megatron_fipo.rollout.distribute import distribute
-from megatron_fipo.rollout.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
-from megatron_fipo.rollout.random_rollouts import random_rollouts
-from megatron_fipo.rollout.stream import make_collector
 from megatron_fipo.run_log import RunLog, began
 from megatron_fipo.run_state import RunState
 
@@ -105,13 +105,13 @@ class Trainer:
         self._resumes: bool = resume and broadcast(replaces_weights(config))
         self.actor = FIPOActor(config, check_model(config), self.topology, self.engine, read=not self._resumes)
         stream = PromptStream(self.prompts, config.run.seed, config.data.shuffle)
-        self.collector = make_collector(
+        self.batches = make_batch_builder(
             config, self.topology, self.engine, self.score_rollouts, stream, self.stop_token_ids
         )
         self.profile: Profile | None = None
         self.utilization: Callable[[Sequence[int], float], dict[str, float]] | None = None
         self.log = RunLog(config, self.topology.rank, enabled=write)
-        self.state = RunState(config, self.topology, self.actor, self.collector, self.log)
+        self.state = RunState(config, self.topology, self.actor, self.batches, self.log)
         self._clock: dict[str, float] = {}
         self.log.note(f"train data: {self.prompts}")
         for name, problems in self.benchmarks.items():
@@ -214,15 +214,15 @@ class Trainer:
         unless this step is the last.
         """
         prefetched = None
-        if self.collector.has_prefetched:
+        if self.batches.has_prefetched:
             self.state.drain()
             if interrupt.agreed():
                 raise Interrupted
-            prefetched = self.collector.collect()
+            prefetched = self.batches.build()
         with self.actor.inference():
-            batch = prefetched or self.collector.collect()
+            batch = prefetched or self.batches.build()
             if self.config.rollout.overlaps and not is_last:
-                self.collector.prefetch()
+                self.batches.prefetch()
         return batch
 
     def _evaluate_and_record(self) -> None:
@@ -270,7 +270,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the engine, the verifier and the log."""
-        self.collector.close()
+        self.batches.close()
         self.reward.close()
         self.engine.close()
         self.log.close()

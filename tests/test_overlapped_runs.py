@@ -89,7 +89,7 @@ def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
     trainer = _trainer(config)
     if moment and trainer.topology.rank == trainer.topology.world_size - 1:
         place, number = moment.split()
-        owner, name = (trainer, "_update_policy") if place == "update" else (trainer.collector, "_fill")
+        owner, name = (trainer, "_update_policy") if place == "update" else (trainer.batches, "_fill")
         _before_call(owner, name, int(number), lambda: os.kill(os.getpid(), signal.SIGUSR1))
     try:
         trainer.train()
@@ -206,7 +206,7 @@ def _by_hand(config: Config, steps: int) -> Weights:
 
     def draw() -> Any:
         with trainer.actor.inference():
-            return trainer.collector.collect()
+            return trainer.batches.build()
 
     batches = [draw(), draw()]
     for step in range(1, steps + 1):

@@ -15,8 +15,8 @@ ORDER = (
     "metric_glossary",
     *("install_transformer_engine", "outcome", "printable", "whole_file", "machine", "config", "batch", "ops"),
     *("algorithm", "reward", "data", "fused_kernels", "parallel", "model", "convert", "actor", "vllm_environment"),
-    *("rollout", "checkpoint", "evaluation", "health", "trackers", "run_lock", "run_log", "resume", "checks"),
-    *("run_state", "data_check", "trainer", "launch", "scaling", "report", "doctor", "cli"),
+    *("rollout", "batching", "checkpoint", "evaluation", "health", "trackers", "run_lock", "run_log", "resume"),
+    *("checks", "run_state", "data_check", "trainer", "launch", "scaling", "report", "doctor", "cli"),
 )
 FILES = sorted(str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")
 KNOWS_MEGATRON = {"parallel", "model", "convert", "actor", "checkpoint"}

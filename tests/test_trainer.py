@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.actor import GradientError
+from megatron_fipo.batching import StepBatch
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.ops.reference import future_kl_loop
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import Score
-from megatron_fipo.rollout.collect import StepBatch
 from megatron_fipo.trainer import Trainer
 from tests.policies import make_config, make_task
 from tests.ranks import run_ranks

@@ -3,9 +3,9 @@
 from megatron_fipo.algorithm.advantages import group_relative_advantages, length_weighted_mean_advantage
 from megatron_fipo.algorithm.aggregation import aggregate_tokens
 from megatron_fipo.algorithm.dynamic_sampling import (
-    CollectedGroups,
+    AcceptedGroups,
+    DynamicSampling,
     DynamicSamplingExhausted,
-    GroupCollector,
     GroupOutcomes,
     informative_groups,
 )
@@ -17,10 +17,10 @@ from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize,
 from megatron_fipo.algorithm.overlong import overlong_penalty
 
 __all__ = [
-    "CollectedGroups",
+    "AcceptedGroups",
+    "DynamicSampling",
     "DynamicSamplingExhausted",
     "FIPOLossConfig",
-    "GroupCollector",
     "GroupOutcomes",
     "LossOutput",
     "Mean",

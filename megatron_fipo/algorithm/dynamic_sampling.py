@@ -55,71 +55,61 @@ class DynamicSamplingExhausted(ValueError):
 
 
 @dataclass(frozen=True)
-class CollectedGroups(Generic[Group]):
-    """Training batch with the statistics of its collection."""
+class AcceptedGroups(Generic[Group]):
+    """Groups of a training batch, with the statistics of its sampling."""
 
     groups: list[Group]  # in prompt order
-    rounds: int  # generation rounds of this batch; 0 if the previous step's surplus filled it
+    surplus: list[Group]  # informative groups beyond the batch, in prompt order
+    rounds: int  # generation rounds of this batch, the last one perhaps in part; 0: `pending` filled it
     generated_prompts: int
     dropped_all_right: int
     dropped_all_wrong: int
-    surplus: int  # informative groups beyond the batch, dropped or kept
 
 
-class GroupCollector(Generic[Group]):
-    """Collector of informative groups, in prompt order, over the generation rounds of a training batch.
+class DynamicSampling(Generic[Group]):
+    """Filter of one training batch: accepts informative groups, in prompt order, until there are enough.
 
-        while collector.needs_round():
-            collector.add_round(...)
-        batch = collector.take()
+        while sampling.needs_more():
+            sampling.add(...)
+        batch = sampling.take()
 
     Args:
         prompts_per_step: groups per training batch.
+        prompts_per_round: groups per generation round.
         max_rounds: maximum generation rounds per batch; 0: no limit.
         when_exhausted: after `max_rounds`, "stop" with an error or "train" on an incomplete batch.
-        surplus_groups: groups beyond the batch: "drop", or "keep" them for the next batch.
         filter_groups: False keeps every group: training without dynamic sampling.
+        pending: informative groups that the batch begins with.
     """
 
     def __init__(
         self,
         prompts_per_step: int,
+        prompts_per_round: int,
         max_rounds: int = 10,
         when_exhausted: Literal["stop", "train"] = "stop",
-        surplus_groups: Literal["drop", "keep"] = "drop",
         filter_groups: bool = True,
+        pending: Sequence[Group] = (),
     ) -> None:
-        if prompts_per_step < 1 or max_rounds < 0:
+        if prompts_per_step < 1 or prompts_per_round < 1 or max_rounds < 0:
             raise ValueError(
-                f"prompts_per_step = {prompts_per_step} must be at least 1 and "
-                f"max_rounds = {max_rounds} must be at least 0 (0: no limit)"
+                f"prompts_per_step = {prompts_per_step} and prompts_per_round = {prompts_per_round} must be at least 1 "
+                f"and max_rounds = {max_rounds} must be at least 0 (0: no limit)"
             )
         self.prompts_per_step = prompts_per_step
+        self.prompts_per_round = prompts_per_round
         self.max_rounds = max_rounds
         self.when_exhausted = when_exhausted
-        self.surplus_groups = surplus_groups
         self.filter_groups = filter_groups
-        self.pending: list[Group] = []  # saved in checkpoints if surplus groups are kept
-        self._reset_counts()
+        self.pending = list(pending)
+        self.generated_prompts = self.dropped_all_right = self.dropped_all_wrong = 0
 
-    def _reset_counts(self) -> None:
-        self.rounds = self.generated_prompts = self.dropped_all_right = self.dropped_all_wrong = 0
-
-    def add_round(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
-        """Add one round's groups, in prompt order, each with its entry of `outcomes`.
+    def add(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
+        """Add groups, in prompt order, each with its entry of `outcomes`.
 
         Raises:
             ValueError: the number of outcomes differs from the groups'.
         """
-        self.add(groups, outcomes)
-        self.end_round()
-
-    def end_round(self) -> None:
-        """Count the groups added since the last call as one generation round."""
-        self.rounds += 1
-
-    def add(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
-        """Add groups of a part of a round; see `add_round`."""
         if len(groups) != outcomes.group.numel():
             raise ValueError(f"{len(groups)} groups must have as many outcomes, got {outcomes.group.numel()}")
         self.generated_prompts += len(groups)
@@ -130,16 +120,21 @@ class GroupCollector(Generic[Group]):
             groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
         self.pending += groups
 
-    def needs_round(self) -> bool:
-        """Return whether another generation round is needed before `take`.
+    @property
+    def rounds(self) -> int:
+        """Number of generation rounds, the last one perhaps in part."""
+        return -(-self.generated_prompts // self.prompts_per_round)
+
+    def needs_more(self) -> bool:
+        """Return whether more groups are needed before `take`.
 
         Raises:
-            DynamicSamplingExhausted: one is needed after `max_rounds`, and `when_exhausted` is "stop" or there is no
+            DynamicSamplingExhausted: they are after `max_rounds`, and `when_exhausted` is "stop" or there is no
                 informative group at all.
         """
         if len(self.pending) >= self.prompts_per_step:
             return False
-        if not self.max_rounds or self.rounds < self.max_rounds:
+        if not self.max_rounds or self.generated_prompts < self.max_rounds * self.prompts_per_round:
             return True
         if self.when_exhausted == "train" and self.pending:
             return False
@@ -151,17 +146,13 @@ class GroupCollector(Generic[Group]):
             f"rollout.when_exhausted to 'train' to continue with smaller batches"
         )
 
-    def take(self) -> CollectedGroups[Group]:
-        """Return the training batch and start over, with the surplus if it is kept."""
-        batch, surplus = self.pending[: self.prompts_per_step], self.pending[self.prompts_per_step :]
-        collected = CollectedGroups(
-            groups=batch,
+    def take(self) -> AcceptedGroups[Group]:
+        """Return the batch and its surplus."""
+        return AcceptedGroups(
+            groups=self.pending[: self.prompts_per_step],
+            surplus=self.pending[self.prompts_per_step :],
             rounds=self.rounds,
             generated_prompts=self.generated_prompts,
             dropped_all_right=self.dropped_all_right,
             dropped_all_wrong=self.dropped_all_wrong,
-            surplus=len(surplus),
         )
-        self.pending = surplus if self.surplus_groups == "keep" else []
-        self._reset_counts()
-        return collected

@@ -11,8 +11,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation.sample import Key
 from megatron_fipo.parallel import interrupt
-from megatron_fipo.rollout import Request, Response, RolloutEngine, Sampling
-from megatron_fipo.rollout.collect import derive_seed
+from megatron_fipo.rollout import Request, Response, RolloutEngine, Sampling, derive_seed
 from megatron_fipo.rollout.protocol import StreamingEngine
 
 _POLL_SECONDS = 0.2  # interval of checking for a stop request

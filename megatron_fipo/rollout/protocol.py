@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class Request:
 
     prompt_ids: Sequence[int]
     seed: int
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed from any numbers and names, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_fipo.algorithm import DynamicSamplingExhausted, GroupCollector, informative_groups
+from megatron_fipo.algorithm import DynamicSampling, DynamicSamplingExhausted, informative_groups
 
 RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
 
@@ -25,75 +25,89 @@ def test_informative_groups():
 
 def test_rounds_until_full():
     """Rounds are asked for until the batch is full; groups stay in prompt order; everything is counted."""
-    collector = GroupCollector[str](prompts_per_step=3)
-    assert collector.needs_round()
-    collector.add_round(["a", "b", "c"], outcomes(MIXED, RIGHT, WRONG))
-    assert collector.needs_round()
-    collector.add_round(["d", "e", "f"], outcomes(MIXED, MIXED, MIXED))
-    assert not collector.needs_round()
-    batch = collector.take()
-    assert batch.groups == ["a", "d", "e"]
-    assert (batch.rounds, batch.generated_prompts, batch.surplus) == (2, 6, 1)
+    sampling = DynamicSampling[str](prompts_per_step=3, prompts_per_round=3)
+    assert sampling.needs_more()
+    sampling.add(["a", "b", "c"], outcomes(MIXED, RIGHT, WRONG))
+    assert sampling.needs_more()
+    sampling.add(["d", "e", "f"], outcomes(MIXED, MIXED, MIXED))
+    assert not sampling.needs_more()
+    batch = sampling.take()
+    assert (batch.groups, batch.surplus) == (["a", "d", "e"], ["f"])
+    assert (batch.rounds, batch.generated_prompts) == (2, 6)
     assert (batch.dropped_all_right, batch.dropped_all_wrong) == (1, 1)
 
 
-@pytest.mark.parametrize(("surplus_groups", "next_groups"), [("drop", []), ("keep", ["b", "c"])])
-def test_surplus(surplus_groups, next_groups):
-    """Surplus groups are cut, or open the next batch without a round; counts start over."""
-    collector = GroupCollector[str](prompts_per_step=1, surplus_groups=surplus_groups)
-    collector.add_round(["a", "b", "c"], outcomes(MIXED, MIXED, MIXED))
-    assert collector.take().groups == ["a"]
-    assert collector.pending == next_groups
-    assert collector.needs_round() == (surplus_groups == "drop")
-    assert collector.rounds == collector.generated_prompts == 0
+def test_surplus():
+    """Surplus groups can open the next batch, without a round; counts are the next batch's own."""
+    sampling = DynamicSampling[str](prompts_per_step=1, prompts_per_round=3)
+    sampling.add(["a", "b", "c"], outcomes(MIXED, MIXED, MIXED))
+    first = sampling.take()
+    assert (first.groups, first.surplus) == (["a"], ["b", "c"])
+    sampling = DynamicSampling[str](prompts_per_step=1, prompts_per_round=3, pending=first.surplus)
+    assert not sampling.needs_more()
+    second = sampling.take()
+    assert (second.groups, second.surplus, second.rounds, second.generated_prompts) == (["b"], ["c"], 0, 0)
+    assert first.surplus == ["b", "c"]
+
+
+def test_part_of_a_round_counts_as_one():
+    """Groups that are added one by one make a round when the first of it is added."""
+    sampling = DynamicSampling[str](prompts_per_step=2, prompts_per_round=3, max_rounds=2)
+    rounds = []
+    for name in "abcd":
+        assert sampling.needs_more()
+        sampling.add([name], outcomes(WRONG))
+        rounds.append(sampling.rounds)
+    assert rounds == [1, 1, 1, 2]
 
 
 def test_exhausted():
     """After max_rounds the error gives the counts and says what to change."""
-    collector = GroupCollector[str](prompts_per_step=2, max_rounds=2)
+    sampling = DynamicSampling[str](prompts_per_step=2, prompts_per_round=2, max_rounds=2)
     for _ in range(2):
-        assert collector.needs_round()
-        collector.add_round(["a", "b"], outcomes(RIGHT, WRONG))
+        assert sampling.needs_more()
+        sampling.add(["a", "b"], outcomes(RIGHT, WRONG))
     with pytest.raises(
         DynamicSamplingExhausted, match=r"2 generation rounds of 4 prompts gave 0 of the 2 .*: 2 .* 2 .*max_rounds"
     ):
-        collector.needs_round()
+        sampling.needs_more()
 
 
 def test_exhausted_trains_on_what_there_is():
     """With when_exhausted = train a short batch is taken, but never an empty one."""
-    collector = GroupCollector[str](prompts_per_step=2, max_rounds=1, when_exhausted="train")
-    collector.add_round(["a", "b"], outcomes(MIXED, WRONG))
-    assert not collector.needs_round()
-    assert collector.take().groups == ["a"]
-    collector.add_round(["c"], outcomes(WRONG))
+    sampling = DynamicSampling[str](2, 2, max_rounds=1, when_exhausted="train")
+    sampling.add(["a", "b"], outcomes(MIXED, WRONG))
+    assert not sampling.needs_more()
+    assert sampling.take().groups == ["a"]
+    sampling = DynamicSampling[str](2, 1, max_rounds=1, when_exhausted="train")
+    sampling.add(["c"], outcomes(WRONG))
     with pytest.raises(DynamicSamplingExhausted):
-        collector.needs_round()
+        sampling.needs_more()
 
 
 def test_no_limit():
     """max_rounds = 0 never gives up."""
-    collector = GroupCollector[str](prompts_per_step=1, max_rounds=0)
+    sampling = DynamicSampling[str](prompts_per_step=1, prompts_per_round=1, max_rounds=0)
     for _ in range(50):
-        collector.add_round(["a"], outcomes(WRONG))
-        assert collector.needs_round()
+        sampling.add(["a"], outcomes(WRONG))
+        assert sampling.needs_more()
 
 
 def test_without_filter():
     """filter_groups = False keeps uninformative groups and drops none."""
-    collector = GroupCollector[str](prompts_per_step=2, filter_groups=False)
-    collector.add_round(["a", "b"], outcomes(RIGHT, WRONG))
-    assert not collector.needs_round()
-    batch = collector.take()
+    sampling = DynamicSampling[str](prompts_per_step=2, prompts_per_round=2, filter_groups=False)
+    sampling.add(["a", "b"], outcomes(RIGHT, WRONG))
+    assert not sampling.needs_more()
+    batch = sampling.take()
     assert (batch.groups, batch.dropped_all_right, batch.dropped_all_wrong) == (["a", "b"], 0, 0)
 
 
 def test_errors():
     """Illegal sizes, and groups without an outcome, are refused."""
     with pytest.raises(ValueError, match="prompts_per_step = 0"):
-        GroupCollector(0)
+        DynamicSampling(0, 1)
     with pytest.raises(ValueError, match="2 groups must have as many outcomes, got 1"):
-        GroupCollector[str](1).add_round(["a", "b"], outcomes(MIXED))
+        DynamicSampling[str](1, 1).add(["a", "b"], outcomes(MIXED))
 
 
 def test_grades_are_informative_where_they_differ():
@@ -122,11 +136,11 @@ def test_accuracies_that_differ_at_equal_rewards_teach_nothing():
 
 def test_accepted_groups_stay_when_rounds_are_exhausted():
     """With when_exhausted = train the groups of all rounds are there, in prompt order, and the counts of all rounds."""
-    collector = GroupCollector[str](prompts_per_step=4, max_rounds=3, when_exhausted="train")
+    sampling = DynamicSampling[str](prompts_per_step=4, prompts_per_round=2, max_rounds=3, when_exhausted="train")
     for name in "abc":
-        assert collector.needs_round()
-        collector.add_round([name, name.upper()], outcomes(MIXED, WRONG))
-    assert not collector.needs_round()
-    batch = collector.take()
+        assert sampling.needs_more()
+        sampling.add([name, name.upper()], outcomes(MIXED, WRONG))
+    assert not sampling.needs_more()
+    batch = sampling.take()
     assert batch.groups == ["a", "b", "c"]
     assert (batch.rounds, batch.generated_prompts, batch.dropped_all_wrong) == (3, 6, 3)

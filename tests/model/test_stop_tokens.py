@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching.step_batch import score_responses
 from megatron_fipo.evaluation.evaluate import _scored
 from megatron_fipo.model.stop_tokens import declared_stop_tokens, stop_token_ids, without_stop_token
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Response
-from megatron_fipo.rollout.assembly import score_responses
 from tests.policies import save_tokenizer
 
 

@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_fipo.batching import make_batch_builder
 from megatron_fipo.data import Prompt, PromptSet, PromptStream
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import Score
-from megatron_fipo.rollout import Request, Sampling
-from megatron_fipo.rollout.collect import derive_seed
-from megatron_fipo.rollout.stream import StreamingCollector
+from megatron_fipo.rollout import Request, Sampling, derive_seed
+from tests.batching.scoring import scorer
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
-from tests.rollout.scoring import scorer
 from tests.rollout.streaming import ScriptedStream
 
 pytestmark = pytest.mark.distributed
@@ -82,14 +81,14 @@ def _in_prompt_order(path: Path) -> tuple[list[int], int]:
     engine = ScriptedStream(script, script.stop, "first", SLOTS)
     prompts = PromptSet((Prompt(0, [], [5, 6, 7], "bits", "1"),), 1, 1, 0)
     score = scorer(config, EndsWithOne(), tokenizer, (script.stop,))
-    collector = StreamingCollector(config, topology, engine, score, PromptStream(prompts, 1), (script.stop,))
+    builder = make_batch_builder(config, topology, engine, score, PromptStream(prompts, 1), (script.stop,))
     lengths: list[int] = []
     for _ in range(STEPS):
-        lengths += collector.collect().rollouts.response_lengths.tolist()
-    collector.close()
+        lengths += builder.build().rollouts.response_lengths.tolist()
+    builder.close()
     engine.close()
     topologies.destroy()
-    return lengths, collector.next_group
+    return lengths, builder.next_group
 
 
 def _as_they_finish(path: Path) -> list[int]:

@@ -15,19 +15,19 @@ from transformers import AutoTokenizer
 
 from megatron_fipo.algorithm.dynamic_sampling import DynamicSamplingExhausted
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching import BatchBuilder, StepBatch, make_batch_builder
+from megatron_fipo.batching.in_flight import InFlightSource
+from megatron_fipo.batching.rounds import RoundSource
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.data import Prompt, PromptSet, PromptStream
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import make_reward
-from megatron_fipo.rollout import Request
-from megatron_fipo.rollout.assembly import StepBatch
-from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
-from megatron_fipo.rollout.stream import StreamingCollector, make_collector
+from megatron_fipo.rollout import Request, Sampling, derive_seed
+from tests.batching.scoring import build, scorer
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
-from tests.rollout.scoring import collect, scorer
 from tests.rollout.streaming import PausableStream, ScriptedStream, wait_until
 
 pytestmark = pytest.mark.distributed
@@ -77,7 +77,7 @@ def _prompts(tokenizer: Any) -> PromptSet:
     return PromptSet(tuple(prompts), len(RIGHT), len(RIGHT), 0)
 
 
-def _collector(path: Path, world: int, order: str = "first", slots: int = 8, **rollout: Any) -> StreamingCollector:
+def _builder(path: Path, world: int, order: str = "first", slots: int = 8, **rollout: Any) -> BatchBuilder:
     config = make_config(
         path,
         parallel={"world_size": world},
@@ -92,31 +92,33 @@ def _collector(path: Path, world: int, order: str = "first", slots: int = 8, **r
     stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
     reward = make_reward(RewardConfig(function="exact"))
     score = scorer(config, reward, tokenizer, (script.stop,))
-    collector = make_collector(config, topology, engine, score, stream, (script.stop,))
-    assert isinstance(collector, StreamingCollector)
-    collector.engine = engine  # type: ignore[attr-defined]
-    return collector
+    return make_batch_builder(config, topology, engine, score, stream, (script.stop,))
 
 
-def _close(collector: StreamingCollector) -> None:
-    collector.close()
-    collector.engine.close()  # type: ignore[attr-defined]
+def _engine(builder: BatchBuilder) -> Any:
+    assert isinstance(builder.source, InFlightSource)
+    return builder.source.engine
+
+
+def _close(builder: BatchBuilder) -> None:
+    builder.close()
+    _engine(builder).close()
     topologies.destroy()
 
 
 def _collect(path: Path, world: int, steps: int, **options: Any) -> dict[str, Any]:
     """What `steps` batches hold on this rank, or the error."""
-    collector = _collector(path, world, **options)
+    builder = _builder(path, world, **options)
     collected: list[StepBatch] = []
     error = None
     try:
         for _ in range(steps):
-            collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-            collected.append(collect(collector))
+            _engine(builder).load_weights(iter(()))
+            collected.append(build(builder))
     except DynamicSamplingExhausted as exhausted:
         error = str(exhausted)
     finally:
-        _close(collector)
+        _close(builder)
     return {"steps": collected, "error": error}
 
 
@@ -136,32 +138,32 @@ CASES: dict[str, dict[str, Any]] = {
 
 def _ahead(path: Path, world: int) -> dict[str, Any]:
     """Two batches, each but the first drawn ahead; and what a checkpoint between them holds."""
-    collector = _collector(path, world, max_staleness=1)
-    engine = collector.engine  # type: ignore[attr-defined]
+    builder = _builder(path, world, max_staleness=1)
+    engine = _engine(builder)
     batches, states = [], []
     for _ in range(2):
         ahead = None
-        if collector.has_prefetched:
-            collector.drain()
-            states.append((collector.state_dict(), collector.kept_rollouts()))
-            ahead = collect(collector)
+        if builder.has_prefetched:
+            builder.drain()
+            states.append((builder.state_dict(), builder.kept_rollouts()))
+            ahead = build(builder)
         engine.load_weights(iter(()))
-        batches.append(ahead or collect(collector))
-        collector.prefetch()
-    under_way = collector.state_dict()
-    _close(collector)
+        batches.append(ahead or build(builder))
+        builder.prefetch()
+    under_way = builder.state_dict()
+    _close(builder)
     return {"batches": batches, "states": states, "under_way": under_way}
 
 
 def _restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, Any]]) -> list[StepBatch]:
-    collector = _collector(path, world, max_staleness=1)
-    collector.load_state_dict(json.loads(json.dumps(state)), parts)
-    assert collector.has_prefetched
-    batches = [collect(collector)]
-    collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-    collector.prefetch()
-    batches.append(collect(collector))
-    _close(collector)
+    builder = _builder(path, world, max_staleness=1)
+    builder.load_state_dict(json.loads(json.dumps(state)), parts)
+    assert builder.has_prefetched
+    batches = [build(builder)]
+    _engine(builder).load_weights(iter(()))
+    builder.prefetch()
+    batches.append(build(builder))
+    _close(builder)
     return batches
 
 
@@ -170,8 +172,8 @@ PARTIAL: dict[str, Any] = {"partial": True, "placement": "colocated", "max_stale
 
 def _partial(path: Path, world: int) -> dict[str, Any]:
     """Four batches, groups behind each of them coming no further than three tokens; what was kept after each."""
-    collector = _collector(path, world, **PARTIAL)
-    engine = collector.engine  # type: ignore[attr-defined]
+    builder = _builder(path, world, **PARTIAL)
+    engine = _engine(builder)
 
     def behind(request: Request, tokens: int) -> bool:
         return tokens == 3 and engine.script.numbers[request.seed][0] // GROUP > BATCHES[engine.version - 1][-1]
@@ -180,68 +182,95 @@ def _partial(path: Path, world: int) -> dict[str, Any]:
     batches, kept, states = [], [], []
     for _ in range(4):
         engine.load_weights(iter(()))
-        batches.append(collect(collector))
-        kept.append(collector.kept_rollouts())
-        states.append(collector.state_dict())
-    _close(collector)
+        batches.append(build(builder))
+        kept.append(builder.kept_rollouts())
+        states.append(builder.state_dict())
+    _close(builder)
     return {"batches": batches, "kept": kept, "states": states}
 
 
 def _partial_restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    collector = _collector(path, world, **PARTIAL)
-    collector.load_state_dict(json.loads(json.dumps(state)), parts)
-    again = collector.kept_rollouts()
-    collector.engine.load_weights(iter(()))  # type: ignore[attr-defined]
-    batch = collect(collector)
-    _close(collector)
+    builder = _builder(path, world, **PARTIAL)
+    builder.load_state_dict(json.loads(json.dumps(state)), parts)
+    again = builder.kept_rollouts()
+    _engine(builder).load_weights(iter(()))
+    batch = build(builder)
+    _close(builder)
     return {"again": again, "batch": batch}
 
 
 def _interrupted(path: Path, world: int) -> list[str]:
     """The last rank is asked to stop while nothing can be finished; afterwards nothing is under way."""
     interrupt.install()
-    collector = _collector(path, world, slots=0)
-    if collector.topology.rank == world - 1:
+    builder = _builder(path, world, slots=0)
+    if builder.topology.rank == world - 1:
         os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(Interrupted):
-        collector.collect()
-    engine = collector.engine  # type: ignore[attr-defined]
+        builder.build()
+    engine = _engine(builder)
     wait_until(lambda: not engine._serving)
-    state = collector.state_dict()
-    _close(collector)
-    return [str(state["next_group"]), str(state["stream"]["position"]), str(collector.has_prefetched)]
+    state = builder.state_dict()
+    _close(builder)
+    return [str(state["next_group"]), str(state["stream"]["position"]), str(builder.has_prefetched)]
 
 
 def _with_another_engine(path: Path, world: int) -> list[int]:
-    """A run goes on with the other kind of collector, and back: next group, batches and prompts after each change."""
-    collector = _collector(path, world)
-    collector.collect()
-    rounds = RolloutCollector(
-        *(collector.config, collector.topology, collector.engine),  # type: ignore[attr-defined]
-        *(collector.score, copy.copy(collector.stream), (0,)),
-    )
-    rounds.load_state_dict(json.loads(json.dumps(collector.state_dict())), [collector.kept_rollouts()] * world)
+    """A run goes on with the other kind of builder, and back: next group, batches and prompts after each change."""
+    builder = _builder(path, world)
+    builder.build()
+    source = builder.source
+    assert isinstance(source, InFlightSource)
+    sampling = Sampling(1.0, 1.0, 0, LIMIT, ())
+    in_rounds = RoundSource(builder.config, builder.topology, source.engine, source.score, sampling)
+    rounds = BatchBuilder(builder.config, builder.topology, in_rounds, copy.copy(builder.stream))
+    rounds.load_state_dict(json.loads(json.dumps(builder.state_dict())), [builder.kept_rollouts()] * world)
     state, part = rounds.state_dict(), rounds.kept_rollouts()
-    _close(collector)
-    again = _collector(path, world)
+    _close(builder)
+    again = _builder(path, world)
     again.load_state_dict(json.loads(json.dumps(state)), [part] * world)
     _close(again)
     seen = [c.state_dict() for c in (rounds, again)]
     return [value for s in seen for value in (s["next_group"], s["batches"], s["stream"]["position"])]
 
 
+def _surplus_to_another_source(path: Path, world: int) -> dict[str, Any]:
+    """Two batches, the first in rounds that leave a surplus, the second in flight; and one batch given up between."""
+    kept: dict[str, Any] = {"surplus_groups": "keep", "prompts_per_round": 12}
+    builder = _builder(path, world, **kept)
+    source = builder.source
+    assert isinstance(source, InFlightSource)
+    sampling = Sampling(1.0, 1.0, 0, LIMIT, ())
+    in_rounds = RoundSource(builder.config, builder.topology, source.engine, source.score, sampling)
+    rounds = BatchBuilder(builder.config, builder.topology, in_rounds, copy.copy(builder.stream))
+    first = build(rounds)
+    state, part = json.loads(json.dumps(rounds.state_dict())), rounds.kept_rollouts()
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, part)
+    builder.load_state_dict(state, parts)
+    source.score = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        builder.build()
+    _close(builder)
+    again = _builder(path, world)
+    again.load_state_dict(state, parts)
+    _engine(again).load_weights(iter(()))
+    second = build(again)
+    _close(again)
+    return {"given_up": builder.state_dict() == state, "batches": [first, second]}
+
+
 def _failing(path: Path, world: int) -> list[str]:
     """The reward raises on replica 0, in its scoring thread."""
-    collector = _collector(path, world)
+    builder = _builder(path, world)
 
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("no verdict")
 
-    if collector.topology.rank == 0:
-        collector.score = broken  # type: ignore[assignment]
+    if builder.topology.rank == 0:
+        builder.source.score = broken  # type: ignore[attr-defined]
     with pytest.raises((ZeroDivisionError, RuntimeError)) as error:
-        collector.collect()
-    _close(collector)
+        builder.build()
+    _close(builder)
     return [f"{type(error.value).__name__}: {error.value}"]
 
 
@@ -250,6 +279,7 @@ def _all(path: Path, world: int) -> dict[str, Any]:
     results |= {"ahead": _ahead(path, world), "partial": _partial(path, world)}
     results |= {"interrupted": _interrupted(path, world)}
     interrupt.install()
+    results |= {"surplus": _surplus_to_another_source(path, world)}
     return results | {"failing": _failing(path, world), "changed": _with_another_engine(path, world)}
 
 
@@ -432,9 +462,26 @@ def test_goes_on_with_another_engine(world: int, results: dict[int, list[dict[st
         assert rank["changed"] == [7, 1, 7] * 2
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_surplus_opens_the_next_batch_of_another_source(world: int, results: dict[int, list[dict[str, Any]]]) -> None:
+    """Groups that a round left over are trained on by a run that continues in flight; a batch that was given up in
+    between leaves them as they were."""
+    for rank in results[world]:
+        assert rank["surplus"]["given_up"]
+        first, second = rank["surplus"]["batches"]
+        assert (first.groups, second.groups) == (BATCHES[0], BATCHES[1])
+        generated = [batch.metrics["sampling/prompts_generated"] for batch in (first, second)]
+        assert generated == [12, 2]
+    whole = Rollouts.concatenate([rank["surplus"]["batches"][1].rollouts for rank in results[world]])
+    expected = Rollouts.concatenate([rank["first"]["steps"][1].rollouts for rank in results[world]])
+    whole, expected = (r.select(r.ids.argsort()) for r in (whole, expected))
+    for name in ("ids", "tokens", "rewards", "advantages", "rollout_log_probs"):
+        assert torch.equal(getattr(whole, name), getattr(expected, name)), name
+
+
 def test_failure_in_the_background(results: dict[int, list[dict[str, Any]]]) -> None:
     """A reward function that raises ends collection on all ranks; the others say where it was."""
     assert results[1][0]["failing"] == ["ZeroDivisionError: no verdict"]
     first, second = (rank["failing"][0] for rank in results[2])
     assert first == "ZeroDivisionError: no verdict"
-    assert second == "RuntimeError: rank 0 cannot go on drawing responses: ZeroDivisionError: no verdict"
+    assert second == "RuntimeError: rank 0 cannot go on sampling responses: ZeroDivisionError: no verdict"

@@ -10,11 +10,11 @@ import torch
 
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import PER_SEQUENCE, Rollouts
+from megatron_fipo.batching.step_batch import _response_metrics, response_rows
 from megatron_fipo.data import Prompt
 from megatron_fipo.reward import Score
-from megatron_fipo.rollout.assembly import _response_metrics, response_rows
+from tests.batching.scoring import scorer
 from tests.policies import make_config
-from tests.rollout.scoring import scorer
 
 CONFIG = make_config(
     "unused",

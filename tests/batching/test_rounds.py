@@ -13,16 +13,15 @@ from transformers import AutoTokenizer
 
 from megatron_fipo.algorithm.dynamic_sampling import DynamicSamplingExhausted
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching import BatchBuilder, StepBatch, make_batch_builder
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.data import Prompt, PromptSet, PromptStream
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import make_reward
-from megatron_fipo.rollout import Request, Response, Sampling
-from megatron_fipo.rollout.assembly import StepBatch
-from megatron_fipo.rollout.collect import RolloutCollector, derive_seed
+from megatron_fipo.rollout import Request, Response, Sampling, derive_seed
+from tests.batching.scoring import build, scorer
 from tests.policies import make_config, save_tokenizer
 from tests.ranks import run_ranks
-from tests.rollout.scoring import collect, scorer
 
 pytestmark = pytest.mark.distributed
 
@@ -82,7 +81,7 @@ class ScriptedEngine:
         return Response(tokens, [-0.1 * (k + 1) for k in range(len(tokens))], truncated)
 
 
-def _collector(path: Path, world: int, **rollout: Any) -> RolloutCollector:
+def _builder(path: Path, world: int, **rollout: Any) -> BatchBuilder:
     config = make_config(
         path,
         parallel={"world_size": world},
@@ -94,22 +93,22 @@ def _collector(path: Path, world: int, **rollout: Any) -> RolloutCollector:
     stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
     engine, reward = ScriptedEngine(tokenizer), make_reward(RewardConfig(function="exact"))
     stops = (tokenizer.eos_token_id,)
-    return RolloutCollector(config, topology, engine, scorer(config, reward, tokenizer, stops), stream, stops)
+    return make_batch_builder(config, topology, engine, scorer(config, reward, tokenizer, stops), stream, stops)
 
 
 def _collect(path: Path, world: int, steps: int, **rollout: Any) -> dict[str, Any]:
     """What `steps` batches hold on this rank, or the error; and which responses this rank had to generate."""
-    collector = _collector(path, world, **rollout)
+    builder = _builder(path, world, **rollout)
     collected: list[StepBatch] = []
     error = None
     try:
         for _ in range(steps):
-            collected.append(collect(collector))
+            collected.append(build(builder))
     except DynamicSamplingExhausted as exhausted:
         error = str(exhausted)
     finally:
         topologies.destroy()
-    return {"steps": collected, "error": error, "requested": collector.engine.requested, "held": collector._held}
+    return {"steps": collected, "error": error, "requested": builder.source.engine.requested, "held": builder._rollouts}
 
 
 KEEP: dict[str, Any] = {"surplus_groups": "keep", "prompts_per_round": 18}
@@ -127,18 +126,18 @@ def _all_cases(path: Path, world: int) -> dict[str, Any]:
 
 
 def _state_after_one_step(path: Path, world: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    collector = _collector(path, world, **KEEP)
-    collector.collect()
-    state = collector.state_dict(), collector.kept_rollouts()
-    collector.collect()  # goes on, and must not change what was saved
+    builder = _builder(path, world, **KEEP)
+    builder.build()
+    state = builder.state_dict(), builder.kept_rollouts()
+    builder.build()  # goes on, and must not change what was saved
     topologies.destroy()
     return state
 
 
 def _two_steps_from(path: Path, world: int, state: dict[str, Any], parts: list[dict[str, torch.Tensor]]) -> Any:
-    collector = _collector(path, world, **KEEP)
-    collector.load_state_dict(json.loads(json.dumps(state)), parts)
-    steps = [collect(collector) for _ in range(2)]
+    builder = _builder(path, world, **KEEP)
+    builder.load_state_dict(json.loads(json.dumps(state)), parts)
+    steps = [build(builder) for _ in range(2)]
     topologies.destroy()
     return steps
 
@@ -216,7 +215,7 @@ def test_goes_on_from_its_state(
     states = run_ranks(_state_after_one_step, before, tmp_path, before)
     assert len({json.dumps(state) for state, _ in states}) == 1
     parts = [part for _, part in states]
-    assert sum(len(part["ids"]) for part in parts) == 6 * GROUP
+    assert sum(len(part["surplus"]["ids"]) for part in parts) == 6 * GROUP
     continued = run_ranks(_two_steps_from, after, tmp_path, after, states[0][0], parts)
     for step in range(2):
         for rank, reference in zip(continued, results[after], strict=True):

@@ -98,7 +98,7 @@ class Target:
     limit: int | None = None
 
 
-class GroupSource:
+class GroupSampler:
     """Samples and scores this replica's groups.
 
     One thread owns all that changes; the engine's callbacks and the public methods only send it work. Another one

@@ -1,4 +1,4 @@
-"""The trainer's own scoring and advantages, around a collector without a trainer."""
+"""The trainer's own scoring and advantages, around a batch builder without a trainer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_fipo.batching import BatchBuilder, StepBatch
+from megatron_fipo.batching.source import Score
 from megatron_fipo.config import Config
 from megatron_fipo.reward import RewardFunction
-from megatron_fipo.rollout.assembly import StepBatch
-from megatron_fipo.rollout.collector import Collector, Score
 from megatron_fipo.trainer import Trainer
 
 
@@ -19,9 +19,8 @@ def scorer(config: Config, reward: RewardFunction, tokenizer: Any, stops: tuple[
     return partial(Trainer.score_rollouts, trainer)
 
 
-def collect(collector: Any) -> StepBatch:
-    """Return the collector's next batch as a trainer trains on it."""
-    assert isinstance(collector, Collector)
-    version = collector.batches
-    trainer: Any = SimpleNamespace(config=collector.config, topology=collector.topology)
-    return Trainer.with_advantages(trainer, collector.collect(), version)  # type: ignore[attr-defined]
+def build(builder: BatchBuilder) -> StepBatch:
+    """Return the builder's next batch as a trainer trains on it."""
+    version = builder.batches
+    trainer: Any = SimpleNamespace(config=builder.config, topology=builder.topology)
+    return Trainer.with_advantages(trainer, builder.build(), version)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.algorithm import CollectedGroups, length_weighted_mean_advantage
+from megatron_fipo.algorithm import AcceptedGroups, length_weighted_mean_advantage
 from megatron_fipo.batch import FAILURES, Rollouts
 from megatron_fipo.data import Prompt
 from megatron_fipo.model.stop_tokens import without_stop_token
@@ -61,23 +61,26 @@ def no_rollouts() -> Rollouts:
     return Rollouts.from_responses([], [], [], [], [])
 
 
-def step_batch(batch: CollectedGroups[int], rollouts: Rollouts, rows: torch.Tensor) -> StepBatch:
+def step_batch(
+    accepted: AcceptedGroups[int], rollouts: Rollouts, rows: torch.Tensor, metrics: dict[str, float]
+) -> StepBatch:
     """Return the batch with figures of all responses that were sampled for it.
 
     Args:
-        batch: its groups, and the rounds and prompts that it took to find them.
-        rollouts: this replica's responses to them.
+        rollouts: this replica's responses to the accepted groups.
         rows: `response_rows` of all sampled responses of all replicas, dropped groups included.
+        metrics: further figures of the sampling.
     """
-    metrics = {
-        "sampling/rounds": float(batch.rounds),
-        "sampling/prompts_generated": float(batch.generated_prompts),
-        "sampling/groups_all_right": float(batch.dropped_all_right),
-        "sampling/groups_all_wrong": float(batch.dropped_all_wrong),
-        "sampling/surplus_groups": float(batch.surplus),
+    figures = {
+        "sampling/rounds": float(accepted.rounds),
+        "sampling/prompts_generated": float(accepted.generated_prompts),
+        "sampling/groups_all_right": float(accepted.dropped_all_right),
+        "sampling/groups_all_wrong": float(accepted.dropped_all_wrong),
+        "sampling/surplus_groups": float(len(accepted.surplus)),
         **(_response_metrics(rows) if len(rows) else {}),
+        **metrics,
     }
-    return StepBatch(rollouts, batch.groups, metrics)
+    return StepBatch(rollouts, accepted.groups, figures)
 
 
 def _response_metrics(rows: torch.Tensor) -> dict[str, float]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching.background import Group, GroupSampler, Target
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout import Request, Response, Sampling
-from megatron_fipo.rollout.in_flight import Group, GroupSource, Target
 from tests.rollout.streaming import wait_until
 
 SAMPLING = Sampling(1.0, 1.0, 0, 5, (0,))
@@ -62,13 +62,13 @@ def engine() -> Manual:
 
 
 @pytest.fixture
-def source(engine: Manual) -> Iterator[GroupSource]:
+def source(engine: Manual) -> Iterator[GroupSampler]:
     """Groups of two; informative if their number is even."""
 
     def score(group: Group) -> Rollouts:
         return group.rollouts().replace(accuracy=torch.full((2,), float(group.number % 2 == 0)))
 
-    source = GroupSource(
+    source = GroupSampler(
         engine,
         SAMPLING,
         group_size=2,
@@ -84,7 +84,7 @@ def _prompts(first: int = 0) -> Iterator[tuple[int, Prompt]]:
     return ((n, Prompt(n, [], [50 + n], "", "")) for n in itertools.count(first))
 
 
-def _finish(source: GroupSource, engine: Manual, places: range) -> None:
+def _finish(source: GroupSampler, engine: Manual, places: range) -> None:
     for place in places:
         engine.answer(place, [9, 0])
     seen: dict[int, Rollouts] = {}
@@ -94,7 +94,7 @@ def _finish(source: GroupSource, engine: Manual, places: range) -> None:
 GOAL = Target(window=3, enough=2, count_unfinished=False)
 
 
-def test_window_and_goal(source: GroupSource, engine: Manual) -> None:
+def test_window_and_goal(source: GroupSampler, engine: Manual) -> None:
     """Three groups are kept under way until two informative ones are scored; then none is begun any more, but those
     that others are ahead of."""
     source.start(_prompts(), version=0, oldest=0, target=GOAL)
@@ -112,19 +112,19 @@ def test_window_and_goal(source: GroupSource, engine: Manual) -> None:
     assert len(engine.requests) == 12
 
 
-def test_limit(source: GroupSource, engine: Manual) -> None:
+def test_limit(source: GroupSampler, engine: Manual) -> None:
     """No group from the limit on is begun."""
     source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, limit=2))
     assert source.take()[1:] == (2, 2)
 
 
-def test_unfinished_groups_may_count(source: GroupSource, engine: Manual) -> None:
+def test_unfinished_groups_may_count(source: GroupSampler, engine: Manual) -> None:
     """What is under way counts towards the target where it will be kept."""
     source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, count_unfinished=True))
     assert source.take()[1:] == (2, 2)
 
 
-def test_cancelled(source: GroupSource, engine: Manual) -> None:
+def test_cancelled(source: GroupSampler, engine: Manual) -> None:
     """Stopping cancels what is under way and counts it, with the tokens of finished responses; groups before the end of
     the batch are no loss."""
     source.start(_prompts(), 0, 0, GOAL)
@@ -136,7 +136,7 @@ def test_cancelled(source: GroupSource, engine: Manual) -> None:
     assert source.groups() == []
 
 
-def test_paused_and_continued(source: GroupSource, engine: Manual) -> None:
+def test_paused_and_continued(source: GroupSampler, engine: Manual) -> None:
     """A paused response goes on with its tokens as prompt, the rest of its length and a seed of its own; its tokens
     have the versions of their time. One that is full is finished, and truncated."""
     source.start(_prompts(), 0, 0, GOAL)
@@ -159,7 +159,7 @@ def test_paused_and_continued(source: GroupSource, engine: Manual) -> None:
     assert scored[1].weight_versions.tolist() == [-1, 0, 0, 1, 1, -1, 0, 0, 0, 1]
 
 
-def test_too_old_starts_over(source: GroupSource, engine: Manual) -> None:
+def test_too_old_starts_over(source: GroupSampler, engine: Manual) -> None:
     """A kept group with a token of an older version than allowed is drawn anew as a whole, with its first seeds."""
     source.start(_prompts(), 0, 0, GOAL)
     source.stop(behind=1, keep=True)
@@ -169,7 +169,7 @@ def test_too_old_starts_over(source: GroupSource, engine: Manual) -> None:
     assert all(sampling.max_tokens == 5 for _, sampling, _ in engine.requests[before:])
 
 
-def test_weights_that_change_in_between(source: GroupSource, engine: Manual) -> None:
+def test_weights_that_change_in_between(source: GroupSampler, engine: Manual) -> None:
     """Two responses of one batch by two versions of the engine are an error."""
     source.start(_prompts(), 0, 0, GOAL)
     engine.answer(0, [0], version=7)
@@ -178,7 +178,7 @@ def test_weights_that_change_in_between(source: GroupSource, engine: Manual) -> 
         wait_until(lambda: source.take()[1] == 0)
 
 
-def test_engine_that_fails(source: GroupSource, engine: Manual) -> None:
+def test_engine_that_fails(source: GroupSampler, engine: Manual) -> None:
     """Its error comes out of `take`, also when the engine itself has ended a request."""
     source.start(_prompts(), 0, 0, GOAL)
     engine.requests[0][2].set_exception(RuntimeError("no rollout server"))

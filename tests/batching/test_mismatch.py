@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_fipo.batch import Rollouts, TrainBatch, pack
+from megatron_fipo.batching.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.parallel import topology as topologies
-from megatron_fipo.rollout.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
 from tests.policies import make_config
 from tests.ranks import run_ranks
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching.background import Group, PartialResponse
+from megatron_fipo.batching.step_batch import no_rollouts
 from megatron_fipo.data import Prompt
-from megatron_fipo.rollout.assembly import no_rollouts
-from megatron_fipo.rollout.in_flight import Group, PartialResponse
 
 
 def packed(groups: Sequence[Group]) -> dict[str, Any]:
