@@ -127,12 +127,19 @@ class Trainer:
             DynamicSamplingExhausted: the problems gave no batch to train on; all finished steps are in a checkpoint.
             ValueError: the run's checkpoints are all damaged, or of other data.
         """
-        with self.state.opened():
+        with self.state.opened(), collected_by_hand() as collect_garbage:
             if self.state.restore(self.began, without_weights=self._resumes):
                 return
             note_running()
             try:
-                self._run()
+                self._evaluate_and_record()
+                while not self.state.is_last:
+                    self._clock = {"checkpoint": self.state.pause_seconds}
+                    with self._timed("step"):
+                        metrics = self.step(self.state.progress.step + 1)
+                    self.state.finish_step({**metrics, **self._throughput(metrics)})
+                    self._evaluate_and_record()
+                    collect_garbage()
             except (Interrupted, DynamicSamplingExhausted) as stopped:
                 # Raised before the weights of an unfinished step change: they are those of the last finished one.
                 self.state.save(wait=True)
@@ -143,17 +150,6 @@ class Trainer:
                 self.export_policy()
             self.state.checkpointer.finish()
             self.log.finish(self.state.progress.before, self.state.progress.after)
-
-    def _run(self) -> None:
-        with collected_by_hand() as collect_garbage:
-            self._evaluate_and_record()
-            while not self.state.is_last:
-                self._clock = {"checkpoint": self.state.pause_seconds}
-                with self._timed("step"):
-                    metrics = self.step(self.state.progress.step + 1)
-                self.state.finish_step({**metrics, **self._throughput(metrics)})
-                self._evaluate_and_record()
-                collect_garbage()
 
     def step(self, step: int) -> dict[str, float]:
         """Sample one batch of responses and update the policy on it; return the step's metrics.

@@ -66,10 +66,14 @@ def compiled_loss(
     constants = _constants(config)
 
     def weights() -> tuple[Tensor, Tensor]:
-        outputs = ops.fipo_loss(log_probs.detach(), *inputs, **constants, influence=influence, with_weights=True)
+        outputs = torch.ops.megatron_fipo.fipo_loss(
+            log_probs.detach(), *inputs, **constants, influence=influence, with_weights=True
+        )
         return outputs[-2], outputs[-1]
 
-    loss_sum, _, metrics, histograms, vetoed, *_ = ops.fipo_loss(log_probs, *inputs, **constants, influence=influence)
+    loss_sum, _, metrics, histograms, vetoed, *_ = torch.ops.megatron_fipo.fipo_loss(
+        log_probs, *inputs, **constants, influence=influence
+    )
     slots = dict(zip(ops.metric_slots(), metrics.unbind(), strict=True))
     num_tokens, num_sequences = slots["num_tokens"].long(), slots["num_sequences"].long()
     return LossOutput(
@@ -95,7 +99,7 @@ def _exchange(
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the op's arguments of the same names: carry_in, vetoed, sequence_tokens, counts_sequence."""
-    first, dual_clipped, loss_tokens = ops.chunk_summary(
+    first, dual_clipped, loss_tokens = torch.ops.megatron_fipo.chunk_summary(
         log_probs,
         old_log_probs,
         advantages,

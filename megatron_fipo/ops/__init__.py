@@ -1,7 +1,11 @@
-"""Entry point of the kernels: scan and fused loss, compiled where built, otherwise in plain torch."""
+"""Entry point of the kernels: scan and fused loss, compiled where built, otherwise in plain torch.
+
+Where they are built for a tensor's device and dtype (`compiled_for`), the ops of `torch.ops.megatron_fipo` can be
+called; `extension` has their schemas.
+"""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +18,8 @@ from megatron_fipo.ops.packing import check_offsets, sequence_ids
 
 __all__ = [
     "check_offsets",
-    "chunk_summary",
     "compiled_for",
     "compiled_summary",
-    "fipo_loss",
     "future_kl",
     "metric_slots",
     "sequence_ids",
@@ -60,18 +62,6 @@ def future_kl(
         future_kl, _ = scan(log_ratio.detach(), None, mask, cu_seqlens, half_life, unbounded, unbounded)
         return future_kl
     return reference.future_kl(log_ratio.detach(), mask, cu_seqlens, half_life)
-
-
-def fipo_loss(*tensors: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
-    """Call the compiled loss op, `extension.LOSS`; requires `compiled_for(log_probs)`."""
-    outputs: tuple[Tensor, ...] = torch.ops.megatron_fipo.fipo_loss(*tensors, **constants)
-    return outputs
-
-
-def chunk_summary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what other chunks of sharded sequences need from these, `extension.SUMMARY`, if compiled."""
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.megatron_fipo.chunk_summary(*arguments)
-    return outputs
 
 
 if extension.is_built():
