@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.actor.optimizer import ParameterState
-from megatron_fipo.checkpoint import Checkpointer
+from megatron_fipo.checkpoint import Checkpointer, writing
 from megatron_fipo.config import CheckpointConfig
 from megatron_fipo.convert.export import export_weights
 from tests.actor.actors import actor_of, batch_of, weights_of
@@ -22,6 +24,7 @@ Tensors = dict[str, torch.Tensor]
 Sections = dict[str, dict[str, Any]]
 SYNCHRONOUS = CheckpointConfig(asynchronous=False, keep_last=100)
 ASYNCHRONOUS = replace(SYNCHRONOUS, asynchronous=True)
+TWO: Sections = {"parallel": {"world_size": 2}, "optimizer": {"distributed": True}}
 
 
 def update(actor: FIPOActor, seed: int, vocab: int) -> None:
@@ -94,3 +97,42 @@ def differing(a: Tensors, b: Tensors) -> list[str]:
     """Names of tensors that are not equal bit for bit."""
     assert a.keys() == b.keys()
     return [name for name in b if not torch.equal(a[name], b[name])]
+
+
+class CheckpointedActor:
+    """An actor, its checkpointer and what that warned of."""
+
+    def __init__(self, actor: FIPOActor, directory: Path, config: Any = ASYNCHRONOUS) -> None:
+        self.actor = actor
+        self.warnings: list[str] = []
+        self.checkpointer = Checkpointer(directory, config, actor, actor.topology, self.warnings.append)
+
+    def poll_to_the_end(self) -> int:
+        """As training does once a step; how often it took."""
+        for count in range(1, 1000):
+            self.checkpointer.poll()
+            if not self.checkpointer.in_progress:
+                return count
+            time.sleep(0.02)
+        raise AssertionError("the write does not end")
+
+
+@contextlib.contextmanager
+def run_of(path: Path, directory: Path, config: Any = ASYNCHRONOUS, **sections: Any) -> Iterator[CheckpointedActor]:
+    with actor_of(path, **(sections or TWO)) as actor:
+        run = CheckpointedActor(actor, directory, config)
+        try:
+            yield run
+        finally:
+            run.checkpointer.close()
+
+
+def write_slowly(seconds: float) -> None:
+    """Delay this rank's writers."""
+    original = writing._write_files
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args)
+
+    writing._write_files = slow
