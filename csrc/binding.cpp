@@ -128,7 +128,7 @@ void bind_metrics(py::module_& module) {
   slot("loss_tokens", fipo::kLossTokens);
   slot("loss_sequences", fipo::kLossSequences);
   slot("vetoed", fipo::kVetoed);
-  slot("policy_kl", fipo::kPolicyKl);
+  slot("approx_kl", fipo::kApproxKl);
   slot("ppo_clip_fraction", fipo::kPpoClipped);
   slot("dual_clip_fraction", fipo::kDualClipped);
   slot("negative_ratio_2_3", fipo::kNegative2To3);

@@ -51,7 +51,7 @@ enum Metric : int32_t {
   kLossTokens,      // unmasked
   kLossSequences,   // sequences with a loss token, vetoed or not
   kVetoed,          // sequences
-  kPolicyKl,        // sum of -d
+  kApproxKl,        // sum of -d
   kPpoClipped,      // tokens where the upper or lower ratio clip is active
   kDualClipped,     // tokens with A < 0 and d > ln c
   kNegative2To3,    // tokens with A < 0 and r in [2, 3)

@@ -34,6 +34,7 @@ from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table
+from megatron_fipo.former_names import current_metrics
 from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
@@ -65,7 +66,10 @@ def began(directory: Path) -> datetime:
 
 
 def _rewind(directory: Path, step: int) -> int:
-    """Remove what was written of steps after `step`; returns the number of metrics rows that stay."""
+    """Remove what was written of steps after `step`; return the number of metrics rows that stay.
+
+    Metrics of an earlier release get their current names, so that all rows of the file have the same.
+    """
     of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
     for path in (path for pattern in of_steps for path in directory.glob(pattern)):
         number = path.name.removesuffix(".parquet").rpartition("_")[2]
@@ -73,10 +77,11 @@ def _rewind(directory: Path, step: int) -> int:
             _remove(path)
     (directory / "summary.json").unlink(missing_ok=True)
     metrics = directory / "metrics.jsonl"
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-    write_whole(metrics, "".join(f"{row}\n" for row in kept))
-    return len(kept)
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [current_metrics(json.loads(line)) for line in lines if line.endswith("}")]
+    finished = [row for row in rows if row["step"] <= step]
+    write_whole(metrics, "".join(f"{json.dumps(row)}\n" for row in finished))
+    return len(finished)
 
 
 def _keep_old_config(path: Path, text: str, step: int) -> None:
@@ -178,7 +183,7 @@ class RunLog:
         length = f"{m['response_length/mean']:.0f}" if "response_length/mean" in m else "-"
         return (
             f"step {step:>{len(str(last))}}/{last}  accuracy {accuracy}  length {length}"
-            f"  kl {m['policy/policy_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
+            f"  kl {m['policy/approx_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
             f"  grad {m['policy/grad_norm']:.2f}  {m['time/step']:.1f} s"
             f"  left {_clock(left)} = {hours:.1f} device-hours"
         )

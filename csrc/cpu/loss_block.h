@@ -122,7 +122,7 @@ class LossBlock {
   }
 
   FIPO_INLINE void keep(const Bounds& log_ratios, const Bounds& future_kls) {
-    tally_.sums[kPolicyKl] -= Lanes::sum(log_ratios.sum);
+    tally_.sums[kApproxKl] -= Lanes::sum(log_ratios.sum);
     tally_.sums[kFutureKl] += Lanes::sum(future_kls.sum);
     keep_largest(&tally_.log_ratio_abs_max, log_ratios.largest);
     keep_largest(&tally_.log_ratio_abs_max, Lanes::negate(log_ratios.least));

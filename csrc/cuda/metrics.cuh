@@ -211,7 +211,7 @@ class Metrics {
     for (int metric = lane; metric < kFirstExtremum; metric += kLanes) to[metric] = 0.0;
     __syncwarp();
     put(to, lane, kLossSum, sums().loss);
-    put(to, lane, kPolicyKl, -sums().log_ratio);
+    put(to, lane, kApproxKl, -sums().log_ratio);
     put(to, lane, kPpoClipped, memory_.tokens[threadIdx.x].ppo_clipped);
     put(to, lane, kFutureKl, sums().future_kl);
     put(to, lane, kInfluence, sums().influence);

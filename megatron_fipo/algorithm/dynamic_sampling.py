@@ -20,8 +20,8 @@ class GroupOutcomes(NamedTuple):
 
     group: Tensor  # [P] group index
     informative: Tensor  # [P] bool
-    all_right: Tensor  # [P] bool
-    all_wrong: Tensor  # [P] bool
+    all_correct: Tensor  # [P] bool
+    all_incorrect: Tensor  # [P] bool
 
 
 def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | None = None) -> GroupOutcomes:
@@ -46,8 +46,8 @@ def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | N
         return blank.scatter_reduce(0, group, values, which, include_self=False)
 
     informative = extremum(scores, "amax") - extremum(scores, "amin") > STD_EPSILON
-    right = extremum(accuracy, "amin") >= 1
-    return GroupOutcomes(groups, informative, ~informative & right, ~informative & ~right)
+    correct = extremum(accuracy, "amin") >= 1
+    return GroupOutcomes(groups, informative, ~informative & correct, ~informative & ~correct)
 
 
 class DynamicSamplingExhausted(ValueError):
@@ -61,8 +61,8 @@ class CollectedGroups(Generic[Group]):
     groups: list[Group]  # in prompt order
     rounds: int  # generation rounds of this batch; 0 if the previous step's surplus filled it
     generated_prompts: int
-    dropped_all_right: int
-    dropped_all_wrong: int
+    dropped_all_correct: int
+    dropped_all_incorrect: int
     surplus: int  # informative groups beyond the batch, dropped or kept
 
 
@@ -103,7 +103,7 @@ class GroupCollector(Generic[Group]):
         self._reset_counts()
 
     def _reset_counts(self) -> None:
-        self.rounds = self.generated_prompts = self.dropped_all_right = self.dropped_all_wrong = 0
+        self.rounds = self.generated_prompts = self.dropped_all_correct = self.dropped_all_incorrect = 0
 
     def add_round(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
         """Add one round's groups, in prompt order, each with its entry of `outcomes`.
@@ -124,8 +124,8 @@ class GroupCollector(Generic[Group]):
             raise ValueError(f"{len(groups)} groups must have as many outcomes, got {outcomes.group.numel()}")
         self.generated_prompts += len(groups)
         if self.filter_groups:
-            self.dropped_all_right += int(outcomes.all_right.sum())
-            self.dropped_all_wrong += int(outcomes.all_wrong.sum())
+            self.dropped_all_correct += int(outcomes.all_correct.sum())
+            self.dropped_all_incorrect += int(outcomes.all_incorrect.sum())
             kept = outcomes.informative.tolist()
             groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
         self.pending += groups
@@ -145,8 +145,8 @@ class GroupCollector(Generic[Group]):
             return False
         raise DynamicSamplingExhausted(
             f"{self.rounds} generation rounds of {self.generated_prompts} prompts gave {len(self.pending)} of the "
-            f"{self.prompts_per_step} groups per training step: {self.dropped_all_right} were all correct and "
-            f"{self.dropped_all_wrong} all incorrect. Use problems closer to the model's ability, or increase "
+            f"{self.prompts_per_step} groups per training step: {self.dropped_all_correct} were all correct and "
+            f"{self.dropped_all_incorrect} all incorrect. Use problems closer to the model's ability, or increase "
             f"rollout.prompts_per_round, rollout.group_size or rollout.max_rounds (0: no limit), or set "
             f"rollout.when_exhausted to 'train' to continue with smaller batches"
         )
@@ -158,8 +158,8 @@ class GroupCollector(Generic[Group]):
             groups=batch,
             rounds=self.rounds,
             generated_prompts=self.generated_prompts,
-            dropped_all_right=self.dropped_all_right,
-            dropped_all_wrong=self.dropped_all_wrong,
+            dropped_all_correct=self.dropped_all_correct,
+            dropped_all_incorrect=self.dropped_all_incorrect,
             surplus=len(surplus),
         )
         self.pending = surplus if self.surplus_groups == "keep" else []

@@ -50,8 +50,8 @@ def rollout_mismatch(batches: Sequence[TrainBatch], topology: Topology) -> dict[
         assert m.old_log_probs is not None
         metrics = merge(metrics, mismatch_metrics(m.old_log_probs, m.rollout_log_probs, m.loss_mask))
     values = finalize(all_reduce(metrics, topology.dp))
-    others = ("_ratio_p25", "_ratio_median", "_ratio_p75", "_ratio_p995")
-    return {f"mismatch/{name}": value for name, value in values.items() if not name.endswith(others)}
+    left_out = ("ratio_p25", "ratio_median", "ratio_p75", "ratio_p995")
+    return {f"mismatch/{name}": value for name, value in values.items() if name not in left_out}
 
 
 def mismatch_warning(
@@ -64,7 +64,7 @@ def mismatch_warning(
     Args:
         policy_version: of the weights that compute the old log-probabilities.
     """
-    distance = mismatch["mismatch/rollout_mismatch_abs"]
+    distance = mismatch["mismatch/abs_mean"]
     if not distance > config.mismatch_warning:
         return None
     drawn_by = rollouts.weight_versions[rollouts.loss_mask].long()
@@ -74,7 +74,7 @@ def mismatch_warning(
     newest, oldest = int(ends[0]), -int(ends[1])
     return (
         f"trainer and rollout engine disagree by {distance:.3g} nats a token (the most: "
-        f"{mismatch['mismatch/rollout_mismatch_abs_max']:.3g}). {_versions(oldest, newest, policy_version)} "
+        f"{mismatch['mismatch/abs_max']:.3g}). {_versions(oldest, newest, policy_version)} "
         "Other causes: another precision or other kernels (model.dtype, model.fp32_logits); sampling parameters that "
         f"only the engine applies (temperature {config.temperature:g}, top_p {config.top_p:g}, top_k {config.top_k}); "
         "prompts or responses tokenized anew on the way"

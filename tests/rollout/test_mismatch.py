@@ -64,13 +64,13 @@ def test_monitor_and_warning() -> None:
     (one,), two = run_ranks(_on_a_rank, 1, 1), run_ranks(_on_a_rank, 2, 2)
     for mismatch, stale, _, below in [one, *two]:
         expected = {
-            "rollout_mismatch_abs": 0.2,
-            "rollout_mismatch_abs_max": 0.5,
-            "rollout_mismatch_k1": 0.2,
-            "rollout_mismatch_k3": (math.exp(-0.5) + math.exp(-0.1) - 2 + 0.6) / 3,
-            "rollout_mismatch_outside_fraction": 0.0,
+            "abs_mean": 0.2,
+            "abs_max": 0.5,
+            "k1": 0.2,
+            "k3": (math.exp(-0.5) + math.exp(-0.1) - 2 + 0.6) / 3,
+            "outside_fraction": 0.0,
         }
-        p999 = mismatch.pop("mismatch/rollout_mismatch_ratio_p999")
+        p999 = mismatch.pop("mismatch/ratio_p999")
         assert p999 == pytest.approx(math.exp(0.5), rel=5e-3)
         assert mismatch == pytest.approx({f"mismatch/{k}": v for k, v in expected.items()}, rel=1e-6)
         assert below is None
