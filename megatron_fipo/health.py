@@ -1,4 +1,4 @@
-"""Rules that look at a run's metrics, step by step, and say when it goes wrong and why that matters.
+"""Rules over a run's metrics, step by step, that detect problems and explain them.
 
 Training prints a finding once, when its rule begins to hold; the report lists all of them. A rule's `source` says where
 it comes from: "paper" (arXiv 2603.19835), "code" (the authors' implementation), or "choice", ours. Thresholds are ours
@@ -14,8 +14,8 @@ from typing import Literal
 
 Row = Mapping[str, float]
 
-_QUIET = 10  # steps without the rule after which it begins anew
-_BASELINE = 20  # steps that tell what is usual
+_QUIET = 10  # steps without the rule after which it is a new finding
+_BASELINE = 20  # steps that define the usual values
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _entropy(rows: Sequence[Row], limits: Limits) -> str | None:
     accuracy = _mean(rows[-5:], "reward/accuracy")
     if len(rows) < 10 or first is None or last is None or accuracy is None:
         return None
-    if last >= 0.05 * first or accuracy >= 0.9:  # who solves the task may be sure of it
+    if last >= 0.05 * first or accuracy >= 0.9:  # low entropy is expected once the task is solved
         return None
     return f"entropy {last:.2g}, {last / first:.1%} of the first steps', at accuracy {accuracy:.2f}"
 

@@ -1,12 +1,12 @@
 """Files that a run leaves in its directory, written by rank 0, and its output on the terminal.
 
 config.yaml            the resolved configuration
-began.json             when the run began, as chat templates that write the date are told
+began.json             when the run began, for chat templates that contain the date
 metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers; wandb/ too, where trainer.wandb_project is set
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
 traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
-evaluation/step_N.parquet  every response of an evaluation after N steps, with its verdict
+evaluation/step_N.parquet  every response of an evaluation after N steps, with its score
 summary.json           evaluation before and after, steps, seconds
 """
 
@@ -73,7 +73,7 @@ def _rewind(directory: Path, step: int) -> int:
     of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
     for path in (path for pattern in of_steps for path in directory.glob(pattern)):
         number = path.name.removesuffix(".parquet").rpartition("_")[2]
-        if number.isdecimal() and int(number) > step:  # another name is nobody's step
+        if number.isdecimal() and int(number) > step:  # other names are not of a step
             _remove(path)
     (directory / "summary.json").unlink(missing_ok=True)
     metrics = directory / "metrics.jsonl"
@@ -85,14 +85,14 @@ def _rewind(directory: Path, step: int) -> int:
 
 
 def _keep_old_config(path: Path, text: str, step: int) -> None:
-    """Write the configuration; one that was in force up to `step` and differs stays under another name."""
+    """Write the configuration; keep a different one that was in force up to `step` under another name."""
     if step and path.exists() and path.read_text() != text:
         os.replace(path, path.with_name(f"config_until_step_{step}.yaml"))
     write_whole(path, text)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():  # a link goes, not what it leads to
+    if path.is_dir() and not path.is_symlink():  # removes a link, not its target
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ class RunLog:
         self._health = Watch(Limits(config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens))
 
     def claim_directory(self) -> None:
-        """Make the run's directory this process's own until it ends, however it ends. Before anything is changed there.
+        """Lock the run's directory for this process until it ends, before anything is changed there.
 
         Raises:
             ValueError: another process is training in it.
@@ -143,7 +143,7 @@ class RunLog:
         _keep_old_config(self.directory / "config.yaml", to_yaml(self.config), step)
         metrics = self.directory / "metrics.jsonl"
         for row in metrics.read_text().splitlines():
-            self._health.update(json.loads(row))  # said by the attempt that saw it
+            self._health.update(json.loads(row))  # printed by the attempt that found it
         self._metrics = metrics.open("a")
         self._trackers = make_trackers(self.config, step + 1)
 
@@ -219,7 +219,7 @@ class RunLog:
             write_table(full_table(samples, benchmarks), self.directory / "evaluation" / f"step_{step}.parquet")
 
     def dump(self, step: int, batch: TrainBatch) -> str:
-        """Save a mini-batch that broke training, for a look at it; says where. Every rank saves its own."""
+        """Save a mini-batch that broke training for inspection, one file per rank; return a text with its location."""
         if not self.enabled:
             return "the batch was not saved"
         path = self.directory / f"failed_step_{step}" / f"rank_{self.rank}.pt"

@@ -116,8 +116,8 @@ def progress(run: Run) -> str:
     seconds = run.summary.get("wall_seconds", run.trained[-1].get("wall_seconds"))
     took = f" in {seconds / 60:.1f} minutes" if seconds is not None else ""
     total = run.count("trainer.max_steps")
-    goal = f" of {total}, not finished" if not run.summary and total else ""
-    return f"{steps} steps{goal}{took}"
+    remaining = f" of {total}, not finished" if not run.summary and total else ""
+    return f"{steps} steps{remaining}{took}"
 
 
 def _terminal_tables(series: Sequence[Series]) -> list[str]:

@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled continuation.
+    """A sampled response.
 
     Attributes:
         token_ids: the stop token that ended it included.

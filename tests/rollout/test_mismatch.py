@@ -77,8 +77,8 @@ def test_monitor_and_warning() -> None:
         assert stale is not None
         assert stale.startswith("trainer and rollout engine disagree by 0.2 nats a token (the most: 0.5)")
         assert "temperature 1, top_p 0.9, top_k 0" in stale
-    assert "Tokens were drawn by weights of 3 steps and are trained by those of 4" in one[1]
-    assert "All tokens were drawn by the weights that are trained (of 3 steps)" in one[2]
+    assert "Tokens were sampled with weights of 3 steps and train those of 4" in one[1]
+    assert "All tokens were sampled with the trained weights (of 3 steps)" in one[2]
     for rank in two:
-        assert "Tokens were drawn by weights of 3 to 4 steps and are trained by those of 4" in rank[1]
-        assert "Tokens were drawn by weights of 3 to 4 steps and are trained by those of 3" in rank[2]
+        assert "Tokens were sampled with weights of 3 to 4 steps and train those of 4" in rank[1]
+        assert "Tokens were sampled with weights of 3 to 4 steps and train those of 3" in rank[2]
