@@ -72,7 +72,7 @@ def mismatch(rows: list[Row]) -> None:
         row["mismatch/abs_mean"] = 0.02
 
 
-def pinned(rows: list[Row]) -> None:
+def at_bound(rows: list[Row]) -> None:
     for row in rows[20:]:
         row["policy/influence_clip_fraction_upper"] = 0.6  # of four updates; 0.8 of the later three
 
@@ -88,7 +88,7 @@ FAULTS = {
     "Length stands at the limit": (stagnation, 40),
     "Few groups are informative": (equal_groups, 35),
     "The engine drifts from the trainer": (mismatch, 33),
-    "Influence weights are at their bound": (pinned, 25),
+    "Influence weights are at their bound": (at_bound, 25),
     "The verifier could not decide": (undecided, 13),
 }
 
@@ -127,7 +127,7 @@ def test_a_spike_alone_or_a_jump_alone_is_no_collapse() -> None:
         assert findings(rows, LIMITS) == []
 
 
-def test_the_first_update_does_not_hide_pinned_weights() -> None:
+def test_the_first_update_does_not_hide_weights_at_their_bound() -> None:
     """With two updates a step, half of all tokens at the bound means every token of the later update."""
     rows = [{**row, "policy/updates": 2.0, "policy/influence_clip_fraction_upper": 0.49} for row in healthy(10)]
     assert [f.rule.name for f in findings(rows, LIMITS)] == ["Influence weights are at their bound"]
