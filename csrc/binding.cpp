@@ -39,7 +39,7 @@ void bind_inputs(py::module_& module) {
   py::class_<fipo::Constants>(module, "Constants")
       .def(py::init([](double half_life, float log_ratio_clamp, float log_dual_clip, float dual_clip, float ratio_low,
                        float ratio_high, float influence_low, float influence_high, float safety_threshold,
-                       float pinned_low, float pinned_high, float norm_length, int64_t max_dual_clipped,
+                       float clipped_below, float clipped_above, float norm_length, int64_t max_dual_clipped,
                        int aggregation, bool influence) {
              return fipo::Constants{half_life,
                                     log_ratio_clamp,
@@ -50,8 +50,8 @@ void bind_inputs(py::module_& module) {
                                     influence_low,
                                     influence_high,
                                     safety_threshold,
-                                    pinned_low,
-                                    pinned_high,
+                                    clipped_below,
+                                    clipped_above,
                                     norm_length,
                                     max_dual_clipped,
                                     static_cast<fipo::Aggregation>(aggregation),
@@ -59,7 +59,7 @@ void bind_inputs(py::module_& module) {
            }),
            py::kw_only(), "half_life"_a, "log_ratio_clamp"_a, "log_dual_clip"_a, "dual_clip"_a = 0.0f,
            "ratio_low"_a = 0.0f, "ratio_high"_a = 0.0f, "influence_low"_a = 0.0f, "influence_high"_a = 0.0f,
-           "safety_threshold"_a = 0.0f, "pinned_low"_a = 0.0f, "pinned_high"_a = 0.0f, "norm_length"_a = 1.0f,
+           "safety_threshold"_a = 0.0f, "clipped_below"_a = 0.0f, "clipped_above"_a = 0.0f, "norm_length"_a = 1.0f,
            "max_dual_clipped"_a = -1, "aggregation"_a = 0, "influence"_a = true);
 
   py::class_<fipo::Shard>(module, "Shard")
@@ -128,7 +128,7 @@ void bind_metrics(py::module_& module) {
   slot("loss_tokens", fipo::kLossTokens);
   slot("loss_sequences", fipo::kLossSequences);
   slot("vetoed", fipo::kVetoed);
-  slot("policy_kl", fipo::kPolicyKl);
+  slot("approx_kl", fipo::kApproxKl);
   slot("ppo_clip_fraction", fipo::kPpoClipped);
   slot("dual_clip_fraction", fipo::kDualClipped);
   slot("negative_ratio_2_3", fipo::kNegative2To3);
@@ -138,8 +138,8 @@ void bind_metrics(py::module_& module) {
   slot("future_kl", fipo::kFutureKl);
   slot("influence_weight", fipo::kInfluence);
   slot("influence_weight_raw", fipo::kInfluenceRaw);
-  slot("influence_clip_fraction_upper", fipo::kPinnedUpper);
-  slot("influence_clip_fraction_lower", fipo::kPinnedLower);
+  slot("influence_clip_fraction_upper", fipo::kInfluenceClippedUpper);
+  slot("influence_clip_fraction_lower", fipo::kInfluenceClippedLower);
   slot("log_ratio_abs_max", fipo::kLogRatioAbsMax);
   slot("negative_ratio_max", fipo::kNegativeRatioMax);
   slot("positive_ratio_min", fipo::kPositiveRatioMin);

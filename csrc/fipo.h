@@ -51,7 +51,7 @@ enum Metric : int32_t {
   kLossTokens,      // unmasked
   kLossSequences,   // sequences with a loss token, vetoed or not
   kVetoed,          // sequences
-  kPolicyKl,        // sum of -d
+  kApproxKl,        // sum of -d
   kPpoClipped,      // tokens where the upper or lower ratio clip is active
   kDualClipped,     // tokens with A < 0 and d > ln c
   kNegative2To3,    // tokens with A < 0 and r in [2, 3)
@@ -61,8 +61,8 @@ enum Metric : int32_t {
   kFutureKl,        // sum of S_t
   kInfluence,       // sum of f_t
   kInfluenceRaw,    // sum of exp(S_t), S_t bounded by kMaxLogWeight
-  kPinnedUpper,     // tokens with f_t >= pinned_high
-  kPinnedLower,     // tokens with f_t <= pinned_low
+  kInfluenceClippedUpper,  // tokens with f_t >= clipped_above
+  kInfluenceClippedLower,  // tokens with f_t <= clipped_below
   kLogRatioAbsMax,  // of |d_t|
   kNegativeRatioMax,  // of r_t where A < 0
   kPositiveRatioMin,  // of r_t where A > 0
@@ -102,8 +102,8 @@ struct Constants {
   float influence_low;      // 0 .. 10 if the recipe does not clip
   float influence_high;
   float safety_threshold;   // a ratio
-  float pinned_low;         // f at or below counts as clipped at the lower bound
-  float pinned_high;
+  float clipped_below;      // f at or below counts as clipped at the lower bound
+  float clipped_above;
   float norm_length;        // tokens
   int64_t max_dual_clipped; // sequences with more are vetoed; negative: never
   Aggregation aggregation;

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from megatron_fipo import former_names
 from megatron_fipo.config import Config, sections
 from megatron_fipo.metric_glossary import METRICS
 from megatron_fipo.resume import _is_free
@@ -67,6 +68,15 @@ numbers. A `policy/` metric is the mean over the step's updates, or the extremum
 that is not finite is `null`.
 
 The optional metrics say when they are logged. `{...}` stands for a name or a number."""
+
+_FORMER = """
+## Former names
+
+Rows of earlier releases are read by their current names, by `report` and by a run that resumes. TensorBoard and
+Weights & Biases show the steps before under the former names.
+
+| former name | name |
+|---|---|"""
 
 _TITLES = {
     "": "The row",
@@ -129,6 +139,8 @@ def metrics() -> str:
     for group, names in groups.items():
         parts += ["", f"## {_TITLES[group]}", "", "| metric | meaning |", "|---|---|"]
         parts += [f"| `{name}` | {METRICS[name].replace('|', chr(92) + '|')} |" for name in names]
+    parts += [_FORMER, *(f"| `{old}` | `{new}` |" for old, new in former_names.METRICS.items())]
+    parts += [f"| `eval/length/{old}` | `eval/length/{new}` |" for old, new in former_names.LENGTHS.items()]
     return "\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The data of a training step: responses as packed tensors, and their packing into micro-batches.
+"""Data of a training step: responses as packed tensors, and their packing into micro-batches.
 
 Letters: B responses, N tokens (prompt and response, one sequence after another), S sequences of a micro-batch,
 R response positions of a micro-batch (each sequence from its first to its last response token), C context-parallel
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -59,7 +60,7 @@ class Rollouts:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, torch.Tensor]) -> Rollouts:
-        """Return what `vars` gave, also of a version without scores and failures, whose rewards were right or wrong."""
+        """Rebuild from `vars`, also of a release without scores and failures: its scores are the accuracies."""
         added = {"scores": state["accuracy"], "failures": torch.zeros_like(state["ids"], dtype=torch.int8)}
         return Rollouts(**{**added, **state})
 
@@ -144,7 +145,7 @@ class MicroBatch:
         padded_lengths: S tokens of each padded sequence, as numbers of the host: reading them waits for no device.
         hidden_index: [R_local] int64, positions whose hidden state predicts a response token.
         targets: [R_local] int64, those response tokens.
-        places: [R_local] int64, where they stand among the R response positions.
+        response_index: [R_local] int64, their indices among the R response positions.
         segment_offsets: [S * K + 1] int64, the chunks of responses among the R_local positions: K = 1, or 2 where
             context parallelism gives each rank two chunks of a sequence.
     Loss inputs (whole, the same on every rank of a replica):
@@ -159,7 +160,7 @@ class MicroBatch:
     padded_lengths: tuple[int, ...]
     hidden_index: torch.Tensor
     targets: torch.Tensor
-    places: torch.Tensor
+    response_index: torch.Tensor
     segment_offsets: torch.Tensor
     loss_mask: torch.Tensor
     response_offsets: torch.Tensor
@@ -237,11 +238,11 @@ def pack(
 ) -> MicroBatch:
     """Pack the sequences at `index` into one micro-batch; an empty index gives a padding-only one.
 
-    Every sequence is padded to a multiple of `alignment`; padding follows the sequence, so causal attention never
-    looks at it.
+    Every sequence is padded to a multiple of `alignment`; padding follows the sequence, so causal attention
+    ignores it.
     """
     chosen = rollouts.select(torch.tensor(list(index), dtype=torch.int64))
-    inputs, positions, hidden, targets, places, padded = [], [], [], [], [], []
+    inputs, positions, hidden, targets, response_index, padded = [], [], [], [], [], []
     segments: list[int] = []
     chunks = 1 if context_size == 1 else 2
     local_start = response_start = 0
@@ -253,10 +254,10 @@ def pack(
         real = here < length
         inputs.append(torch.where(real, sequence[here.clamp(max=length - 1)], 0))
         positions.append(here)
-        predicts = torch.nonzero(real & (here >= prompt - 1)).squeeze(1)  # local places of response predictions
+        predicts = torch.nonzero(real & (here >= prompt - 1)).squeeze(1)  # local indices of response predictions
         hidden.append(predicts + local_start)
         targets.append(sequence[here[predicts] + 1])
-        places.append(here[predicts] - (prompt - 1) + response_start)
+        response_index.append(here[predicts] - (prompt - 1) + response_start)
         chunk = len(here) // chunks
         segments += [int(((predicts >= k * chunk) & (predicts < (k + 1) * chunk)).sum()) for k in range(chunks)]
         padded.append(total)
@@ -272,7 +273,7 @@ def pack(
         padded_lengths=tuple(padded),
         hidden_index=torch.cat(hidden),
         targets=torch.cat(targets),
-        places=torch.cat(places),
+        response_index=torch.cat(response_index),
         segment_offsets=torch.tensor([0, *segments]).cumsum(0),
         loss_mask=chosen.loss_mask[in_response],
         response_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), chosen.response_lengths.cumsum(0)]),
@@ -298,7 +299,7 @@ def _padding_micro_batch(empty: Rollouts, alignment: int, positions: torch.Tenso
         padded_lengths=(alignment,),
         hidden_index=nothing,
         targets=nothing,
-        places=nothing,
+        response_index=nothing,
         segment_offsets=torch.zeros(1, dtype=torch.int64),
         loss_mask=empty.loss_mask,
         response_offsets=torch.zeros(1, dtype=torch.int64),
@@ -343,7 +344,7 @@ def plan_micro_batches(
     for share in shares:
         bins = _fill(share, padded, count, token_budget)
         loads = [sum(padded[i] for i in bin_) for bin_ in bins]
-        plan.append([bins[place] for place in micro_batch_order(loads, order, multiple)])
+        plan.append([bins[index] for index in micro_batch_order(loads, order, multiple)])
     return plan
 
 
@@ -354,14 +355,14 @@ def micro_batch_order(loads: Sequence[float], order: MicroBatchOrder, multiple: 
     long, and as slow to drain as its last ones. With interleaving, whole rounds of `multiple` similar micro-batches
     rise and fall.
     """
-    falling = sorted(range(len(loads)), key=lambda place: -loads[place])
+    falling = sorted(range(len(loads)), key=lambda index: -loads[index])
     if order == "longest_first":
         return falling
     if order == "shortest_first":
         return falling[::-1]
     rounds = [falling[a : a + multiple] for a in range(0, len(falling), multiple)]
     rise, fall = rounds[1::2], rounds[::2]
-    return [place for places in rise for place in places][::-1] + [place for places in fall for place in places]
+    return [*reversed([*chain.from_iterable(rise)]), *chain.from_iterable(fall)]
 
 
 def _balance(index: list[int], sizes: Sequence[int], bins: int) -> list[list[int]]:

@@ -54,7 +54,7 @@ def check_run(config: Config, *, needs_gpu: bool = True) -> list[str]:
     """Check installation, model, layout, loss, data files, tokenizer and reward; return warnings.
 
     Args:
-        needs_gpu: this machine must have the GPU that the run asks for; False: only the installation must be in order.
+        needs_gpu: this machine must have the GPU that the run asks for; False: check only the installation.
 
     Raises:
         ValueError: everything that is wrong, and what to change.
@@ -65,7 +65,7 @@ def check_run(config: Config, *, needs_gpu: bool = True) -> list[str]:
 
 
 def check_evaluation(config: Config) -> list[str]:
-    """Check what it takes to sample from a policy and to score it: nothing of training, nor its data; return warnings.
+    """Check what sampling from a policy and scoring need, but not training or its data; return warnings.
 
     Raises:
         ValueError: everything that is wrong, and what to change.
@@ -138,7 +138,9 @@ def load_tokenizer(path: str) -> Any:
         ValueError: it has none that can be used, or no chat template.
     """
     if not any((Path(path) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
-        raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: none of {', '.join(VOCABULARIES)} is there")
+        raise ValueError(
+            f"model.hf_path {path!r} has no usable tokenizer: expected one of the files {', '.join(VOCABULARIES)}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it reads config.json, too

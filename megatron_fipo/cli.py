@@ -45,7 +45,10 @@ def train(
     overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="CONFIG where none is given, before the key=value.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check config, layout, data and tokenizer, and run one made-up update.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check config, layout, data and tokenizer, and run one optimizer step on random data."
+        ),
     ] = False,
     seed: Seed = None,
 ) -> None:
@@ -94,8 +97,7 @@ def evaluate(
 ) -> None:
     """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object.
 
-    Finished samples stay: the same command goes on where it was ended. More samples, problems or benchmarks are added
-    to those that are there.
+    Finished samples are kept, and the same command resumes. More samples, problems or benchmarks are added to them.
     """
     from megatron_fipo import launch
     from megatron_fipo.checks import check_evaluation
@@ -137,7 +139,7 @@ def _checkpoint_setting(text: str) -> str:
     if name != "checkpoint":
         return text
     if not Path(path).is_dir():
-        raise ValueError(f"checkpoint={path} is no directory")
+        raise ValueError(f"checkpoint={path} is not a directory")
     return f"model.hf_path={path}" if any(Path(path).glob("*.safetensors")) else f"model.megatron_path={path}"
 
 
@@ -186,7 +188,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Argument(help="Where to write the checked, de-duplicated parquet file.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of problems held out in a file beside it.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the held-out split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out split.")] = 0,
 ) -> None:
     """Check a problem file, take every problem once, and hold some out.
 
@@ -198,7 +200,7 @@ def prepare(
     done = prepare_file(input, output, validation_fraction, seed)
     typer.echo(
         f"{done.num_rows} rows, {done.num_unique} different prompts, "
-        f"{done.num_contradictory} left out since their rows disagree on the answer"
+        f"{done.num_contradictory} dropped since their rows disagree on the answer"
     )
     for name, file in done.files.items():
         typer.echo(f"{output.parent / name}: {file.rows} problems, sha256 {file.sha256}")
@@ -210,7 +212,7 @@ def check_data(
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts to show.")] = 3,
 ) -> None:
-    """Show what the model will see of some prompts, where a response ends, and how the reward judges answers."""
+    """Show what the model will see of some prompts, where a response ends, and how the reward scores answers."""
     from megatron_fipo.data_check import show
 
     for line in show(load_config(config, overrides or []), prompts):
@@ -222,9 +224,9 @@ HFDirectory = Annotated[Path, typer.Option("--hf", help="Hugging Face checkpoint
 MegatronDirectory = Annotated[Path, typer.Option("--megatron", help="Megatron distributed checkpoint (torch_dist).")]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to make; it appears when it is complete.")]
 WeightType = Annotated[
-    str | None, typer.Option("--dtype", help=f"Of all weights: {', '.join(_DTYPES)}; as stored if not given.")
+    str | None, typer.Option("--dtype", help=f"dtype of all weights: {', '.join(_DTYPES)}; as stored if not given.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted conversion stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted conversion.")]
 
 
 @convert.command("to-megatron")
@@ -288,7 +290,7 @@ def _torch_dtype(name: str | None) -> Any:
     if name is None:
         return None
     if name not in _DTYPES:
-        raise ValueError(f"--dtype {name!r} is none of {', '.join(_DTYPES)}")
+        raise ValueError(f"--dtype {name!r} must be one of {', '.join(_DTYPES)}")
     return getattr(torch, _DTYPES[name])
 
 
@@ -319,18 +321,16 @@ def _warn_of_nan(names: list[str]) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Runs' directories; several are drawn side by side.", metavar="RUN...")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories; several are compared.", metavar="RUN...")],
     out: Annotated[
         Path | None, typer.Option(help="The page; else <run>/report.html of one run, ./report.html of several.")
     ] = None,
     group: Annotated[
         list[str] | None,
-        typer.Option(help="Runs whose names begin so are repeats, drawn as their mean; so are NAME-seed1, NAME-seed2."),
+        typer.Option(help="Runs with this prefix are repeats, shown as their mean; so are NAME-seed1, NAME-seed2."),
     ] = None,
 ) -> None:
-    """Draw the figures of one run or of several, and a page that holds them."""
+    """Write figures of one or several runs, and a page that contains them."""
     _report(runs, out, group or ())
 
 
@@ -349,15 +349,15 @@ def report_scaling(
 def calibrate(
     out: Annotated[Path, typer.Option(help="The file for `scaling plan --calibration`.")] = Path("calibration.yaml"),
     gpu: Annotated[str | None, typer.Option(help="Name in the file; else as the device is called, or cpu.")] = None,
-    minutes: Annotated[float, typer.Option(help="That measuring may take, after start-up.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Time budget in minutes, after start-up.")] = 3.0,
     dtype: Annotated[
-        str | None, typer.Option(help="Of products: bfloat16 (on GPUs if not given) or float32 (on CPUs).")
+        str | None, typer.Option(help="Matmul dtype: bfloat16 (default on GPUs) or float32 (default on CPUs).")
     ] = None,
 ) -> None:
-    """Measure this machine for `scaling plan`: products, attention, memory, links, launches.
+    """Measure this machine for `scaling plan`: matmuls, attention, memory, links, launches.
 
     Starts a rank a GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
-    printed rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
+    printed rates and gets measured efficiencies; any other machine is added to the file as another GPU.
     """
     from megatron_fipo import launch
     from megatron_fipo.scaling.calibrate import Request, calibrate_rank
@@ -371,11 +371,12 @@ def calibrate(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file: also judge whether `train` could start it.", metavar="[CONFIG]")
+        Path | None, typer.Argument(help="YAML file: also check whether `train` could start it.", metavar="[CONFIG]")
     ] = None,
     overrides: Overrides = None,
     login_node: Annotated[
-        bool, typer.Option("--login-node", help="Judge the installation for jobs on GPU nodes: none is needed here.")
+        bool,
+        typer.Option("--login-node", help="Check the installation for jobs on GPU nodes; this machine needs no GPU."),
     ] = False,
 ) -> None:
     """Say what this machine has, what is missing, and what that costs.
@@ -388,7 +389,7 @@ def doctor(
     settings = None if config is None else load_config(config, overrides or [])
     doctor.diagnose()
     if settings is not None:
-        raise typer.Exit(0 if doctor.judge(settings, str(config), login_node) else 1)
+        raise typer.Exit(0 if doctor.check_recipe(settings, str(config), login_node) else 1)
 
 
 def _train_rank(config: Config) -> None:
@@ -438,7 +439,7 @@ def _report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequen
 
 
 def main() -> None:
-    """Entry point. A ValueError is the user's to mend; a failed rank shows its own traceback."""
+    """Entry point. A ValueError is a user error; a failed rank shows its own traceback."""
     # Slurm's warning ahead of a job's end is for the ranks of a run; what comes before and after may end as it would.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""`megatron-fipo data check`: prompts as the model sees them, and how the reward judges answers to them."""
+"""`megatron-fipo data check`: prompts as the model sees them, and how the reward scores answers to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fipo.model.stop_tokens import stop_token_ids
 from megatron_fipo.reward import Score, make_reward
 from megatron_fipo.run_log import began
 
-_WRONG = ("-987654321", "123456789")  # the first one that is not the ground truth
+_INCORRECT = ("-987654321", "123456789")  # the first one that is not the ground truth
 
 
 def show(config: Config, count: int = 3) -> Iterator[str]:
@@ -33,13 +33,13 @@ def show(config: Config, count: int = 3) -> Iterator[str]:
     yield f"a response ends with {_stops(config, tokenizer)}, or after {config.rollout.max_response_tokens} tokens"
     chosen = _spread(prompts.prompts, count)
     scores = _scores(config, chosen)
-    for prompt, judged in zip(chosen, scores, strict=True):
-        yield from _about(prompt, judged, tokenizer)
-    missed = [str(p.index) for p, judged in zip(chosen, scores, strict=True) if judged[0][1].accuracy < 1]
+    for prompt, scored in zip(chosen, scores, strict=True):
+        yield from _about(prompt, scored, tokenizer)
+    missed = [str(p.index) for p, scored in zip(chosen, scores, strict=True) if scored[0][1].accuracy < 1]
     if missed:
         yield (
-            f"warning: reward.function={config.reward.function} does not take the ground truth itself as right in "
-            f"row(s) {', '.join(missed)}: no response to them can be"
+            f"warning: reward.function={config.reward.function} scores the ground truth itself as incorrect in "
+            f"row(s) {', '.join(missed)}: no response to them can be correct"
         )
 
 
@@ -63,21 +63,21 @@ def _scores(config: Config, prompts: Sequence[Prompt]) -> list[list[tuple[str, S
         scores = reward([r for r, _ in flat], [p.ground_truth for _, p in flat], [p.data_source for _, p in flat])
     finally:
         reward.close()
-    judged = iter(zip((r for r, _ in flat), scores, strict=True))
-    return [[next(judged) for _ in some] for some in responses]
+    scored = iter(zip((r for r, _ in flat), scores, strict=True))
+    return [[next(scored) for _ in some] for some in responses]
 
 
 def _answers(prompt: Prompt) -> list[str]:
-    wrong = next(w for w in _WRONG if w != prompt.ground_truth.strip())
-    return [f"Answer: {prompt.ground_truth}", f"Answer: {wrong}", ""]
+    incorrect = next(x for x in _INCORRECT if x != prompt.ground_truth.strip())
+    return [f"Answer: {prompt.ground_truth}", f"Answer: {incorrect}", ""]
 
 
-def _about(prompt: Prompt, judged: Sequence[tuple[str, Score]], tokenizer: Any) -> Iterator[str]:
+def _about(prompt: Prompt, scored: Sequence[tuple[str, Score]], tokenizer: Any) -> Iterator[str]:
     yield f"\nrow {prompt.index}, data_source {prompt.data_source!r}, {len(prompt.token_ids)} tokens; the model sees:"
     yield repr(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))
     names = tokenizer.convert_ids_to_tokens(prompt.token_ids)
     yield "tokens: " + " ".join(f"{i}:{name!r}" for i, name in zip(prompt.token_ids, names, strict=True))
-    for name, (response, score) in zip(("right", "wrong", "empty"), judged, strict=True):
+    for name, (response, score) in zip(("correct", "incorrect", "empty"), scored, strict=True):
         failure = f", failure {score.failure}" if score.failure else ""
         yield (
             f"{name} answer {response!r}: reward {score.reward:g}, accuracy {score.accuracy:g}, "

@@ -26,7 +26,7 @@ from rich.table import Table
 from megatron_fipo.config import Config
 from megatron_fipo.machine import limits
 
-_SHARED_MEMORY_GIB = 1  # docker gives 1/16 unless told otherwise
+_SHARED_MEMORY_GIB = 1  # docker's default is 1/16
 _NEEDED = ("PyTorch", "megatron-core", "transformers")  # by every run
 _OPEN_FILES = 4096  # a rank has a connection to each other one, of each of its process groups
 
@@ -59,7 +59,7 @@ def diagnose() -> None:
     Console(highlight=False).print(table)
 
 
-def judge(config: Config, name: str, login_node: bool) -> bool:
+def check_recipe(config: Config, name: str, login_node: bool) -> bool:
     """Print whether `train` could start this configuration here, and if not, what is missing and what to run.
 
     Args:
@@ -107,17 +107,17 @@ def _notes(config: Config, name: str, login_node: bool) -> list[str]:
         notes.append(
             f"{ranks} ranks need as many GPUs, and this machine has {gpus}: start them with sbatch, see slurm/"
         )
-    if (gpus or login_node) and not _look_for(_CUDA_KERNELS).present:
+    if (gpus or login_node) and not _probe(_CUDA_KERNELS).present:
         notes.append(f"no CUDA kernels: {_CUDA_KERNELS.cost}")
     return notes
 
 
 def findings() -> list[Finding]:
     """Probe this machine for all components."""
-    return [_look_for(component) for component in COMPONENTS]
+    return [_probe(component) for component in COMPONENTS]
 
 
-def _look_for(component: Component) -> Finding:
+def _probe(component: Component) -> Finding:
     """Probe one component; a broken installation may raise anything at all, which becomes part of the finding."""
     try:
         return Finding(component, component.probe(), True)
@@ -308,7 +308,9 @@ COMPONENTS = (
     Component("torch.compile for GPUs", _gpu_compiler, "SwiGLU of torch's layers is not fused and keeps more memory"),
     Component("NVIDIA apex", _apex, "without Transformer Engine too: torch's Adam instead of a fused one"),
     Component("vLLM", _vllm, "no rollout.engine=vllm: rollouts by the embedded hf engine, for small models"),
-    Component("nemo-aligner", _package("nemo-aligner"), "the actor has its verbs, but is no instance of its interface"),
+    Component(
+        "nemo-aligner", _package("nemo-aligner"), "the actor has its methods, but does not subclass its interface"
+    ),
     Component("math-verify", _package("math-verify"), "no reward.function=math"),
     Component("compiled ops", _compiled_ops, "the losses run in plain torch, more than ten times slower"),
     _CUDA_KERNELS,

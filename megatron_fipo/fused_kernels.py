@@ -1,4 +1,4 @@
-"""The one place that knows whether NVIDIA Transformer Engine may be used here, and if not, why.
+"""Check of whether NVIDIA Transformer Engine can be used here, and if not, why.
 
 Megatron-Core imports Transformer Engine and apex wherever they are installed. Without a GPU its optimizer then calls
 their CUDA kernels all the same, and an installation that raises anything but ImportError ends the import of
@@ -74,7 +74,7 @@ class TransformerEngine:
 
 
 def find_transformer_engine() -> TransformerEngine:
-    """Look Transformer Engine up, and import it to see whether that works."""
+    """Find Transformer Engine, and import it in another process to check that it works."""
     version = _installed_version()
     error = None if version is None else _import_error()
     return TransformerEngine(version, error, gpu_obstacle())

@@ -1,4 +1,4 @@
-"""Rules that look at a run's metrics, step by step, and say when it goes wrong and why that matters.
+"""Rules over a run's metrics, step by step, that detect problems and explain them.
 
 Training prints a finding once, when its rule begins to hold; the report lists all of them. A rule's `source` says where
 it comes from: "paper" (arXiv 2603.19835), "code" (the authors' implementation), or "choice", ours. Thresholds are ours
@@ -14,8 +14,8 @@ from typing import Literal
 
 Row = Mapping[str, float]
 
-_QUIET = 10  # steps without the rule after which it begins anew
-_BASELINE = 20  # steps that tell what is usual
+_QUIET = 10  # steps without the rule after which it is a new finding
+_BASELINE = 20  # steps that define the usual values
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Watch:
         self.findings: list[Finding] = []
         self._limits = limits
         self._rows: list[Row] = []
-        self._latest: dict[str, int] = {}  # rule -> place of its latest finding
+        self._latest: dict[str, int] = {}  # rule -> index of its latest finding
 
     def update(self, row: Mapping[str, float | None]) -> list[Finding]:
         """Return the findings that begin with this step; any metric may be missing or None."""
@@ -69,9 +69,9 @@ class Watch:
             seen = rule.holds(self._rows, self._limits)
             if seen is None:
                 continue
-            place = self._latest.get(rule.name)
-            if place is not None and step - self.findings[place].last <= _QUIET:
-                self.findings[place] = replace(self.findings[place], last=step)
+            index = self._latest.get(rule.name)
+            if index is not None and step - self.findings[index].last <= _QUIET:
+                self.findings[index] = replace(self.findings[index], last=step)
                 continue
             self._latest[rule.name] = len(self.findings)
             self.findings.append(Finding(rule, step, step, seen))
@@ -115,9 +115,9 @@ def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
     before, recent = rows[-_BASELINE - _COLLAPSE_STEPS : -_COLLAPSE_STEPS], rows[-_COLLAPSE_STEPS:]
     if len(before) < _COLLAPSE_STEPS:
         return None
-    usual_clip, usual_kl = _usual(before, "policy/dual_clip_fraction"), _usual(before, "policy/policy_kl")
+    usual_clip, usual_kl = _usual(before, "policy/dual_clip_fraction"), _usual(before, "policy/approx_kl")
     spikes = [n for n, r in enumerate(recent) if r.get("policy/dual_clip_fraction", 0.0) > max(10 * usual_clip, 1e-4)]
-    jump = abs(rows[-1].get("policy/policy_kl", 0.0))
+    jump = abs(rows[-1].get("policy/approx_kl", 0.0))
     if not spikes or jump <= max(10 * usual_kl, 1e-3):
         return None
     clip = recent[spikes[0]]["policy/dual_clip_fraction"]
@@ -134,7 +134,7 @@ def _entropy(rows: Sequence[Row], limits: Limits) -> str | None:
     accuracy = _mean(rows[-5:], "reward/accuracy")
     if len(rows) < 10 or first is None or last is None or accuracy is None:
         return None
-    if last >= 0.05 * first or accuracy >= 0.9:  # who solves the task may be sure of it
+    if last >= 0.05 * first or accuracy >= 0.9:  # low entropy is expected once the task is solved
         return None
     return f"entropy {last:.2g}, {last / first:.1%} of the first steps', at accuracy {accuracy:.2f}"
 
@@ -153,25 +153,25 @@ def _stagnation(rows: Sequence[Row], limits: Limits) -> str | None:
 
 def _all_equal(rows: Sequence[Row], limits: Limits) -> str | None:
     recent = rows[-5:]
-    drawn = sum(row.get("sampling/prompts_generated", 0.0) for row in recent)
-    equal = sum(row.get("sampling/groups_all_right", 0.0) + row.get("sampling/groups_all_wrong", 0.0) for row in recent)
-    if len(recent) < 5 or not drawn or equal < 0.9 * drawn:
+    generated = sum(row.get("sampling/prompts_generated", 0.0) for row in recent)
+    equal = sum(row.get("sampling/all_correct", 0.0) + row.get("sampling/all_incorrect", 0.0) for row in recent)
+    if len(recent) < 5 or not generated or equal < 0.9 * generated:
         return None
-    right = sum(row.get("sampling/groups_all_right", 0.0) for row in recent)
-    return f"{equal / drawn:.0%} of the groups are all right ({right / drawn:.0%}) or all wrong"
+    correct = sum(row.get("sampling/all_correct", 0.0) for row in recent)
+    return f"{equal / generated:.0%} of the groups are all correct ({correct / generated:.0%}) or all incorrect"
 
 
 def _mismatch(rows: Sequence[Row], limits: Limits) -> str | None:
     if len(rows) < _BASELINE + 5:
         return None
-    first = _usual(rows[:_BASELINE], "mismatch/rollout_mismatch_abs")
-    last = _usual(rows[-5:], "mismatch/rollout_mismatch_abs")
+    first = _usual(rows[:_BASELINE], "mismatch/abs_mean")
+    last = _usual(rows[-5:], "mismatch/abs_mean")
     if last <= max(3 * first, 1e-3):
         return None
     return f"mean |trainer - engine| is {last:.2g} nats a token, {first:.2g} in the first {_BASELINE} steps"
 
 
-def _pinned(rows: Sequence[Row], limits: Limits) -> str | None:
+def _at_bound(rows: Sequence[Row], limits: Limits) -> str | None:
     shares = [_later_share(row) for row in rows[-5:]]
     if len(shares) < 5 or min(shares) < 0.5:
         return None
@@ -215,7 +215,7 @@ RULES = (
     ),
     Rule(
         "Entropy collapsed",
-        "A policy that is sure of everything draws equal responses, and groups of equal responses teach nothing. "
+        "A policy without entropy generates equal responses, and groups of equal responses have no advantage. "
         "(Below 5% of the first steps' and an accuracy below 0.9: our choice.)",
         "choice",
         _entropy,
@@ -228,9 +228,9 @@ RULES = (
         _stagnation,
     ),
     Rule(
-        "Hardly any group teaches",
-        "Groups whose responses are all right or all wrong have no advantage and are dropped; the recipe draws four "
-        "times the prompts of a step, enough for 75%. The problems are too easy or too hard by now. "
+        "Few groups are informative",
+        "Groups whose responses are all correct or all incorrect have no advantage and are dropped; the recipe "
+        "generates for four times the prompts of a step, enough for 75%. The problems are too easy or too hard by now. "
         "(90% over 5 steps: our choice.)",
         "code",
         _all_equal,
@@ -244,26 +244,26 @@ RULES = (
     ),
     Rule(
         "The verifier could not decide",
-        "Such answers earn what wrong ones do. The rows of rollouts/*.parquet whose failure is set have them: a slow "
+        "Such answers count as incorrect. The rows of rollouts/*.parquet whose failure is set have them: a slow "
         "answer needs a larger reward.timeout_seconds, many need more reward.workers or reward.batch_seconds; an error "
-        "can be a ground truth that is no mathematics. (Any in a step: our choice.)",
+        "can be a ground truth that is not mathematics. (Any in a step: our choice.)",
         "choice",
         _undecided,
     ),
     Rule(
-        "Influence weights are pinned",
-        "Weights that are all at algorithm.influence_clip's upper bound tell tokens apart no more: a larger learning "
-        "rate in disguise. A shorter half-life or fewer updates a step keep Future-KL smaller. "
+        "Influence weights are at their bound",
+        "Weights that are all at algorithm.influence_clip's upper bound no longer distinguish tokens: they act like a "
+        "larger learning rate. A shorter half-life or fewer updates a step keep Future-KL smaller. "
         "(Half of the tokens in 5 steps: our choice.)",
         "choice",
-        _pinned,
+        _at_bound,
     ),
 )
 
 _WATCHED = (
     *("policy/influence_weight_min", "policy/influence_weight_max", "policy/future_kl_min", "policy/future_kl_max"),
-    *("policy/lr", "policy/updates", "policy/dual_clip_fraction", "policy/policy_kl", "policy/entropy"),
+    *("policy/lr", "policy/updates", "policy/dual_clip_fraction", "policy/approx_kl", "policy/entropy"),
     *("policy/influence_clip_fraction_upper", "reward/accuracy", "response_length/q75", "response_length/mean"),
-    *("sampling/prompts_generated", "sampling/groups_all_right", "sampling/groups_all_wrong"),
-    *("mismatch/rollout_mismatch_abs", "reward/verifier_timeouts", "reward/verifier_errors"),
+    *("sampling/prompts_generated", "sampling/all_correct", "sampling/all_incorrect"),
+    *("mismatch/abs_mean", "reward/verifier_timeouts", "reward/verifier_errors"),
 )

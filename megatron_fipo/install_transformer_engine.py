@@ -152,8 +152,8 @@ def _cuda_major(header: Path) -> str:
     return str(int(defined[1]) // 1000) if defined else "unknown"
 
 
-def include_folders(places: Iterator[Path], cuda: str) -> dict[str, Path]:
-    """Return where the headers of CUDA, cuDNN and NCCL are, the first place of each.
+def include_folders(roots: Iterator[Path], cuda: str) -> dict[str, Path]:
+    """Return where the headers of CUDA, cuDNN and NCCL are, the first match of each.
 
     Args:
         cuda: major version of torch's CUDA.
@@ -161,7 +161,7 @@ def include_folders(places: Iterator[Path], cuda: str) -> dict[str, Path]:
     Raises:
         CannotInstall: some are nowhere.
     """
-    candidates = [place / "include" for place in places]
+    candidates = [root / "include" for root in roots]
     found = {name: next((folder for folder in candidates if has_headers(folder, name, cuda)), None) for name in HEADERS}
     missing = [
         f"{name + ' ' + cuda if name == 'CUDA' else name} ({', '.join(HEADERS[name])})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.evaluation import Evaluation
+from megatron_fipo.former_names import current_metrics
 from megatron_fipo.run_log import leftovers
 
 # What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
@@ -62,7 +63,8 @@ class Progress:
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Progress:
         evaluations = {name: state[name] and Evaluation.from_state_dict(state[name]) for name in ("before", "after")}
-        return Progress(**{**state, **evaluations})
+        unlogged = state["unlogged"] and current_metrics(state["unlogged"])
+        return Progress(**{**state, **evaluations, "unlogged": unlogged})
 
 
 def starts_over(config: Config) -> bool:

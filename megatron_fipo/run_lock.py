@@ -1,4 +1,4 @@
-"""The lock on a run's directory: one process at a time, and none that is dead.
+"""Lock on a run's directory: one process at a time, and never one that has ended.
 
 The kernel's lock ends with its process. Over NFSv3 the lock of a node that died stays until the node is up again, so
 the file says whose it is: a later attempt of the same Slurm job takes it over, since Slurm starts one only when the
@@ -22,7 +22,7 @@ _CLAIM_SECONDS = 10.0  # that a process waits for another one's end
 
 @dataclass(frozen=True)
 class Holder:
-    """Whose lock it is; `job`: Slurm's number, empty without Slurm."""
+    """Owner of a lock; `job`: Slurm's number, empty without Slurm."""
 
     host: str
     pid: int
@@ -39,7 +39,7 @@ class Holder:
 
 
 def this_process(environment: Mapping[str, str]) -> Holder:
-    """Return who this process is."""
+    """Return this process as the owner."""
     restarts = environment.get("SLURM_RESTART_COUNT", "")
     return Holder(host(), os.getpid(), environment.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0)
 

@@ -1,12 +1,12 @@
 """Files that a run leaves in its directory, written by rank 0, and its output on the terminal.
 
 config.yaml            the resolved configuration
-began.json             when the run began, as chat templates that write the date are told
+began.json             when the run began, for chat templates that contain the date
 metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers; wandb/ too, where trainer.wandb_project is set
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
 traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
-evaluation/step_N.parquet  every response of an evaluation after N steps, with its verdict
+evaluation/step_N.parquet  every response of an evaluation after N steps, with its score
 summary.json           evaluation before and after, steps, seconds
 """
 
@@ -34,6 +34,7 @@ from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table
+from megatron_fipo.former_names import current_metrics
 from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
@@ -65,29 +66,33 @@ def began(directory: Path) -> datetime:
 
 
 def _rewind(directory: Path, step: int) -> int:
-    """Remove what was written of steps after `step`; returns the number of metrics rows that stay."""
+    """Remove what was written of steps after `step`; return the number of metrics rows that stay.
+
+    Metrics of an earlier release get their current names, so that all rows of the file have the same.
+    """
     of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
     for path in (path for pattern in of_steps for path in directory.glob(pattern)):
         number = path.name.removesuffix(".parquet").rpartition("_")[2]
-        if number.isdecimal() and int(number) > step:  # another name is nobody's step
+        if number.isdecimal() and int(number) > step:  # other names are not of a step
             _remove(path)
     (directory / "summary.json").unlink(missing_ok=True)
     metrics = directory / "metrics.jsonl"
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-    write_whole(metrics, "".join(f"{row}\n" for row in kept))
-    return len(kept)
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [current_metrics(json.loads(line)) for line in lines if line.endswith("}")]
+    finished = [row for row in rows if row["step"] <= step]
+    write_whole(metrics, "".join(f"{json.dumps(row)}\n" for row in finished))
+    return len(finished)
 
 
 def _keep_old_config(path: Path, text: str, step: int) -> None:
-    """Write the configuration; one that was in force up to `step` and differs stays under another name."""
+    """Write the configuration; keep a different one that was in force up to `step` under another name."""
     if step and path.exists() and path.read_text() != text:
         os.replace(path, path.with_name(f"config_until_step_{step}.yaml"))
     write_whole(path, text)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():  # a link goes, not what it leads to
+    if path.is_dir() and not path.is_symlink():  # removes a link, not its target
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -110,7 +115,7 @@ class RunLog:
         self._health = Watch(Limits(config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens))
 
     def claim_directory(self) -> None:
-        """Make the run's directory this process's own until it ends, however it ends. Before anything is changed there.
+        """Lock the run's directory for this process until it ends, before anything is changed there.
 
         Raises:
             ValueError: another process is training in it.
@@ -138,7 +143,7 @@ class RunLog:
         _keep_old_config(self.directory / "config.yaml", to_yaml(self.config), step)
         metrics = self.directory / "metrics.jsonl"
         for row in metrics.read_text().splitlines():
-            self._health.update(json.loads(row))  # said by the attempt that saw it
+            self._health.update(json.loads(row))  # printed by the attempt that found it
         self._metrics = metrics.open("a")
         self._trackers = make_trackers(self.config, step + 1)
 
@@ -178,7 +183,7 @@ class RunLog:
         length = f"{m['response_length/mean']:.0f}" if "response_length/mean" in m else "-"
         return (
             f"step {step:>{len(str(last))}}/{last}  accuracy {accuracy}  length {length}"
-            f"  kl {m['policy/policy_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
+            f"  kl {m['policy/approx_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
             f"  grad {m['policy/grad_norm']:.2f}  {m['time/step']:.1f} s"
             f"  left {_clock(left)} = {hours:.1f} device-hours"
         )
@@ -214,7 +219,7 @@ class RunLog:
             write_table(full_table(samples, benchmarks), self.directory / "evaluation" / f"step_{step}.parquet")
 
     def dump(self, step: int, batch: TrainBatch) -> str:
-        """Save a mini-batch that broke training, for a look at it; says where. Every rank saves its own."""
+        """Save a mini-batch that broke training for inspection, one file per rank; return a text with its location."""
         if not self.enabled:
             return "the batch was not saved"
         path = self.directory / f"failed_step_{step}" / f"rank_{self.rank}.pt"

@@ -1,4 +1,4 @@
-"""Bookkeeping of a run: how far it is, where the next batch begins, and the checkpoints from which it resumes."""
+"""State of a run: its progress, the position of its data, and the checkpoints from which it resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_fipo.run_log import RunLog, clear
 
 
 class DataPosition(Protocol):
-    """Whatever hands out training batches and can go on where it was."""
+    """Source of training batches that can resume at a saved position."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,7 +36,7 @@ class RunState:
     """Progress and checkpoints of a run on this rank. All methods are collective over all ranks.
 
     Attributes:
-        progress: finished steps, and what is known of evaluations.
+        progress: finished steps and evaluations.
         pause_seconds: time that the newest checkpoint took from training.
     """
 
@@ -85,12 +85,12 @@ class RunState:
         if newest is not None:
             complete = newest >= self.config.trainer.max_steps and (directory / "summary.json").exists()
             if broadcast(complete):  # nodes may see different things of a file that is new or gone
-                self.log.note(f"{directory} is complete: {newest} steps; raise trainer.max_steps to go on")
+                self.log.note(f"{directory} is complete: {newest} steps; raise trainer.max_steps to continue")
                 return True
             state, kept = self.checkpointer.load(newest)
             self.progress = self._saved = Progress.from_state_dict(state["progress"])
             self._restore_position(state["collector"], kept)
-            self.log.note(f"going on after step {newest}, from {directory / 'checkpoints'}")
+            self.log.note(f"resuming after step {newest} from {directory / 'checkpoints'}")
         elif without_weights:
             raise ValueError(f"the checkpoints in {directory / 'checkpoints'} were removed meanwhile: start again")
         elif (directory / "metrics.jsonl").exists():

@@ -79,7 +79,10 @@ def check_trackers(config: Config) -> None:
         ValueError: a project is configured, but the package is not installed.
     """
     if config.trainer.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError("trainer.wandb_project needs a package that is not there: pip install wandb, or null")
+        raise ValueError(
+            "trainer.wandb_project needs the package wandb, which is not installed: run `pip install wandb`, or set it "
+            "to null"
+        )
 
 
 def make_trackers(config: Config, next_step: int) -> list[Tracker]:

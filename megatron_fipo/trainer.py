@@ -1,6 +1,6 @@
 """The training loop. One step, in the order of the paper:
 
-    sample responses -> score them -> drop groups that teach nothing -> advantages
+    sample responses -> score them -> drop groups without advantage -> advantages
     -> old log-probabilities -> for each mini-batch: FIPO loss, gradient, optimizer update
     -> new weights to the rollout engine
 
@@ -246,7 +246,7 @@ class Trainer:
         return result
 
     def dry_run(self) -> dict[str, float]:
-        """Run one update on random responses up to the full length, and write nothing: does it fit, does it run?"""
+        """Run one optimizer step on random responses of up to the full length, to check that it fits; write nothing."""
         groups = range(self.config.trainer.mini_batch_prompts)
         rollouts = random_rollouts(groups, self.prompts.prompts, self.hf_config.vocab_size, self.config, self.topology)
         _, batches = distribute(rollouts, groups, self.config, self.topology, self.actor.pack)

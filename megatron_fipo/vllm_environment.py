@@ -38,7 +38,7 @@ def interpreter(setting: str | None) -> Path:
             f"rollout.engine=vllm: there is no {found}; run `make vllm-env`, or set rollout.vllm_python to an "
             "interpreter that has vllm"
         )
-    return found.absolute()  # not resolved: the link's place is what makes it an environment
+    return found.absolute()  # not resolved: the link's own directory makes it an environment
 
 
 @cache

@@ -4,9 +4,9 @@
 #   sbatch slurm/dapo_32b.sh [CONFIG.yaml] [key=value ...]     without CONFIG: examples/dapo_32b.yaml
 #
 # Resources can be changed on sbatch's command line, e.g. --nodes=2 --ntasks-per-node=4; one task is one rank, and
-# parallel.world_size must be their number. The job is told to stop 20 minutes before its time is up, shuts
-# down cleanly with a checkpoint, and requeues itself, a minute before the end at the latest; it goes on after a node
-# failure as well. Nodes with 64 cores: --cpus-per-task=8.
+# parallel.world_size must be their number. The job is signalled 20 minutes before its time limit, shuts down
+# cleanly with a checkpoint, and requeues itself, a minute before the end at the latest; it resumes after a node failure,
+# too. Nodes with 64 cores: --cpus-per-task=8.
 #
 #   sbatch --array=1-4 slurm/dapo_32b.sh     one run a seed: run.seed is the task's number, and ends the run's name: -seed1
 #

@@ -3,13 +3,13 @@
 #
 #   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [--out DIR] [key=value ...]
 #
-# One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is told
-# to stop 3 minutes before its time is up, requeues itself, and goes on; after a node failure as well.
+# One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is
+# signalled 3 minutes before its time limit, requeues itself, and resumes; after a node failure, too.
 #
 #   sbatch --array=1-4 slurm/eval.sh CONFIG.yaml checkpoint=runs/fipo-7b-seed%a/policy     a checkpoint a task
 #
 # In arguments, %a stands for the number of the array's task, as in sbatch's own --output. It is also run.seed, by which
-# answers are sampled, and ends the run's name, so that each task has a directory of its own: -seed1.
+# answers are sampled, and ends the run's name, so that each task has its own directory: -seed1.
 #
 #SBATCH --job-name=fipo-eval
 #SBATCH --nodes=1

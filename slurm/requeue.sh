@@ -2,7 +2,7 @@
 # themselves, since a container has no scontrol. All decisions are the ranks' (megatron_fipo/launch/policy.py).
 export MEGATRON_FIPO_REQUEUE="$PWD/.requeue-${SLURM_JOB_ID:-none}"  # a path that containers see as well
 rm -f "$MEGATRON_FIPO_REQUEUE"  # of an attempt that was cut short
-# Slurm before 23.02 does not tell a job when it will end, and containers cannot ask.
+# Slurm before 23.02 does not give a job its end time, and containers cannot ask.
 end=$([ -n "${SLURM_JOB_END_TIME:-}" ] || squeue --noheader --jobs="${SLURM_JOB_ID:-0}" --format=%e 2>/dev/null || true)
 [[ $end != *-*T* ]] || export SLURM_JOB_END_TIME="$(date --date="$end" +%s)"
 

@@ -115,7 +115,9 @@ def test_zigzag_refuses_uneven_chunks() -> None:
 
 def _naive_pack(rows: list[dict[str, Any]], alignment: int, size: int, rank: int) -> dict[str, list[int]]:
     """The definition: a real input position predicts a response token where the next token is one."""
-    out: dict[str, list[int]] = {n: [] for n in ("input_ids", "position_ids", "hidden_index", "targets", "places")}
+    out: dict[str, list[int]] = {
+        n: [] for n in ("input_ids", "position_ids", "hidden_index", "targets", "response_index")
+    }
     lengths, response_start = [0], 0
     for row in rows:
         tokens, prompt = row["prompt"] + row["response"], len(row["prompt"])
@@ -126,7 +128,7 @@ def _naive_pack(rows: list[dict[str, Any]], alignment: int, size: int, rank: int
             if position + 1 < len(tokens) and position + 1 >= prompt:
                 out["hidden_index"].append(len(out["input_ids"]))
                 out["targets"].append(tokens[position + 1])
-                out["places"].append(response_start + position + 1 - prompt)
+                out["response_index"].append(response_start + position + 1 - prompt)
             out["input_ids"].append(tokens[position] if position < len(tokens) - 1 else 0)
             out["position_ids"].append(position)
         response_start += len(row["response"])
@@ -153,10 +155,10 @@ def test_pack_equals_the_loop(rows: list[dict[str, Any]], layout: tuple[int, int
 def test_every_response_token_is_predicted_once(rows: list[dict[str, Any]], layout: tuple[int, int]) -> None:
     """Over all context-parallel ranks: each response token, the last one included, and nothing else."""
     parts = _pack_all(rows, list(range(len(rows))), *layout)
-    places, targets = torch.cat([m.places for m in parts]), torch.cat([m.targets for m in parts])
+    index, targets = torch.cat([m.response_index for m in parts]), torch.cat([m.targets for m in parts])
     responses = [t for r in rows for t in r["response"]]
-    assert places.sort().values.tolist() == list(range(len(responses)))
-    assert targets[places.argsort()].tolist() == responses
+    assert index.sort().values.tolist() == list(range(len(responses)))
+    assert targets[index.argsort()].tolist() == responses
 
 
 @given(st.lists(RESPONSE, min_size=1, max_size=6), LAYOUT)

@@ -51,8 +51,8 @@ def test_shows_text_tokens_stops_and_verdicts(task: Path) -> None:
     assert lines[3] == repr(tokenizer.decode(ids))
     assert [int(part.split(":")[0]) for part in lines[4].removeprefix("tokens: ").split(" ")] == ids
     truth = first["reward_model"]["ground_truth"]
-    assert lines[5] == f"right answer 'Answer: {truth}': reward 1, accuracy 1, answer '{truth}'"
-    assert lines[6] == "wrong answer 'Answer: -987654321': reward -1, accuracy 0, answer '-987654321'"
+    assert lines[5] == f"correct answer 'Answer: {truth}': reward 1, accuracy 1, answer '{truth}'"
+    assert lines[6] == "incorrect answer 'Answer: -987654321': reward -1, accuracy 0, answer '-987654321'"
     assert lines[7] == "empty answer '': reward -1, accuracy 0, answer None"
     assert [line.split(",")[0] for line in lines if line.startswith("\nrow")] == ["\nrow 0", "\nrow 16", "\nrow 31"]
 
@@ -63,7 +63,7 @@ def test_warns_of_ground_truths_that_are_never_right(task: Path, tmp_path: Path)
     rows[0]["reward_model"]["ground_truth"] = "1\n2"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     lines = list(show(_config(task, data={"train": str(tmp_path / "p.parquet")}, reward={"function": "dapo"})))
-    assert "does not take the ground truth itself as right in row(s) 0" in lines[-1]
+    assert "scores the ground truth itself as incorrect in row(s) 0" in lines[-1]
 
 
 def _run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
@@ -98,7 +98,7 @@ def test_command_prints_what_the_model_sees(
     assert _run_cli(monkeypatch, "data", "check", "--prompts", "1", str(file), "reward.function=exact") == 0
     output = capsys.readouterr().out
     assert output.count("the model sees:") == 1
-    assert output.count("right answer") == 1
+    assert output.count("\ncorrect answer") == 1
 
 
 def test_unused_added_tokens_are_warned_of(task: Path, tmp_path: Path) -> None:

@@ -28,15 +28,15 @@ def healthy(steps: int = 60) -> list[Row]:
             "policy/future_kl_max": 0.0 if step == 1 else 0.4,
             "policy/influence_clip_fraction_upper": 0.3,
             "policy/dual_clip_fraction": 1e-6 * (step % 3),
-            "policy/policy_kl": 2e-4 * (-1) ** step,
+            "policy/approx_kl": 2e-4 * (-1) ** step,
             "policy/entropy": 0.7 - 0.01 * step,
             "reward/accuracy": 0.2 + 0.01 * step,
             "response_length/mean": 300.0 + 5 * step,
             "response_length/q75": 500.0 + 4 * step,
             "sampling/prompts_generated": 32.0,
-            "sampling/groups_all_right": 0.4 * step,
-            "sampling/groups_all_wrong": 2.0,
-            "mismatch/rollout_mismatch_abs": 0.004 + 0.001 * (step % 2),
+            "sampling/all_correct": 0.4 * step,
+            "sampling/all_incorrect": 2.0,
+            "mismatch/abs_mean": 0.004 + 0.001 * (step % 2),
         }
         for step in range(1, steps + 1)
     ]
@@ -49,7 +49,7 @@ def one_update(rows: list[Row]) -> None:
 
 def collapse(rows: list[Row]) -> None:
     rows[40]["policy/dual_clip_fraction"] = 5e-3
-    rows[42]["policy/policy_kl"] = 0.2
+    rows[42]["policy/approx_kl"] = 0.2
 
 
 def no_entropy(rows: list[Row]) -> None:
@@ -64,15 +64,15 @@ def stagnation(rows: list[Row]) -> None:
 
 def equal_groups(rows: list[Row]) -> None:
     for row in rows[30:]:
-        row |= {"sampling/groups_all_right": 20.0, "sampling/groups_all_wrong": 10.0}
+        row |= {"sampling/all_correct": 20.0, "sampling/all_incorrect": 10.0}
 
 
 def mismatch(rows: list[Row]) -> None:
     for row in rows[30:]:
-        row["mismatch/rollout_mismatch_abs"] = 0.02
+        row["mismatch/abs_mean"] = 0.02
 
 
-def pinned(rows: list[Row]) -> None:
+def at_bound(rows: list[Row]) -> None:
     for row in rows[20:]:
         row["policy/influence_clip_fraction_upper"] = 0.6  # of four updates; 0.8 of the later three
 
@@ -86,9 +86,9 @@ FAULTS = {
     "Collapse begins": (collapse, 43),
     "Entropy collapsed": (no_entropy, 35),
     "Length stands at the limit": (stagnation, 40),
-    "Hardly any group teaches": (equal_groups, 35),
+    "Few groups are informative": (equal_groups, 35),
     "The engine drifts from the trainer": (mismatch, 33),
-    "Influence weights are pinned": (pinned, 25),
+    "Influence weights are at their bound": (at_bound, 25),
     "The verifier could not decide": (undecided, 13),
 }
 
@@ -118,8 +118,8 @@ def test_a_spike_alone_or_a_jump_alone_is_no_collapse() -> None:
     """The rule wants the spike first and the jump within five steps of it."""
     for changes in (
         {40: {"policy/dual_clip_fraction": 5e-3}},
-        {42: {"policy/policy_kl": 0.2}},
-        {30: {"policy/dual_clip_fraction": 5e-3}, 42: {"policy/policy_kl": 0.2}},
+        {42: {"policy/approx_kl": 0.2}},
+        {30: {"policy/dual_clip_fraction": 5e-3}, 42: {"policy/approx_kl": 0.2}},
     ):
         rows = healthy()
         for place, change in changes.items():
@@ -127,10 +127,10 @@ def test_a_spike_alone_or_a_jump_alone_is_no_collapse() -> None:
         assert findings(rows, LIMITS) == []
 
 
-def test_the_first_update_does_not_hide_pinned_weights() -> None:
+def test_the_first_update_does_not_hide_weights_at_their_bound() -> None:
     """With two updates a step, half of all tokens at the bound means every token of the later update."""
     rows = [{**row, "policy/updates": 2.0, "policy/influence_clip_fraction_upper": 0.49} for row in healthy(10)]
-    assert [f.rule.name for f in findings(rows, LIMITS)] == ["Influence weights are pinned"]
+    assert [f.rule.name for f in findings(rows, LIMITS)] == ["Influence weights are at their bound"]
     assert "98%" in findings(rows, LIMITS)[0].seen
 
 
@@ -138,10 +138,10 @@ def test_a_rule_begins_once() -> None:
     """While a rule holds, or pauses for up to ten steps, it is one finding; after that it begins anew."""
     rows = healthy(200)
     for row in rows:
-        row |= {"policy/entropy": 0.5, "reward/accuracy": 0.5, "sampling/groups_all_right": 2.0}
+        row |= {"policy/entropy": 0.5, "reward/accuracy": 0.5, "sampling/all_correct": 2.0}
         row |= {"response_length/q75": 500.0}
     for row in [*rows[50:60], *rows[65:80], *rows[120:150]]:
-        row |= {"sampling/groups_all_right": 30.0}
+        row |= {"sampling/all_correct": 30.0}
     watch = Watch(LIMITS)
     begun = [int(row["step"]) for row in rows if watch.update(row)]
     assert begun == [55, 125]

@@ -12,7 +12,7 @@ import megatron_fipo
 
 PACKAGE = Path(megatron_fipo.__file__).parent
 ORDER = (
-    "metric_glossary",
+    *("metric_glossary", "former_names"),
     *("install_transformer_engine", "outcome", "printable", "whole_file", "machine", "config", "batch", "ops"),
     *("algorithm", "reward", "data", "fused_kernels", "parallel", "model", "convert", "actor", "vllm_environment"),
     *("rollout", "batching", "checkpoint", "evaluation", "health", "trackers", "run_lock", "run_log", "resume"),

@@ -123,7 +123,7 @@ class Edge {
 
 struct Shift {
   F unclamped, log_ratio;  // log_ratio is clamped
-  M mask, extreme;         // extreme: a loss token above the dual clip
+  M mask, above_dual_clip;         // above_dual_clip: a loss token above the dual clip
 };
 
 FIPO_INLINE Shift load_shift(const Window& window, F clamp, F log_dual_clip) {
@@ -131,12 +131,12 @@ FIPO_INLINE Shift load_shift(const Window& window, F clamp, F log_dual_clip) {
   if (window.old_log_probs) shift = Lanes::sub(shift, Lanes::load(window.old_log_probs));
   const F log_ratio = Lanes::at_most(Lanes::at_least(shift, Lanes::negate(clamp)), clamp);
   const M mask = Lanes::load_mask(window.mask);
-  return {shift, log_ratio, mask, Lanes::both(mask, Lanes::greater(log_ratio, log_dual_clip))};
+  return {shift, log_ratio, mask, Lanes::bit_and(mask, Lanes::greater(log_ratio, log_dual_clip))};
 }
 
 // S_t of the window, given that of the token after it; `carry` is advanced to the window's first token.
 FIPO_INLINE F scan_window(const Shift& shift, const Decay& decay, F to_end, double* carry) {
-  const F terms = Lanes::select(Lanes::without(shift.mask, shift.extreme), shift.log_ratio, Lanes::set(0.0f));
+  const F terms = Lanes::select(Lanes::and_not(shift.mask, shift.above_dual_clip), shift.log_ratio, Lanes::set(0.0f));
   const F alone = Lanes::reverse_scan(terms, decay);
   const F future_kl = Lanes::fma(Lanes::set(static_cast<float>(*carry)), to_end, alone);
   *carry = static_cast<double>(Lanes::first(alone)) + decay.by_window[kWidth] * *carry;

@@ -46,9 +46,9 @@ struct Lanes {
   static M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static M not_less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static M is_number(F a) { return _mm256_cmp_ps(a, a, _CMP_ORD_Q); }
-  static M both(M a, M b) { return _mm256_and_ps(a, b); }
-  static M either(M a, M b) { return _mm256_or_ps(a, b); }
-  static M without(M a, M b) { return _mm256_andnot_ps(b, a); }
+  static M bit_and(M a, M b) { return _mm256_and_ps(a, b); }
+  static M bit_or(M a, M b) { return _mm256_or_ps(a, b); }
+  static M and_not(M a, M b) { return _mm256_andnot_ps(b, a); }
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
   static int count(M m) { return __builtin_popcount(_mm256_movemask_ps(m)); }
   static bool any(M m) { return _mm256_movemask_ps(m) != 0; }

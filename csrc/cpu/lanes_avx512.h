@@ -44,9 +44,9 @@ struct Lanes {
   static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static M not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static M is_number(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
-  static M both(M a, M b) { return a & b; }
-  static M either(M a, M b) { return a | b; }
-  static M without(M a, M b) { return a & static_cast<M>(~b); }
+  static M bit_and(M a, M b) { return a & b; }
+  static M bit_or(M a, M b) { return a | b; }
+  static M and_not(M a, M b) { return a & static_cast<M>(~b); }
   static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
   static int count(M m) { return __builtin_popcount(m); }
   static bool any(M m) { return m != 0; }

@@ -47,9 +47,9 @@ struct Lanes {
   static M less(F a, F b) { return a < b; }
   static M not_less(F a, F b) { return a >= b; }
   static M is_number(F a) { return a == a; }
-  static M both(M a, M b) { return a & b; }
-  static M either(M a, M b) { return a | b; }
-  static M without(M a, M b) { return a & ~b; }
+  static M bit_and(M a, M b) { return a & b; }
+  static M bit_or(M a, M b) { return a | b; }
+  static M and_not(M a, M b) { return a & ~b; }
   static F select(M m, F a, F b) { return m ? a : b; }
   static int count(M m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static bool any(M m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }

@@ -11,7 +11,7 @@ namespace cpu {
 namespace {
 
 // Values of a whole long segment that its tiles need, and its entries of the outputs.
-void settle_long_segment(const LossJob& job, LongSegment* segment, std::vector<Run>* runs, double* metrics) {
+void finalize_long_segment(const LossJob& job, LongSegment* segment, std::vector<Run>* runs, double* metrics) {
   const int64_t index = segment->segment;
   const Shard& shard = job.shard;
   const PieceSummary whole =
@@ -72,7 +72,7 @@ void loss_cpu(const Tokens& tokens, const Constants& constants, const Shard& sha
   const ScanJob first_reading = {tokens, constants.log_ratio_clamp, constants.log_dual_clip, job.decay, nullptr, true};
   summarize_tiles(first_reading, &plan.long_segments, threads);
   std::vector<Run> runs;
-  for (LongSegment& segment : plan.long_segments) settle_long_segment(job, &segment, &runs, out.metrics);
+  for (LongSegment& segment : plan.long_segments) finalize_long_segment(job, &segment, &runs, out.metrics);
   runs.insert(runs.end(), plan.runs.begin(), plan.runs.end());
 
   const int64_t num_runs = runs.size();

@@ -12,7 +12,7 @@ constexpr int kBlockWindows = 64;                   // float32 partial sums are 
 constexpr int kBlockTokens = kBlockWindows * kWidth;
 // Bounds on |d| in a fast-path block: this one keeps ratios below 2 and in the near bins. The recipe's bounds are
 // lowered by a margin, so that they also hold for rounded ratios.
-constexpr float kCalmLogRatio = 0.69f, kCalmMargin = 1e-3f;
+constexpr float kFastPathLogRatio = 0.69f, kFastPathMargin = 1e-3f;
 
 // Results of a piece that depend on the veto.
 struct PieceLoss {
@@ -20,19 +20,19 @@ struct PieceLoss {
   int64_t dual_clipped, loss_tokens;
 };
 
-// Statistics of a block's loss tokens from the first loop. `calm` (fast path): advantages have one sign or are all 0,
-// no d is NaN or beyond the bounds above, and exp(S) is ordinary.
-struct Survey {
-  bool calm;
-  bool negative, positive;  // if calm: the sign
+// Statistics of a block's loss tokens from the first loop. `fast_path`: advantages have one sign or are all 0, no d is
+// NaN or beyond the bounds above, and exp(S) is ordinary.
+struct BlockStats {
+  bool fast_path;
+  bool negative, positive;  // in the fast path: the sign
   int64_t loss_tokens;
   F log_ratio_min, log_ratio_max;  // one value per lane
 };
 
 // Forms of the second loop.
 enum class Form {
-  kBare,  // calm, and no optional inputs and outputs
-  kCalm,
+  kMinimal,  // fast path, and no optional inputs and outputs
+  kFastPath,
   kAny
 };
 
@@ -40,11 +40,12 @@ template <bool kIsFipo>
 class LossBlock {
  public:
   LossBlock(const Constants& constants, const Decay& decay, Tally* tally)
-      : constants_(constants), decay_(decay), tally_(*tally), calm_(kCalmLogRatio) {
+      : constants_(constants), decay_(decay), tally_(*tally), fast_path_bound_(kFastPathLogRatio) {
     const float bounds[] = {constants.log_ratio_clamp, constants.log_dual_clip, logf(constants.safety_threshold)};
     for (const float bound : bounds)
-      if (!(bound - kCalmMargin > calm_)) calm_ = bound - kCalmMargin;
-    if (!(constants.ratio_low <= constants.dual_clip && constants.ratio_high <= constants.dual_clip)) calm_ = -1.0f;
+      if (!(bound - kFastPathMargin > fast_path_bound_)) fast_path_bound_ = bound - kFastPathMargin;
+    if (!(constants.ratio_low <= constants.dual_clip && constants.ratio_high <= constants.dual_clip))
+      fast_path_bound_ = -1.0f;
   }
 
   // Of the piece whose blocks follow, from the last to the first. `advantage` is unused with per-token advantages.
@@ -55,15 +56,15 @@ class LossBlock {
   }
 
   void run(const Window& window, int count, PieceLoss* seen) {
-    const Survey survey = this->survey(window, count);
-    seen->loss_tokens += survey.loss_tokens;
+    const BlockStats stats = this->block_stats(window, count);
+    seen->loss_tokens += stats.loss_tokens;
     if (!kIsFipo) store_no_influence(window, count);
-    if (!survey.calm)
-      finish<Form::kAny>(window, count, survey, seen);
+    if (!stats.fast_path)
+      finish<Form::kAny>(window, count, stats, seen);
     else if (window.advantages || window.token_weights || window.future_kl || window.influence_weights)
-      finish<Form::kCalm>(window, count, survey, seen);
+      finish<Form::kFastPath>(window, count, stats, seen);
     else
-      finish<Form::kBare>(window, count, survey, seen);
+      finish<Form::kMinimal>(window, count, stats, seen);
   }
 
  private:
@@ -80,11 +81,11 @@ class LossBlock {
     // Extrema ignore NaN, the sum does not.
     FIPO_INLINE bool within(float bound) const {
       const M below = Lanes::less(least, Lanes::set(-bound)), above = Lanes::greater(largest, Lanes::set(bound));
-      return !Lanes::any(Lanes::either(below, above)) && !isnan(Lanes::sum(sum));
+      return !Lanes::any(Lanes::bit_or(below, above)) && !isnan(Lanes::sum(sum));
     }
   };
 
-  Survey survey(const Window& window, int count) {
+  BlockStats block_stats(const Window& window, int count) {
     const F clamp = Lanes::set(constants_.log_ratio_clamp), log_dual_clip = Lanes::set(constants_.log_dual_clip);
     const F to_end = load_to_end(decay_), zero = Lanes::set(0.0f), one = Lanes::set(1.0f);
     const Decay decay = decay_;
@@ -100,8 +101,8 @@ class LossBlock {
       loss_tokens = Lanes::add_where(loss_tokens, shift.mask, one);
       if (window.advantages) {
         const F advantage = Lanes::load(window.advantages + t);
-        not_negative = Lanes::either(not_negative, Lanes::without(shift.mask, Lanes::less(advantage, zero)));
-        not_positive = Lanes::either(not_positive, Lanes::without(shift.mask, Lanes::greater(advantage, zero)));
+        not_negative = Lanes::bit_or(not_negative, Lanes::and_not(shift.mask, Lanes::less(advantage, zero)));
+        not_positive = Lanes::bit_or(not_positive, Lanes::and_not(shift.mask, Lanes::greater(advantage, zero)));
       }
       if (kIsFipo) {
         const F future_kl = scan_window(shift, decay, to_end, &carry);
@@ -114,14 +115,14 @@ class LossBlock {
     const bool positive = !negative && (window.advantages ? !Lanes::any(not_positive) : advantage_ > 0);
     const bool one_sign = !window.advantages || negative || positive;
     // Where masked, which the bounds exclude, S is the decayed S of what follows.
-    const bool calm = one_sign && calm_ >= 0.0f && log_ratios.within(calm_) && future_kls.within(kOrdinaryExp) &&
-                      fabs(carry_in) <= kOrdinaryExp;
+    const bool fast_path = one_sign && fast_path_bound_ >= 0.0f && log_ratios.within(fast_path_bound_) &&
+                           future_kls.within(kOrdinaryExp) && fabs(carry_in) <= kOrdinaryExp;
     keep(log_ratios, future_kls);
-    return {calm, negative, positive, total(loss_tokens), log_ratios.least, log_ratios.largest};
+    return {fast_path, negative, positive, total(loss_tokens), log_ratios.least, log_ratios.largest};
   }
 
   FIPO_INLINE void keep(const Bounds& log_ratios, const Bounds& future_kls) {
-    tally_.sums[kPolicyKl] -= Lanes::sum(log_ratios.sum);
+    tally_.sums[kApproxKl] -= Lanes::sum(log_ratios.sum);
     tally_.sums[kFutureKl] += Lanes::sum(future_kls.sum);
     keep_largest(&tally_.log_ratio_abs_max, log_ratios.largest);
     keep_largest(&tally_.log_ratio_abs_max, Lanes::negate(log_ratios.least));
@@ -141,37 +142,37 @@ class LossBlock {
   // Sums and constants, one value per lane; local variables, so that they stay in registers.
   struct Sums {
     F loss, weight, raw, influence_min, influence_max;
-    F pinned_upper, pinned_lower, ppo_clipped, dual_clipped;  // counts
+    F clipped_upper, clipped_lower, ppo_clipped, dual_clipped;  // counts
   };
   struct Levels {
-    F influence_low, influence_high, pinned_low, pinned_high, ratio_low, ratio_high, zero, one;
+    F influence_low, influence_high, clipped_below, clipped_above, ratio_low, ratio_high, zero, one;
   };
 
   FIPO_INLINE Levels levels() const {
     return {Lanes::set(constants_.influence_low), Lanes::set(constants_.influence_high),
-            Lanes::set(constants_.pinned_low),    Lanes::set(constants_.pinned_high),
+            Lanes::set(constants_.clipped_below), Lanes::set(constants_.clipped_above),
             Lanes::set(constants_.ratio_low),     Lanes::set(constants_.ratio_high),
             Lanes::set(0.0f),                     Lanes::set(1.0f)};
   }
 
   template <Form kForm>
-  void finish(const Window& window, int count, const Survey& survey, PieceLoss* seen) {
-    constexpr bool kCalm = kForm != Form::kAny;
+  void finish(const Window& window, int count, const BlockStats& stats, PieceLoss* seen) {
+    constexpr bool kFastPath = kForm != Form::kAny;
     const Levels levels = this->levels();
     const F zero = levels.zero;
     Sums sums = {zero, zero, zero, tally_.influence_min, tally_.influence_max, zero, zero, zero, zero};
     const F same = Lanes::set(-advantage_ * coefficient_), minus_coefficient = Lanes::set(-coefficient_);
-    NearCounts* const near = kCalm ? near_counts(survey) : nullptr;
+    NearCounts* const near = kFastPath ? near_counts(stats) : nullptr;
     for (int t = 0; t < count * kWidth; t += kWidth) {
       const M mask = Lanes::load_mask(window.mask + t);
       const F log_ratio = Lanes::load(log_ratio_ + t);
-      const F ratio = exponential<kCalm>(log_ratio);
+      const F ratio = exponential<kFastPath>(log_ratio);
       F weighted = same;
-      if (kForm != Form::kBare && window.advantages)
+      if (kForm != Form::kMinimal && window.advantages)
         weighted = Lanes::mul(Lanes::load(window.advantages + t), minus_coefficient);
       if (kIsFipo) weighted = Lanes::mul(influence<kForm>(window, t, mask, ratio, levels, &sums), weighted);
       surrogate<kForm>(window, t, mask, ratio, weighted, levels, &sums);
-      if (!kCalm) uncommon_ratios(log_ratio, ratio, mask, advantage_at(window, t), &sums.dual_clipped);
+      if (!kFastPath) uncommon_ratios(log_ratio, ratio, mask, advantage_at(window, t), &sums.dual_clipped);
       if (near) {
         store_bins(t, log_ratio, mask);
         if (t > 0) count_bins(near, t - kWidth);
@@ -188,8 +189,8 @@ class LossBlock {
     tally_.influence_max = sums.influence_max;
     tally_.sums[kInfluence] += Lanes::sum(sums.weight);
     tally_.sums[kInfluenceRaw] += Lanes::sum(sums.raw);
-    tally_.add(kPinnedUpper, total(sums.pinned_upper));
-    tally_.add(kPinnedLower, total(sums.pinned_lower));
+    tally_.add(kInfluenceClippedUpper, total(sums.clipped_upper));
+    tally_.add(kInfluenceClippedLower, total(sums.clipped_lower));
     tally_.add(kPpoClipped, total(sums.ppo_clipped));
   }
 
@@ -201,21 +202,21 @@ class LossBlock {
     F weight = clip(raw, levels.influence_low, levels.influence_high);
     M summed = mask;
     if (kForm == Form::kAny) {
-      const M negative = Lanes::both(mask, Lanes::less(advantage_at(window, t), levels.zero));
-      const M unsafe = Lanes::both(negative, Lanes::greater(ratio, Lanes::set(constants_.safety_threshold)));
+      const M negative = Lanes::bit_and(mask, Lanes::less(advantage_at(window, t), levels.zero));
+      const M unsafe = Lanes::bit_and(negative, Lanes::greater(ratio, Lanes::set(constants_.safety_threshold)));
       weight = Lanes::select(unsafe, clip(weight, Lanes::set(kSafeLow), Lanes::set(kSafeHigh)), weight);
-      const M large = Lanes::both(mask, Lanes::greater(future_kl, Lanes::set(kOrdinaryExp)));
+      const M large = Lanes::bit_and(mask, Lanes::greater(future_kl, Lanes::set(kOrdinaryExp)));
       if (Lanes::any(large)) add_large_raw(Lanes::select(large, future_kl, levels.zero));
-      summed = Lanes::without(mask, large);
+      summed = Lanes::and_not(mask, large);
     }
-    if (kForm != Form::kBare && window.future_kl) Lanes::store(window.future_kl + t, future_kl);
-    if (kForm != Form::kBare && window.influence_weights) Lanes::store(window.influence_weights + t, weight);
+    if (kForm != Form::kMinimal && window.future_kl) Lanes::store(window.future_kl + t, future_kl);
+    if (kForm != Form::kMinimal && window.influence_weights) Lanes::store(window.influence_weights + t, weight);
     sums->raw = Lanes::add_where(sums->raw, summed, raw);
     sums->weight = Lanes::add_where(sums->weight, mask, weight);
     sums->influence_min = Lanes::least_where(sums->influence_min, mask, weight);
     sums->influence_max = Lanes::largest_where(sums->influence_max, mask, weight);
-    add_to(&sums->pinned_upper, Lanes::both(mask, Lanes::not_less(weight, levels.pinned_high)), levels.one);
-    add_to(&sums->pinned_lower, Lanes::both(mask, Lanes::not_less(levels.pinned_low, weight)), levels.one);
+    add_to(&sums->clipped_upper, Lanes::bit_and(mask, Lanes::not_less(weight, levels.clipped_above)), levels.one);
+    add_to(&sums->clipped_lower, Lanes::bit_and(mask, Lanes::not_less(levels.clipped_below, weight)), levels.one);
     return weight;
   }
 
@@ -233,21 +234,21 @@ class LossBlock {
                              Sums* sums) {
     const F plain = Lanes::mul(weighted, ratio);
     const F clipped = Lanes::mul(weighted, clip(ratio, levels.ratio_low, levels.ratio_high));
-    const M is_clipped = Lanes::both(mask, Lanes::greater(clipped, plain));
+    const M is_clipped = Lanes::bit_and(mask, Lanes::greater(clipped, plain));
     M constant = is_clipped;
     F loss = Lanes::at_least(plain, clipped), gradient = plain;
     if (kForm == Form::kAny) {
       const F bound = Lanes::mul(weighted, Lanes::set(constants_.dual_clip));
-      const M is_bounded = Lanes::both(Lanes::greater(weighted, levels.zero), Lanes::greater(loss, bound));
+      const M is_bounded = Lanes::bit_and(Lanes::greater(weighted, levels.zero), Lanes::greater(loss, bound));
       loss = Lanes::select(is_bounded, bound, loss);
-      constant = Lanes::either(Lanes::either(constant, is_bounded), is_clamped(window, t));
+      constant = Lanes::bit_or(Lanes::bit_or(constant, is_bounded), is_clamped(window, t));
     }
-    if (kForm != Form::kBare && window.token_weights) {
+    if (kForm != Form::kMinimal && window.token_weights) {
       const F token_weight = Lanes::load(window.token_weights + t);
       loss = Lanes::mul(loss, token_weight);
       gradient = Lanes::mul(gradient, token_weight);
     }
-    Lanes::store(window.gradient + t, Lanes::select(Lanes::without(mask, constant), gradient, levels.zero));
+    Lanes::store(window.gradient + t, Lanes::select(Lanes::and_not(mask, constant), gradient, levels.zero));
     sums->loss = Lanes::add_where(sums->loss, mask, loss);
     add_to(&sums->ppo_clipped, is_clipped, levels.one);
   }
@@ -268,18 +269,18 @@ class LossBlock {
     return Lanes::fma(nats, Lanes::set(kHistogramBinsPerNat), Lanes::set(kNearBins - kCentreBin));
   }
 
-  // Ratio metrics of a calm block without the histogram; returns where to count that, null if already counted.
-  NearCounts* near_counts(const Survey& survey) {
-    if (survey.negative) keep_largest(&tally_.negative_max, survey.log_ratio_max);
-    if (survey.positive) keep_largest(&tally_.positive_max, survey.log_ratio_max);
-    if (survey.positive) keep_least(&tally_.positive_min, survey.log_ratio_min);
-    if (!(survey.negative || survey.positive) || survey.loss_tokens == 0) return nullptr;
-    NearCounts* const near = tally_.histograms->near[survey.positive];
+  // Ratio metrics of a fast-path block without the histogram; returns where to count that, null if already counted.
+  NearCounts* near_counts(const BlockStats& stats) {
+    if (stats.negative) keep_largest(&tally_.negative_max, stats.log_ratio_max);
+    if (stats.positive) keep_largest(&tally_.positive_max, stats.log_ratio_max);
+    if (stats.positive) keep_least(&tally_.positive_min, stats.log_ratio_min);
+    if (!(stats.negative || stats.positive) || stats.loss_tokens == 0) return nullptr;
+    NearCounts* const near = tally_.histograms->near[stats.positive];
     int32_t first[kWidth], last[kWidth];
-    Lanes::store_indices(first, near_bin(Lanes::set(Lanes::smallest(survey.log_ratio_min))));
-    Lanes::store_indices(last, near_bin(Lanes::set(Lanes::largest(survey.log_ratio_max))));
+    Lanes::store_indices(first, near_bin(Lanes::set(Lanes::smallest(stats.log_ratio_min))));
+    Lanes::store_indices(last, near_bin(Lanes::set(Lanes::largest(stats.log_ratio_max))));
     if (first[0] != last[0]) return near;
-    near[0][first[0]] += static_cast<uint32_t>(survey.loss_tokens);  // as on the first mini-batch of every step
+    near[0][first[0]] += static_cast<uint32_t>(stats.loss_tokens);  // as on the first mini-batch of every step
     return nullptr;
   }
 
@@ -294,20 +295,20 @@ class LossBlock {
     for (int i = 0; i < kWidth; ++i) ++near[i % kNearCopies][static_cast<uint32_t>(bins[i])];
   }
 
-  // Ratio metrics of a window of a block that is not calm.
+  // Ratio metrics of a window of a block outside the fast path.
   void uncommon_ratios(F log_ratio, F ratio, M mask, F advantage, F* dual_clipped) {
     const F zero = Lanes::set(0.0f);
-    const M negative = Lanes::both(mask, Lanes::less(advantage, zero));
-    const M positive = Lanes::both(mask, Lanes::greater(advantage, zero));
+    const M negative = Lanes::bit_and(mask, Lanes::less(advantage, zero));
+    const M positive = Lanes::bit_and(mask, Lanes::greater(advantage, zero));
     tally_.negative_max = Lanes::largest_where(tally_.negative_max, negative, log_ratio);
     tally_.positive_max = Lanes::largest_where(tally_.positive_max, positive, log_ratio);
     tally_.positive_min = Lanes::least_where(tally_.positive_min, positive, log_ratio);
     count_all(log_ratio, negative, positive);
-    const M extreme = Lanes::both(negative, Lanes::greater(log_ratio, Lanes::set(constants_.log_dual_clip)));
-    add_to(dual_clipped, extreme, Lanes::set(1.0f));
-    const M high = Lanes::both(negative, Lanes::not_less(ratio, Lanes::set(2.0f)));
-    const M tiny = Lanes::both(positive, Lanes::less(ratio, Lanes::set(1e-3f)));
-    if (Lanes::any(Lanes::either(high, tiny))) count_rare(ratio, high, tiny);
+    const M above_dual_clip = Lanes::bit_and(negative, Lanes::greater(log_ratio, Lanes::set(constants_.log_dual_clip)));
+    add_to(dual_clipped, above_dual_clip, Lanes::set(1.0f));
+    const M high = Lanes::bit_and(negative, Lanes::not_less(ratio, Lanes::set(2.0f)));
+    const M tiny = Lanes::bit_and(positive, Lanes::less(ratio, Lanes::set(1e-3f)));
+    if (Lanes::any(Lanes::bit_or(high, tiny))) count_rare(ratio, high, tiny);
   }
 
   FIPO_INLINE void count_all(F log_ratio, M negative, M positive) {
@@ -318,8 +319,8 @@ class LossBlock {
     const F nats = Lanes::add(Lanes::at_most(Lanes::at_least(log_ratio, Lanes::negate(range)), range), range);
     const F bin = nearest_whole(Lanes::mul(nats, Lanes::set(kHistogramBinsPerNat)));
     const M number = Lanes::is_number(log_ratio);
-    F index = Lanes::select(Lanes::both(positive, number), Lanes::add(bin, Lanes::set(kHistogramBins)), not_counted);
-    index = Lanes::select(Lanes::both(negative, number), bin, index);
+    F index = Lanes::select(Lanes::bit_and(positive, number), Lanes::add(bin, Lanes::set(kHistogramBins)), not_counted);
+    index = Lanes::select(Lanes::bit_and(negative, number), bin, index);
     int32_t indices[kWidth];
     Lanes::store_indices(indices, index);
     for (int i = 0; i < kWidth; ++i) ++histograms.all[indices[i]];
@@ -328,9 +329,9 @@ class LossBlock {
   __attribute__((noinline)) void count_rare(F ratio, M high, M tiny) {
     const M below3 = Lanes::less(ratio, Lanes::set(3.0f)), below4 = Lanes::less(ratio, Lanes::set(4.0f));
     const M below_dual = Lanes::less(ratio, Lanes::set(constants_.dual_clip));
-    tally_.add(kNegative2To3, Lanes::count(Lanes::both(high, below3)));
-    tally_.add(kNegative3To4, Lanes::count(Lanes::without(Lanes::both(high, below4), below3)));
-    tally_.add(kNegative4ToDual, Lanes::count(Lanes::without(Lanes::both(high, below_dual), below4)));
+    tally_.add(kNegative2To3, Lanes::count(Lanes::bit_and(high, below3)));
+    tally_.add(kNegative3To4, Lanes::count(Lanes::and_not(Lanes::bit_and(high, below4), below3)));
+    tally_.add(kNegative4ToDual, Lanes::count(Lanes::and_not(Lanes::bit_and(high, below_dual), below4)));
     tally_.add(kPositiveBelow1e3, Lanes::count(tiny));
   }
 
@@ -344,7 +345,7 @@ class LossBlock {
   const Constants constants_;
   const Decay decay_;
   Tally& tally_;
-  float calm_;  // maximum |d| of a calm block; negative: none
+  float fast_path_bound_;  // maximum |d| of a fast-path block; negative: none
   double carry_ = 0.0;
   float advantage_ = 0.0f, coefficient_ = 1.0f;
   float log_ratio_[kBlockTokens], future_kl_[kBlockTokens];

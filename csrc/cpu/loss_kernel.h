@@ -23,7 +23,7 @@ class LossRun {
     const PieceLoss seen = piece({index, begin, end, carry}, sequence_tokens);
     const int64_t allowed = job_.constants.max_dual_clipped;
     const bool vetoed = shard.vetoed ? shard.vetoed[index] != 0 : allowed >= 0 && seen.dual_clipped > allowed;
-    settle(begin, end, seen, vetoed);
+    finalize_segment(begin, end, seen, vetoed);
     job_.out.vetoed[index] = vetoed;
     const bool counts = !shard.counts_sequence || shard.counts_sequence[index];
     const bool has_tokens = (sequence_tokens >= 0 ? sequence_tokens : seen.loss_tokens) > 0;
@@ -34,7 +34,7 @@ class LossRun {
 
   void tile(const Run& run) {
     const PieceLoss seen = piece(run.tile, run.sequence_tokens);
-    settle(run.tile.begin, run.tile.end, seen, run.vetoed);
+    finalize_segment(run.tile.begin, run.tile.end, seen, run.vetoed);
   }
 
   void finish(double* metrics) const { tally_.finish(metrics); }
@@ -63,7 +63,7 @@ class LossRun {
     return seen;
   }
 
-  void settle(int64_t begin, int64_t end, const PieceLoss& seen, bool vetoed) {
+  void finalize_segment(int64_t begin, int64_t end, const PieceLoss& seen, bool vetoed) {
     if (vetoed) {
       memset(job_.out.gradient + begin, 0, (end - begin) * sizeof(float));
       return;

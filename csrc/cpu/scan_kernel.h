@@ -42,7 +42,7 @@ class ScanPiece {
     if (kCount) {
       loss_tokens_ += Lanes::count(shift.mask);
       const F advantage = window.advantages ? Lanes::load(window.advantages) : advantage_;
-      dual_clipped_ += Lanes::count(Lanes::both(shift.extreme, Lanes::less(advantage, Lanes::set(0.0f))));
+      dual_clipped_ += Lanes::count(Lanes::bit_and(shift.above_dual_clip, Lanes::less(advantage, Lanes::set(0.0f))));
     }
   }
 

@@ -25,13 +25,13 @@ struct ExchangeMemory {
   Summary blocks[2][Shape::kBlocks];
 };
 
-// Combines the summaries of `count` equal ranges, given the carry after the last. *carry: incoming carry of `mine`.
+// Combines the summaries of `count` equal ranges, given the carry after the last. *carry: carry into range `index`.
 template <int count>
-__device__ Summary fold(const Summary* stretches, float decay, float incoming, int mine, float* carry) {
+__device__ Summary fold(const Summary* stretches, float decay, float incoming, int index, float* carry) {
   Summary whole = {incoming, 0, 0};
 #pragma unroll
   for (int i = count - 1; i >= 0; --i) {
-    if (i == mine) *carry = whole.first;
+    if (i == index) *carry = whole.first;
     whole.first = fmaf(decay, whole.first, stretches[i].first);
     whole.loss_tokens += stretches[i].loss_tokens;
     whole.dual_clipped += stretches[i].dual_clipped;
@@ -42,38 +42,38 @@ __device__ Summary fold(const Summary* stretches, float decay, float incoming, i
 template <class Shape>
 class Exchange {
  public:
-  __device__ Exchange(const Decay<Shape>& decay, const Place<Shape>& place, ExchangeMemory<Shape>* memory)
-      : decay_(decay), place_(place), memory_(memory) {}
+  __device__ Exchange(const Decay<Shape>& decay, const ThreadCoords<Shape>& coords, ExchangeMemory<Shape>* memory)
+      : decay_(decay), coords_(coords), memory_(memory) {}
 
   // Called by all threads of the level; `rows` is the number of rows per warp.
-  __device__ Exchanged all(Level level, const Summary& mine, float incoming, int rows) {
+  __device__ Exchanged all(Level level, const Summary& local, float incoming, int rows) {
     const float over_warp = decay_.warp[rows];
     if (level == Level::kWarp)
-      return {incoming, {fmaf(over_warp, incoming, mine.first), mine.loss_tokens, mine.dual_clipped}};
+      return {incoming, {fmaf(over_warp, incoming, local.first), local.loss_tokens, local.dual_clipped}};
 
     turn_ ^= 1;
     Summary* const warps = memory_->warps[turn_];
-    if (place_.lane == 0) warps[place_.warp] = mine;
+    if (coords_.lane == 0) warps[coords_.warp] = local;
     __syncthreads();
     Exchanged result;
     if (level == Level::kBlock) {
-      result.whole = fold<Shape::kWarps>(warps, over_warp, incoming, place_.warp, &result.carry);
+      result.whole = fold<Shape::kWarps>(warps, over_warp, incoming, coords_.warp, &result.carry);
       return result;
     }
 
     Summary* const blocks = memory_->blocks[turn_];
-    const Summary block = fold<Shape::kWarps>(warps, over_warp, 0.0f, place_.warp, &result.carry);
-    if (threadIdx.x < Shape::kBlocks) of_peer<Shape>(blocks, threadIdx.x)[place_.block] = block;
+    const Summary block = fold<Shape::kWarps>(warps, over_warp, 0.0f, coords_.warp, &result.carry);
+    if (threadIdx.x < Shape::kBlocks) of_peer<Shape>(blocks, threadIdx.x)[coords_.block] = block;
     cluster_sync<Shape>();
     float behind_block = incoming;
-    result.whole = fold<Shape::kBlocks>(blocks, decay_.block[rows], incoming, place_.block, &behind_block);
-    fold<Shape::kWarps>(warps, over_warp, behind_block, place_.warp, &result.carry);
+    result.whole = fold<Shape::kBlocks>(blocks, decay_.block[rows], incoming, coords_.block, &behind_block);
+    fold<Shape::kWarps>(warps, over_warp, behind_block, coords_.warp, &result.carry);
     return result;
   }
 
  private:
   const Decay<Shape>& decay_;
-  const Place<Shape>& place_;
+  const ThreadCoords<Shape>& coords_;
   ExchangeMemory<Shape>* const memory_;
   int turn_ = 0;
 };

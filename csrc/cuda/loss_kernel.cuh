@@ -35,7 +35,7 @@ class LossTask {
 
   __device__ bool counts() const { return true; }
 
-  __device__ void settle(int segment, const SegmentCounts& counts, bool is_leader) {
+  __device__ void finalize_segment(int segment, const SegmentCounts& counts, bool is_leader) {
     const Shard& shard = work_.shard;
     const int64_t allowed = constants().max_dual_clipped;
     vetoed_ = shard.vetoed ? shard.vetoed[segment] != 0 : allowed >= 0 && counts.dual_clipped > allowed;
@@ -107,9 +107,9 @@ class LossTask {
 
 // Called by all threads of the only cluster; a barrier must follow.
 template <class Shape>
-__device__ void clear_outputs(const LossWork<Shape>& work, const Place<Shape>& place) {
+__device__ void clear_outputs(const LossWork<Shape>& work, const ThreadCoords<Shape>& coords) {
   constexpr int threads = Shape::kBlocks * Shape::kThreads;
-  const int thread = place.block * Shape::kThreads + threadIdx.x;
+  const int thread = coords.block * Shape::kThreads + threadIdx.x;
   for (int i = thread; i < 2 * kHistogramBins; i += threads) work.out.histograms[i] = 0;
   if (thread == 0) work.head->blocks_done = 0;
   __threadfence();
@@ -130,19 +130,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) loss_kernel(const __grid_c
   if constexpr (kIsCompiled<Shape>) {
     __shared__ ExchangeMemory<Shape> exchange_memory;
     __shared__ MetricsMemory<Shape> metrics_memory;
-    const Place<Shape> place;
+    const ThreadCoords<Shape> coords;
     LossTask<Shape> task(work, &metrics_memory);
-    if (place.num_clusters == 1) clear_outputs(work, place);
+    if (coords.num_clusters == 1) clear_outputs(work, coords);
     task.metrics.clear_shared();
     cluster_sync<Shape>();  // also: a block's shared memory may be written to once the block runs
 
-    Worker<Shape, LossTask<Shape>> worker(work.inputs, place, &exchange_memory, &task);
-    for_each_segment(work.inputs.tokens, place, [&](Level level, int segment) { worker.segment(level, segment); });
+    Worker<Shape, LossTask<Shape>> worker(work.inputs, coords, &exchange_memory, &task);
+    for_each_segment(work.inputs.tokens, coords, [&](Level level, int segment) { worker.segment(level, segment); });
     __syncthreads();
 
-    task.metrics.write_block(work.of_blocks + static_cast<int64_t>(blockIdx.x) * kNumMetrics, place.lane, place.warp);
+    task.metrics.write_block(work.of_blocks + static_cast<int64_t>(blockIdx.x) * kNumMetrics, coords.lane, coords.warp);
     if (is_last_block(&work.head->blocks_done, &metrics_memory.is_last_block))
-      finish_metrics<Shape>(work.of_blocks, work.out, place.lane, place.warp);
+      finish_metrics<Shape>(work.of_blocks, work.out, coords.lane, coords.warp);
   }
 }
 

@@ -15,12 +15,12 @@ constexpr int kFirstNearBin = (kHistogramRange - kNearNats) * kHistogramBinsPerN
 constexpr float kExactExp = 80.0f;  // nats; above, exp(S) is summed in float64, since float32 could overflow
 
 struct Counts {
-  uint32_t ppo_clipped, pinned_upper, pinned_lower;
+  uint32_t ppo_clipped, clipped_upper, clipped_lower;
 };
 
 // The same for the few tokens of a thread in one tile: 10 bits each.
 struct TileCounts {
-  static constexpr uint32_t kPpoClipped = 1, kPinnedUpper = 1 << 10, kPinnedLower = 1 << 20;
+  static constexpr uint32_t kPpoClipped = 1, kInfluenceClippedUpper = 1 << 10, kInfluenceClippedLower = 1 << 20;
   uint32_t packed = 0;
 
   __device__ void add(uint32_t one, bool condition) {
@@ -28,8 +28,8 @@ struct TileCounts {
   }
   __device__ void move_to(Counts* counts) {
     counts->ppo_clipped += packed & 1023;
-    counts->pinned_upper += packed >> 10 & 1023;
-    counts->pinned_lower += packed >> 20;
+    counts->clipped_upper += packed >> 10 & 1023;
+    counts->clipped_lower += packed >> 20;
     packed = 0;
   }
 };
@@ -125,8 +125,8 @@ class Metrics {
       sums().influence_raw += exp_in_double(future_kl);
     else
       tile_.influence_raw += raw;
-    tile_counts_.add(TileCounts::kPinnedUpper, weight >= constants.pinned_high);
-    tile_counts_.add(TileCounts::kPinnedLower, weight <= constants.pinned_low);
+    tile_counts_.add(TileCounts::kInfluenceClippedUpper, weight >= constants.clipped_above);
+    tile_counts_.add(TileCounts::kInfluenceClippedLower, weight <= constants.clipped_below);
     tile_extrema_.future_kl_min = fminf(tile_extrema_.future_kl_min, future_kl);
     tile_extrema_.future_kl_max = fmaxf(tile_extrema_.future_kl_max, future_kl);
     tile_extrema_.influence_min = fminf(tile_extrema_.influence_min, weight);
@@ -150,9 +150,9 @@ class Metrics {
 
   // Writes the block's metrics to `to` [kNumMetrics], and adds its histograms to the totals.
   __device__ void write_block(double* to, int lane, int warp) {
-    double* const mine = memory_.of_warps[warp];
-    gather_sums(mine, lane);
-    gather_extrema(mine, lane);
+    double* const local = memory_.of_warps[warp];
+    gather_sums(local, lane);
+    gather_extrema(local, lane);
     __syncthreads();
     for (int metric = threadIdx.x; metric < kNumMetrics; metric += Shape::kThreads) {
       double value = metric < kFirstExtremum ? memory_.counts[metric] : no_data(metric);
@@ -211,13 +211,13 @@ class Metrics {
     for (int metric = lane; metric < kFirstExtremum; metric += kLanes) to[metric] = 0.0;
     __syncwarp();
     put(to, lane, kLossSum, sums().loss);
-    put(to, lane, kPolicyKl, -sums().log_ratio);
+    put(to, lane, kApproxKl, -sums().log_ratio);
     put(to, lane, kPpoClipped, memory_.tokens[threadIdx.x].ppo_clipped);
     put(to, lane, kFutureKl, sums().future_kl);
     put(to, lane, kInfluence, sums().influence);
     put(to, lane, kInfluenceRaw, sums().influence_raw);
-    put(to, lane, kPinnedUpper, memory_.tokens[threadIdx.x].pinned_upper);
-    put(to, lane, kPinnedLower, memory_.tokens[threadIdx.x].pinned_lower);
+    put(to, lane, kInfluenceClippedUpper, memory_.tokens[threadIdx.x].clipped_upper);
+    put(to, lane, kInfluenceClippedLower, memory_.tokens[threadIdx.x].clipped_lower);
   }
 
   __device__ void gather_extrema(double* to, int lane) {

@@ -22,7 +22,7 @@ class ScanTask {
 
   __device__ bool counts() const { return out_.dual_clipped || out_.loss_tokens; }
 
-  __device__ void settle(int segment, const SegmentCounts& counts, bool is_leader) const {
+  __device__ void finalize_segment(int segment, const SegmentCounts& counts, bool is_leader) const {
     if (!is_leader) return;
     if (out_.dual_clipped) out_.dual_clipped[segment] = counts.dual_clipped;
     if (out_.loss_tokens) out_.loss_tokens[segment] = counts.loss_tokens;
@@ -47,11 +47,11 @@ template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2) scan_kernel(const __grid_constant__ ScanWork<Shape> work) {
   if constexpr (kIsCompiled<Shape>) {
     __shared__ ExchangeMemory<Shape> memory;
-    const Place<Shape> place;
+    const ThreadCoords<Shape> coords;
     cluster_sync<Shape>();  // a block's shared memory may be written to only when the block runs
     ScanTask<Shape> task(work.out);
-    Worker<Shape, ScanTask<Shape>> worker(work.inputs, place, &memory, &task);
-    for_each_segment(work.inputs.tokens, place, [&](Level level, int segment) { worker.segment(level, segment); });
+    Worker<Shape, ScanTask<Shape>> worker(work.inputs, coords, &memory, &task);
+    for_each_segment(work.inputs.tokens, coords, [&](Level level, int segment) { worker.segment(level, segment); });
   }
 }
 

@@ -2,7 +2,7 @@
 // each cluster finds its own on the device; the result depends only on offsets and grid, never on timing.
 #pragma once
 
-#include "place.cuh"
+#include "thread_coords.cuh"
 
 namespace fipo {
 namespace cuda {
@@ -37,12 +37,12 @@ __device__ inline int first_segment_from(const Tokens& tokens, int64_t target, i
 
 // The segments that begin within the cluster's equal share of the weight.
 template <class Shape>
-__device__ Range share_of_cluster(const Tokens& tokens, const Place<Shape>& place) {
-  if (place.num_clusters == 1) return {0, static_cast<int>(tokens.num_segments)};
+__device__ Range share_of_cluster(const Tokens& tokens, const ThreadCoords<Shape>& coords) {
+  if (coords.num_clusters == 1) return {0, static_cast<int>(tokens.num_segments)};
   const int64_t total = total_weight(tokens);
-  const int64_t begin = total * place.cluster / place.num_clusters;
-  const int64_t end = total * (place.cluster + 1) / place.num_clusters;
-  return {first_segment_from(tokens, begin, place.lane), first_segment_from(tokens, end, place.lane)};
+  const int64_t begin = total * coords.cluster / coords.num_clusters;
+  const int64_t end = total * (coords.cluster + 1) / coords.num_clusters;
+  return {first_segment_from(tokens, begin, coords.lane), first_segment_from(tokens, end, coords.lane)};
 }
 
 // Reads are aligned: a segment's first quad may begin up to three tokens before it.
@@ -76,31 +76,31 @@ struct Deal {
 };
 
 template <class Shape>
-__device__ Deal deal(Level level, Range share, const Place<Shape>& place) {
+__device__ Deal deal(Level level, Range share, const ThreadCoords<Shape>& coords) {
   if (level == Level::kCluster) return {share.first, 1, 1, 0};
-  if (level == Level::kBlock) return {share.first, 1, Shape::kBlocks, place.block};
-  return {share.first + place.block * Shape::kWarps + place.warp, Shape::kBlocks * Shape::kWarps, 1, 0};
+  if (level == Level::kBlock) return {share.first, 1, Shape::kBlocks, coords.block};
+  return {share.first + coords.block * Shape::kWarps + coords.warp, Shape::kBlocks * Shape::kWarps, 1, 0};
 }
 
 // Calls visit(level, segment) for every segment of the cluster's share, in all threads that work on it: long segments
 // by the cluster, one by one; then block-sized ones, distributed over the blocks; then the rest, over the
 // warps. Whole warps search for their segments together.
 template <class Shape, class Visit>
-__device__ void for_each_segment(const Tokens& tokens, const Place<Shape>& place, Visit visit) {
-  const Range share = share_of_cluster(tokens, place);
+__device__ void for_each_segment(const Tokens& tokens, const ThreadCoords<Shape>& coords, Visit visit) {
+  const Range share = share_of_cluster(tokens, coords);
   bool any_block, any_cluster;
   levels_in<Shape>(tokens, share, &any_block, &any_cluster);
 #pragma unroll 1
   for (int i = 0; i < 3; ++i) {
     const Level level = i == 0 ? Level::kCluster : i == 1 ? Level::kBlock : Level::kWarp;
     if ((level == Level::kCluster && !any_cluster) || (level == Level::kBlock && !any_block)) continue;
-    Deal mine = deal(level, share, place);
-    for (int base = mine.first; base < share.last; base += kLanes * mine.stride) {
-      const int candidate = base + place.lane * mine.stride;
+    Deal dealt = deal(level, share, coords);
+    for (int base = dealt.first; base < share.last; base += kLanes * dealt.stride) {
+      const int candidate = base + coords.lane * dealt.stride;
       const bool matches = candidate < share.last && level_of<Shape>(tokens, candidate) == level;
       for (unsigned left = __ballot_sync(kAllLanes, matches); left; left &= left - 1) {
-        if (mine.turn == 0) visit(level, base + (__ffs(left) - 1) * mine.stride);
-        mine.turn = mine.turn == 0 ? mine.turns - 1 : mine.turn - 1;
+        if (dealt.turn == 0) visit(level, base + (__ffs(left) - 1) * dealt.stride);
+        dealt.turn = dealt.turn == 0 ? dealt.turns - 1 : dealt.turn - 1;
       }
     }
   }

@@ -102,7 +102,7 @@ class Tile {
   Window window;
   uint32_t inside;   // of the segment
   uint32_t mask;     // loss tokens
-  uint32_t extreme;  // those above the dual clip
+  uint32_t above_dual_clip;  // those above the dual clip
   uint32_t clamped;  // with a clamped log-ratio
   Quad<float> log_ratio[Shape::kRows];  // d, clamped; any value if not a loss token
 
@@ -118,7 +118,7 @@ class Tile {
     read_rows(tokens.log_probs, tokens.dtype, window, log_ratio);
     if (tokens.old_log_probs) read_rows(tokens.old_log_probs, tokens.dtype, window, old);
 
-    mask = extreme = clamped = 0;
+    mask = above_dual_clip = clamped = 0;
 #pragma unroll
     for (int r = 0; r < Shape::kRows; ++r)
 #pragma unroll
@@ -127,21 +127,21 @@ class Tile {
         const float shift = tokens.old_log_probs ? log_ratio[r].at[i] - old[r].at[i] : log_ratio[r].at[i];
         log_ratio[r].at[i] = clip(shift, -constants.log_ratio_clamp, constants.log_ratio_clamp);
         if (is_loss[r].at[i]) mask |= bit;
-        if (log_ratio[r].at[i] > constants.log_dual_clip) extreme |= bit;
+        if (log_ratio[r].at[i] > constants.log_dual_clip) above_dual_clip |= bit;
         if (fabsf(shift) > constants.log_ratio_clamp) clamped |= bit;
       }
     mask &= inside;
-    extreme &= mask;
-    scanned_ = constants.influence ? mask & ~extreme : 0;
+    above_dual_clip &= mask;
+    scanned_ = constants.influence ? mask & ~above_dual_clip : 0;
     if (carry_in != 0.0f) take_in(carry_in);
   }
 
   // Loss tokens above the dual clip with A < 0.
   __device__ uint32_t dual_clipped(const Tokens& tokens, float segment_advantage) const {
     if (!tokens.advantages) return 0;  // not requested
-    if (!tokens.advantages_per_token) return segment_advantage < 0.0f ? extreme : 0;
+    if (!tokens.advantages_per_token) return segment_advantage < 0.0f ? above_dual_clip : 0;
     uint32_t bits = 0;
-    for (uint32_t left = extreme; left; left &= left - 1) {  // usually there is none
+    for (uint32_t left = above_dual_clip; left; left &= left - 1) {  // usually there is none
       const int at = __ffs(left) - 1;
       if (tokens.advantages[window.position + at / kQuad * kRowTokens + at % kQuad] < 0.0f) bits |= 1u << at;
     }

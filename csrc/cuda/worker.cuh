@@ -26,19 +26,20 @@ struct Inputs {
 
 // A Task defines what is done with S:
 //   counts()          whether it reads SegmentCounts
-//   kCountsFirst      whether `settle` is called before the tokens or after them
-//   settle(segment, counts, is_leader)     by all threads that work on the segment; one of them is the leader
+//   kCountsFirst      whether `finalize_segment` is called before the tokens or after them
+//   finalize_segment(segment, counts, is_leader)     by all threads that work on the segment; one of them is the leader
 //   row(window, row, segment)              by each warp, for its rows
 //   end_tile()
 template <class Shape, class Task>
 class Worker {
  public:
-  __device__ Worker(const Inputs<Shape>& inputs, const Place<Shape>& place, ExchangeMemory<Shape>* memory, Task* task)
+  __device__ Worker(const Inputs<Shape>& inputs, const ThreadCoords<Shape>& coords, ExchangeMemory<Shape>* memory,
+                    Task* task)
       : inputs_(inputs),
-        place_(place),
-        exchange_(inputs.decay, place, memory),
+        coords_(coords),
+        exchange_(inputs.decay, coords, memory),
         task_(*task),
-        behind_lane_(inputs.decay.behind[place.lane]) {}
+        behind_lane_(inputs.decay.behind[coords.lane]) {}
 
   // Only a cluster's segments have several tiles. There, a task that needs the counts before it can write
   // gets them from a first pass, which leaves the segment in the L2 cache.
@@ -57,7 +58,7 @@ class Worker {
 #pragma unroll 1  // a second copy of the walk would be too much code
     for (int pass = counts_alone ? 0 : 1; pass < 2; ++pass)
       walk(stretch, pass == 0 || !counts_alone, pass == 1, &counts);
-    if (!Task::kCountsFirst) task_.settle(index, counts, is_leader(level));
+    if (!Task::kCountsFirst) task_.finalize_segment(index, counts, is_leader(level));
   }
 
  private:
@@ -77,15 +78,15 @@ class Worker {
     for (int i = segment.num_tiles - 1; i >= 0; --i) {
       Tile<Shape> tile;
       tile.load(inputs_.tokens, inputs_.constants, window(segment, i), carry_in_);
-      Summary mine = counts_of(tile);
-      mine.first = tile.scan(inputs_.decay, place_.lane);
-      const Exchanged exchanged = exchange_.all(segment.level, mine, carry, segment.rows);
+      Summary local = counts_of(tile);
+      local.first = tile.scan(inputs_.decay, coords_.lane);
+      const Exchanged exchanged = exchange_.all(segment.level, local, carry, segment.rows);
       carry = exchanged.whole.first;
       if (counts_it) counts->add(exchanged.whole);
       if (!writes) continue;
       if (Task::kCountsFirst && i == segment.num_tiles - 1)
-        task_.settle(segment.index, *counts, is_leader(segment.level));
-      tile.for_each_row(inputs_.decay, place_.lane, behind_lane_, exchanged.carry,
+        task_.finalize_segment(segment.index, *counts, is_leader(segment.level));
+      tile.for_each_row(inputs_.decay, coords_.lane, behind_lane_, exchanged.carry,
                         [&](const Row& row) { task_.row(tile.window, row, segment.index); });
       task_.end_tile();
     }
@@ -103,8 +104,8 @@ class Worker {
     return rows > 1 ? rows : 1;
   }
   __device__ bool is_leader(Level level) const {
-    return place_.lane == 0 && (level == Level::kWarp || place_.warp == 0) &&
-           (level != Level::kCluster || place_.block == 0);
+    return coords_.lane == 0 && (level == Level::kWarp || coords_.warp == 0) &&
+           (level != Level::kCluster || coords_.block == 0);
   }
 
   // Of a tile; that of the tile after the last one is where the last one ends.
@@ -113,10 +114,10 @@ class Worker {
   }
 
   __device__ Window window(const Stretch& segment, int tile) const {
-    int warp = segment.level == Level::kWarp ? 0 : place_.warp;
-    if (segment.level == Level::kCluster) warp += place_.block * Shape::kWarps;
+    int warp = segment.level == Level::kWarp ? 0 : coords_.warp;
+    if (segment.level == Level::kCluster) warp += coords_.block * Shape::kWarps;
     const int64_t position =
-        first_position(segment, tile) + warp * segment.rows * kRowTokens + place_.lane * kQuad;
+        first_position(segment, tile) + warp * segment.rows * kRowTokens + coords_.lane * kQuad;
     // Only the quad at the very end of the tokens may be incomplete, and only a segment's last quad can be that one.
     const bool vectors = inputs_.aligned && aligned_down(segment.end + kQuad - 1) <= inputs_.tokens.num_tokens;
     return {position, within_reach(segment.begin - position), within_reach(segment.end - position), segment.rows,
@@ -137,7 +138,7 @@ class Worker {
   }
 
   const Inputs<Shape>& inputs_;
-  const Place<Shape>& place_;
+  const ThreadCoords<Shape>& coords_;
   Exchange<Shape> exchange_;
   Task& task_;
   const float behind_lane_;

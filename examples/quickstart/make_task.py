@@ -99,7 +99,7 @@ CLEAN_SHARE = 0.7  # share of steps without mistakes: the model first learns to 
 
 
 def slipped(rng: random.Random, value: int, probability: float) -> int:
-    """Return the value, or a wrong one with the given probability."""
+    """Return the value, or an incorrect one with the given probability."""
     if rng.random() >= probability:
         return value
     return max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))

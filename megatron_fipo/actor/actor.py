@@ -327,7 +327,9 @@ class FIPOActor(AlignableGenerativeInterface):
         micro_batch = next(micro_batches).to(self.topology.device)
 
         def log_probs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return gather_tokens(output[0], micro_batch.places, micro_batch.num_response_positions, self.topology.cp)
+            return gather_tokens(
+                output[0], micro_batch.response_index, micro_batch.num_response_positions, self.topology.cp
+            )
 
         return model(micro_batch), log_probs
 

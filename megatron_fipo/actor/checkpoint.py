@@ -33,7 +33,7 @@ def sharded_state(actor: FIPOActor, *, loading: bool) -> dict[str, Any]:
     """Return the actor's state as `dist_checkpointing` saves it, or fills it when it loads.
 
     Weights are handed to `restore`, all the rest is loaded in place: into Adam's state, the initial policy's weights
-    and, under `random`, tensors of their own. `random` has a row for each rank, so that it fits only as many ranks.
+    and, under `random`, separate tensors. `random` has a row for each rank, so that it fits only as many ranks.
     """
     model = {str(n): chunk.sharded_state_dict(metadata=dict(LAYERS)) for n, chunk in enumerate(actor.chunks)}
     weights = {id(value.data): value for value in nested_values(model) if not isinstance(value, ShardedObject)}

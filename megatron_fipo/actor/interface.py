@@ -14,7 +14,7 @@ else:
     except ImportError:
 
         class AlignableGenerativeInterface:
-            """Stands in for the base class where the `aligner` extra is not installed; it only names a contract."""
+            """Substitute for the base class where the `aligner` extra is not installed."""
 
 
 __all__ = ["AlignableGenerativeInterface"]

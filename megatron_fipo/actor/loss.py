@@ -29,7 +29,7 @@ class PolicyLoss:
         """(loss sum, denominator, metrics) of the micro-batch, in the form that Megatron's per-token loss expects.
 
         `output` is `[2, R_local]`, log-probabilities and entropies. Under context parallelism each rank has the loss
-        of its own chunks of every sequence, exact through the carries that the ranks exchange; Megatron adds sums and
+        of its local chunks of every sequence, exact through the carries that the ranks exchange; Megatron adds sums and
         denominators up over the data- and context-parallel ranks. What the loss made of each token, `[K, R]` as
         `credit.RECORDED` names it, is appended to `record`.
         """
@@ -75,9 +75,9 @@ class PolicyLoss:
         if self.algorithm.loss == "fipo":
             kinds += [out.future_kl, out.influence_weights]
         size = micro_batch.num_response_positions
-        places = torch.cat([micro_batch.places + kind * size for kind in range(len(kinds))])
-        return gather_tokens(torch.cat(kinds), places, len(kinds) * size, self.topology.cp).view(len(kinds), size)
+        index = torch.cat([micro_batch.response_index + kind * size for kind in range(len(kinds))])
+        return gather_tokens(torch.cat(kinds), index, len(kinds) * size, self.topology.cp).view(len(kinds), size)
 
     def _mine(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """[R] -> [R_local]: the positions that this context-parallel rank holds."""
-        return values if self.topology.cp.size() == 1 else values[micro_batch.places]
+        return values if self.topology.cp.size() == 1 else values[micro_batch.response_index]

@@ -26,7 +26,7 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 class HostState:
     """One block of pinned memory that state is moved to and back, the same for every offload.
 
-    Copies run on a stream of their own. `offload` ends when they have, since the GPU's memory is then given away;
+    Copies run on a separate stream. `offload` returns when they have ended, since the GPU's memory is then freed;
     `restore` ends before, so that what comes next runs beside them: `wait` orders what needs the state behind them.
     """
 
@@ -37,7 +37,7 @@ class HostState:
         self._restored: torch.cuda.Event | None = None
 
     def offload(self, slots: Sequence[Slot]) -> None:
-        """Move what is on the device to host memory, and let go of the device's.
+        """Move state on the device to host memory, and free the device's.
 
         Raises:
             RuntimeError: some of the state is in the block already, which would be overwritten.

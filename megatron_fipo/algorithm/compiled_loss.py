@@ -15,7 +15,7 @@ from megatron_fipo.algorithm.sharding import Layout, exchange_segments
 
 # Names as in `loss_metrics`. Means are over loss tokens.
 RATIO_MEANS = (
-    "policy_kl",
+    "approx_kl",
     "ppo_clip_fraction",
     "dual_clip_fraction",
     "negative_ratio_2_3",

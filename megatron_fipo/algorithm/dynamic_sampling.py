@@ -20,8 +20,8 @@ class GroupOutcomes(NamedTuple):
 
     group: Tensor  # [P] group index
     informative: Tensor  # [P] bool
-    all_right: Tensor  # [P] bool
-    all_wrong: Tensor  # [P] bool
+    all_correct: Tensor  # [P] bool
+    all_incorrect: Tensor  # [P] bool
 
 
 def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | None = None) -> GroupOutcomes:
@@ -46,8 +46,8 @@ def informative_groups(scores: Tensor, group_index: Tensor, accuracy: Tensor | N
         return blank.scatter_reduce(0, group, values, which, include_self=False)
 
     informative = extremum(scores, "amax") - extremum(scores, "amin") > STD_EPSILON
-    right = extremum(accuracy, "amin") >= 1
-    return GroupOutcomes(groups, informative, ~informative & right, ~informative & ~right)
+    correct = extremum(accuracy, "amin") >= 1
+    return GroupOutcomes(groups, informative, ~informative & correct, ~informative & ~correct)
 
 
 class DynamicSamplingExhausted(ValueError):
@@ -62,8 +62,8 @@ class AcceptedGroups(Generic[Group]):
     surplus: list[Group]  # informative groups beyond the batch, in prompt order
     rounds: int  # generation rounds of this batch, the last one perhaps in part; 0: `pending` filled it
     generated_prompts: int
-    dropped_all_right: int
-    dropped_all_wrong: int
+    dropped_all_correct: int
+    dropped_all_incorrect: int
 
 
 class DynamicSampling(Generic[Group]):
@@ -102,7 +102,7 @@ class DynamicSampling(Generic[Group]):
         self.when_exhausted = when_exhausted
         self.filter_groups = filter_groups
         self.pending = list(pending)
-        self.generated_prompts = self.dropped_all_right = self.dropped_all_wrong = 0
+        self.generated_prompts = self.dropped_all_correct = self.dropped_all_incorrect = 0
 
     def add(self, groups: Sequence[Group], outcomes: GroupOutcomes) -> None:
         """Add groups, in prompt order, each with its entry of `outcomes`.
@@ -114,8 +114,8 @@ class DynamicSampling(Generic[Group]):
             raise ValueError(f"{len(groups)} groups must have as many outcomes, got {outcomes.group.numel()}")
         self.generated_prompts += len(groups)
         if self.filter_groups:
-            self.dropped_all_right += int(outcomes.all_right.sum())
-            self.dropped_all_wrong += int(outcomes.all_wrong.sum())
+            self.dropped_all_correct += int(outcomes.all_correct.sum())
+            self.dropped_all_incorrect += int(outcomes.all_incorrect.sum())
             kept = outcomes.informative.tolist()
             groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
         self.pending += groups
@@ -140,8 +140,8 @@ class DynamicSampling(Generic[Group]):
             return False
         raise DynamicSamplingExhausted(
             f"{self.rounds} generation rounds of {self.generated_prompts} prompts gave {len(self.pending)} of the "
-            f"{self.prompts_per_step} groups per training step: {self.dropped_all_right} were all correct and "
-            f"{self.dropped_all_wrong} all incorrect. Use problems closer to the model's ability, or increase "
+            f"{self.prompts_per_step} groups per training step: {self.dropped_all_correct} were all correct and "
+            f"{self.dropped_all_incorrect} all incorrect. Use problems closer to the model's ability, or increase "
             f"rollout.prompts_per_round, rollout.group_size or rollout.max_rounds (0: no limit), or set "
             f"rollout.when_exhausted to 'train' to continue with smaller batches"
         )
@@ -153,6 +153,6 @@ class DynamicSampling(Generic[Group]):
             surplus=self.pending[self.prompts_per_step :],
             rounds=self.rounds,
             generated_prompts=self.generated_prompts,
-            dropped_all_right=self.dropped_all_right,
-            dropped_all_wrong=self.dropped_all_wrong,
+            dropped_all_correct=self.dropped_all_correct,
+            dropped_all_incorrect=self.dropped_all_incorrect,
         )

@@ -58,19 +58,19 @@ def truncated_importance_weights(
 def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, loss_mask: Tensor) -> Metrics:
     """Return mergeable metrics of the mismatch over loss tokens (shapes and errors: `truncated_importance_weights`).
 
-    `rollout_mismatch_abs` and `_abs_max`: mean and largest |d|; `_k1`, `_k3`: estimates of KL(rollout || trainer) from
-    the rollout's samples, -d and exp(d) - 1 - d; `_outside_fraction`: tokens whose exp(d) is outside [0.5, 2];
-    `_ratio_histogram`: of |d|, so that the quantiles are those of the larger of exp(d) and exp(-d).
+    `abs_mean`, `abs_max`: mean and largest |d|; `k1`, `k3`: estimates of KL(rollout || trainer) from the rollout's
+    samples, -d and exp(d) - 1 - d; `outside_fraction`: share of tokens whose exp(d) is outside [0.5, 2];
+    `ratio_histogram`: of |d|, so that the quantiles are those of the larger of exp(d) and exp(-d).
     """
     log_ratio, mask = _log_ratio(old_log_probs, rollout_log_probs, loss_mask)
     low, high = (math.log(r) for r in RATIO_RANGE)
     return {
-        "rollout_mismatch_abs": mean_where(log_ratio.abs(), mask),
-        "rollout_mismatch_abs_max": max_where(log_ratio.abs(), mask),
-        "rollout_mismatch_k1": mean_where(-log_ratio, mask),
-        "rollout_mismatch_k3": mean_where(log_ratio.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio, mask),
-        "rollout_mismatch_outside_fraction": fraction((log_ratio < low) | (log_ratio > high), mask),
-        "rollout_mismatch_ratio_histogram": log_ratio_histogram(log_ratio.abs(), mask),
+        "abs_mean": mean_where(log_ratio.abs(), mask),
+        "abs_max": max_where(log_ratio.abs(), mask),
+        "k1": mean_where(-log_ratio, mask),
+        "k3": mean_where(log_ratio.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio, mask),
+        "outside_fraction": fraction((log_ratio < low) | (log_ratio > high), mask),
+        "ratio_histogram": log_ratio_histogram(log_ratio.abs(), mask),
     }
 
 

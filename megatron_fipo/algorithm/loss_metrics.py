@@ -25,7 +25,7 @@ def ratio_metrics(tokens: PackedTokens, clipped: Tensor, dual_clipped: Tensor, d
     ratio = log_ratio.exp()
     negative, positive = mask & (tokens.advantage < 0), mask & (tokens.advantage > 0)
     return {
-        "policy_kl": mean_where(-log_ratio, mask),
+        "approx_kl": mean_where(-log_ratio, mask),
         "log_ratio_abs_max": max_where(log_ratio.abs(), mask),
         "ppo_clip_fraction": fraction(clipped, mask),
         "dual_clip_fraction": fraction(dual_clipped, mask),

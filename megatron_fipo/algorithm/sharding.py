@@ -1,11 +1,11 @@
-"""Losses of sequences that are split over the ranks of a process group: exchange_segments between ranks.
+"""Losses of sequences that are split over the ranks of a process group: exchange of segment statistics between ranks.
 
 Chunk k of a sequence needs S_t of the first token after it, its carry. With a carry of 0 it would have S_first[k];
 since the scan is linear,
 
     carry[k] = S_first[k+1] + gamma^length[k+1] * carry[k+1],    carry[last] = 0
 
-so one exchange_segments of (S_first, length, dual-clipped tokens, loss tokens), 32 bytes per chunk, makes every chunk
+so one exchange of (S_first, length, dual-clipped tokens, loss tokens), 32 bytes per chunk, makes every chunk
 exact for any half-life. The last two determine the veto and the length of the whole sequence.
 
 Letters: S sequences, C ranks, K chunks of each sequence on a rank (1, zig-zag 2), N packed tokens of this rank.

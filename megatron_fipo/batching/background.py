@@ -286,7 +286,7 @@ class GroupSampler:
                 self._engine_version = number
             if number != self._engine_version:
                 raise RuntimeError(
-                    f"the rollout engine drew a response with its weights number {number} and others with number "
+                    f"the rollout engine sampled a response with its weights number {number} and others with number "
                     f"{self._engine_version}, although there was no update between them"
                 )
 

@@ -43,10 +43,10 @@ def distribute(
     ids = [group * size + i for group in groups for i in range(size)]
     cuts = range(0, len(ids), step * size)
     plans = [_plan(ids[cut : cut + step * size], lengths, config, topology) for cut in cuts]
-    mine = _exchange(rollouts, plans, topology)
-    row = {int(i): n for n, i in enumerate(mine.ids)}
+    local = _exchange(rollouts, plans, topology)
+    row = {int(i): n for n, i in enumerate(local.ids)}
     replica = topology.dp.rank()
-    return mine, [TrainBatch(tuple(pack(mine, [row[i] for i in bin_]) for bin_ in plan[replica])) for plan in plans]
+    return local, [TrainBatch(tuple(pack(local, [row[i] for i in bin_]) for bin_ in plan[replica])) for plan in plans]
 
 
 def _lengths_everywhere(rollouts: Rollouts, topology: Topology) -> dict[int, int]:

@@ -1,6 +1,6 @@
-"""The distance between what the engine sampled from and what is trained: watched every step, corrected where asked.
+"""Mismatch between the engine's and the trainer's log-probabilities: measured every step, corrected if configured.
 
-Two things make it: the same weights computed otherwise (precision, kernels), and weights of an earlier step.
+Its causes: other precision or kernels for the same weights, and weights of an earlier step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def with_importance_weights(batches: Sequence[TrainBatch], config: RolloutConfig
 
 
 def rollout_mismatch(batches: Sequence[TrainBatch], topology: Topology) -> dict[str, float]:
-    """How far the engine's log-probabilities are from the trainer's, over all replicas. Collective.
+    """Return metrics of the mismatch over all replicas. Collective.
 
     Names and meanings are `algorithm.mismatch_metrics`'s; of the histogram the 99.9 % quantile.
     """
@@ -50,8 +50,8 @@ def rollout_mismatch(batches: Sequence[TrainBatch], topology: Topology) -> dict[
         assert m.old_log_probs is not None
         metrics = merge(metrics, mismatch_metrics(m.old_log_probs, m.rollout_log_probs, m.loss_mask))
     values = finalize(all_reduce(metrics, topology.dp))
-    others = ("_ratio_p25", "_ratio_median", "_ratio_p75", "_ratio_p995")
-    return {f"mismatch/{name}": value for name, value in values.items() if not name.endswith(others)}
+    left_out = ("ratio_p25", "ratio_median", "ratio_p75", "ratio_p995")
+    return {f"mismatch/{name}": value for name, value in values.items() if name not in left_out}
 
 
 def mismatch_warning(
@@ -64,25 +64,25 @@ def mismatch_warning(
     Args:
         policy_version: of the weights that compute the old log-probabilities.
     """
-    distance = mismatch["mismatch/rollout_mismatch_abs"]
+    distance = mismatch["mismatch/abs_mean"]
     if not distance > config.mismatch_warning:
         return None
-    drawn_by = rollouts.weight_versions[rollouts.loss_mask].long()
+    versions = rollouts.weight_versions[rollouts.loss_mask].long()
     none = torch.full((1,), -(2**31))  # a replica may have no response
-    ends = torch.stack([torch.cat([drawn_by, none]).max(), torch.cat([-drawn_by, none]).max()]).to(topology.device)
+    ends = torch.stack([torch.cat([versions, none]).max(), torch.cat([-versions, none]).max()]).to(topology.device)
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=topology.dp)
     newest, oldest = int(ends[0]), -int(ends[1])
     return (
         f"trainer and rollout engine disagree by {distance:.3g} nats a token (the most: "
-        f"{mismatch['mismatch/rollout_mismatch_abs_max']:.3g}). {_versions(oldest, newest, policy_version)} "
+        f"{mismatch['mismatch/abs_max']:.3g}). {_versions(oldest, newest, policy_version)} "
         "Other causes: another precision or other kernels (model.dtype, model.fp32_logits); sampling parameters that "
         f"only the engine applies (temperature {config.temperature:g}, top_p {config.top_p:g}, top_k {config.top_k}); "
-        "prompts or responses tokenized anew on the way"
+        "prompts or responses that were tokenized again"
     )
 
 
 def _versions(oldest: int, newest: int, trained: int) -> str:
     if oldest == newest == trained:
-        return f"All tokens were drawn by the weights that are trained (of {trained} steps), so staleness is not it."
-    drawn = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
-    return f"Tokens were drawn by weights of {drawn} steps and are trained by those of {trained}: this adds to it."
+        return f"All tokens were sampled with the trained weights (of {trained} steps), so staleness is not the cause."
+    sampled = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
+    return f"Tokens were sampled with weights of {sampled} steps and train those of {trained}, which adds to it."

@@ -74,8 +74,8 @@ def step_batch(
     figures = {
         "sampling/rounds": float(accepted.rounds),
         "sampling/prompts_generated": float(accepted.generated_prompts),
-        "sampling/groups_all_right": float(accepted.dropped_all_right),
-        "sampling/groups_all_wrong": float(accepted.dropped_all_wrong),
+        "sampling/all_correct": float(accepted.dropped_all_correct),
+        "sampling/all_incorrect": float(accepted.dropped_all_incorrect),
         "sampling/surplus_groups": float(len(accepted.surplus)),
         **(_response_metrics(rows) if len(rows) else {}),
         **metrics,
@@ -87,15 +87,15 @@ def _response_metrics(rows: torch.Tensor) -> dict[str, float]:
     """Return rewards and lengths of all sampled responses, dropped groups included."""
     _, reward, accuracy, length, truncated, _, failure = rows.unbind(1)
     quantiles = torch.quantile(length, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
-    right, wrong = length[accuracy > 0], length[accuracy <= 0]
+    correct, incorrect = length[accuracy > 0], length[accuracy <= 0]
     return {
         "reward/mean": float(reward.mean()),
         "reward/accuracy": float(accuracy.mean()),
         **{f"reward/verifier_{name}s": float((failure == i).sum()) for i, name in enumerate(FAILURES) if name},
         "response_length/mean": float(length.mean()),
         **{f"response_length/{n}": q for n, q in zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True)},
-        "response_length/right": float(right.mean()) if len(right) else 0.0,
-        "response_length/wrong": float(wrong.mean()) if len(wrong) else 0.0,
+        "response_length/correct": float(correct.mean()) if len(correct) else 0.0,
+        "response_length/incorrect": float(incorrect.mean()) if len(incorrect) else 0.0,
         "response_length/truncated": float(truncated.mean()),
     }
 

@@ -67,7 +67,7 @@ class _Save:
 
 
 class Checkpointer:
-    """Checkpoints of one actor in one directory, which no other run writes to. All methods but `close` are collective.
+    """Checkpoints of one actor in one directory, used by no other run. All methods but `close` are collective.
 
     Attributes:
         whole: step of the newest checkpoint that is known to be whole, saved, found or loaded by this process.
@@ -219,7 +219,7 @@ class Checkpointer:
             self._pending.pause = time.perf_counter() - started
 
     def _finalize(self) -> None:
-        """Gather what the writers say, and if all are well make a checkpoint of it."""
+        """Gather the writers' reports, and if all succeeded publish the checkpoint."""
         save = self._pending
         assert save is not None
         written = save.report.take()
@@ -272,7 +272,7 @@ class Checkpointer:
         )
         text = f"the checkpoint of step {step} could not be written: {reason}; {kept}"
         self._failures += not wait
-        if wait or self._failures >= _MOST_FAILURES:  # steps that nobody can resume from are lost node-hours
+        if wait or self._failures >= _MOST_FAILURES:  # training without checkpoints would waste node-hours
             raise OSError(f"{text}. Make {self.directory} writable and free space there, then start the run again")
         self._warn(f"{text}. Training goes on: make sure that {self.directory} is writable and has space")
 
@@ -334,7 +334,7 @@ class Checkpointer:
         return json.loads((path / files.STATE).read_text()), parts
 
     def _damage(self, step: int) -> str | None:
-        """Why a checkpoint cannot be trusted, found by all ranks together; None if it is whole."""
+        """Return why a checkpoint is damaged, checked by all ranks together; None if it is whole."""
         path = files.directory_of(self.directory, step)
         reason: str | None = None
         try:

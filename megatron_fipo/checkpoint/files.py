@@ -165,13 +165,13 @@ def _await_file(path: Path) -> None:
 def share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> list[str]:
     """Return the files that `rank` checks, so that all ranks read about the same number of bytes."""
     loads = [0] * world_size
-    mine = []
+    local = []
     for name, file in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
         least = loads.index(min(loads))
         loads[least] += file.bytes
         if least == rank:
-            mine.append(name)
-    return mine
+            local.append(name)
+    return local
 
 
 def flush(path: Path) -> None:

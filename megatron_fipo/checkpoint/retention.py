@@ -89,7 +89,7 @@ def delete(paths: Iterable[Path]) -> None:
 
 
 def finish_interrupted(directory: Path) -> None:
-    """Give their name to checkpoints that were whole when their run died, but for the name."""
+    """Give their name to checkpoints that were whole when their run ended, but for the name."""
     for path, step in leftovers(directory, "unfinished").items():
         final = directory_of(directory, step)
         if not final.exists():

@@ -64,12 +64,12 @@ class Written:
     """Report of a rank's writer: what it wrote, or why it could not.
 
     Attributes:
-        places: offset and length of each item in the rank's data file.
+        extents: offset and length of each item in the rank's data file.
         seconds: that it took.
     """
 
     files: dict[str, FileRecord]
-    places: list[tuple[int, int]]
+    extents: list[tuple[int, int]]
     seconds: float
     error: str | None = None
 
@@ -77,12 +77,12 @@ class Written:
         """In torch's terms, for the checkpoint's metadata."""
         return [
             WriteResult(item.index, length, _StorageInfo(payload.name, offset, length))
-            for (item, _), (offset, length) in zip(payload.items, self.places, strict=True)
+            for (item, _), (offset, length) in zip(payload.items, self.extents, strict=True)
         ]
 
 
 class Report:
-    """Memory that a writer process leaves its word in: a pipe would block it once full, and a disk may be."""
+    """Memory for a writer process's report: a pipe could block when full, and a disk may be full."""
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("checkpoint-report"), "w+b")
@@ -196,10 +196,10 @@ def _to_host(payload: Payload, staging: Staging) -> Payload:
 
 
 def _write_in_background(parent: int, directory: Path, payload: Payload, report: Report) -> None:
-    """Write, in a process of its own, and report."""
+    """Write, in a separate process, and report."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
-        return  # it died before it could be asked for
+        return  # the parent died before the request
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     gc.disable()  # a tensor of the GPU must not be freed here
@@ -212,8 +212,8 @@ def _write(directory: Path, payload: Payload, report: Report) -> None:
     """Write and flush this rank's files. Errors go into the report, since all ranks must learn of them."""
     started = time.perf_counter()
     try:
-        files, places = _write_files(directory, payload)
-        report.put(Written(files, places, time.perf_counter() - started))
+        files, extents = _write_files(directory, payload)
+        report.put(Written(files, extents, time.perf_counter() - started))
     except OSError as error:
         report.put(Written({}, [], 0.0, error.strerror or str(error)))
     except Exception as error:
@@ -226,12 +226,12 @@ def _write_files(directory: Path, payload: Payload) -> tuple[dict[str, FileRecor
         with _File(directory / name) as file:
             file.write(content)
         files[name] = file.record
-    places = []
+    extents = []
     if payload.items:
         with _without_torchs_checksums(), _File(directory / payload.name) as file:
-            places = [_write_item(file, data) for _, data in payload.items]
+            extents = [_write_item(file, data) for _, data in payload.items]
         files[payload.name] = file.record
-    return files, places
+    return files, extents
 
 
 @contextlib.contextmanager
@@ -271,7 +271,7 @@ class _File:
         self._checker.shutdown()
         with self._stream:
             if self._error is not None:
-                raise self._error from None  # `torch.save` covers it with an error of its own
+                raise self._error from None  # `torch.save` hides it behind another error
             if error[0] is None:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())

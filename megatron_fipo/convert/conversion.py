@@ -90,12 +90,12 @@ def to_megatron(
             if file not in work.finished:
                 with_nan: list[str] = []
                 tensors = _read(checkpoint, parameters, arch, dtypes, with_nan, lambda n: progress(n, size))
-                places = write_file(work.path / file, tensors)
-                flusher.add(file, {"places": places, "with_nan": with_nan})
+                extents = write_file(work.path / file, tensors)
+                flusher.add(file, {"extents": extents, "with_nan": with_nan})
             else:
                 progress(sum(num_bytes(p.shape, dtypes[p.checkpoint]) for p in parameters), size)
         flusher.wait()
-        write_metadata(work.path, arch, dtypes, files, {f: note["places"] for f, note in work.finished.items()})
+        write_metadata(work.path, arch, dtypes, files, {f: note["extents"] for f, note in work.finished.items()})
         copy_companions(source, work.path, dtype)
         DistributedCheckpoint(work.path).check(arch)
         done = Converted(size, [name for note in work.finished.values() for name in note["with_nan"]])

@@ -114,20 +114,20 @@ def save_checkpoint(
         for _ in weights:
             pass
         return
-    unfinished = StagingDirectory(out, {"source": source})
+    staging = StagingDirectory(out, {"source": source})
     try:
         first = next(weights)
         arch = architecture(hf_config)
         tensors = {n: (shape, first[1].dtype) for n, shape in tables.huggingface_shapes(arch).items()}
         stored, parts, renamed = stored_tensors(tensors, arch, block_of(Path(source)))
-        writer = CheckpointWriter(unfinished.path, stored, FILE_BYTES, parts=parts)
+        writer = CheckpointWriter(staging.path, stored, FILE_BYTES, parts=parts)
         for name, tensor in chain([first], weights):
             writer.write(renamed.get(name, name), tensor)
         writer.close()
         config = exported_config(hf_config, Path(source))
         stops = stop_tokens_of(Path(source), config)
-        export_companions(Path(source), unfinished.path, stops, config, first[1].dtype)
-        unfinished.publish()
+        export_companions(Path(source), staging.path, stops, config, first[1].dtype)
+        staging.publish()
     except BaseException:
-        unfinished.discard()
+        staging.discard()
         raise

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.former_names import staging_directory
+
 MANIFEST = "conversion.json"
 _PROGRESS = ".progress.jsonl"
 
@@ -24,16 +26,23 @@ class StagingDirectory:
         """Start, or with `resume` continue, the job described by `job`.
 
         Raises:
-            ValueError: the staging directory belongs to another job.
+            ValueError: the staging directory belongs to another job, or an earlier release left one to resume.
         """
         self.out = out
-        self.path = out.with_name(f".{out.name}.unfinished")  # not mkdtemp, whose directories are unreadable for others
+        self.path = out.with_name(f".{out.name}.staging")  # not mkdtemp, whose directories are unreadable for others
         self._progress = self.path / _PROGRESS
         self.finished: dict[str, Any] = {}
+        former = staging_directory(out)
+        if resume and former.is_dir():
+            raise ValueError(
+                f"{former} is the interrupted conversion of an earlier release, which cannot be resumed: "
+                "omit --resume to remove it and start over"
+            )
         if resume and self._progress.is_file():
             self._continue(job)
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        for path in (former, self.path):
+            shutil.rmtree(path, ignore_errors=True)
         self.path.mkdir(parents=True)
         self._append(job)
 

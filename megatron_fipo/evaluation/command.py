@@ -137,7 +137,7 @@ class _Progress:
         self._store = store
         self._started = self._last_report = time.monotonic()
         if self._earlier:
-            print(f"{self._earlier} of {self._wanted} samples are there already", file=sys.stderr)
+            print(f"{self._earlier} of {self._wanted} samples are already finished", file=sys.stderr)
 
     @property
     def left(self) -> int:

@@ -39,8 +39,7 @@ def consensus(votes: Sequence[int | None]) -> float:
 
     Each vote is the class of an answer; class `CORRECT` is that of correct answers, None is no vote. If several classes
     have the most votes, one of them is chosen at random: with the correct one among t, the value is 1 / t. The result
-        depends
-    neither on the order of the samples nor on which of two equal answers comes first.
+    depends neither on the order of the samples nor on which of two equal answers comes first.
     """
     counts = Counter(vote for vote in votes if vote is not None)
     most = max(counts.values(), default=0)

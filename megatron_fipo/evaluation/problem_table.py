@@ -30,7 +30,7 @@ def _row(answers: Sequence[Sample], prompt: Prompt) -> dict[str, Any]:
         "row": prompt.index,
         "ground_truth": prompt.ground_truth,
         "samples": len(answers),
-        "right": sum(s.accuracy > 0 for s in answers),
+        "correct": sum(s.accuracy > 0 for s in answers),
         "cons": consensus([s.answer_class for s in answers]),
         "majority": next((s.answer for s in answers if s.answer_class == winner), None) if votes else None,
         "majority_votes": most,

@@ -35,9 +35,9 @@ def plan_samples(benchmarks: Mapping[str, Sequence[Prompt]], config: Config) -> 
     more samples, problems or benchmarks do not change earlier ones.
     """
     return [
-        SampleSpec((name, place, number), derive_seed(config.run.seed, "eval", place, number), prompt)
+        SampleSpec((name, index, number), derive_seed(config.run.seed, "eval", index, number), prompt)
         for name, prompts in benchmarks.items()
-        for place, prompt in enumerate(prompts[: config.eval.max_problems])
+        for index, prompt in enumerate(prompts[: config.eval.max_problems])
         for number in range(config.eval.samples)
     ]
 

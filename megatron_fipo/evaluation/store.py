@@ -1,7 +1,7 @@
 """Directory of an evaluation: finished samples, from which an interrupted evaluation continues, and its results.
 
 settings.json          settings that the samples depend on
-drawn/*.parquet        finished samples, several per file, each file written atomically
+samples/*.parquet      finished samples, several per file, each file written atomically
 samples.parquet        a row per sample, with prompt, ground truth and answer class
 problems.parquet       a row per problem
 summary.json           the metrics
@@ -24,10 +24,11 @@ from megatron_fipo.data import PromptSet
 from megatron_fipo.evaluation.problem_table import problem_table
 from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table
 from megatron_fipo.evaluation.summary import Evaluation
+from megatron_fipo.former_names import SAMPLES, current_evaluation_settings, problems_setting
 from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of each weight file that are hashed: 32B parameters are 65 GB
-BEGAN = "the evaluation's beginning"
+START, WEIGHTS = "start_time", "weights_fingerprint"  # keys of settings.json, with those of `problems_setting`
 _WEIGHT_FILES = ("*.safetensors", "*.distcp")
 
 
@@ -36,14 +37,14 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._samples = directory / "drawn"
+        self._samples = directory / "samples"
+        self._settings_file = directory / "settings.json"
         self._rows: dict[Path, int] = {}
 
     def began(self) -> datetime:
         """Return the time used by chat templates: the evaluation's start, or now if it has not begun."""
-        path = self.directory / "settings.json"
-        kept = read_object(path).get(BEGAN) if path.exists() else None
-        return time_in(path, kept) if kept else datetime.now()
+        start = self._settings().get(START)
+        return time_in(self._settings_file, start) if start else datetime.now()
 
     def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
         """Claim the directory for samples with these `settings`. Benchmarks can be added later.
@@ -51,9 +52,8 @@ class Store:
         Raises:
             ValueError: it contains samples with other settings.
         """
-        path = self.directory / "settings.json"
-        held = read_object(path) if path.exists() else {}
-        names = held.keys() & settings.keys() if held else ()
+        held = self._settings()
+        names = held.keys() & settings.keys()
         different = [f"  - {n}: {held[n]} -> {settings[n]}" for n in sorted(names) if held[n] != settings[n]]
         if different:
             listed = "\n".join(different)
@@ -63,7 +63,7 @@ class Store:
             )
         if write:
             self._samples.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _json({**held, **settings}))
+            write_whole(self._settings_file, _json({**held, **settings}))
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Save finished samples. No two files share a sample, so the first one names the file."""
@@ -90,15 +90,19 @@ class Store:
         content = {"weights": weights, **result.scores(), **asdict(result)}
         write_whole(self.directory / "summary.json", _json(content))
 
+    def _settings(self) -> dict[str, Any]:
+        return current_evaluation_settings(read_object(self._settings_file)) if self._settings_file.exists() else {}
+
     def _files(self) -> list[Path]:
-        return sorted(self._samples.glob("[!.]*.parquet"))
+        folders = (self._samples, self.directory / SAMPLES)
+        return sorted(file for folder in folders for file in folder.glob("[!.]*.parquet"))
 
 
 def settings_of(config: Config, benchmarks: Mapping[str, PromptSet], began: datetime | None = None) -> dict[str, Any]:
     """Return the settings that a sample depends on, by user-visible names; layout and k are not included."""
     settings = {
-        **({BEGAN: began.isoformat()} if began else {}),
-        "the weights": weights_fingerprint(Path(config.model.megatron_path or config.model.hf_path)),
+        **({START: began.isoformat()} if began else {}),
+        WEIGHTS: weights_fingerprint(Path(config.model.megatron_path or config.model.hf_path)),
         "model.dtype": config.model.dtype,
         "model.overrides": config.model.overrides,
         "rollout.engine": config.rollout.engine,
@@ -107,7 +111,7 @@ def settings_of(config: Config, benchmarks: Mapping[str, PromptSet], began: date
         "eval.top_p": config.eval.top_p,
         "run.seed": config.run.seed,
         "reward.function": config.reward.function,
-        **{f"the problems of {name}": prompts.fingerprint for name, prompts in benchmarks.items()},
+        **{problems_setting(name): prompts.fingerprint for name, prompts in benchmarks.items()},
     }
     return json.loads(json.dumps(settings))
 

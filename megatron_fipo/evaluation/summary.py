@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_fipo.evaluation.estimators import Floats, consensus, interval, pass_at, resampled_means
 from megatron_fipo.evaluation.sample import Sample
+from megatron_fipo.former_names import current_lengths
 
 _QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9, "max": 1.0}
 
@@ -71,8 +72,9 @@ class Evaluation:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Evaluation:
-        """Rebuild from `dataclasses.asdict`, also after a JSON round trip or from a version with fewer metrics."""
+        """Rebuild from `dataclasses.asdict`, also after a JSON round trip or from an earlier release's metrics."""
         nested: dict[str, Any] = {
+            "lengths": current_lengths(state.get("lengths", {})),
             "intervals": {name: tuple(ends) for name, ends in state.get("intervals", {}).items()},
             "benchmarks": {n: Evaluation.from_state_dict(e) for n, e in state.get("benchmarks", {}).items()},
         }
@@ -127,11 +129,11 @@ def _by_benchmark(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
 
 def _scores_by_problem(problems: Sequence[Sequence[Sample]], k: int, wanted: Sequence[int]) -> Floats:
     """Return [P, M]: each problem's accuracy, consensus, pass@k and every further pass@j."""
-    right = [sum(s.accuracy > 0 for s in answers) for answers in problems]
+    correct = [sum(s.accuracy > 0 for s in answers) for answers in problems]
     columns = [
         np.array([sum(s.accuracy for s in answers) / k for answers in problems]),
         np.array([consensus([s.answer_class for s in answers]) for answers in problems]),
-        *(pass_at(j, k, right) for j in (k, *wanted)),
+        *(pass_at(j, k, correct) for j in (k, *wanted)),
     ]
     return np.stack(columns, axis=1)
 
@@ -167,8 +169,8 @@ def _evaluation(
 def _lengths(samples: Sequence[Sample]) -> dict[str, float]:
     quantiles = np.quantile([s.length for s in samples], list(_QUANTILES.values())).tolist()
     lengths = dict(zip(_QUANTILES, quantiles, strict=True))
-    for name, right in (("right", True), ("wrong", False)):
-        some = [s.length for s in samples if (s.accuracy > 0) == right]
+    for name, correct in (("correct", True), ("incorrect", False)):
+        some = [s.length for s in samples if (s.accuracy > 0) == correct]
         if some:
             lengths |= {name: float(np.mean(some)), f"{name}_median": float(np.median(some))}
     return lengths

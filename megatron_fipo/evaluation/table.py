@@ -17,7 +17,7 @@ def show(result: Evaluation, name: str) -> None:
     scores = {"avg@k": f"avg@{k}", "cons@k": f"cons@{k}", "pass@k": f"pass@{k}"}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("benchmark", overflow="fold", min_width=12)
-    for column in ("problems", *scores.values(), "length", "right", "wrong", "truncated"):
+    for column in ("problems", *scores.values(), "length", "correct", "incorrect", "truncated"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = {**result.benchmarks, "mean": result} if result.benchmarks else {name: result}
     for label, e in rows.items():
@@ -27,7 +27,7 @@ def show(result: Evaluation, name: str) -> None:
             str(e.problems),
             *(_with_interval(figures[s], *e.intervals[s]) for s in scores),
             f"{e.length:.0f}",
-            *(f"{e.lengths[of]:.0f}" if of in e.lengths else "-" for of in ("right", "wrong")),
+            *(f"{e.lengths[of]:.0f}" if of in e.lengths else "-" for of in ("correct", "incorrect")),
             f"{e.truncated:.1%}",
         )
     console = Console(width=_WIDTH, highlight=False, markup=False)

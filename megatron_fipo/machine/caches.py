@@ -1,4 +1,4 @@
-"""Places for compiled kernels on the node itself: in home directories on NFS, hundreds of processes race for them."""
+"""Local directories for compiled kernels: in home directories on NFS, hundreds of processes would race for them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def expand_hosts(text: str) -> list[str]:
     """Return the names in Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, in its order.
 
     Raises:
-        ValueError: it is none, or names more hosts than any cluster has.
+        ValueError: it is not a node list, or names more hosts than any cluster has.
     """
     parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
     if ",".join(parts) != text:
@@ -47,6 +47,6 @@ def step_nodes(environment: Mapping[str, str]) -> list[str]:
 
 
 def spare_nodes(environment: Mapping[str, str]) -> list[str]:
-    """Return the job's nodes that have none of the step's tasks."""
+    """Return the job's nodes without a task of the step."""
     taken = set(step_nodes(environment))
     return [node for node in expand_hosts(environment.get("SLURM_JOB_NODELIST", "")) if node not in taken]

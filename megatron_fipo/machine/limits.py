@@ -42,7 +42,7 @@ def open_files_needed(requests: int, servers: int, ranks: int) -> int:
     """Return how many files the rank with the most connections has open.
 
     Args:
-        requests: responses that it has in flight, each with a connection of its own.
+        requests: responses that it has in flight, each with its own connection.
         servers: rollout servers, to which it has connections beside those of requests.
         ranks: of the world; each process group has a connection to each of its members.
     """

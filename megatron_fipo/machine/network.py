@@ -13,7 +13,7 @@ import psutil
 from megatron_fipo.machine.hosts import step_nodes
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # of nobody; what leads there is the default route
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # documentation addresses, reached by the default route
 
 
 def own_address(environment: Mapping[str, str]) -> str:

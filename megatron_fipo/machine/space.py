@@ -1,4 +1,4 @@
-"""Room on a file system: what statvfs says, and the quotas that it does not know of."""
+"""Free space on a file system: that of statvfs, and of quotas, which it does not include."""
 
 from __future__ import annotations
 

@@ -3,9 +3,8 @@
 Megatron-Core's torch attention supports neither packed sequences nor context parallelism; Transformer Engine's
 supports both and is used where it is installed. Kernels used here:
 
-| device | precision, heads | kernel | |---|---|---| | GPU since sm_80 | 16 bits, width a multiple of 8 up to 192 |
-torch's flash attention, one call for all sequences | | other | any | `scaled_dot_product_attention`, sequence by
-sequence |
+GPU since sm_80, 16 bits, head width a multiple of 8 up to 192: torch's flash attention, one call for all sequences.
+Otherwise: `scaled_dot_product_attention`, sequence by sequence.
 
 Letters: N packed tokens on this rank, H query heads, K key/value heads, D head width, S sequences, C context-parallel
 ranks.

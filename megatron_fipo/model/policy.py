@@ -42,8 +42,7 @@ class PolicyModel(GPTModel):
         """Return hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, or on the last stage `[2, R_local]`.
 
         The latter are float32: the log-probability of each response token on this context-parallel rank, and the
-            entropy of the
-        distribution it was sampled from, both at the sampling temperature.
+        entropy of the distribution it was sampled from, both at the sampling temperature.
         """
         fused = self.config.apply_rope_fusion
         packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch)

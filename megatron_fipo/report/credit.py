@@ -55,17 +55,17 @@ def write_credit_page(run: Run, name: str) -> Path | None:
                 f"{saved[step]} is not a valid rollouts file: a column has values of the wrong type or length"
             )
     rows = {step: [row for row in found if _is_finite(row)] for step, found in read.items()}
-    left_out = sum(len(found) - len(rows[step]) for step, found in read.items())
+    skipped = sum(len(found) - len(rows[step]) for step, found in read.items())
     page = run.directory / "credit.html"
     if not any(rows.values()):
         page.unlink(missing_ok=True)
         return None
     text = _token_text(run)
     budget = _TOKENS
-    html = _page(rows, text, run, name, budget, left_out)
+    html = _page(rows, text, run, name, budget, skipped)
     while len(html.encode()) > _PAGE_BYTES and budget > 100:
         budget //= 2
-        html = _page(rows, text, run, name, budget, left_out)
+        html = _page(rows, text, run, name, budget, skipped)
     write_whole(page, html)
     return page
 
@@ -81,7 +81,7 @@ def _token_text(run: Run) -> Text:
     return lambda token: f"⟨{token}⟩"
 
 
-def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int, left_out: int) -> str:
+def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, budget: int, skipped: int) -> str:
     size = run.count("rollout.group_size") or 1
     shown = [
         {"step": step, "group": int(row["id"]) // size, **row}
@@ -94,7 +94,7 @@ def _page(rows: Mapping[int, Sequence[Row]], text: Text, run: Run, name: str, bu
         "texts": [text(token) for token in tokens],
         "responses": [_response(row, index) for row in shown],
         "credited": _most_credited(rows, text),
-        "left_out": left_out,  # responses with non-finite numbers
+        "skipped": skipped,  # responses with non-finite numbers
     }
     head, tail = _TEMPLATE.read_text().split("{{data}}")  # split before names or texts can look like a placeholder
     script = tail.partition("<script>")[2].partition("</script>")[0]

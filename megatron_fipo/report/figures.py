@@ -91,15 +91,15 @@ RESPONSES = (
         ),
     ),
     FigureSpec(
-        "right_and_wrong",
+        "correct_and_incorrect",
         "Correct and incorrect responses",
         "Incorrect responses are usually longer. If the truncated share grows, increase the response limit.",
         (
             Lines(
                 "mean length, tokens",
                 (
-                    Line("response_length/right", "right", GREEN, zero_is_no_data=True),
-                    Line("response_length/wrong", "wrong", RED, zero_is_no_data=True),
+                    Line("response_length/correct", "correct", GREEN, zero_is_no_data=True),
+                    Line("response_length/incorrect", "incorrect", RED, zero_is_no_data=True),
                 ),
             ),
             Lines("truncated, share of responses", (Line("response_length/truncated", color=PURPLE),)),
@@ -126,8 +126,8 @@ RESPONSES = (
             Lines(
                 "groups dropped",
                 (
-                    Line("sampling/groups_all_right", "all correct", GREEN),
-                    Line("sampling/groups_all_wrong", "all incorrect", RED),
+                    Line("sampling/all_correct", "all correct", GREEN),
+                    Line("sampling/all_incorrect", "all incorrect", RED),
                 ),
             ),
         ),
@@ -143,11 +143,11 @@ RESPONSES = (
 
 POLICY = (
     FigureSpec(
-        "policy_kl",
+        "approx_kl",
         "Policy KL",
         "Divergence of the updated policy from the sampling policy within a step. Steady is healthy; growth over many "
         "steps precedes instability.",
-        (Lines("nats per token, old minus new log-probability", (Line("policy/policy_kl"),)),),
+        (Lines("nats per token, old minus new log-probability", (Line("policy/approx_kl"),)),),
     ),
     FigureSpec(
         "entropy",
@@ -256,9 +256,9 @@ MACHINE = (
             Lines(
                 "nats, log scale",
                 (
-                    Line("mismatch/rollout_mismatch_abs", "mean |d|", BLUE),
-                    Line("mismatch/rollout_mismatch_abs_max", "max |d|", RED),
-                    Line("mismatch/rollout_mismatch_k3", "KL (k3)", GREEN),
+                    Line("mismatch/abs_mean", "mean |d|", BLUE),
+                    Line("mismatch/abs_max", "max |d|", RED),
+                    Line("mismatch/k3", "KL (k3)", GREEN),
                 ),
                 log=True,
             ),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.former_names import current_metrics
 from megatron_fipo.report.reflection import reflection_rates
 
 Values = NDArray[np.float64]
@@ -118,7 +119,9 @@ def _read_config(path: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Return the rows of a metrics.jsonl; an incomplete last line is skipped, since the run is still writing it.
+    """Return the rows of a metrics.jsonl by the current names of metrics.
+
+    An incomplete last line is skipped, since the run is still writing it.
 
     Raises:
         ValueError: another line is not a JSON object of numbers with a step.
@@ -146,7 +149,7 @@ def _parse_row(line: str) -> Row:
         raise ValueError("not a row of metrics: nested too deeply") from None
     if not isinstance(row, dict) or row.get("step") is None:
         raise ValueError("not a JSON object with a step")
-    numbers = _numbers(row)
+    numbers = current_metrics(_numbers(row))
     if not (0 <= numbers["step"] < _MOST and numbers["step"] == int(numbers["step"])):
         raise ValueError(f"step = {row['step']!r} must be a non-negative integer")
     return numbers

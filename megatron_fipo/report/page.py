@@ -12,6 +12,7 @@ from urllib.parse import quote
 from rich import box
 from rich.table import Table
 
+from megatron_fipo import former_names
 from megatron_fipo.config import Config
 from megatron_fipo.health import Finding, Limits, findings
 from megatron_fipo.printable import printable
@@ -115,8 +116,8 @@ def progress(run: Run) -> str:
     seconds = run.summary.get("wall_seconds", run.trained[-1].get("wall_seconds"))
     took = f" in {seconds / 60:.1f} minutes" if seconds is not None else ""
     total = run.count("trainer.max_steps")
-    goal = f" of {total}, not finished" if not run.summary and total else ""
-    return f"{steps} steps{goal}{took}"
+    remaining = f" of {total}, not finished" if not run.summary and total else ""
+    return f"{steps} steps{remaining}{took}"
 
 
 def _terminal_tables(series: Sequence[Series]) -> list[str]:
@@ -145,6 +146,8 @@ def _write_figures(series: Sequence[Series], folder: Path) -> dict[str, bytes]:
     """Write PNGs by name to `folder`; remove earlier ones that have no data any more."""
     references = tuple(dict.fromkeys(r for one in series for run in one.runs for r in published(run)))
     folder.mkdir(parents=True, exist_ok=True)
+    for name in former_names.FIGURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     figures = {}
     for spec in (spec for specs in SECTIONS.values() for spec in specs):
         png = _draw(spec, series, references)

@@ -68,8 +68,8 @@ def comparison(series: Sequence[Series]) -> Table:
 
 def _steps(series: Series) -> str:
     run = min(series.runs, key=lambda run: run.trained[-1]["step"])
-    steps, goal = int(run.trained[-1]["step"]), run.count("trainer.max_steps")
-    return f"{steps:,} of {goal:,}" if goal and not run.summary else f"{steps:,}"
+    steps, total = int(run.trained[-1]["step"]), run.count("trainer.max_steps")
+    return f"{steps:,} of {total:,}" if total and not run.summary else f"{steps:,}"
 
 
 def _value(run: Run, metric: _Metric, last: bool) -> float | None:

@@ -1,4 +1,4 @@
-"""Rollout engines: they take the policy's weights and continue prompts."""
+"""Rollout engines: they take the policy's weights and generate responses."""
 
 from megatron_fipo.rollout.engine import make_engine
 from megatron_fipo.rollout.hf import HFEngine

@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Factory of the configured rollout engine."""
 
 from __future__ import annotations
 

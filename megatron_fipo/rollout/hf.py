@@ -62,7 +62,7 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        """One response a request, in order, `batch_size` at a time.
+        """Return one response a request, in order, `batch_size` at a time.
 
         Raises:
             Interrupted: this rank was asked to stop meanwhile.
@@ -130,7 +130,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[t
 
 def _cut(tokens: torch.Tensor, log_probs: torch.Tensor, stops: torch.Tensor, max_tokens: int) -> Response:
     """End a row after its first stop token."""
-    places = stops.nonzero()
-    stopped = len(places) > 0
-    length = int(places[0]) + 1 if stopped else min(len(tokens), max_tokens)
+    positions = stops.nonzero()
+    stopped = len(positions) > 0
+    length = int(positions[0]) + 1 if stopped else min(len(tokens), max_tokens)
     return Response(tokens[:length].tolist(), log_probs[:length].tolist(), truncated=not stopped)

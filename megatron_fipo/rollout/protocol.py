@@ -37,7 +37,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled continuation.
+    """A sampled response.
 
     Attributes:
         token_ids: the stop token that ended it included.

@@ -1,7 +1,7 @@
-"""Drawing tokens by inverse transform from per-request random numbers.
+"""Token sampling by inverse transform from per-request random numbers.
 
 A response then depends on its own seed and logits alone, not on which other requests share its batch, so the same
-run on another layout draws the same responses. Letters: B requests, V vocabulary.
+run on another layout generates the same responses. Letters: B requests, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class SeededSampler(LogitsProcessor):
             chosen = log_probs.argmax(-1, keepdim=True)  # [B, 1]
         else:
             step = input_ids.shape[1] - self.prompt_tokens
-            chosen = draw(log_probs, self.uniforms[:, step].to(scores.device)).unsqueeze(-1)
+            chosen = sample_tokens(log_probs, self.uniforms[:, step].to(scores.device)).unsqueeze(-1)
         self.log_probs.append(log_probs.gather(-1, chosen).squeeze(-1).cpu())
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
-def draw(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def sample_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Return the token of each row at which the cumulative probability first exceeds the row's number, `[B]` int64.
 
-    A token of probability 0 is never drawn, whatever order a device adds up in: the sums of a parallel scan, also in
-    float64, can differ by rounding, or fall, where nothing is added.
+    A token of probability 0 is never sampled, whatever the order in which a device adds: the sums of a parallel scan,
+    also in float64, can differ by rounding, or fall, where nothing is added.
 
     Args:
         log_probs: `[B, V]`.

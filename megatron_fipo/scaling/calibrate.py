@@ -326,7 +326,7 @@ def _few_tokens(device: torch.device, count: int = 16) -> Any:
         padded_lengths=(count,),
         hidden_index=positions,
         targets=positions,
-        places=positions,
+        response_index=positions,
         segment_offsets=ends,
         loss_mask=torch.ones(count, dtype=torch.bool, device=device),
         response_offsets=ends,

@@ -34,7 +34,7 @@ class LanguageModelLoss:
         losses = -output[0]
         mask = micro_batch.loss_mask
         if self.topology.cp.size() > 1:
-            mask = mask[micro_batch.places]
+            mask = mask[micro_batch.response_index]
         total = torch.where(mask, losses, 0.0).sum()
         return total, mask.count_nonzero().int(), {"loss": mean_where(losses, mask)}
 

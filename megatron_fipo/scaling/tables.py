@@ -130,7 +130,7 @@ def record(c: Candidate) -> dict[str, Any]:
         "mfu": c.cost.mfu,
         "bubble_fraction": c.cost.bubble_fraction,
         "memory_gb": c.memory.total / 1e9,
-        "spare_gb": c.spare / 1e9,
+        "free_gb": c.spare / 1e9,
         "fits": c.fits,
         "replayed": c.replayed,
     }

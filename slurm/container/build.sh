@@ -33,7 +33,7 @@ if [ "$before" != "$after" ]; then
   exit 1
 fi
 
-# vLLM pins a torch of its own. Its interpreter must not find the image's libraries of torch first.
+# vLLM pins its own torch. Its interpreter must not find the image's libraries of torch first.
 python -m venv --clear "$vllm"
 env -u PIP_CONSTRAINT "$vllm/bin/python" -m pip install --no-cache-dir "vllm==$vllm_version"
 cat > "$vllm/bin/python-alone" <<END

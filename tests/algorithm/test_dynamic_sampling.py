@@ -19,8 +19,8 @@ def test_informative_groups():
     found = informative_groups(accuracy, torch.tensor([9, 4, 9, 4, 2, 2]))
     assert found.group.tolist() == [2, 4, 9]
     assert found.informative.tolist() == [True, False, False]
-    assert found.all_wrong.tolist() == [False, True, False]
-    assert found.all_right.tolist() == [False, False, True]
+    assert found.all_incorrect.tolist() == [False, True, False]
+    assert found.all_correct.tolist() == [False, False, True]
 
 
 def test_rounds_until_full():
@@ -34,7 +34,7 @@ def test_rounds_until_full():
     batch = sampling.take()
     assert (batch.groups, batch.surplus) == (["a", "d", "e"], ["f"])
     assert (batch.rounds, batch.generated_prompts) == (2, 6)
-    assert (batch.dropped_all_right, batch.dropped_all_wrong) == (1, 1)
+    assert (batch.dropped_all_correct, batch.dropped_all_incorrect) == (1, 1)
 
 
 def test_surplus():
@@ -99,7 +99,7 @@ def test_without_filter():
     sampling.add(["a", "b"], outcomes(RIGHT, WRONG))
     assert not sampling.needs_more()
     batch = sampling.take()
-    assert (batch.groups, batch.dropped_all_right, batch.dropped_all_wrong) == (["a", "b"], 0, 0)
+    assert (batch.groups, batch.dropped_all_correct, batch.dropped_all_incorrect) == (["a", "b"], 0, 0)
 
 
 def test_errors():
@@ -116,8 +116,8 @@ def test_grades_are_informative_where_they_differ():
     right = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     found = informative_groups(scores, torch.arange(3).repeat_interleave(3), right)
     assert found.informative.tolist() == [True, False, False]
-    assert found.all_right.tolist() == [False, True, False]
-    assert found.all_wrong.tolist() == [False, False, True]
+    assert found.all_correct.tolist() == [False, True, False]
+    assert found.all_incorrect.tolist() == [False, False, True]
 
 
 def test_grades_of_right_responses_that_differ_are_informative():
@@ -125,13 +125,13 @@ def test_grades_of_right_responses_that_differ_are_informative():
     scores, right = torch.tensor([0.6, 0.9, 0.1, 0.3]), torch.tensor([1.0, 1.0, 0.0, 0.0])
     found = informative_groups(scores, torch.tensor([0, 0, 1, 1]), right)
     assert found.informative.tolist() == [True, True]
-    assert not (found.all_right | found.all_wrong).any()
+    assert not (found.all_correct | found.all_incorrect).any()
 
 
 def test_accuracies_that_differ_at_equal_rewards_teach_nothing():
     """Advantages come from rewards: a group of equal rewards has none, whatever its accuracies."""
     found = informative_groups(torch.tensor([0.25, 0.25]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
-    assert (found.informative.item(), found.all_right.item(), found.all_wrong.item()) == (False, False, True)
+    assert (found.informative.item(), found.all_correct.item(), found.all_incorrect.item()) == (False, False, True)
 
 
 def test_accepted_groups_stay_when_rounds_are_exhausted():
@@ -143,4 +143,4 @@ def test_accepted_groups_stay_when_rounds_are_exhausted():
     assert not sampling.needs_more()
     batch = sampling.take()
     assert batch.groups == ["a", "b", "c"]
-    assert (batch.rounds, batch.generated_prompts, batch.dropped_all_wrong) == (3, 6, 3)
+    assert (batch.rounds, batch.generated_prompts, batch.dropped_all_incorrect) == (3, 6, 3)

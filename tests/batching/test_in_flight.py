@@ -65,7 +65,7 @@ def test_figures_are_of_the_prompts_that_were_passed(results: dict[int, list[dic
     (one,) = results[1]
     metrics = one["first"]["steps"][1].metrics
     assert (metrics["sampling/prompts_generated"], metrics["sampling/rounds"]) == (7, 2)
-    assert (metrics["sampling/groups_all_right"], metrics["sampling/groups_all_wrong"]) == (1, 2)
+    assert (metrics["sampling/all_correct"], metrics["sampling/all_incorrect"]) == (1, 2)
     lengths = [(7 * g + 5 * i) % 14 + 9 for g in range(7, 14) for i in range(GROUP)]
     lengths += [3]  # the wrong answer to problem 9 is 10, a digit longer
     assert metrics["response_length/mean"] == pytest.approx(sum(lengths) / (7 * GROUP))

@@ -64,21 +64,21 @@ def test_monitor_and_warning() -> None:
     (one,), two = run_ranks(_on_a_rank, 1, 1), run_ranks(_on_a_rank, 2, 2)
     for mismatch, stale, _, below in [one, *two]:
         expected = {
-            "rollout_mismatch_abs": 0.2,
-            "rollout_mismatch_abs_max": 0.5,
-            "rollout_mismatch_k1": 0.2,
-            "rollout_mismatch_k3": (math.exp(-0.5) + math.exp(-0.1) - 2 + 0.6) / 3,
-            "rollout_mismatch_outside_fraction": 0.0,
+            "abs_mean": 0.2,
+            "abs_max": 0.5,
+            "k1": 0.2,
+            "k3": (math.exp(-0.5) + math.exp(-0.1) - 2 + 0.6) / 3,
+            "outside_fraction": 0.0,
         }
-        p999 = mismatch.pop("mismatch/rollout_mismatch_ratio_p999")
+        p999 = mismatch.pop("mismatch/ratio_p999")
         assert p999 == pytest.approx(math.exp(0.5), rel=5e-3)
         assert mismatch == pytest.approx({f"mismatch/{k}": v for k, v in expected.items()}, rel=1e-6)
         assert below is None
         assert stale is not None
         assert stale.startswith("trainer and rollout engine disagree by 0.2 nats a token (the most: 0.5)")
         assert "temperature 1, top_p 0.9, top_k 0" in stale
-    assert "Tokens were drawn by weights of 3 steps and are trained by those of 4" in one[1]
-    assert "All tokens were drawn by the weights that are trained (of 3 steps)" in one[2]
+    assert "Tokens were sampled with weights of 3 steps and train those of 4" in one[1]
+    assert "All tokens were sampled with the trained weights (of 3 steps)" in one[2]
     for rank in two:
-        assert "Tokens were drawn by weights of 3 to 4 steps and are trained by those of 4" in rank[1]
-        assert "Tokens were drawn by weights of 3 to 4 steps and are trained by those of 3" in rank[2]
+        assert "Tokens were sampled with weights of 3 to 4 steps and train those of 4" in rank[1]
+        assert "Tokens were sampled with weights of 3 to 4 steps and train those of 3" in rank[2]

@@ -189,7 +189,7 @@ def test_informative_groups_in_prompt_order(results: dict[int, list[dict[str, An
     assert first.groups == [1, 3, 4, 6]
     assert second.groups == [8, 9, 11, 13]
     assert third.groups == [16, 18, 19, 21]
-    expected = {"rounds": 2, "prompts_generated": 8, "groups_all_right": 2, "groups_all_wrong": 2, "surplus_groups": 0}
+    expected = {"rounds": 2, "prompts_generated": 8, "all_correct": 2, "all_incorrect": 2, "surplus_groups": 0}
     assert {k: first.metrics[f"sampling/{k}"] for k in expected} == expected
     assert second.metrics["sampling/surplus_groups"] == 1
     assert len(first.rollouts) == 4 * GROUP

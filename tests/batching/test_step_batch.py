@@ -44,7 +44,7 @@ def test_groups_are_judged_without_the_penalty_for_length() -> None:
     rows = response_rows(rollouts)
     found = informative_groups(rows[:, 5], rows[:, 0].long() // 2, rows[:, 2])
     assert found.informative.tolist() == [False, True]
-    assert found.all_right.tolist() == [True, False]
+    assert found.all_correct.tolist() == [True, False]
 
 
 def test_failures_of_the_verifier_are_counted_apart() -> None:

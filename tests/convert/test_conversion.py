@@ -296,6 +296,19 @@ def _convert_and_die(direction: str, source: Path, out: Path, after: int) -> Non
     (to_megatron if direction == "to_megatron" else to_huggingface)(source, out, progress=progress)
 
 
+def test_interrupted_conversion_of_an_earlier_release(original: Path, tmp_path: Path) -> None:
+    """`--resume` names the directory and what to do, and changes nothing; without it the directory is removed."""
+    former = tmp_path / ".out.unfinished"
+    former.mkdir()
+    (former / ".progress.jsonl").write_text('{"source": "x"}\n')
+    with pytest.raises(ValueError, match=rf"{former} is the interrupted .* omit --resume to remove it and start over"):
+        to_megatron(original, tmp_path / "out", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+    assert [path.name for path in former.iterdir()] == [".progress.jsonl"]
+    to_megatron(original, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.distributed
 @pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("direction", ["to_megatron", "to_huggingface"])
@@ -309,11 +322,11 @@ def test_killed_half_way(direction: str, original: Path, tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="-9"):
         run_ranks(_convert_and_die, 1, direction, source, out, 300_000)
     assert not out.exists()
-    (unfinished,) = (f for f in tmp_path.iterdir() if f.name.startswith("."))
+    (staging,) = (f for f in tmp_path.iterdir() if f.name.startswith("."))
     for check in (DistributedCheckpoint, lambda path: to_megatron(path, tmp_path / "x")):
         with pytest.raises(ValueError, match=r"not a complete Megatron checkpoint|has no config\.json"):
-            check(unfinished)
-    whole = {f.name: f.stat().st_mtime_ns for f in unfinished.iterdir() if not f.name.startswith(".")}
+            check(staging)
+    whole = {f.name: f.stat().st_mtime_ns for f in staging.iterdir() if not f.name.startswith(".")}
     convert = to_megatron if direction == "to_megatron" else to_huggingface
     convert(source, out, resume=True)
     kept = [name for name, time in whole.items() if (out / name).stat().st_mtime_ns == time]

@@ -111,7 +111,7 @@ def test_a_step_with_the_engine_of_the_page(tmp_path: Path) -> None:
     assert row["response_length/truncated"] == 1
     assert row["policy/first_log_ratio_abs_max"] == 0
     assert row["policy/updates"] == 2
-    assert row["mismatch/rollout_mismatch_abs"] > 0.1
+    assert row["mismatch/abs_mean"] > 0.1
 
 
 def test_scaling(tmp_path: Path) -> None:

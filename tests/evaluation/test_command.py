@@ -84,7 +84,7 @@ def test_tables(task: Path, tmp_path: Path) -> None:
         assert row["truncated"] <= (row["length"] == 12)
     assert summary["avg@k"] == sum(r["accuracy"] for r in rows) / len(rows)
     assert summary["length"] == sum(r["length"] for r in rows) / len(rows)
-    assert summary["pass@k"] == sum(p["right"] > 0 for p in problems) / PROBLEMS
+    assert summary["pass@k"] == sum(p["correct"] > 0 for p in problems) / PROBLEMS
     assert summary["cons@k"] == pytest.approx(sum(p["cons"] for p in problems) / PROBLEMS)
     assert (summary["samples"], summary["problems"]) == (K, PROBLEMS)
 
@@ -178,8 +178,38 @@ def test_other_weights_are_refused(task: Path, tmp_path: Path) -> None:
     assert weights_fingerprint(task) == weights_fingerprint(same) != weights_fingerprint(other)
     run_ranks(_claim, 1, _config(task), tmp_path / "out")
     command.check(_config(task, model={"hf_path": str(same)}), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"  - the weights: \w+ -> \w+\n"):
+    with pytest.raises(ValueError, match=r"  - weights_fingerprint: \w+ -> \w+\n"):
         command.check(_config(task, model={"hf_path": str(other)}), tmp_path / "out")
+
+
+def test_evaluation_of_an_earlier_release_is_continued(task: Path, tmp_path: Path, counts: Path) -> None:
+    """Its samples, in another directory and with other keys of settings.json, are not generated again; other weights
+    are refused. The result equals that of an undisturbed evaluation."""
+    expected, other = _eval(_config(task), tmp_path / "undisturbed"), make_task(tmp_path / "other", seed=1)
+    out = tmp_path / "out"
+    counts.unlink()
+    with pytest.raises(RuntimeError, match="stopped as the test wants it"):
+        _eval(_config(task), out, FIPO_TEST_STOP_AT="3")
+    settings = json.loads((out / "settings.json").read_text())
+    start, weights = settings.pop("start_time"), settings.pop("weights_fingerprint")
+    problems = settings.pop("problems_fingerprint.validation")
+    former = {"the evaluation's beginning": start, "the weights": weights, "the problems of validation": problems}
+    (out / "settings.json").write_text(json.dumps({**former, **settings}))
+    (out / "samples").rename(out / "drawn")
+    assert Store(out).began().isoformat() == start
+    assert Store(out).count() == len(Store(out).read()) == 2 * CHUNK
+    with pytest.raises(ValueError, match=r"other settings:\n  - weights_fingerprint: \w+ -> \w+\n"):
+        command.check(_config(task, model={"hf_path": str(other)}), out)
+    counts.unlink()
+    assert _eval(_config(task), out) == expected
+    assert _judged(counts) == K * PROBLEMS - 2 * CHUNK
+    assert _rows(out) == _rows(tmp_path / "undisturbed")
+    assert json.loads((out / "settings.json").read_text()) == {
+        **settings,
+        "start_time": start,
+        "weights_fingerprint": weights,
+        "problems_fingerprint.validation": problems,
+    }
 
 
 def test_default_directory(task: Path) -> None:
@@ -200,7 +230,7 @@ def test_killed_in_the_middle(task: Path, tmp_path: Path, counts: Path) -> None:
     with _start(file, out, FIPO_TEST_HANG_AT="4") as process:
         try:
             deadline = time.monotonic() + 240
-            while len(list(out.glob("drawn/[!.]*.parquet"))) < 3:
+            while len(list(out.glob("samples/[!.]*.parquet"))) < 3:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.05)

@@ -21,8 +21,8 @@ def test_by_hand() -> None:
     assert e.truncated == pytest.approx(1 / 3)
     assert e.pass_at == {"pass@1": 0.5, "pass@2": pytest.approx((1 + 2 / 3) / 2), "pass@3": 1.0}
     quantiles = {"q10": 10.0, "q25": 12.5, "median": 20.0, "q75": 27.5, "q90": 30.0, "max": 30.0}
-    means = {"right": pytest.approx(70 / 3), "wrong": pytest.approx(50 / 3)}
-    assert e.lengths == {**quantiles, **means, "right_median": 30.0, "wrong_median": 20.0}
+    means = {"correct": pytest.approx(70 / 3), "incorrect": pytest.approx(50 / 3)}
+    assert e.lengths == {**quantiles, **means, "correct_median": 30.0, "incorrect_median": 20.0}
     assert e.intervals["pass@k"] == (1.0, 1.0)
     assert e.intervals["cons@k"] == (0.0, 1.0)
     assert e.intervals["avg@k"] == pytest.approx((1 / 3, 2 / 3))
@@ -104,7 +104,7 @@ def test_names_of_several_benchmarks() -> None:
     metrics = summarize([*samples("rr", benchmark="a"), *samples("xx", benchmark="b")]).metrics()
     assert (metrics["eval/a/avg@k"], metrics["eval/b/avg@k"], metrics["eval/avg@k"]) == (1.0, 0.0, 0.5)
     assert metrics["eval/a/length"] == 15.0
-    assert "eval/a/length/wrong" not in metrics
+    assert "eval/a/length/incorrect" not in metrics
 
 
 def test_failures_of_the_verifier_are_counted() -> None:

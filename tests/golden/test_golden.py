@@ -18,7 +18,7 @@ DTYPES = {"f32": torch.float32, "f64": torch.float64}
 METRICS = {
     "pg_loss": "loss",
     "pg_clipfrac": "ppo_clip_fraction",
-    "ppo_kl": "policy_kl",
+    "ppo_kl": "approx_kl",
     "pg_clipfrac_lower": "dual_clip_fraction",
     "influence_weights_mean": "influence_weight",
     "influence_weights_min": "influence_weight_min",

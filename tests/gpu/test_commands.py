@@ -144,7 +144,7 @@ def test_train(results: Any) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["policy/first_log_ratio_abs_max"] == 0 for row in rows)
-    assert all(row["mismatch/rollout_mismatch_abs"] < 0.05 for row in rows)
+    assert all(row["mismatch/abs_mean"] < 0.05 for row in rows)
     assert (run / "report.html").stat().st_size > 10_000
 
 

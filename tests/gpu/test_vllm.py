@@ -66,4 +66,4 @@ def test_trains(variant: str, base: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["policy/first_log_ratio_abs_max"] == 0 for row in rows)
-    assert all(row["mismatch/rollout_mismatch_abs"] < 0.05 for row in rows)
+    assert all(row["mismatch/abs_mean"] < 0.05 for row in rows)

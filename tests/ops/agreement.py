@@ -73,7 +73,7 @@ def ambiguous(expected, mask, config, largest):
     return int((near & mask).sum())
 
 
-def assert_metrics_agree(actual, expected, largest, loss_size, pinned_either_way=0):
+def assert_metrics_agree(actual, expected, largest, loss_size, at_bound_either_way=0):
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         value = actual[name]
@@ -87,7 +87,7 @@ def assert_metrics_agree(actual, expected, largest, loss_size, pinned_either_way
             size = loss_size if name == "loss" else max(1.0, largest * wanted.count.item())
             tolerance["atol"] = 1e-6 * size
             if "clip_fraction" in name:  # a count: exact
-                tolerance = {"rtol": 0, "atol": pinned_either_way if "influence" in name else 0}
+                tolerance = {"rtol": 0, "atol": at_bound_either_way if "influence" in name else 0}
             value, wanted = value.sum, wanted.sum
         assert value.dtype == wanted.dtype == torch.float64
         torch.testing.assert_close(value, wanted, **tolerance, msg=lambda text, name=name: f"{name}: {text}")

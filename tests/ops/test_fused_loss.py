@@ -154,7 +154,7 @@ def test_wild_tokens_change_no_other(wild, per_token):
         assert not out.vetoed.any()
         results.append((gradient, out.future_kl, out.influence_weights))
     others = torch.ones_like(batch.loss_mask).index_fill(0, first, False)
-    assert all(torch.equal(calm[others], beside[others]) for calm, beside in zip(*results, strict=True))
+    assert all(torch.equal(usual[others], beside[others]) for usual, beside in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("thresholds", [{"safety_threshold": 1.2}, {"dual_clip": 1.5}])

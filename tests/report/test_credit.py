@@ -184,7 +184,7 @@ def test_numbers_that_are_not_finite(run: Path, column: str, value: float) -> No
     rows[1]["new_log_probs"] = [-float("inf")] * len(rows[1]["response_tokens"])
     pq.write_table(pa.Table.from_pylist(rows), path)
     data = page_of(run)
-    assert data["left_out"] == 1
+    assert data["skipped"] == 1
     assert {r["id"] for r in data["responses"]} == set(range(1, 12))
     assert {r["id"]: r for r in data["responses"]}[1]["new"][0] == -(10**12)
 

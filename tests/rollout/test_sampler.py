@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.rollout.sampler import draw
+from megatron_fipo.rollout.sampler import sample_tokens
 
 ROWS, VOCAB = 512, 5000
 
@@ -30,7 +30,7 @@ def _uniforms(seed: int) -> torch.Tensor:
 
 
 def _assert_possible(log_probs: torch.Tensor, uniforms: torch.Tensor) -> None:
-    chosen = draw(log_probs, uniforms)
+    chosen = sample_tokens(log_probs, uniforms)
     assert bool(log_probs.gather(1, chosen[:, None]).isfinite().all())
 
 
@@ -61,7 +61,7 @@ def test_small_probabilities_add_up() -> None:
     uniforms = torch.linspace(1 - count * each + each, 1 - 2 * each, 100, dtype=torch.float64)
     probs = log_probs[0].exp().numpy()
     expected = np.searchsorted(probs.cumsum() / probs.sum(), uniforms.numpy(), side="right")
-    assert np.abs(draw(log_probs, uniforms).numpy() - expected).max() <= 1
+    assert np.abs(sample_tokens(log_probs, uniforms).numpy() - expected).max() <= 1
     assert len(set(expected.tolist())) == 100
 
 
@@ -70,4 +70,4 @@ def test_probabilities_that_are_not_finite_are_refused() -> None:
     log_probs = torch.zeros(2, 4)
     log_probs[1, 2] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(log_probs, torch.zeros(2, dtype=torch.float64))
+        sample_tokens(log_probs, torch.zeros(2, dtype=torch.float64))

@@ -152,5 +152,5 @@ def test_time_limit(limited: Evaluation, undisturbed: Path) -> None:
     kept = BEFORE_FAULT + RANKS * CHUNK
     assert limited.judged() == {0: kept, 1: K * PROBLEMS - kept}
     assert f"job {job.number} is requeued" in job.output()
-    assert f"{kept} of {K * PROBLEMS} samples are there already" in job.output()
+    assert f"{kept} of {K * PROBLEMS} samples are already finished" in job.output()
     assert _result(limited.out) == _result(undisturbed)

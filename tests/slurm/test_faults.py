@@ -121,7 +121,7 @@ def test_a_full_disk(cluster: Cluster, undisturbed: Learned, train: Train, tmp_p
     cluster.run("srun", "rm", run / "filler")
     job = train(tmp_path / "again", "fills_the_disk", *arguments[:1], **where)
     assert job.wait(seconds=SECONDS)["JobState"] == "COMPLETED", job.output()
-    assert "going on after step" in job.output()
+    assert "resuming after step" in job.output()
     (tmp_path / "metrics.jsonl").write_text(cluster.run("srun", "cat", run / "metrics.jsonl").stdout)
     assert learned(tmp_path) == undisturbed
 
@@ -175,5 +175,5 @@ def test_a_save_that_is_too_slow(stalled: tuple[Job, Path], undisturbed: Learned
     job, run = stalled
     ended = job.wait(seconds=2 * SECONDS, restarts=1)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.output()
-    assert "going on after step" in job.output()
+    assert "resuming after step" in job.output()
     assert learned(run) == undisturbed

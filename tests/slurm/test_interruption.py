@@ -34,7 +34,7 @@ def test_node_failure(
     finally:
         cluster.boot(node)
     assert ended["JobState"] == "COMPLETED", job.output()
-    assert "going on after step" in job.output()
+    assert "resuming after step" in job.output()
     assert learned(tmp_path / "run") == undisturbed
 
 

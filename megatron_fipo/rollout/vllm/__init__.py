@@ -1,4 +1,4 @@
-"""Rollouts by vLLM: servers of their own, reached over HTTP."""
+"""Rollouts by vLLM servers, reached over HTTP."""
 
 from megatron_fipo.rollout.vllm.engine import VLLMEngine
 

@@ -1,4 +1,4 @@
-"""Body of a generation request, and how its answer is read (vLLM's /inference/v1/generate: tokens in, tokens out)."""
+"""Body of a generation request, and reader of its response (vLLM's /inference/v1/generate: tokens in, tokens out)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fault(Exception):
 
 
 class Stale(Exception):
-    """Drawn, at least in part, with other weights than the current ones."""
+    """At least a part was sampled with other weights than the current ones."""
 
 
 def payload(request: Request, sampling: Sampling, name: str, seeded: bool) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def payload(request: Request, sampling: Sampling, name: str, seeded: bool) -> di
             "max_tokens": sampling.max_tokens,
             "seed": request.seed if seeded else None,
             "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,  # the stop tokens are those given, and no others
-            "logprobs": 0,  # of the sampled token alone
+            "ignore_eos": True,  # only the given stop tokens end a response
+            "logprobs": 0,  # only the sampled token's
             "detokenize": False,
         },
     }
@@ -63,8 +63,8 @@ def read(
         vocabulary: token IDs are below this.
 
     Raises:
-        Fault: it is no whole response, or none of these tokens.
-        Stale: a token was not drawn with `version`.
+        Fault: it is not a complete response with valid tokens.
+        Stale: a token was not sampled with `version`.
         FloatingPointError: log-probabilities are not finite.
     """
     try:
@@ -81,7 +81,7 @@ def read(
         return nothing_yet()
     whole = reason in ("stop", "length")
     if not (whole or unfinished) or not token_ids or len(log_probs) != len(token_ids):
-        raise Fault(f"no whole response, finish reason {reason}")
+        raise Fault(f"an incomplete response, finish reason {reason}")
     if any(v != version for v in versions) or not versions:
         raise Stale(f"weights {', '.join(versions)} instead of {version}")
     if not all(math.isfinite(p) for p in log_probs):
@@ -91,11 +91,11 @@ def read(
 
 
 def _problem(token_ids: Any, log_probs: list[Any], versions: list[Any], most: int, vocabulary: int) -> str | None:
-    """Return what is wrong about the types and sizes of an answer's parts, whatever they say."""
+    """Return the first invalid type or size among an answer's parts; None if all are valid."""
     if not isinstance(token_ids, list) or not all(type(t) is int and 0 <= t < vocabulary for t in token_ids):
         return f"token IDs that are not all whole numbers from 0 to {vocabulary - 1}"
     if len(token_ids) > most:
-        return f"{len(token_ids)} tokens, asked for were at most {most}"
+        return f"{len(token_ids)} tokens, expected at most {most}"
     if not all(isinstance(p, float) or (type(p) is int and abs(p) < 1 << 53) for p in log_probs):
         return "log-probabilities that are not all numbers"
-    return None if all(isinstance(v, str) for v in versions) else "weight versions that are not all texts"
+    return None if all(isinstance(v, str) for v in versions) else "weight versions that are not all strings"

@@ -1,11 +1,12 @@
-"""Draws responses from several vLLM servers: spread, retried, each exactly once.
+"""Client of several vLLM servers: requests are balanced and retried, and each gets exactly one response.
 
-One thread runs an event loop with a task for each request and one for each server. A request goes to the free server
-with the least to do, and again, to another one if there is any, when its server is lost, fails, hangs, or answers with
+One thread runs an event loop with a task for each request and one for each server. A request goes to the least
+loaded server, and is retried, on another one if there is any, when its server is lost, fails, hangs, or answers with
 weights other than the current ones. An earlier attempt is ended before the next one starts, so none is answered twice;
-and where requests carry their seeds, one that is sent again is drawn as it would have been.
+and where requests carry their seeds, a retry samples the same response.
 
-`submit` is the core: a future for each request, which can be cancelled, or paused for what was drawn, at any time.
+`submit` is the core: a future for each request, which can be cancelled, or paused for its partial response, at any
+time.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
 from megatron_fipo.rollout.vllm.control import address, authorization, explain
 
-_MOST_ATTEMPTS = 8  # of one request: beyond this it is not the servers that are at fault
+_MOST_ATTEMPTS = 8  # of one request; more would not help: the servers are not the cause
 _CONNECT_SECONDS = 60.0  # thousands of requests may begin at once; probes find a server that is gone
-_ABORT_SECONDS = 0.2  # until a server is told again: it forgets what it is told of requests it has not read yet
+_ABORT_SECONDS = 0.2  # between abort orders: a server ignores one for a request that it has not read yet
 
 
 @dataclass(frozen=True)
 class ClientTimeouts:
-    """Seconds, except for `strikes`.
+    """Client timeouts in seconds, except for `strikes`.
 
     Attributes:
         deadline: for one attempt at a response.
         wait: for any server to be usable, before requests fail.
-        probe: between two looks at a server that is in use, and for its answer.
-        strikes: looks without an answer, or with an error, after which a server counts as hung.
-        first, longest: pauses between looks at a server that is not in use; they double.
+        probe: between two probes of a server in use, and for its answer.
+        strikes: failed probes after which a server counts as hung.
+        first, longest: pauses between probes of a server that is not in use; they double.
     """
 
     deadline: float
@@ -61,20 +62,20 @@ class _Server:
     url: str
     http: httpx.AsyncClient
     usable: bool = False
-    busy: int = 0  # requests that have it
+    busy: int = 0  # requests dispatched to it
     outstanding: int = 0  # their tokens: prompts and limits of responses
     strikes: int = 0
     pause: float = 0.0
     attempts: set[asyncio.Task[httpx.Response]] = field(default_factory=set)
-    look: asyncio.Event = field(default_factory=asyncio.Event)
+    probe_now: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(eq=False)
-class _Turn:
-    """A request that waits for a server, has one, or is paused and gets none any more."""
+class _Pending:
+    """Pending request: it waits for a server, is dispatched to one, or is paused."""
 
     tokens: int
-    name: str = field(default_factory=lambda: secrets.token_hex(8))  # by which servers know the request
+    name: str = field(default_factory=lambda: secrets.token_hex(8))  # request ID on the servers
     paused: bool = False
     avoid: set[int] = field(default_factory=set)
     waiting: asyncio.Future[_Server | None] | None = None
@@ -88,7 +89,7 @@ class _Turn:
 
 
 class _Lost(Exception):
-    """The server went away, or was given up, during an attempt."""
+    """The connection was lost, or the server counted as hung, during an attempt."""
 
 
 class _OutOfFiles(Exception):
@@ -102,10 +103,10 @@ class Client:
         urls, keys: of all servers.
         concurrency: attempts at one server at the same time.
         connections: requests in flight at the same time, to all servers together; None: as many as this process may
-            open files. The others wait here.
-        seeded: servers are told the requests' seeds.
+            open files. Further ones are queued.
+        seeded: send the requests' seeds.
         vocabulary: token IDs of responses are below this.
-        on_hung: told the number of a server that does not answer; called in the client's thread, must return at once.
+        on_hung: called with the number of a hung server, in the client's thread; must return at once.
     """
 
     def __init__(
@@ -124,14 +125,14 @@ class Client:
         self._timeouts = timeouts
         self._concurrency = concurrency
         self._on_hung = on_hung
-        # A pool for each server: a pool looks through all of its connections whenever a request comes or goes.
+        # A pool for each server: a pool searches all of its connections whenever a request starts or ends.
         context = httpx.create_ssl_context()  # reads certificates, once
         self._servers = [
             _Server(number, url, _pool(url, key, concurrency, context))
             for number, (url, key) in enumerate(zip(urls, keys, strict=True))
         ]
-        self._waiting: deque[_Turn] = deque()
-        self._turns: WeakKeyDictionary[Future[Response], _Turn] = WeakKeyDictionary()
+        self._waiting: deque[_Pending] = deque()
+        self._pending: WeakKeyDictionary[Future[Response], _Pending] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
         self._connections = connections or limits.connections_at_most(len(urls))
@@ -140,22 +141,22 @@ class Client:
         self._thread.start()
 
     def expect(self, version: str | None, usable: Sequence[bool] = ()) -> None:
-        """From now on only responses of these weights count. None: no server may be used until the next call."""
+        """Accept only responses of these weights from now on. None: use no server until the next call."""
         asyncio.run_coroutine_threadsafe(self._expect(version, usable), self._loop).result()
 
     def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
-        """One response, sooner or later.
+        """Return a future of one response.
 
-        The future's exception is ValueError for a request that servers refuse (a wrong key is such), RuntimeError if
+        The future's exception is ValueError for a request that servers refuse (also for a wrong key), RuntimeError if
         no server can be used for `timeouts.wait` seconds or all attempts failed.
         """
-        turn = _Turn(len(request.prompt_ids) + sampling.max_tokens)
-        future = asyncio.run_coroutine_threadsafe(self._draw(turn, request, sampling), self._loop)
-        self._turns[future] = turn
+        pending = _Pending(len(request.prompt_ids) + sampling.max_tokens)
+        future = asyncio.run_coroutine_threadsafe(self._respond(pending, request, sampling), self._loop)
+        self._pending[future] = pending
         return future
 
     def pause(self, futures: Sequence[Future[Response]]) -> None:
-        """End these requests and return when they are ended; their results are what was drawn so far, maybe nothing."""
+        """End these requests and return when they have ended; their results are the partial responses, maybe empty."""
         asyncio.run_coroutine_threadsafe(self._pause(futures), self._loop).result()
         wait(futures)
 
@@ -187,21 +188,21 @@ class Client:
         for server in self._servers:
             server.usable = version is not None and usable[server.number]
             server.strikes, server.pause = 0, 0.0
-            server.look.set()
-        self._hand_out()
+            server.probe_now.set()
+        self._dispatch()
 
     # A request
 
-    async def _draw(self, turn: _Turn, request: Request, sampling: Sampling) -> Response:
-        body = payload(request, sampling, turn.name, self._seeded)
+    async def _respond(self, pending: _Pending, request: Request, sampling: Sampling) -> Response:
+        body = payload(request, sampling, pending.name, self._seeded)
         problem = ""
         for _ in range(_MOST_ATTEMPTS):
-            async with self._some_server(turn) as server:
+            async with self._some_server(pending) as server:
                 if server is None:
                     return nothing_yet()
                 try:
                     answer = await self._attempt(server, body)
-                    response = read(answer, sampling, self._version, turn.paused, self._vocabulary)
+                    response = read(answer, sampling, self._version, pending.paused, self._vocabulary)
                     server.pause = 0.0
                     return response
                 except Refused as error:
@@ -209,34 +210,34 @@ class Client:
                 except TimeoutError:
                     seconds = f"{self._timeouts.deadline:g}"
                     problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
-                    turn.avoid.add(server.number)
+                    pending.avoid.add(server.number)
                 except _OutOfFiles:
                     problem = f"for {server.url}: {_out_of_files()}"
                     self._connections = max(1, min(self._connections, self._busy - 1))
                     await asyncio.sleep(self._timeouts.first)
                 except (_Lost, Fault, Stale) as error:
                     problem = f"by {server.url}: {type(error).__name__.lower().removeprefix('_')}: {error}"
-                    turn.avoid.add(server.number)
+                    pending.avoid.add(server.number)
                     self._set_aside(server)
-        raise RuntimeError(f"a response could not be drawn in {_MOST_ATTEMPTS} attempts; the last one, {problem}")
+        raise RuntimeError(f"a request failed in {_MOST_ATTEMPTS} attempts; the last one, {problem}")
 
     @contextlib.asynccontextmanager
-    async def _some_server(self, turn: _Turn) -> AsyncIterator[_Server | None]:
+    async def _some_server(self, pending: _Pending) -> AsyncIterator[_Server | None]:
         """Return the usable server with the fewest outstanding tokens, once one has capacity; None when paused."""
-        if turn.paused:
+        if pending.paused:
             yield None
             return
-        turn.waiting = self._loop.create_future()
-        self._waiting.append(turn)
-        self._hand_out()
+        pending.waiting = self._loop.create_future()
+        self._waiting.append(pending)
+        self._dispatch()
         try:
-            yield await turn.waiting
+            yield await pending.waiting
         finally:
-            server, turn.waiting = turn.server, None
+            server, pending.waiting = pending.server, None
             if server is not None:
                 server.busy -= 1
-                server.outstanding -= turn.tokens
-                self._hand_out()
+                server.outstanding -= pending.tokens
+                self._dispatch()
 
     async def _attempt(self, server: _Server, body: dict[str, object]) -> httpx.Response:
         """Send one request.
@@ -244,8 +245,8 @@ class Client:
         Raises:
             Fault, Refused: the server answered with an error.
             TimeoutError: it did not answer in time.
-            _Lost: it went away.
-            _OutOfFiles: it could not be asked from here.
+            _Lost: the connection was lost.
+            _OutOfFiles: this process cannot open the connection.
         """
         attempt = self._loop.create_task(server.http.post("/inference/v1/generate", json=body))
         server.attempts.add(attempt)
@@ -257,8 +258,8 @@ class Client:
                 raise _OutOfFiles from None
             raise _Lost(f"{type(error).__name__} {error}".rstrip()) from None
         except asyncio.CancelledError:
-            if attempt.cancelled():  # by `_give_up`, not this request by its owner
-                raise _Lost("it does not answer any more") from None
+            if attempt.cancelled():  # by `_give_up`, not by the request's owner
+                raise _Lost("it no longer answers") from None
             raise
         finally:
             server.attempts.discard(attempt)
@@ -272,100 +273,100 @@ class Client:
         return answer
 
     async def _pause(self, futures: Sequence[Future[Response]]) -> None:
-        turns = {future: self._turns[future] for future in futures}
-        for turn in turns.values():
-            turn.paused = True
-            if turn.waiting is not None and not turn.waiting.done():
-                turn.waiting.set_result(None)
-        while pending := [turn for future, turn in turns.items() if not future.done()]:
+        pending_requests = {future: self._pending[future] for future in futures}
+        for pending in pending_requests.values():
+            pending.paused = True
+            if pending.waiting is not None and not pending.waiting.done():
+                pending.waiting.set_result(None)
+        while left := [pending for future, pending in pending_requests.items() if not future.done()]:
             names: dict[_Server, list[str]] = defaultdict(list)
-            for turn in pending:
-                if turn.server is not None:
-                    names[turn.server].append(turn.name)
+            for pending in left:
+                if pending.server is not None:
+                    names[pending.server].append(pending.name)
             await asyncio.gather(*(self._abort(server, theirs) for server, theirs in names.items()))
             await asyncio.sleep(_ABORT_SECONDS if names else 0)
 
     async def _abort(self, server: _Server, names: Sequence[str]) -> None:
-        """Have the server answer these requests with what it has; in vain if it is lost, which `_watch` finds out."""
+        """Make the server answer these requests with their partial responses; `_watch` detects a lost server."""
         body = {"request_ids": engine_names(names)}
         with contextlib.suppress(httpx.HTTPError):
             await server.http.post("/inference/v1/abort_requests", json=body, timeout=self._timeouts.probe)
 
     # Servers
 
-    def _hand_out(self) -> None:
-        """Give waiting requests their servers, in order, as long as there are free places."""
+    def _dispatch(self) -> None:
+        """Dispatch waiting requests, in order, while servers have capacity."""
         usable = [s for s in self._servers if s.usable]
-        place = 0
+        index = 0
         while (
-            place < len(self._waiting)
+            index < len(self._waiting)
             and self._busy < self._connections
-            and (free := [s for s in usable if s.busy < self._places(s)])
+            and (free := [s for s in usable if s.busy < self._capacity(s)])
         ):
-            turn = self._waiting[place]
-            if turn.waiting is None or turn.waiting.done():  # its request was cancelled or paused
-                del self._waiting[place]
+            pending = self._waiting[index]
+            if pending.waiting is None or pending.waiting.done():  # cancelled or paused
+                del self._waiting[index]
                 continue
-            # A server that failed a request gets it again only if there is no other.
-            others = [s for s in usable if s.number not in turn.avoid] or usable
+            # A request returns to a server that failed it only if there is no other.
+            others = [s for s in usable if s.number not in pending.avoid] or usable
             fitting = [s for s in others if s in free]
             if not fitting:
-                place += 1
+                index += 1
                 continue
-            del self._waiting[place]
+            del self._waiting[index]
             server = min(fitting, key=lambda s: s.outstanding)
             server.busy += 1
-            server.outstanding += turn.tokens
-            turn.waiting.set_result(server)
+            server.outstanding += pending.tokens
+            pending.waiting.set_result(server)
 
     @property
     def _busy(self) -> int:
         return sum(server.busy for server in self._servers)
 
-    def _places(self, server: _Server) -> int:
-        """Return how many requests a server may have; one that has just failed gets one at a time."""
+    def _capacity(self, server: _Server) -> int:
+        """Return the number of requests a server may have: one at a time after a failure."""
         return 1 if server.pause else self._concurrency
 
     def _set_aside(self, server: _Server) -> None:
-        """Not to be used until a look at it finds the current weights; looks come ever more seldom."""
+        """Stop using a server until a probe finds the current weights; intervals between probes double."""
         server.usable = False
-        self._look_later(server)
-        server.look.set()
+        self._probe_later(server)
+        server.probe_now.set()
 
-    def _look_later(self, server: _Server) -> None:
+    def _probe_later(self, server: _Server) -> None:
         server.pause = min(max(2 * server.pause, self._timeouts.first), self._timeouts.longest)
 
     async def _watch(self, server: _Server) -> None:
         while True:
             if server.usable:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(server.look.wait(), self._timeouts.probe)
+                    await asyncio.wait_for(server.probe_now.wait(), self._timeouts.probe)
             else:
                 await asyncio.sleep(server.pause or self._timeouts.first)
-            server.look.clear()
+            server.probe_now.clear()
             if self._version is not None:
-                await self._look_at(server)
-                self._fail_if_nobody_serves()
+                await self._probe(server)
+                self._fail_if_none_usable()
 
-    async def _look_at(self, server: _Server) -> None:
-        """Ask for its weights' version: the answer comes from its engine, not from the process in front of it."""
+    async def _probe(self, server: _Server) -> None:
+        """Query its weight version: the answer comes from its engine, not from the API process."""
         try:
             answer = await server.http.get("/weight_info", timeout=self._timeouts.probe)
             found = answer.raise_for_status().json()["weight_version"]
         except (httpx.HTTPError, ValueError, LookupError) as error:
             if limits.is_out_of_files(error):
                 return
-            server.strikes += 1  # its engine may be gone, and only its front be there
-            self._look_later(server)
+            server.strikes += 1  # its engine may have died while its API process runs
+            self._probe_later(server)
             if server.strikes >= self._timeouts.strikes:
                 self._give_up(server)
             return
         server.strikes = 0
         server.usable = found == self._version
         if server.usable:
-            self._hand_out()
+            self._dispatch()
         else:
-            self._look_later(server)
+            self._probe_later(server)
 
     def _give_up(self, server: _Server) -> None:
         server.usable, server.strikes = False, 0
@@ -373,25 +374,25 @@ class Client:
             attempt.cancel()
         self._on_hung(server.number)
 
-    def _fail_if_nobody_serves(self) -> None:
+    def _fail_if_none_usable(self) -> None:
         now = time.monotonic()
         if any(s.usable for s in self._servers):
             self._usable_since = now
         elif now - self._usable_since > self._timeouts.wait:
             urls = ", ".join(s.url for s in self._servers)
-            for turn in self._waiting:
-                if turn.waiting is not None and not turn.waiting.done():
-                    turn.waiting.set_exception(
+            for pending in self._waiting:
+                if pending.waiting is not None and not pending.waiting.done():
+                    pending.waiting.set_exception(
                         MachineFailure(
                             f"no rollout server with the current weights for {self._timeouts.wait:g} s "
-                            f"(rollout.start_seconds) among {urls}; logs/vllm_*.log tell why"
+                            f"(rollout.start_seconds) among {urls}; see logs/vllm_*.log"
                         )
                     )
             self._waiting.clear()
 
 
 def _pool(url: str, key: str, concurrency: int, context: ssl.SSLContext) -> httpx.AsyncClient:
-    """Return the connections to one server: for its requests, a probe, and an order to abort requests."""
+    """Return the connections to one server: for its requests, a probe, and an abort."""
     base, socket = address(url)
     most = httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=4)
     return httpx.AsyncClient(

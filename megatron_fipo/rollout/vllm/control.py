@@ -6,11 +6,11 @@ from typing import Any
 
 import httpx
 
-UNFINISHED = "unfinished"  # weight version of a server between two versions: what it draws is nobody's
+UNFINISHED = "unfinished"  # weight version of a server during an update: its responses do not count
 
 
 class ControlError(RuntimeError):
-    """A server did not do what it was told; the message names it and its answer."""
+    """A server did not carry out a control request; the message names it and its answer."""
 
 
 class Control:
@@ -57,7 +57,7 @@ class Control:
         """Have the server free its GPUs, weights and cache included.
 
         Raises:
-            ControlError: it did not, or does not say so.
+            ControlError: it did not, or did not confirm it.
         """
         self._change_state("/sleep", "sleeping", timeout, level="2", mode="abort")
 
@@ -65,7 +65,7 @@ class Control:
         """Have the server take its GPUs again; its weights are undefined until the next update.
 
         Raises:
-            ControlError: it did not, or not wholly.
+            ControlError: it did not, or only in part.
         """
         self._change_state("/wake_up", "awake", timeout)
 

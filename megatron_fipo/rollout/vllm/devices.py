@@ -45,14 +45,15 @@ def share_of(views: Sequence[tuple[str, ...]], local_rank: int, tensor_parallel:
         ValueError: no process of this node can open the GPUs that a server needs.
     """
     if all(view == views[0] for view in views):
-        if len(views) > 1 and len(views[0]) == 1:  # each is confined to a GPU of its own
+        if len(views) > 1 and len(views[0]) == 1:  # each is confined to one GPU
             return _confined(views, local_rank, tensor_parallel)
         return Share(views[0], len(views), local_rank == 0)
     if all(len(view) == 1 for view in views) and len(set(views)) == len(views):
         return Share(tuple(name for (name,) in views), len(views), local_rank == 0)
     seen = "; ".join(f"rank {rank}: {','.join(view) or 'none'}" for rank, view in enumerate(views))
     raise ValueError(
-        f"the ranks of this node see different GPUs ({seen}): let each see all of them, or exactly one of its own"
+        f"the ranks of this node see different GPUs ({seen}): let each see all of them, or exactly one that no other "
+        "rank sees"
     )
 
 

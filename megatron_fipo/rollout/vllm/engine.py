@@ -1,10 +1,10 @@
-"""The engine: servers of their own, driven from the trainer's ranks.
+"""Rollout engine of vLLM servers, driven from the trainer's ranks.
 
 Rank 0 owns servers, or the first rank of every node when servers share the ranks' GPUs, or every rank where each is
-confined to a GPU of its own: it starts them, restarts them, and they end with it. Every rank knows all URLs and sends
-its requests itself.
+confined to one GPU: it starts and restarts them, and they end with it. Every rank knows all URLs and sends its requests
+itself.
 
-Tried here: local placement on the CPU, with file and gloo transports, and servers that ran already. Colocated and
+Tested: local placement on the CPU, with file and gloo transports, and external servers. Colocated and
 disaggregated placement need GPUs and have not been run.
 """
 
@@ -35,7 +35,7 @@ from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
-from megatron_fipo.rollout.vllm.process import Place, ServerProcess, arguments, environment, places
+from megatron_fipo.rollout.vllm.process import Placement, ServerProcess, arguments, environment, plan_placements
 from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from megatron_fipo.rollout.vllm.transport import (
     BroadcastTransport,
@@ -47,7 +47,7 @@ from megatron_fipo.rollout.vllm.transport import (
 from megatron_fipo.rollout.vllm.versions import new_run, version_name
 from megatron_fipo.vllm_environment import external_keys, installed, interpreter
 
-_POLL_SECONDS = 0.1  # for a request to stop, while responses are drawn
+_POLL_SECONDS = 0.1  # interval of checks for a stop request during generation
 _SLEEP_SECONDS = 120.0  # for a server to move its weights out of the GPU, or make room there
 
 
@@ -55,8 +55,8 @@ class VLLMEngine:
     """Servers start with the first `load_weights`. `load_weights` and `release` are collective over all ranks.
 
     Args:
-        timeouts: replaces what the configuration says of deadlines and probes, for tests.
-        vocabulary: size of the model's; a server's answer with a token outside of it is drawn anew.
+        timeouts: replaces those of the configuration, for tests.
+        vocabulary: size of the model's; a response with a token outside of it is sampled again.
     """
 
     through_first_rank = True
@@ -80,7 +80,7 @@ class VLLMEngine:
     # Weights
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Give all servers new weights; what is drawn from now on is drawn with them.
+        """Send new weights to all servers; later requests are sampled with them.
 
         Raises:
             MachineFailure: no server took them, or one did not start.
@@ -139,12 +139,12 @@ class VLLMEngine:
     # Responses
 
     def submit(self, request: Request, sampling: Sampling) -> Future[Response]:
-        """One response, drawn in the background; see `client.Client.submit`. Not collective."""
+        """Return a future of one response, see `client.Client.submit`. Not collective."""
         assert self._client is not None, "submit before the first load_weights"
         return self._client.submit(request, sampling)
 
     def pause(self, futures: Sequence[Future[Response]]) -> None:
-        """End these requests; their results are what was drawn so far. Not collective."""
+        """End these requests; their results are the partial responses. Not collective."""
         assert self._client is not None, "pause before the first load_weights"
         self._client.pause(futures)
 
@@ -175,12 +175,12 @@ class VLLMEngine:
         if self.config.rollout.placement != "colocated" or self._client is None:
             return
         self._client.expect(None)
-        for place, server in enumerate(self._owned):
+        for index, server in enumerate(self._owned):
             try:
                 update.begin(self._controls[server])
                 self._controls[server].sleep(_SLEEP_SECONDS)
             except ControlError as error:
-                self.supervisor.report_hung(place)
+                self.supervisor.report_hung(index)
                 print(printable(f"rollout server did not free its GPUs: {error}"), file=sys.stderr)
         dist.barrier()
 
@@ -208,7 +208,7 @@ class VLLMEngine:
     # The start
 
     def _start(self) -> Client:
-        """Start servers, tell all ranks where they are, and choose the way of the weights."""
+        """Start servers, share their URLs with all ranks, and choose the weight transport."""
         if self._client is not None:
             return self._client
         rollout = self.config.rollout
@@ -225,10 +225,10 @@ class VLLMEngine:
                 self._start_servers(views)
         except (ValueError, MachineFailure) as failed:
             error = failed
-        except RuntimeError as failed:  # an interpreter that does not run, on this node
+        except RuntimeError as failed:  # the interpreter does not run on this node
             error = MachineFailure(str(failed), [host()])
-        told = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
-        reports = gather((told, [(s.process.url, s.process.key) for s in self.supervisor.servers if s.incarnation]))
+        failure = None if error is None else (str(error), error.hosts if isinstance(error, MachineFailure) else None)
+        reports = gather((failure, [(s.process.url, s.process.key) for s in self.supervisor.servers if s.incarnation]))
         problem = next((problem for problem, _ in reports if problem), None)
         if problem is not None:
             self.supervisor.close()
@@ -247,12 +247,12 @@ class VLLMEngine:
         return self._client
 
     def _views(self) -> list[tuple[str, ...]]:
-        """Return what each rank of this node sees of its GPUs. Collective."""
-        mine = visible_devices(os.environ, torch.cuda.device_count())
-        return [view for host, view in gather((socket.gethostname(), mine)) if host == socket.gethostname()]
+        """Return the GPUs that each rank of this node sees. Collective."""
+        local = visible_devices(os.environ, torch.cuda.device_count())
+        return [view for host, view in gather((socket.gethostname(), local)) if host == socket.gethostname()]
 
     def _start_servers(self, views: Sequence[tuple[str, ...]]) -> None:
-        """Start the servers that are this rank's own, if any."""
+        """Start this rank's servers, if any."""
         config = self.config
         colocated = config.rollout.placement == "colocated"
         if not colocated and self.topology.rank != 0:
@@ -264,7 +264,7 @@ class VLLMEngine:
         share = share_of(views, local_rank, config.rollout.tensor_parallel if colocated else 1)
         if colocated and not share.is_owner:
             return
-        where = places(
+        placements = plan_placements(
             config,
             share.ranks if colocated else len(views),
             share.devices,
@@ -272,7 +272,7 @@ class VLLMEngine:
         )
         first = local_rank if share.ranks < len(views) else 0  # of the logs' numbers, where every rank has a server
         self.supervisor = Supervisor(
-            [self._process(found, place, number) for number, place in enumerate(where, first)],
+            [self._process(found, placement, number) for number, placement in enumerate(placements, first)],
             config.rollout.start_seconds,
             self._reload,
         )
@@ -280,18 +280,18 @@ class VLLMEngine:
         self.supervisor.start()
         self.supervisor.wait()
         print(
-            f"{len(where)} rollout servers of {found.distribution} {found.version} are ready after "
+            f"{len(placements)} rollout servers of {found.distribution} {found.version} are ready after "
             f"{time.monotonic() - started:.0f} s",
             file=sys.stderr,
         )
 
-    def _process(self, found: Any, place: Place, number: int) -> ServerProcess:
+    def _process(self, found: Any, placement: Placement, number: int) -> ServerProcess:
         node = "" if self.config.rollout.placement != "colocated" else f"{socket.gethostname()}_"
         return ServerProcess(
             found.python,
-            arguments(self.config, found, place),
-            environment(os.environ, place, secrets.token_urlsafe(32), self._directory),
-            place,
+            arguments(self.config, found, placement),
+            environment(os.environ, placement, secrets.token_urlsafe(32), self._directory),
+            placement,
             self.config.run_directory / "logs" / f"vllm_{node}{number}.log",
         )
 
@@ -325,10 +325,10 @@ class VLLMEngine:
         if number in self._owned:
             self.supervisor.report_hung(self._owned.index(number))
 
-    def _everywhere(self, mine: dict[int, int | None]) -> list[int | None]:
-        """Return the restart count of every server, from its owner; 1 for servers that ran already.
+    def _everywhere(self, local: dict[int, int | None]) -> list[int | None]:
+        """Return the incarnation of every server, from its owner; 1 for external servers.
 
         When this returns, no rank generates any more.
         """
-        incarnations = {server: incarnation for part in gather(mine) for server, incarnation in part.items()}
+        incarnations = {server: incarnation for part in gather(local) for server, incarnation in part.items()}
         return [incarnations.get(server, 1) for server in range(len(self._controls))]

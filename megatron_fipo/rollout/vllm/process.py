@@ -20,7 +20,7 @@ from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout.vllm.worker import fipo_guard
 from megatron_fipo.vllm_environment import Installed
 
-WORKER = Path(__file__).parent / "worker"  # what servers import of this package
+WORKER = Path(__file__).parent / "worker"  # modules of this package that servers import
 _PORT_SECONDS = 60.0  # for the guard to start and listen
 _LOG_LINES = 15  # of a server that failed
 # Options of the ranks' step, which srun would take over from the environment for a server's step.
@@ -33,8 +33,8 @@ _CPU_BATCHED_TOKENS = 2048  # of one step
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server runs.
+class Placement:
+    """Placement of a server.
 
     Attributes:
         host: the address that it listens on, for clients on other machines, too; None: a Unix socket.
@@ -47,8 +47,8 @@ class Place:
     node: str | None = None
 
 
-def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
-    """Return vLLM's own, without where it listens."""
+def arguments(config: Config, installed: Installed, placement: Placement) -> list[str]:
+    """Return the arguments of `vllm serve`, without its address."""
     rollout, model = config.rollout, config.model
     overrides = dict(model.overrides)
     if model.fp32_logits:
@@ -67,7 +67,7 @@ def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
         "--weight-transfer-config": json.dumps({"backend": "fipo"}),
         "--middleware": "fipo_access.RequireKey",
         **({"--hf-overrides": json.dumps(overrides)} if overrides else {}),
-        **_memory(config, place),
+        **_memory(config, placement),
     }
     switches = ["--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
     switches.append("--enable-prefix-caching" if rollout.prefix_cache else "--no-enable-prefix-caching")
@@ -80,16 +80,16 @@ def arguments(config: Config, installed: Installed, place: Place) -> list[str]:
     return [*(part for pair in given.items() for part in pair), *switches]
 
 
-def _memory(config: Config, place: Place) -> dict[str, str]:
+def _memory(config: Config, placement: Placement) -> dict[str, str]:
     rollout = config.rollout
-    cache = rollout.kv_cache_gb or (None if place.devices else _CPU_CACHE_GB)
+    cache = rollout.kv_cache_gb or (None if placement.devices else _CPU_CACHE_GB)
     given = {} if cache is None else {"--kv-cache-memory-bytes": str(int(cache * 2**30))}
-    if place.devices:  # with a size of the cache, too: vLLM first compares its share with what is free
+    if placement.devices:  # with a size of the cache, too: vLLM first compares its share with what is free
         given["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
     return given
 
 
-def environment(base: Mapping[str, str], place: Place, key: str, weights: Path | None) -> dict[str, str]:
+def environment(base: Mapping[str, str], placement: Placement, key: str, weights: Path | None) -> dict[str, str]:
     """Return a server's environment: its key, and nothing by which its workers would take themselves for ranks."""
     ours = (
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"),
@@ -105,12 +105,12 @@ def environment(base: Mapping[str, str], place: Place, key: str, weights: Path |
     }
     if weights is not None:
         environment["FIPO_WEIGHTS"] = str(weights)
-    if place.node:  # what this process sees says nothing of another node, and Slurm tells the server's step
+    if placement.node:  # this process cannot see another node's GPUs; Slurm sets them for the server's step
         environment = {n: v for n, v in environment.items() if not n.startswith(_OF_THE_STEP)}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-        environment["FIPO_DEVICES"] = ",".join(place.devices)  # for worker/fipo_guard.py
-    elif place.devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
+        environment["FIPO_DEVICES"] = ",".join(placement.devices)  # for worker/fipo_guard.py
+    elif placement.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
     else:
         environment |= {
             "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than small models run
@@ -122,12 +122,12 @@ def environment(base: Mapping[str, str], place: Place, key: str, weights: Path |
 
 
 class ServerProcess:
-    """A server that is started, watched and ended from here, and ends by itself when this process is gone."""
+    """Server process, started and ended from here; it ends by itself when this process does."""
 
     def __init__(
-        self, python: Path, command: Sequence[str], environment: Mapping[str, str], place: Place, log: Path
+        self, python: Path, command: Sequence[str], environment: Mapping[str, str], placement: Placement, log: Path
     ) -> None:
-        self.place = place
+        self.placement = placement
         self.log = log
         self._python = python
         self._command = command
@@ -135,7 +135,7 @@ class ServerProcess:
         self._port = 0
         self._guard: subprocess.Popen[str] | None = None
         self._socket: str | None = None
-        if place.host is None:
+        if placement.host is None:
             directory = fipo_guard.private_directory()
             self._socket = f"{directory}/socket"
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
@@ -150,7 +150,7 @@ class ServerProcess:
         """`unix:PATH`, or `http://HOST:PORT`."""
         if self._socket is not None:
             return f"unix:{self._socket}"
-        host = self.place.node or self.place.host
+        host = self.placement.node or self.placement.host
         assert host, "a server of this machine alone has a socket"
         assert self._port, "a server has no URL before it was started"
         return network.url(host, self._port)
@@ -197,7 +197,7 @@ class ServerProcess:
             self._guard.stdin.close()
         try:
             self._guard.wait(timeout=10)
-        except subprocess.TimeoutExpired:  # stopped; its twin inside the group sees this one go
+        except subprocess.TimeoutExpired:  # stopped; the inner guard ends when this one does
             self._guard.kill()
             self._guard.wait()
         self._guard.stdout.close()
@@ -212,16 +212,16 @@ class ServerProcess:
 
     def _guarded(self) -> list[str]:
         guard = [str(self._python), str(WORKER / "fipo_guard.py")]
-        owner = 0 if self.place.node else os.getpid()
-        address = f"unix:{self._socket}" if self._socket is not None else f"{self.place.host}:{self._port}"
-        return [*_on_node(self.place.node), *guard, str(owner), address, *self._serve()]
+        owner = 0 if self.placement.node else os.getpid()
+        address = f"unix:{self._socket}" if self._socket is not None else f"{self.placement.host}:{self._port}"
+        return [*_on_node(self.placement.node), *guard, str(owner), address, *self._serve()]
 
     def _serve(self) -> list[str]:
         return [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *self._command]
 
 
 def _on_node(node: str | None) -> list[str]:
-    """Another node of this job gets its server through a step of its own. Not run yet on a cluster with GPUs."""
+    """Return the command prefix that starts a server on another node, as a separate job step. Not run on GPUs yet."""
     if node is None:
         return []
     job = os.environ["SLURM_JOB_ID"]
@@ -230,8 +230,8 @@ def _on_node(node: str | None) -> list[str]:
     return [*step, "--cpu-bind=none", "--gpu-bind=none", "--kill-on-bad-exit=1"]
 
 
-def places(config: Config, local_ranks: int, devices: Sequence[str], host: str | None) -> list[Place]:
-    """Return where the servers run that one rank of this node starts.
+def plan_placements(config: Config, local_ranks: int, devices: Sequence[str], host: str | None) -> list[Placement]:
+    """Return the placements of the servers that one rank of this node starts.
 
     Args:
         local_ranks: ranks that share `devices`.
@@ -246,18 +246,18 @@ def places(config: Config, local_ranks: int, devices: Sequence[str], host: str |
     if rollout.placement == "disaggregated":
         slots = range(rollout.num_servers or rollout.gpus_per_node // size)
         return [
-            Place(network.resolve(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
+            Placement(network.resolve(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
             for node in rollout.nodes or spare_nodes(os.environ)
             for slot in slots
         ]
     colocated = rollout.placement == "colocated"
     count = rollout.num_servers or (max(1, local_ranks // size) if colocated else 1)
     if not devices:
-        return [Place(host)] * count
+        return [Placement(host)] * count
     first = 0 if colocated else local_ranks
     if first + count * size > len(devices):
         raise ValueError(
             f"{first} ranks and {count} rollout servers x rollout.tensor_parallel {size} need {first + count * size} "
             f"GPUs of their own, but on this node they see {len(devices)} ({', '.join(devices)})"
         )
-    return [Place(host, tuple(devices[first + i * size : first + (i + 1) * size])) for i in range(count)]
+    return [Placement(host, tuple(devices[first + i * size : first + (i + 1) * size])) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Supervision of this rank's servers: started, waited for, restarted, and given the current weights again."""
+"""Supervisor of this rank's servers: it starts and restarts them, and reloads the current weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _START_RETRIES = 2  # of a server that has never been ready, before the run is g
 _MOST_RESTARTS = 5  # in a row without having been ready for _STABLE_SECONDS
 _STABLE_SECONDS = 300.0
 
-Reload = Callable[[Control], bool]  # gives a server the current weights; False: there is no copy to give
+Reload = Callable[[Control], bool]  # loads the current weights into a server; False: there is no copy
 
 
 @dataclass(eq=False)
 class ManagedServer:
-    """A server and what is known of it.
+    """State of a managed server.
 
     Attributes:
         state: `loading` is ready, and its weights are being changed by its supervisor.
@@ -66,39 +66,41 @@ class Supervisor:
             RuntimeError: one could not be started.
         """
         for server in self.servers:
-            server.process.start()  # here, so that its URL is known, and a missing interpreter is told at once
+            server.process.start()  # here, so that its URL is known, and a missing interpreter is reported at once
             server.state, server.incarnation = "starting", 1
-            server.thread = threading.Thread(target=self._keep, args=(server,), name="vllm-supervisor", daemon=True)
+            server.thread = threading.Thread(
+                target=self._supervise, args=(server,), name="vllm-supervisor", daemon=True
+            )
             server.thread.start()
 
     def wait(self) -> None:
-        """Until all servers are ready, telling how it goes.
+        """Wait until all servers are ready, and print progress.
 
         Raises:
-            MachineFailure: one was not, however often it was started, and why.
+            MachineFailure: one did not start in all attempts.
         """
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         with self._changed:
             while waiting := [s for s in self.servers if s.state != "ready"]:
                 failed = next((s for s in waiting if s.state == "given up" or s.failures > _START_RETRIES), None)
                 if failed is not None:
                     raise MachineFailure(
                         f"a rollout server did not start in {failed.failures} attempts: {failed.reason}",
-                        [failed.process.place.node or host()],
+                        [failed.process.placement.node or host()],
                     )
-                if time.monotonic() - told > _REPORT_SECONDS:
-                    told = time.monotonic()
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    reported = time.monotonic()
                     ready = len(self.servers) - len(waiting)
                     print(
                         f"waiting for rollout servers: {ready} of {len(self.servers)} are ready after "
-                        f"{told - started:.0f} s; see {waiting[0].process.log}",
+                        f"{reported - started:.0f} s; see {waiting[0].process.log}",
                         file=sys.stderr,
                         flush=True,
                     )
                 self._changed.wait(timeout=1.0)
 
     def hold(self) -> list[int | None]:
-        """Leave the weights of servers alone until `release`; the incarnation of each server that can take new ones.
+        """Stop weight changes until `release`; return the incarnation of each server that can take new weights.
 
         Waits for the supervisor's own changes to end, and, as long as none can take any, for one that is being started.
         """
@@ -144,8 +146,8 @@ class Supervisor:
             if "control" in vars(server):
                 server.control.close()
 
-    def _keep(self, server: ManagedServer) -> None:
-        """Supervise one server, in a thread of its own."""
+    def _supervise(self, server: ManagedServer) -> None:
+        """Supervise one server, in its own thread."""
         while not self._closing:
             if server.state == "lost":
                 self._restart(server)
@@ -169,11 +171,11 @@ class Supervisor:
         server.state, server.current, server.reason = "lost", False, reason
 
     def _restart(self, server: ManagedServer) -> None:
-        words = server.process.log_tail()
+        tail = server.process.log_tail()
         text = f"rollout server {server.process.url} is restarted: {server.reason}"
         print(printable(text), file=sys.stderr, flush=True)
         if server.failures > _MOST_RESTARTS:
-            self._set(server, "given up", f"{server.reason}, {server.failures} times in a row\n{words}")
+            self._set(server, "given up", f"{server.reason}, {server.failures} times in a row\n{tail}")
             server.process.kill()
             return
         try:

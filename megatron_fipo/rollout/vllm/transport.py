@@ -1,10 +1,10 @@
 """Ways for a bucket of weights to reach a server's workers.
 
-file: rank 0 writes safetensors files, in memory unless told otherwise, which every server reads. The newest version
-stays, so that a restarted server can be given it at any time.
+file: rank 0 writes safetensors files, by default in shared memory, which every server reads. The newest version stays,
+so that a restarted server can load it at any time.
 gloo, nccl: a process group for each server, of one rank of the trainer and the server's workers. Servers are shared out
 over ranks, so that several ranks send at the same time, and one server's failure breaks one group.
-ipc: a rank on each of a server's GPUs shows its worker a buffer there.
+ipc: a rank on each of a server's GPUs shares a buffer with the worker there.
 
 nccl and ipc have not been run yet.
 """
@@ -38,26 +38,26 @@ class Transport(Protocol):
     def feeds(self) -> Sequence[int]: ...
 
     def connect(self, server: int, control: Control, incarnation: int) -> None:
-        """Make ready to send to a server; called for every update."""
+        """Prepare to send to a server; called for every update."""
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
-        """Put a bucket where it can be sent from; what its receivers are told. Called on every rank.
+        """Stage a bucket for sending and return its metadata for the receivers. Called on every rank.
 
         Raises:
             OSError: it cannot be written.
         """
 
-    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
+    def deliver(self, server: int, control: Control, metadata: dict[str, Any]) -> None:
         """Send the staged bucket. Called for several servers at the same time."""
 
     def finish(self, version: str, complete: bool) -> None:
-        """After the last bucket, on every rank."""
+        """Clean up after the last bucket, on every rank."""
 
     def close(self) -> None: ...
 
 
 class FileTransport:
-    """Files `DIRECTORY/VERSION/N.safetensors`; of the newest version what receivers are told is kept as well.
+    """Files `DIRECTORY/VERSION/N.safetensors`; the metadata of the newest version is kept as well.
 
     DIRECTORY is made here, for this user alone, and removed at the end.
     """
@@ -67,7 +67,7 @@ class FileTransport:
         self.directory = directory
         self._writes = rank == 0
         self._made = False
-        self._told: list[dict[str, Any]] = []
+        self._metadata: list[dict[str, Any]] = []
         self.newest: tuple[str, list[dict[str, Any]]] | None = None
 
     def connect(self, server: int, control: Control, incarnation: int) -> None:
@@ -78,7 +78,7 @@ class FileTransport:
             return {}
         if not self._made:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self.directory.mkdir(mode=0o700)  # not one that somebody else has made
+            self.directory.mkdir(mode=0o700)  # not one that another user made
             self._made = True
         folder = self.directory / version
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -88,19 +88,19 @@ class FileTransport:
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished)
             unfinished.chmod(0o600)  # some releases of safetensors make files that everybody may read
-        told = {**bucket.description(checked), "path": str(path.absolute())}
-        self._told.append(told)
-        return told
+        metadata = {**bucket.description(checked), "path": str(path.absolute())}
+        self._metadata.append(metadata)
+        return metadata
 
-    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
-        control.post("/update_weights", {"update_info": told}, timeout=TRANSFER_SECONDS)
+    def deliver(self, server: int, control: Control, metadata: dict[str, Any]) -> None:
+        control.post("/update_weights", {"update_info": metadata}, timeout=TRANSFER_SECONDS)
 
     def finish(self, version: str, complete: bool) -> None:
         if self._writes:
             old = version if not complete else None if self.newest is None else self.newest[0]
             if complete:
-                self.newest = version, self._told
-            self._told = []
+                self.newest = version, self._metadata
+            self._metadata = []
             if old is not None:
                 shutil.rmtree(self.directory / old, ignore_errors=True)
 
@@ -126,9 +126,9 @@ class BroadcastTransport:
         world = 1 + control.world_size(timeout=60)
         store = fipo_wire.store(self._address, 0, is_master=True, timeout=timeout)
         how = {"transport": self._backend, "address": self._address, "port": store.port, "world_size": world}
-        told = _in_background(control, "/init_weight_transfer_engine", {"init_info": how})
+        connected = _in_background(control, "/init_weight_transfer_engine", {"init_info": how})
         self._groups[server] = incarnation, fipo_wire.Group(self._backend, store, 0, world, timeout)
-        told.result()
+        connected.result()
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
         if not self.feeds:
@@ -136,8 +136,8 @@ class BroadcastTransport:
         self._buffer = fipo_wire.pack(bucket.tensors, self._device)
         return bucket.description(checked)
 
-    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
-        answer = _in_background(control, "/update_weights", {"update_info": told})
+    def deliver(self, server: int, control: Control, metadata: dict[str, Any]) -> None:
+        answer = _in_background(control, "/update_weights", {"update_info": metadata})
         self._groups[server][1].broadcast(self._buffer)
         answer.result()
 
@@ -149,13 +149,13 @@ class BroadcastTransport:
 
 
 class IPCTransport:
-    """Server s takes its handles from the ranks of `groups[s]`, of which the first one speaks to it."""
+    """Server s takes its handles from the ranks of `groups[s]`, of which the first one sends its requests."""
 
     def __init__(self, device: torch.device, rank: int, members: Sequence[Sequence[int]]) -> None:
         groups = [dist.new_group(list(ranks)) for ranks in members]  # collective over all ranks
-        self._mine = next(s for s, ranks in enumerate(members) if rank in ranks)
-        self._group, self._first = groups[self._mine], members[self._mine][0]
-        self.feeds = [self._mine] if rank == self._first else []
+        self._server = next(s for s, ranks in enumerate(members) if rank in ranks)
+        self._group, self._first = groups[self._server], members[self._server][0]
+        self.feeds = [self._server] if rank == self._first else []
         self._device = device
         self._buffer = torch.empty(0)
 
@@ -164,7 +164,7 @@ class IPCTransport:
 
     def stage(self, version: str, number: int, bucket: Bucket, checked: bool) -> dict[str, Any]:
         dist.barrier(self._group)  # the first rank has delivered the bucket before
-        # torch keeps memory that was shown to another process until it is told that the other one has let go of it.
+        # torch keeps memory that is shared with another process until that process has released it.
         self._buffer = torch.empty(0)
         torch.cuda.ipc_collect()
         self._buffer = fipo_wire.pack(bucket.tensors, self._device)
@@ -173,8 +173,8 @@ class IPCTransport:
         dist.all_gather_object(handles, fipo_wire.ipc_handle(self._buffer), group=self._group)
         return {**bucket.description(checked), "handles": handles}
 
-    def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
-        control.post("/update_weights", {"update_info": told}, timeout=TRANSFER_SECONDS)
+    def deliver(self, server: int, control: Control, metadata: dict[str, Any]) -> None:
+        control.post("/update_weights", {"update_info": metadata}, timeout=TRANSFER_SECONDS)
 
     def finish(self, version: str, complete: bool) -> None:
         dist.barrier(self._group)

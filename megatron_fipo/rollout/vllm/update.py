@@ -1,8 +1,8 @@
 """New weights on all servers: one version at a time, whole or not at all.
 
 A server is paused and its weights carry the version `unfinished` from before the first tensor until all have arrived,
-so that nothing that was drawn with a mixture can pass for a response. A server on which that fails keeps that version,
-and is restarted by whoever started it.
+so that no response of mixed weights is accepted. A server on which that fails keeps that version,
+and is restarted by its supervisor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Update:
         checked: bool,
     ) -> None:
         self.failures: dict[int, str] = {}
-        self.problem: str | None = None  # of this rank, so that nobody got the weights
+        self.problem: str | None = None  # of this rank, so that no server got the weights
         self.compared = (0, 0)  # parameters compared on one server, tensors received there
         self._transport = transport
         self._version = version
@@ -52,17 +52,20 @@ class Update:
         with ThreadPoolExecutor(max(1, len(self._targets))) as pool:
             self._on_all(pool, self._begin)
             for number, bucket in enumerate(buckets(weights, limit)):
-                told = self._stage(number, bucket)
-                if told is not None:
+                metadata = self._stage(number, bucket)
+                if metadata is not None:
                     self._on_all(
-                        pool, lambda s, control, incarnation, told=told: self._transport.deliver(s, control, told)
+                        pool,
+                        lambda s, control, incarnation, metadata=metadata: self._transport.deliver(
+                            s, control, metadata
+                        ),
                     )
             if self.problem is None:
                 self._on_all(pool, lambda s, control, incarnation: self._complete(control))
         self._transport.finish(self._version, self.problem is None)
 
     def _on_all(self, pool: ThreadPoolExecutor, action: Callable[..., None]) -> None:
-        """On all servers at the same time; those that fail are left out from then on."""
+        """Run `action` on all servers at the same time; later calls skip those that fail."""
         futures = {s: pool.submit(action, s, *target) for s, target in self._targets.items()}
         for server, future in futures.items():
             try:
@@ -90,13 +93,13 @@ class Update:
 
 
 def begin(control: Control) -> None:
-    """From now on the server draws nothing that counts."""
+    """Pause the server; its responses do not count until `complete`."""
     control.post("/pause", timeout=_SECONDS, mode="keep")
     control.post("/update_weight_version", {"new_version": UNFINISHED}, timeout=_SECONDS)
 
 
 def complete(control: Control, version: str, checked: bool) -> tuple[int, int]:
-    """All tensors are there: put them to use. Returns parameters compared and tensors received, if `checked`.
+    """Finish the update; return the number of parameters compared and of tensors received, if `checked`.
 
     Raises:
         ControlError: the server failed, or holds other weights than it received.
@@ -115,8 +118,8 @@ def complete(control: Control, version: str, checked: bool) -> tuple[int, int]:
     return (results[0]["compared"], results[0]["received"]) if results else (0, 0)
 
 
-def reload(control: Control, version: str, told: list[dict[str, Any]]) -> None:
-    """Give a server that was restarted the version whose files `told` names.
+def reload(control: Control, version: str, metadata: list[dict[str, Any]]) -> None:
+    """Load a version into a restarted server, from the files in `metadata`.
 
     Raises:
         ControlError: it did not take them.
@@ -124,6 +127,6 @@ def reload(control: Control, version: str, told: list[dict[str, Any]]) -> None:
     begin(control)
     control.post("/init_weight_transfer_engine", {"init_info": {"transport": "file"}}, timeout=_SECONDS)
     control.post("/start_weight_update", timeout=_SECONDS)
-    for update_info in told:
+    for update_info in metadata:
         control.post("/update_weights", {"update_info": update_info}, timeout=TRANSFER_SECONDS)
     complete(control, version, checked=False)

@@ -1,4 +1,4 @@
-"""Names of weight versions on the servers: unlike those of any other run, so that nobody's weights pass for ours."""
+"""Names of weight versions on the servers, unique to a run."""
 
 from __future__ import annotations
 

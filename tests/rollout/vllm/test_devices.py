@@ -14,7 +14,7 @@ import pytest
 from megatron_fipo.config import Config
 from megatron_fipo.machine import network
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
-from megatron_fipo.rollout.vllm.process import WORKER, Place, arguments, environment, places
+from megatron_fipo.rollout.vllm.process import WORKER, Placement, arguments, environment, plan_placements
 from megatron_fipo.rollout.vllm.worker.fipo_guard import choose_devices
 from megatron_fipo.vllm_environment import Installed
 from tests.policies import make_config
@@ -51,7 +51,7 @@ def _servers(config: Config, views: list[tuple[str, ...]]) -> list[list[tuple[st
     started = []
     for rank in range(len(views)):
         share = share_of(views, rank, config.rollout.tensor_parallel)
-        found = places(config, share.ranks, share.devices, "host") if share.is_owner else []
+        found = plan_placements(config, share.ranks, share.devices, "host") if share.is_owner else []
         started.append([place.devices for place in found])
     return started
 
@@ -105,25 +105,25 @@ def test_servers_beside_the_ranks() -> None:
     """They get the GPUs that follow the ranks' own, several servers one after the other."""
     config = _config("local", num_servers=3, tensor_parallel=2)
     devices = ("8", "9", "2", "3", "4", "5", "6", "7")
-    found = [place.devices for place in places(config, 2, devices, "host")]
+    found = [place.devices for place in plan_placements(config, 2, devices, "host")]
     assert found == [("2", "3"), ("4", "5"), ("6", "7")]
 
 
 def test_too_few_gpus() -> None:
     """The arithmetic, and which GPUs are seen."""
     with pytest.raises(ValueError, match=r"2 ranks and 1 rollout servers .* need 3 GPUs .* see 2 \(4, 5\)"):
-        places(_config("local"), 2, ("4", "5"), "host")
+        plan_placements(_config("local"), 2, ("4", "5"), "host")
 
 
 def test_no_gpus() -> None:
     """Servers compute on the CPU, as many as are asked for."""
-    assert places(_config("local", num_servers=2), 1, (), "host") == [Place("host")] * 2
+    assert plan_placements(_config("local", num_servers=2), 1, (), "host") == [Placement("host")] * 2
 
 
 def test_environment_of_a_server() -> None:
     """Its own GPUs alone, by the parent's names."""
     base = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "PATH": "/bin"}
-    found = environment(base, Place(devices=("6", "GPU-7")), "key", None)
+    found = environment(base, Placement(devices=("6", "GPU-7")), "key", None)
     assert found["CUDA_VISIBLE_DEVICES"] == "6,GPU-7"
     assert "FIPO_DEVICES" not in found
 
@@ -132,7 +132,7 @@ def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the parent sees says nothing of that node: its guard is given numbers, and all servers different ones."""
     monkeypatch.setattr(network, "resolve", lambda name: "10.0.0.2")
     config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel=4)
-    found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in places(config, 8, (), "host")]
+    found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in plan_placements(config, 8, (), "host")]
     assert [e["FIPO_DEVICES"] for e in found] == ["0,1,2,3", "4,5,6,7"]
     assert not any("CUDA_VISIBLE_DEVICES" in e for e in found)
 
@@ -156,9 +156,9 @@ def test_the_guard_names_gpus_on_its_own_node(given: dict[str, str], expected: d
 def test_a_step_of_a_server_is_not_bound_like_the_ranks() -> None:
     """On another node it has none of the options of the ranks' step, which srun reads from the environment."""
     bound = {"SLURM_CPU_BIND": "mask_cpu:0xf", "SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
-    elsewhere = environment(bound, Place("10.0.0.2", ("0",), "node2"), "key", None)
+    elsewhere = environment(bound, Placement("10.0.0.2", ("0",), "node2"), "key", None)
     assert [name for name in elsewhere if name.startswith("SLURM")] == ["SLURM_JOB_ID"]
-    here = environment(bound, Place("10.0.0.1", ("0",)), "key", None)
+    here = environment(bound, Placement("10.0.0.1", ("0",)), "key", None)
     assert here["SLURM_CPU_BIND"] == "mask_cpu:0xf"
 
 
@@ -167,9 +167,9 @@ def test_nodes_of_the_job_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
     monkeypatch.setattr(network, "resolve", lambda node: f"address of {node}")
-    found = places(_config("disaggregated", gpus_per_node=8, tensor_parallel=8), 8, (), "host")
+    found = plan_placements(_config("disaggregated", gpus_per_node=8, tensor_parallel=8), 8, (), "host")
     eight = tuple("01234567")
-    assert found == [Place("address of n2", eight, "n2"), Place("address of n3", eight, "n3")]
+    assert found == [Placement("address of n2", eight, "n2"), Placement("address of n3", eight, "n3")]
 
 
 @pytest.mark.parametrize(("step", "count"), [({}, 1), ({"SLURM_STEP_ID": "0"}, None)])
@@ -214,7 +214,9 @@ def test_the_guard_refuses_gpus_that_slurm_did_not_give() -> None:
 )
 def test_memory_of_a_server(rollout: dict[str, Any], devices: tuple[str, ...], expected: dict[str, str]) -> None:
     """On a GPU the share of its memory is given with a size of the cache, too: vLLM compares it first."""
-    given = arguments(_config("local", **rollout), Installed(Path("python"), "vllm", "0.33.0"), Place(devices=devices))
+    given = arguments(
+        _config("local", **rollout), Installed(Path("python"), "vllm", "0.33.0"), Placement(devices=devices)
+    )
     options = dict(itertools.pairwise(given))
     assert {name: options[name] for name in ("--gpu-memory-utilization",) if name in options} == expected
     cache = rollout.get("kv_cache_gb", None if devices else 1.0)

@@ -176,7 +176,7 @@ def test_goes_on(stopped: Stopped, embedded: Evaluation) -> None:
     evaluation = stopped.evaluation
     assert evaluation.run(*VLLM) == (0, []), evaluation.said()
     assert sum(evaluation.judged()) == PROBLEMS
-    assert f"{stopped.kept} of {PROBLEMS} samples are there already" in evaluation.said()
+    assert f"{stopped.kept} of {PROBLEMS} samples are already finished" in evaluation.said()
     figures, rows = evaluation.result()
     assert len({row["response"] for row in rows}) > PROBLEMS / 8
     assert 0.2 < figures["avg@k"] < 0.8

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from megatron_fipo.machine import limits
-from megatron_fipo.rollout.vllm.process import Place, ServerProcess
+from megatron_fipo.rollout.vllm.process import Placement, ServerProcess
 from tests.ranks import context, fork
 
 # Like vLLM's: a front, an engine and a worker, of which only the front listens. They write their numbers to a file.
@@ -49,7 +49,7 @@ class FakeVLLM(ServerProcess):
         (directory / "server.py").write_text(SERVER)
         self.pids = directory / "pids"
         weights = {"FIPO_WEIGHTS": str(directory / "weights")}
-        super().__init__(Path(sys.executable), [], {**os.environ, **weights}, Place(host), directory / "log")
+        super().__init__(Path(sys.executable), [], {**os.environ, **weights}, Placement(host), directory / "log")
 
     def _serve(self) -> list[str]:
         return [sys.executable, str(self.log.parent / "server.py"), str(self.pids), "2"]

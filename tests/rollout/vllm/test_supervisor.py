@@ -11,7 +11,7 @@ import pytest
 
 from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.rollout.vllm import supervisor as supervisors
-from megatron_fipo.rollout.vllm.process import Place
+from megatron_fipo.rollout.vllm.process import Placement
 from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from tests.rollout.streaming import wait_until
 from tests.rollout.vllm.fake_server import KEY, FakeServer
@@ -21,7 +21,7 @@ class Process:
     """A server's process, of which the first `ends` starts end early and the next `raises` fail outright."""
 
     def __init__(self, fake: FakeServer, log: Path, ends: int = 0, raises: int = 0) -> None:
-        self.url, self.key, self.log, self.place = fake.url, KEY, log, Place()
+        self.url, self.key, self.log, self.placement = fake.url, KEY, log, Placement()
         self.ends, self.raises, self.starts = ends, raises, 0
         self.pid: int | None = None
 

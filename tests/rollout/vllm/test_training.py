@@ -93,7 +93,7 @@ def test_learns(trained: Any, variant: str) -> None:
     assert gain > reference - 0.1
     for row in trained(variant).rows():
         if not row["batch/staleness_max"]:
-            assert row["mismatch/rollout_mismatch_abs_max"] < 1e-4
+            assert row["mismatch/abs_max"] < 1e-4
 
 
 def test_number_of_servers_changes_nothing(trained: Any) -> None:

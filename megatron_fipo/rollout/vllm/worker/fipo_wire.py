@@ -22,12 +22,12 @@ _STEP, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """64 bits that depend on every byte and its place, computed where the tensor is, the same on every device."""
+    """Return 64 bits that depend on every byte and its position, the same on every device; computed on the tensor's."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     padded = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = padded.view(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    mixed = words + places * _STEP  # int64 arithmetic wraps
+    positions = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
+    mixed = words + positions * _STEP  # int64 arithmetic wraps
     mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
     mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
     return int((mixed ^ _shifted(mixed, 31)).sum().item())
@@ -88,7 +88,7 @@ class Group:
             self._group = gloo(members, rank, world_size, options)
 
     def broadcast(self, buffer: torch.Tensor) -> None:
-        """From rank 0 into everybody's buffer; done when this returns."""
+        """Broadcast from rank 0 into every member's buffer; complete on return."""
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         self._group.broadcast([buffer], options).wait()
@@ -125,8 +125,8 @@ def ipc_handle(buffer: torch.Tensor) -> dict[str, Any]:
     from torch.multiprocessing.reductions import reduce_tensor
 
     shared = list(reduce_tensor(buffer)[1][7:])
-    for place in _BYTES:
-        shared[place] = base64.b64encode(shared[place]).decode()
+    for index in _BYTES:
+        shared[index] = base64.b64encode(shared[index]).decode()
     return {"gpu": gpu_name(buffer.device), "num_bytes": buffer.numel(), "shared": shared}
 
 
@@ -135,8 +135,8 @@ def from_ipc_handle(handle: dict[str, Any], device: torch.device) -> torch.Tenso
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     shared = list(handle["shared"])
-    for place in _BYTES:
-        shared[place] = base64.b64decode(shared[place])
+    for index in _BYTES:
+        shared[index] = base64.b64decode(shared[index])
     shape = torch.Size([handle["num_bytes"]])
     return rebuild_cuda_tensor(
         torch.Tensor, shape, (1,), 0, torch.storage.TypedStorage, torch.uint8, device.index, *shared

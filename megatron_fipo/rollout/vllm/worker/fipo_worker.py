@@ -1,6 +1,6 @@
 """The receiving end of weight updates, loaded by every worker of a vLLM server (`--worker-extension-cls`).
 
-Lives in vLLM's environment and imports nothing of the trainer's. Importing it registers the weight transfer engine
+Runs in vLLM's environment and imports nothing of the trainer's. Importing it registers the weight transfer engine
 `fipo` with vLLM.
 """
 
@@ -108,8 +108,8 @@ class FIPOWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _receive_buffer(self, info: UpdateInfo) -> torch.Tensor:
         if info.handles:
-            mine = fipo_wire.gpu_name(self.device)
-            handle = next(h for h in info.handles if h["gpu"] == mine)
+            name = fipo_wire.gpu_name(self.device)
+            handle = next(h for h in info.handles if h["gpu"] == name)
             # A copy: layers keep what they are given until all of it has come, and the sender's buffer is used again.
             return fipo_wire.from_ipc_handle(handle, self.device).clone()
         assert self._group is not None, "a broadcast before init_transfer_engine"

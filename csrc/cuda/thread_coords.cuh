@@ -12,12 +12,12 @@ namespace cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class Shape>
-struct Place {
+struct ThreadCoords {
   int lane, warp;             // index within the warp, within the block
   int block;                  // index within the cluster
   int cluster, num_clusters;  // index within the grid
 
-  __device__ Place()
+  __device__ ThreadCoords()
       : lane(threadIdx.x % kLanes),
         warp(threadIdx.x / kLanes),
         block(blockIdx.x % Shape::kBlocks),
@@ -48,13 +48,13 @@ __device__ inline void cluster_sync() {
     __syncthreads();
 }
 
-// Address of another block's copy of `mine` in the cluster.
+// Address of another block's copy of `local` in the cluster.
 template <class Shape, class T>
-__device__ inline T* of_peer(T* mine, int block) {
+__device__ inline T* of_peer(T* local, int block) {
   if constexpr (Shape::kBlocks > 1)
-    return in_block(mine, block);
+    return in_block(local, block);
   else
-    return mine;
+    return local;
 }
 
 // Reduction over the warp in one fixed order; every lane gets the result.
