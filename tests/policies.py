@@ -59,10 +59,10 @@ def make_config(hf_path: Path | str, **sections: dict[str, Any]) -> Config:
 
 def _replaced(node: Any, changes: dict[str, Any]) -> Any:
     """Replace fields of a dataclass, those of a nested one by a dict."""
-    values = {
-        name: _replaced(getattr(node, name), value) if dataclasses.is_dataclass(getattr(node, name)) else value
-        for name, value in changes.items()
-    }
+    values = {}
+    for name, value in changes.items():
+        inner = getattr(node, name)
+        values[name] = _replaced(inner, value) if dataclasses.is_dataclass(inner) and isinstance(value, dict) else value
     return dataclasses.replace(node, **values)
 
 
