@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_fipo.cli import app
 from megatron_fipo.config import Config, RolloutConfig, load, load_config
 from megatron_fipo.config.describe import default_text, describe, type_text
 from megatron_fipo.config.setting import range_problems, section, setting, settings, subsection
@@ -159,3 +161,11 @@ def test_descriptions() -> None:
         ValueError, match=r"unknown setting or section 'rollout\.servr'; did you mean 'rollout\.server'"
     ):
         describe("rollout.servr")
+
+
+def test_settings_command() -> None:
+    """Prints the lines of `describe`; an unknown name is a ValueError, which `main` turns into exit code 2."""
+    shown = CliRunner().invoke(app, ["settings", "rollout.correction"])
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines() == describe("rollout.correction")
+    assert isinstance(CliRunner().invoke(app, ["settings", "rolout"]).exception, ValueError)
