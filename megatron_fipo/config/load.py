@@ -30,10 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
-    for text in overrides:
-        if "=" not in text:
-            raise ValueError(f"override {text!r} must have the form section.key=value")
-    given = _merged(path, overrides)
+    given = _merged(path, _parsed(overrides))
     try:
         _name_switches(given)
         config = _typed(given)
@@ -49,19 +46,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _merged(path: Path, overrides: Sequence[str]) -> Any:
+def _parsed(overrides: Sequence[str]) -> Any:
+    """Return the unresolved settings of overrides."""
+    changes: Any = OmegaConf.create({})
+    for text in overrides:
+        if "=" not in text:
+            raise ValueError(f"override {text!r} must have the form section.key=value")
+        try:
+            changes.merge_with_dotlist([text])
+        except Exception as error:  # YAML's errors share no public base class with OmegaConf's
+            raise ValueError(f"cannot read the override {text!r}: {str(error).splitlines()[0]}") from None
+    check_names(_plain(changes))
+    return changes
+
+
+def _merged(path: Path, changes: Any) -> Any:
     """Return the unresolved settings of a file and overrides; those of an old run under their current names."""
     try:
         content: Any = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise ValueError("it must be a mapping with sections")
-    except Exception as error:  # YAML's errors share no public base class with OmegaConf's
+    except Exception as error:  # as above
         raise ValueError(f"cannot read {path}: {error}") from None
-    try:
-        changes: Any = OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:
-        raise ValueError(f"cannot read the overrides {list(overrides)}: {error}") from None
-    check_names(_plain(changes))
     if _is_saved(path):
         content = OmegaConf.create(with_current_names(_plain(content)))
     else:
@@ -69,7 +75,8 @@ def _merged(path: Path, overrides: Sequence[str]) -> Any:
     try:
         return OmegaConf.merge(content, changes)
     except OmegaConfBaseException as error:
-        raise ValueError(f"cannot apply the overrides {list(overrides)} to {path}: {error}") from None
+        reason = str(error.msg or error).splitlines()[0]
+        raise ValueError(f"cannot apply the overrides to {path}: {error.full_key}: {reason}") from None
 
 
 def _is_saved(path: Path) -> bool:

@@ -140,6 +140,15 @@ def test_pairs_have_two_numbers(file: Path, override: str) -> None:
         load_config(file, [override])
 
 
+@pytest.mark.parametrize("override", ["run.name", "run.name=${", "optimizer.betas=[0.9"])
+def test_unreadable_override_is_named(file: Path, override: str) -> None:
+    """Without a value, or with one that is no YAML, in one line."""
+    with pytest.raises(ValueError, match="override") as error:
+        load_config(file, ["run.seed=2", override])
+    assert repr(override) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("content", ["run: [1", "run:\n\t- a", "- 1\n- 2\n", "\x00"])
 def test_unreadable_file_is_named(file: Path, content: str) -> None:
     """Broken YAML, or YAML that is no map of sections."""

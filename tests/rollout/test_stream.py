@@ -165,7 +165,7 @@ def _restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[st
     return batches
 
 
-PARTIAL: dict[str, Any] = {"partial": True, "placement": "colocated", "max_staleness": 1, "slots": 16}
+PARTIAL: dict[str, Any] = {"partial": True, "server": {"placement": "colocated"}, "max_staleness": 1, "slots": 16}
 
 
 def _partial(path: Path, world: int) -> dict[str, Any]:
