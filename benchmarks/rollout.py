@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
-from megatron_fipo.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from megatron_fipo.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, ServerConfig
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.rollout import HFEngine, Request, Sampling, VLLMEngine
@@ -61,7 +61,9 @@ def server(directory: Path, topology: Topology, transport: str = "file") -> Iter
             model=ModelConfig(hf_path=str(directory), dtype="float32"),
             data=DataConfig(max_prompt_tokens=64),
             rollout=RolloutConfig(
-                engine="vllm", max_response_tokens=RESPONSE, kv_cache_gb=0.25, weight_transport=transport
+                engine="vllm",
+                max_response_tokens=RESPONSE,
+                server=ServerConfig(kv_cache_gb=0.25, weight_transport=transport),
             ),
         ),
         topology,
@@ -135,7 +137,7 @@ def waiting(directory: Path, steps: int) -> dict[str, float]:
             *(
                 "data.validation=null",
                 "rollout.engine=vllm",
-                "rollout.kv_cache_gb=0.125",
+                "rollout.server.kv_cache_gb=0.125",
                 "rollout.surplus_groups=drop",
             ),
             *(f"rollout.max_staleness={staleness}", f"trainer.max_steps={steps}", "parallel.world_size=1"),

@@ -155,6 +155,23 @@ void bind_metrics(py::module_& module) {
   module.attr("HISTOGRAM_BINS") = fipo::kHistogramBins;
 }
 
+// What megatron_fipo/config/loss.py and algorithm/metrics.py define, too, for the test that compares them.
+void bind_constants(py::module_& module) {
+  py::dict aggregations;
+  const auto aggregation = [&aggregations](const char* name, fipo::Aggregation value) {
+    aggregations[name] = static_cast<int>(value);
+  };
+  aggregation("token-mean", fipo::Aggregation::kTokenMean);
+  aggregation("seq-mean-token-sum", fipo::Aggregation::kSeqMeanTokenSum);
+  aggregation("seq-mean-token-mean", fipo::Aggregation::kSeqMeanTokenMean);
+  aggregation("seq-mean-token-sum-norm", fipo::Aggregation::kSeqMeanTokenSumNorm);
+  module.attr("AGGREGATIONS") = aggregations;
+  module.attr("SAFE_CLIP") = py::make_tuple(fipo::kSafeLow, fipo::kSafeHigh);
+  module.attr("MAX_LOG_WEIGHT") = fipo::kMaxLogWeight;
+  module.attr("HISTOGRAM_RANGE") = fipo::kHistogramRange;
+  module.attr("HISTOGRAM_BINS_PER_NAT") = fipo::kHistogramBinsPerNat;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_extension, module) {
@@ -163,6 +180,7 @@ PYBIND11_MODULE(_extension, module) {
   bind_outputs(module);
   bind_lm_head(module);
   bind_metrics(module);
+  bind_constants(module);
 
   module.attr("BUILD") = MEGATRON_FIPO_BUILD;
   module.def("cpu_isa", &fipo::cpu_isa);

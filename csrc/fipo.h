@@ -76,7 +76,10 @@ enum Metric : int32_t {
   kNumMetrics
 };
 constexpr int32_t kFirstExtremum = kLogRatioAbsMax;
+
+// Constants that megatron_fipo/config/loss.py has, too; a test compares them.
 constexpr double kMaxLogWeight = 600.0;  // nats; exp of it, summed over any batch, is finite in float64
+constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // bounds of f_t where the safety rule is active
 
 // Inputs of all functions. All pointers are on the device that the function runs on.
 struct Tokens {

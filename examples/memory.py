@@ -43,7 +43,8 @@ def training_table(stages: list[TrainingMemory]) -> list[str]:
 
 def rollout_table(stages: list[RolloutMemory], config: Config) -> list[str]:
     """Return the table of rollout memory."""
-    share, size = config.rollout.gpu_memory_utilization, config.rollout.tensor_parallel
+    server = config.rollout.server
+    share, size = server.gpu_memory_utilization, server.tensor_parallel_size
     engine = share * GPU_GB * 1e9
     rows = [
         ["kept by the trainer", *(f"{m.kept / 1e9:.1f}" for m in stages)],

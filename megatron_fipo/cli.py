@@ -30,7 +30,8 @@ app.add_typer(convert, name="convert")
 app.add_typer(scaling, name="scaling")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value, as many as you like.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="section.key=value; `megatron-fipo settings` lists them.", metavar="[KEY=VALUE]..."),
 ]
 
 Seed = Annotated[
@@ -390,6 +391,19 @@ def doctor(
     doctor.diagnose()
     if settings is not None:
         raise typer.Exit(0 if doctor.check_recipe(settings, str(config), login_node) else 1)
+
+
+@app.command("settings", epilog=EXIT_CODES)
+def show_settings(
+    name: Annotated[
+        str | None, typer.Argument(help="A section or a setting, e.g. rollout.server; the sections if not given.")
+    ] = None,
+) -> None:
+    """Print settings: their defaults, allowed values, and whether they may change when a run resumes."""
+    from megatron_fipo.config.describe import describe
+
+    for line in describe(name):
+        typer.echo(line)
 
 
 def _train_rank(config: Config) -> None:

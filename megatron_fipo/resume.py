@@ -8,27 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config, load_config
+from megatron_fipo.config.setting import settings, value_of
 from megatron_fipo.evaluation import Evaluation
 from megatron_fipo.former_names import current_metrics
 from megatron_fipo.run_log import leftovers
-
-# What may change between two attempts of a run: the layout and the machine, what is kept and shown, how long it goes
-# on. Everything else decides what is learned. A name ending in "." stands for its whole section.
-_FREE = (
-    *("parallel.", "checkpoint.", "resume.", "profile.", "eval.", "run.name", "run.directory", "run.overwrite"),
-    *("run.deterministic", "model.recompute", "model.transformer_engine", "model.lm_head_chunk_tokens"),
-    *("data.validation", "data.validation."),  # one file, or several with names
-    *("rollout.engine", "rollout.batch_size", "rollout.save", "rollout.save_credit"),
-    *("rollout.mismatch_warning", "rollout.settle_seconds"),
-    *("rollout.placement", "rollout.num_servers", "rollout.tensor_parallel", "rollout.nodes", "rollout.gpus_per_node"),
-    *("rollout.servers", "rollout.vllm_python", "rollout.weight_transport", "rollout.weight_bucket_mb"),
-    *("rollout.weight_directory", "rollout.verify_weights", "rollout.deadline_seconds", "rollout.start_seconds"),
-    *("rollout.max_concurrency", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization", "rollout.prefix_cache"),
-    *("reward.accuracy_threshold", "reward.workers", "reward.timeout_seconds", "reward.batch_seconds"),
-    *("optimizer.distributed", "optimizer.offload_state"),
-    *("trainer.max_steps", "trainer.tokens_per_micro_batch", "trainer.micro_batch_order"),
-    *("trainer.strict", "trainer.export_policy", "trainer.tensorboard", "trainer.wandb_project"),
-)
 
 
 @dataclass(frozen=True)
@@ -109,9 +92,9 @@ def check_directory(config: Config) -> None:
     if found and not config.resume.allow_changes:
         listed = "\n".join(f"  - {change}" for change in found)
         raise ValueError(
-            f"{directory} holds a run with other settings, which would silently become another run:\n{listed}\n"
-            "Go back to them, choose another run.name, set run.overwrite=true to start over, or "
-            "resume.allow_changes=true to go on all the same"
+            f"{directory} holds a run with other settings:\n{listed}\n"
+            "Restore them, choose another run.name, set run.overwrite=true to start over, or set "
+            "resume.allow_changes=true to resume with the new ones"
         )
 
 
@@ -133,23 +116,28 @@ def changes(saved: Path, config: Config) -> list[str]:
         ValueError: the file cannot be read.
     """
     try:
-        old = _flat(asdict(load_config(saved)))
+        old = load_config(saved)
     except ValueError as error:
-        raise ValueError(f"cannot tell what the run in {saved.parent} was: {error}") from None
-    new = _flat(asdict(config))
-    return [
-        f"{name}: {old.get(name)} -> {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if not _is_free(name) and old.get(name) != new.get(name)
-    ]
+        raise ValueError(f"cannot read the settings of the run in {saved.parent}: {error}") from None
+    return differences(old, config)
 
 
-def _is_free(name: str) -> bool:
-    return any(name.startswith(free) if free.endswith(".") else name == free for free in _FREE)
+def differences(old: Any, new: Any) -> list[str]:
+    """Return the settings with resume rule "fixed" that differ between two configurations, as `name: old -> new`."""
+    found = []
+    for setting in settings(type(new)):
+        if setting.facts.resume == "fixed":
+            before, after = (_flat(value_of(config, setting.name), setting.name) for config in (old, new))
+            found += [
+                f"{name}: {before.get(name)} -> {after.get(name)}"
+                for name in sorted(before.keys() | after.keys())
+                if before.get(name) != after.get(name)
+            ]
+    return found
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Return a value by its name, and each value of a mapping by a dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}").items()}

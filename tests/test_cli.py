@@ -79,7 +79,7 @@ BAD_INPUT: dict[str, tuple[Prepare, list[str], str]] = {
         [],
         "unknown config key 'trainer.max_step'; did you mean 'trainer.max_steps'?",
     ),
-    "override without a value": (lambda t: 0, ["run.seed"], "override 'run.seed' is not of the form"),
+    "override without a value": (lambda t: 0, ["run.seed"], "override 'run.seed' must have the form"),
     "wrong layout": (
         lambda t: 0,
         ["parallel.world_size=6", "parallel.tensor=4"],
@@ -228,7 +228,7 @@ def test_an_earlier_run_is_kept(task: Path, command: Command) -> None:
     before = _tree(task)
     outcome = command("train", "config.yaml")
     assert outcome.code == 2
-    assert "cannot tell what the run in run was: config file run/config.yaml does not exist" in outcome.stderr
+    assert "cannot read the settings of the run in run: config file run/config.yaml does not exist" in outcome.stderr
     assert _tree(task) == before
     (task / "run" / "config.yaml").write_text((task / "config.yaml").read_text())
     outcome = command("train", "config.yaml", "optimizer.lr=2e-6")

@@ -92,7 +92,7 @@ def test_everything_that_is_missing(task: Path, command: Command) -> None:
     """Not the first problem alone: files, model and kernels, each with what to run; exit code 1."""
     (task / "base" / "train.parquet").unlink()
     overrides = ("model.hf_path=models/none", "model.transformer_engine=on", "rollout.engine=vllm")
-    outcome = command("doctor", "config.yaml", *overrides, "rollout.vllm_python=nowhere/python")
+    outcome = command("doctor", "config.yaml", *overrides, "rollout.server.python=nowhere/python")
     assert outcome.code == 1
     judged = outcome.stdout.partition("config.yaml: not ready on this machine")[2]
     for what, remedy in (

@@ -148,7 +148,7 @@ def test_each_batch_is_one_step_behind(undisturbed: tuple[Path, Weights]) -> Non
 
 def test_interrupted_during_an_update(task: Path, undisturbed: tuple[Path, Weights], tmp_path: Path) -> None:
     """The update is finished, the batch ahead waited for and put into the checkpoint: the run goes on to the bit."""
-    config = _config(task, tmp_path / "run", 2, settle_seconds=300.0)
+    config = _config(task, tmp_path / "run", 2, server={"drain_timeout_seconds": 300.0})
     assert _run(config, "update 3")[0] == "interrupted after step 3"
     how, weights = _run(config)
     assert how == "finished"
@@ -173,7 +173,7 @@ def test_killed_after_a_checkpoint(task: Path, undisturbed: tuple[Path, Weights]
 def test_interrupted_before_the_batch_ahead_is_full(task: Path, tmp_path: Path) -> None:
     """The third wait is for the batch of step 3, after step 2: it is drawn anew, by the weights of then, and the run
     comes to its end."""
-    config = _config(task, tmp_path / "run", 1, settle_seconds=0.0)
+    config = _config(task, tmp_path / "run", 1, server={"drain_timeout_seconds": 0.0})
     assert _run(config, "fill 3")[0] == "interrupted after step 2"
     assert _run(config)[0] == "finished"
     rows = _rows(tmp_path / "run")
@@ -229,7 +229,8 @@ def test_equals_a_simulation_by_hand(task: Path, tmp_path: Path) -> None:
         checkpoint=dataclasses.replace(config.checkpoint, every=0),
     )
     ((weights, seen),) = run_ranks(_weights_of_batches, 1, config)
-    synchronous = dataclasses.replace(config.rollout, max_staleness=0, importance_sampling="token")
+    correction = dataclasses.replace(config.rollout.correction, importance_sampling="token")
+    synchronous = dataclasses.replace(config.rollout, max_staleness=0, correction=correction)
     (expected,) = run_ranks(_by_hand, 1, dataclasses.replace(config, rollout=synchronous), 3)
     for name, weight in expected.items():
         assert torch.equal(weights[name], weight), name

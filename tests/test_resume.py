@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_fipo import run_lock, run_log
 from megatron_fipo.config import Config, load_config, to_yaml
-from megatron_fipo.evaluation import Evaluation
-from megatron_fipo.resume import Progress, changes, check_directory, starts_over
-from megatron_fipo.run_log import RunLog
-from tests.ranks import context, fork
-
-EVALUATION = Evaluation(samples=2, problems=4, avg=0.5, cons=0.25, pass_=0.75, length=7.5, truncated=0.0)
+from megatron_fipo.resume import changes, check_directory, starts_over
 
 
 def _config(directory: Path, *overrides: str) -> Config:
@@ -92,13 +81,29 @@ def test_a_setting_that_is_newer_than_the_run(run: Path) -> None:
     ]
 
 
+def test_a_run_whose_settings_were_renamed(run: Path) -> None:
+    """An old run resumes: its saved settings are read by their former names, and compared by their current ones."""
+    saved = (run / "config.yaml").read_text()
+    inner = "    seeded: null\n"
+    assert inner in saved
+    saved = saved.replace(inner, "").replace("    importance_sampling_cap: 2.0\n", "")
+    old = "rollout:\n  seeded: true\n  importance_sampling_cap: 3.0\n  kv_cache_gb: 2.0\n"
+    (run / "config.yaml").write_text(saved.replace("    kv_cache_gb: null\n", "").replace("rollout:\n", old))
+    assert changes(run / "config.yaml", _config(run)) == [
+        "rollout.server.seeded: True -> None",
+        "rollout.correction.importance_sampling_cap: 3.0 -> 2.0",
+    ]
+    same = _config(run, "rollout.server.seeded=true", "rollout.correction.importance_sampling_cap=3")
+    assert changes(run / "config.yaml", same) == []
+
+
 @pytest.mark.parametrize("content", [None, "model: [", "modle: {}\n"])
 def test_unreadable_settings(run: Path, content: str | None) -> None:
     """Without its settings nobody knows what the run was."""
     (run / "config.yaml").unlink()
     if content is not None:
         (run / "config.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"cannot tell what the run in .* was"):
+    with pytest.raises(ValueError, match=r"cannot read the settings of the run in .*/run: "):
         check_directory(_config(run))
 
 
@@ -131,62 +136,6 @@ def test_file_in_place_of_the_directory(tmp_path: Path) -> None:
         check_directory(_config(tmp_path / "run"))
 
 
-def test_progress_through_json() -> None:
-    """Evaluations and unlogged metrics come back as they were, to the last bit."""
-    progress = Progress(3, EVALUATION, replace(EVALUATION, avg=0.1 + 0.2), 0.5, {"a": 1 / 3}, 12.25)
-    assert Progress.from_state_dict(json.loads(json.dumps(progress.state_dict()))) == progress
-    assert Progress.from_state_dict(json.loads(json.dumps(Progress().state_dict()))) == Progress()
-    several = replace(EVALUATION, intervals={"avg@k": (0.25, 0.75)}, pass_at={"pass@1": 0.5}, lengths={"max": 9.0})
-    progress = Progress(before=replace(several, benchmarks={"a": several, "b": EVALUATION}))
-    assert Progress.from_state_dict(json.loads(json.dumps(progress.state_dict()))) == progress
-
-
-def test_progress_of_evaluations() -> None:
-    """The first stays, the newest replaces the last, the best is a maximum; none changes nothing."""
-    worse, better = replace(EVALUATION, avg=0.4), replace(EVALUATION, avg=0.6)
-    progress = Progress().evaluated(EVALUATION).evaluated(better).evaluated(worse)
-    assert (progress.before, progress.after, progress.best) == (EVALUATION, worse, 0.6)
-    assert progress.evaluated(None) is progress
-
-
-def _claim(config: Config, claimed: Any, done: Any) -> None:
-    log = RunLog(config, rank=0)
-    log.claim_directory()
-    claimed.set()
-    done.wait(60)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two trainers in one directory would mix their files; a killed one does not stand in the way."""
-    monkeypatch.setattr(run_lock, "_CLAIM_SECONDS", 0.3)
-    config = _config(tmp_path / "run")
-    claimed, done = context.Event(), context.Event()
-    other = fork(_claim, config, claimed, done)
-    try:
-        assert claimed.wait(60)
-        with pytest.raises(ValueError, match="another process is training in"):
-            RunLog(config, rank=0).claim_directory()
-        done.set()
-        other.join(60)
-        log = RunLog(config, rank=0)
-        log.claim_directory()
-        log.close()
-    finally:
-        other.kill()
-        other.join()
-
-
-def test_settings_that_were_in_force_are_kept(run: Path) -> None:
-    """Where changes are allowed, the old configuration stays beside the new one."""
-    old, new = _config(run), _config(run, "optimizer.lr=1e-5")
-    log = RunLog(new, rank=0)
-    log.open(step=2, seconds=0.0)
-    log.close()
-    assert (run / "config.yaml").read_text() == to_yaml(new)
-    assert (run / "config_until_step_2.yaml").read_text() == to_yaml(old)
-
-
 @pytest.mark.parametrize("name", ["checkpoints", "policy", "evaluation", "report.html", "failed_step_3"])
 def test_overwrite_is_for_runs(tmp_path: Path, name: str) -> None:
     """What no run has left in the directory stays, and nothing is started."""
@@ -196,15 +145,3 @@ def test_overwrite_is_for_runs(tmp_path: Path, name: str) -> None:
         check_directory(_config(project, "run.overwrite=true"))
     (project / "began.json").write_text('{"began": "2026-01-01"}')
     check_directory(_config(project, "run.overwrite=true"))
-
-
-def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
-    """Of a link in a run's directory the link goes, not what it leads to."""
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "file").write_text("x")
-    (run / "policy").symlink_to(precious)
-    run_log.clear(run)
-    assert not (run / "policy").is_symlink()
-    assert (precious / "file").read_text() == "x"
-    assert [path.name for path in run.iterdir()] == ["config.yaml"]

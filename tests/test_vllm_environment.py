@@ -26,9 +26,9 @@ def says(path: Path, answer: str, code: int = 0) -> Path:
     return path
 
 
-def config(python: Path | None, **rollout: Any) -> Config:
-    given = {"engine": "vllm", "vllm_python": python and str(python), **rollout}
-    return make_config("unused", rollout=given)
+def config(python: Path | None, engine: str = "vllm", **server: Any) -> Config:
+    given = {"python": python and str(python), **server}
+    return make_config("unused", rollout={"engine": engine, "server": given})
 
 
 def test_found(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_nothing_is_asked_of_another_engine(tmp_path: Path) -> None:
 def test_servers_that_run_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need no vLLM here, but their key, or a key each."""
     monkeypatch.delenv("MEGATRON_FIPO_VLLM_KEY", raising=False)
-    there = config(tmp_path / "nowhere", servers=("http://node1:8000",))
+    there = config(tmp_path / "nowhere", urls=("http://node1:8000",))
     with pytest.raises(ValueError, match="MEGATRON_FIPO_VLLM_KEY"):
         vllm_environment.check(there, 32)
     monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", "key")

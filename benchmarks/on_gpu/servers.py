@@ -63,16 +63,15 @@ def _with_server(
 ) -> dict[str, Any]:
     """Measure one server on this rank's GPU, or beside it: weight updates, and generation with the first transport."""
     config = settings.config()
-    rollout = replace(
-        config.rollout,
-        engine="vllm",
+    server = replace(
+        config.rollout.server,
         placement="colocated" if transport == "ipc" else "local",
         weight_transport=transport,
         gpu_memory_utilization=GPU_SHARE,
         kv_cache_gb=None if settings.device == "cuda" else 0.25,
-        max_response_tokens=RESPONSE,
         verify_weights=0,
     )
+    rollout = replace(config.rollout, engine="vllm", max_response_tokens=RESPONSE, server=server)
     config = replace(config, rollout=rollout, data=replace(config.data, max_prompt_tokens=PROMPT))
     engine = VLLMEngine(config, topology)
 

@@ -7,8 +7,7 @@
 
 namespace {
 
-constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // bounds of the safety rule
-constexpr int kBlockWindows = 64;                   // float32 partial sums are over one block
+constexpr int kBlockWindows = 64;  // float32 partial sums are over one block
 constexpr int kBlockTokens = kBlockWindows * kWidth;
 // Bounds on |d| in a fast-path block: this one keeps ratios below 2 and in the near bins. The recipe's bounds are
 // lowered by a margin, so that they also hold for rounded ratios.

@@ -6,8 +6,6 @@
 namespace fipo {
 namespace cuda {
 
-constexpr float kSafeLow = 0.8f, kSafeHigh = 1.0f;  // bounds of the safety rule
-
 // f_t.
 __device__ inline float influence_weight(float raw, float advantage, float ratio, const Constants& constants) {
   const float weight = clip(raw, constants.influence_low, constants.influence_high);  // raw may be inf

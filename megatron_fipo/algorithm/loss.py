@@ -27,10 +27,9 @@ from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean
 from megatron_fipo.algorithm.packed_tokens import PackedTokens, check_token_weights, pack_tokens
 from megatron_fipo.algorithm.sharding import Layout, Shard, exchange_segments
+from megatron_fipo.config.loss import SAFE_CLIP
 
 Backend = Literal["auto", "reference", "compiled"]
-
-SAFE_CLIP = (0.8, 1.0)  # bounds of the safety rule, as in the authors' code
 
 
 def fipo_loss(

@@ -14,9 +14,7 @@ from megatron_fipo.algorithm.metrics import (
     min_where,
 )
 from megatron_fipo.algorithm.packed_tokens import PackedTokens
-
-CLIP_BOUND_TOLERANCE = 1e-7  # weights this close to a bound count as clipped, as in the authors' code
-MAX_LOG_WEIGHT = 600.0  # nats; exp of it, summed over any batch, is finite in float64
+from megatron_fipo.config.loss import CLIP_BOUND_TOLERANCE, MAX_LOG_WEIGHT
 
 
 def ratio_metrics(tokens: PackedTokens, clipped: Tensor, dual_clipped: Tensor, dual_clip: float) -> Metrics:

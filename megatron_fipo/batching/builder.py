@@ -92,7 +92,7 @@ class BatchBuilder:
 
         The engine has the weights that this training begins with.
         """
-        self._start(version=self.batches - 1, grace_seconds=self.config.rollout.settle_seconds)
+        self._start(version=self.batches - 1, grace_seconds=self.config.rollout.server.drain_timeout_seconds)
 
     def drain(self) -> None:
         """Wait until the batch that was begun, if any, is full. Nothing is in flight afterwards.
@@ -100,7 +100,8 @@ class BatchBuilder:
         Raises:
             DynamicSamplingExhausted: `rollout.max_rounds` times the prompts of a round did not fill it.
             Interrupted: a rank was asked to stop; raised on all of them. For a batch that was begun by `prefetch`,
-                `rollout.settle_seconds` later: its weights are gone afterwards, so it could not be sampled again.
+                `rollout.server.drain_timeout_seconds` later: its weights are gone afterwards, so it could not be
+                sampled again.
         """
         if self._in_progress:
             try:

@@ -18,7 +18,7 @@ from megatron_fipo.parallel.topology import Topology
 
 
 def with_importance_weights(batches: Sequence[TrainBatch], config: RolloutConfig) -> list[TrainBatch]:
-    """Add truncated importance weights of every token, where `rollout.importance_sampling` asks for them.
+    """Add truncated importance weights of every token, where `rollout.correction.importance_sampling` asks for them.
 
     The batches have their old log-probabilities.
     """
@@ -34,7 +34,7 @@ def with_importance_weights(batches: Sequence[TrainBatch], config: RolloutConfig
             m.loss_mask,
             m.response_offsets,
             level,
-            config.importance_sampling_cap,
+            config.correction.importance_sampling_cap,
         )
 
     return [b.with_token_values(token_weights=[weights(m) for m in b.micro_batches]) for b in batches]
@@ -57,7 +57,7 @@ def rollout_mismatch(batches: Sequence[TrainBatch], topology: Topology) -> dict[
 def mismatch_warning(
     mismatch: dict[str, float], rollouts: Rollouts, policy_version: int, config: RolloutConfig, topology: Topology
 ) -> str | None:
-    """Return a warning about a mismatch above `rollout.mismatch_warning`; None below it.
+    """Return a warning about a mismatch above `rollout.correction.mismatch_warning`; None below it.
 
     Collective where it is above, since the versions of all replicas are compared.
 
@@ -65,7 +65,7 @@ def mismatch_warning(
         policy_version: of the weights that compute the old log-probabilities.
     """
     distance = mismatch["mismatch/abs_mean"]
-    if not distance > config.mismatch_warning:
+    if not distance > config.correction.mismatch_warning:
         return None
     versions = rollouts.weight_versions[rollouts.loss_mask].long()
     none = torch.full((1,), -(2**31))  # a replica may have no response

@@ -7,6 +7,7 @@ config are in `model/`.
 from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts which variables configs can read)
 from megatron_fipo.config.load import load_config, to_yaml, with_seed
 from megatron_fipo.config.problems import validate
+from megatron_fipo.config.rollout import CorrectionConfig, RolloutConfig, ServerConfig
 from megatron_fipo.config.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -19,7 +20,6 @@ from megatron_fipo.config.sections import (
     ProfileConfig,
     ResumeConfig,
     RewardConfig,
-    RolloutConfig,
     RunConfig,
     TrainerConfig,
 )
@@ -28,6 +28,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
+    "CorrectionConfig",
     "DataConfig",
     "EvalConfig",
     "ModelConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "ServerConfig",
     "TrainerConfig",
     "load_config",
     "to_yaml",

@@ -1,80 +1,34 @@
-"""Validation of a config without the model; messages show the arithmetic."""
+"""Validation of a config without the model; messages show the arithmetic.
+
+Ranges of single values are stated at their fields; here are the rules that settings have with each other.
+"""
 
 from __future__ import annotations
 
 import re
-from operator import attrgetter
 from pathlib import Path
 
-from megatron_fipo.config.sections import Config, DataConfig, ParallelConfig, RolloutConfig
-
-# None selects a default
-_POSITIVE = (
-    "rollout.temperature",
-    "rollout.prompts_per_step",
-    "rollout.max_response_tokens",
-    "rollout.batch_size",
-    "rollout.num_servers",
-    "rollout.tensor_parallel",
-    "rollout.gpus_per_node",
-    "rollout.weight_bucket_mb",
-    "rollout.deadline_seconds",
-    "rollout.start_seconds",
-    "rollout.max_concurrency",
-    "rollout.kv_cache_gb",
-    "rollout.importance_sampling_cap",
-    "data.max_prompt_tokens",
-    "trainer.max_steps",
-    "trainer.mini_batch_prompts",
-    "trainer.epochs_per_batch",
-    "trainer.tokens_per_micro_batch",
-    "model.lm_head_chunk_tokens",
-    "optimizer.max_consecutive_skips",
-    "optimizer.eps",
-    "optimizer.spike_threshold",
-    "parallel.timeout_minutes",
-    "parallel.nccl_timeout_minutes",
-    "parallel.threads_per_rank",
-    "rollout.prompts_per_round",
-    "eval.samples",
-    "eval.max_problems",
-    "reward.workers",
-    "reward.timeout_seconds",
-    "reward.batch_seconds",
-    "checkpoint.keep_last",
-)
-# Zero is allowed
-_NOT_NEGATIVE = (
-    "rollout.top_k",
-    "rollout.verify_weights",
-    "rollout.settle_seconds",
-    "rollout.max_rounds",
-    "reward.overlong_buffer_tokens",
-    "optimizer.lr",
-    "optimizer.warmup",
-    "optimizer.weight_decay",
-    "optimizer.grad_clip",
-    "eval.every",
-    "eval.temperature",
-    "algorithm.kl_coefficient",
-    "checkpoint.every",
-    "checkpoint.keep_every",
-    "resume.max_requeues",
-)
+from megatron_fipo.config.loss import loss_problems
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.sections import Config, DataConfig, ParallelConfig
+from megatron_fipo.config.setting import range_problems
 
 
 def validate(config: Config) -> None:
     """Raise one ValueError that lists all problems of `config`, with the arithmetic."""
-    problems = [
-        *_required(config),
-        *_benchmarks(config.data),
+    ranges = range_problems(config)
+    problems = [*_required(config), *ranges, *_benchmarks(config.data)]
+    rest = [
         *layout_problems(config.parallel),
-        *(_batch_sizes(config) if min(config.parallel.tensor, config.parallel.context) > 0 else []),
-        *_ranges(config),
+        *_batch_sizes(config),
+        *_optimizer(config),
+        *_pass_k(config),
+        *loss_problems(config.algorithm, "algorithm."),
         *_servers(config),
         *_staleness(config.rollout),
         *_verification(config),
     ]
+    problems += [problem for problem in rest if problem not in ranges]
     if problems:
         raise ValueError("illegal configuration:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -94,10 +48,10 @@ def _benchmarks(d: DataConfig) -> list[str]:
         return []
     files = list(given.values()) if isinstance(given, dict) else given if isinstance(given, list) else [given]
     if not all(isinstance(file, str) and file for file in files):
-        return [f"data.validation = {given!r} is no file, no list of files and no mapping of names to files"]
+        return [f"data.validation = {given!r} must be a file, a list of files or a mapping of names to files"]
     names = [str(name) for name in given] if isinstance(given, dict) else [Path(file).stem for file in files]
     problems = [
-        f"data.validation: the name {name!r} has other characters than letters, digits, '.', '_' and '-'"
+        f"data.validation: the name {name!r} must consist of letters, digits, '.', '_' and '-'"
         for name in names
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII)
     ]
@@ -110,11 +64,7 @@ def _benchmarks(d: DataConfig) -> list[str]:
 
 def layout_problems(p: ParallelConfig) -> list[str]:
     """Return problems of a layout that do not depend on the model; [] if none."""
-    sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "virtual_pipeline": p.virtual_pipeline}
-    sizes["expert"] = p.expert
-    problems = [
-        f"parallel.{k} = {v} must be at least 1" for k, v in {**sizes, "world_size": p.world_size}.items() if v < 1
-    ]
+    problems = range_problems(p, "parallel.")
     if problems:
         return problems
     model_parallel = p.tensor * p.pipeline * p.context
@@ -134,12 +84,12 @@ def layout_problems(p: ParallelConfig) -> list[str]:
             f"({p.world_size} ranks / pp {p.pipeline})"
         )
     if p.sequence and p.tensor == 1:
-        problems.append("parallel.sequence needs parallel.tensor > 1")
+        problems.append("parallel.sequence=true requires parallel.tensor > 1")
     if p.virtual_pipeline > 1 and p.pipeline == 1:
-        problems.append("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
+        problems.append("parallel.virtual_pipeline > 1 requires parallel.pipeline > 1")
     uneven = p.first_stage_layers is not None or p.last_stage_layers is not None
     if uneven and p.pipeline == 1:
-        problems.append("parallel.first_stage_layers and last_stage_layers need parallel.pipeline > 1")
+        problems.append("parallel.first_stage_layers and last_stage_layers require parallel.pipeline > 1")
     return problems
 
 
@@ -147,63 +97,111 @@ def _batch_sizes(c: Config) -> list[str]:
     problems = []
     if c.trainer.mini_batch_prompts > 0 and c.rollout.prompts_per_step % c.trainer.mini_batch_prompts:
         problems.append(
-            f"rollout.prompts_per_step {c.rollout.prompts_per_step} is not a multiple of "
+            f"rollout.prompts_per_step {c.rollout.prompts_per_step} must be a multiple of "
             f"trainer.mini_batch_prompts {c.trainer.mini_batch_prompts}"
         )
-    if c.rollout.group_size < 2:
-        problems.append(
-            f"rollout.group_size {c.rollout.group_size}: a group-relative advantage needs at least 2 responses"
-        )
     longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
-    alignment = c.parallel.sequence_alignment
+    alignment = max(1, c.parallel.sequence_alignment)
     padded = -(-longest // alignment) * alignment
     if padded > c.trainer.tokens_per_micro_batch:
         aligned = f" ({padded} after alignment to {alignment})" if padded > longest else ""
         problems.append(
             f"data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
             f"{c.rollout.max_response_tokens} = {longest} tokens{aligned} do not fit trainer.tokens_per_micro_batch "
-            f"{c.trainer.tokens_per_micro_batch}"
+            f"{c.trainer.tokens_per_micro_batch}; raise it, or lower the lengths"
         )
     if c.reward.overlong_buffer_tokens >= c.rollout.max_response_tokens:
         problems.append(
-            f"reward.overlong_buffer_tokens {c.reward.overlong_buffer_tokens} must be below "
+            f"reward.overlong_buffer_tokens {c.reward.overlong_buffer_tokens} must be less than "
             f"rollout.max_response_tokens {c.rollout.max_response_tokens}"
         )
     return problems
 
 
+def _optimizer(c: Config) -> list[str]:
+    if c.optimizer.offload_state and not c.optimizer.distributed:
+        return ["optimizer.offload_state=true requires optimizer.distributed=true, which owns the state that it moves"]
+    return []
+
+
+def _pass_k(c: Config) -> list[str]:
+    above = [j for j in c.eval.pass_k or () if j > c.eval.samples]
+    return [f"eval.pass_k: {above} must be at most eval.samples = {c.eval.samples}"] if above else []
+
+
 def _servers(c: Config) -> list[str]:
     """Return inconsistent settings of the vllm engine."""
-    r = c.rollout
+    s = c.rollout.server
+    if c.rollout.engine != "vllm":
+        return ["rollout.server.urls requires rollout.engine=vllm"] if s.urls else []
     problems = []
-    if not 0 < r.gpu_memory_utilization <= 1:
-        problems.append(f"rollout.gpu_memory_utilization = {r.gpu_memory_utilization} must be in (0, 1]")
-    if r.engine != "vllm":
-        return [*problems, *(["rollout.servers needs rollout.engine=vllm"] if r.servers else [])]
-    if r.servers and (r.placement != "local" or r.num_servers is not None):
+    if s.urls and (s.placement != "local" or s.count is not None):
         problems.append(
-            "rollout.servers run already: leave rollout.placement and rollout.num_servers at their defaults"
+            "rollout.server.urls names servers that run already: leave rollout.server.placement and "
+            "rollout.server.count at their defaults"
         )
-    for url in r.servers:
-        if not url.startswith(("http://", "https://", "unix:/")):
-            problems.append(f"rollout.servers: {url!r} is not of the form http://host:port or unix:/path/of/a/socket")
-    if r.nodes and r.placement != "disaggregated":
-        problems.append("rollout.nodes needs rollout.placement=disaggregated")
-    if r.placement == "disaggregated" and r.weight_transport == "file" and not r.weight_directory:
+    problems += [
+        f"rollout.server.urls: {url!r} must have the form http://host:port or unix:/path/of/a/socket"
+        for url in s.urls
+        if not url.startswith(("http://", "https://", "unix:/"))
+    ]
+    if s.nodes and s.placement != "disaggregated":
+        problems.append("rollout.server.nodes requires rollout.server.placement=disaggregated")
+    if s.placement == "disaggregated" and s.weight_transport == "file" and not s.weight_directory:
         problems.append(
-            "rollout.weight_transport=file writes into this node's memory, which servers on other nodes cannot read: "
-            "set rollout.weight_directory to a directory that all nodes share, or choose nccl or gloo"
+            "rollout.server.weight_transport=file writes into this node's memory, which servers on other nodes cannot "
+            "read: set rollout.server.weight_directory to a directory that all nodes share, or use nccl or gloo"
         )
-    if r.placement == "disaggregated" and r.tensor_parallel > 0 and r.gpus_per_node % r.tensor_parallel:
+    if s.placement == "disaggregated" and s.tensor_parallel_size > 0 and s.gpus_per_node % s.tensor_parallel_size:
         problems.append(
-            f"rollout.tensor_parallel {r.tensor_parallel} does not divide rollout.gpus_per_node {r.gpus_per_node}"
+            f"rollout.server.tensor_parallel_size {s.tensor_parallel_size} does not divide "
+            f"rollout.server.gpus_per_node {s.gpus_per_node}"
         )
-    if r.weight_transport == "ipc" and r.placement != "colocated":
-        problems.append("rollout.weight_transport=ipc works between processes on one GPU: rollout.placement=colocated")
-    if r.weight_transport == "nccl" and r.placement == "colocated":
-        problems.append("rollout.weight_transport=nccl cannot join a rank and a server on one GPU: choose ipc or file")
-    if r.placement == "colocated" and not c.optimizer.offload_state:
-        problems.append("rollout.placement=colocated needs optimizer.offload_state=true: ranks and servers take turns")
+    if s.weight_transport == "ipc" and s.placement != "colocated":
+        problems.append(
+            "rollout.server.weight_transport=ipc requires rollout.server.placement=colocated: it works between "
+            "processes on one GPU"
+        )
+    if s.weight_transport == "nccl" and s.placement == "colocated":
+        problems.append(
+            "rollout.server.weight_transport=nccl cannot connect a rank and a server on one GPU; use ipc or file"
+        )
+    if s.placement == "colocated" and not c.optimizer.offload_state:
+        problems.append(
+            "rollout.server.placement=colocated requires optimizer.offload_state=true: ranks and servers take turns"
+        )
+    return problems
+
+
+def _staleness(r: RolloutConfig) -> list[str]:
+    """Return inconsistent settings of batches that are generated ahead."""
+    problems = []
+    if r.engine == "hf" and (r.max_staleness > 0 or r.partial):
+        problems.append(
+            "rollout.max_staleness and rollout.partial require rollout.engine=vllm: the hf engine generates in the "
+            "ranks themselves, which cannot train meanwhile"
+        )
+    if r.engine == "vllm" and r.surplus_groups == "keep":
+        problems.append(
+            "rollout.surplus_groups=keep requires rollout.engine=hf; with vllm, rollout.partial keeps unfinished groups"
+        )
+    if r.max_staleness > 1 and not r.partial:
+        problems.append(
+            f"rollout.max_staleness = {r.max_staleness}: one batch is generated ahead, so tokens are at most 1 step "
+            "old; set it to 1, or set rollout.partial=true, which continues responses under newer weights"
+        )
+    if r.max_staleness > 0 and r.server.placement == "colocated" and not r.partial:
+        problems.append(
+            "rollout.server.placement=colocated cannot generate while it trains: set rollout.max_staleness=0, or "
+            "rollout.partial=true"
+        )
+    least = 2 if r.server.placement != "colocated" else 1
+    if r.partial and r.max_staleness < least:
+        problems.append(
+            f"rollout.partial requires rollout.max_staleness >= {least} with "
+            f"rollout.server.placement={r.server.placement}, not {r.max_staleness}: continued responses have tokens of "
+            "older weights"
+        )
     return problems
 
 
@@ -216,54 +214,3 @@ def _verification(c: Config) -> list[str]:
         f"reward.batch_seconds {c.reward.batch_seconds:g} + reward.timeout_seconds {c.reward.timeout_seconds:g} = "
         f"{seconds:g} s must be less than parallel.timeout_minutes {c.parallel.timeout_minutes:g} ({limit:g} s)"
     ]
-
-
-def _staleness(r: RolloutConfig) -> list[str]:
-    """Return inconsistent settings of batches that are generated ahead."""
-    problems = []
-    if r.max_staleness < 0:
-        problems.append(f"rollout.max_staleness = {r.max_staleness} must not be negative")
-    if r.engine == "hf" and (r.max_staleness > 0 or r.partial):
-        problems.append(
-            "rollout.max_staleness and rollout.partial need rollout.engine=vllm: the hf engine draws in the ranks "
-            "themselves, which cannot train meanwhile"
-        )
-    if r.engine == "vllm" and r.surplus_groups == "keep":
-        problems.append(
-            "rollout.surplus_groups=keep is for the hf engine; with vllm rollout.partial keeps what is begun"
-        )
-    if r.max_staleness > 1 and not r.partial:
-        problems.append(
-            f"rollout.max_staleness = {r.max_staleness}: one batch is drawn ahead, so tokens are at most 1 step old; "
-            "set it to 1, or set rollout.partial=true, which continues responses under newer weights"
-        )
-    if r.max_staleness > 0 and r.placement == "colocated" and not r.partial:
-        problems.append(
-            "rollout.placement=colocated cannot draw while it trains: rollout.max_staleness=0, or rollout.partial=true"
-        )
-    least = 2 if r.placement != "colocated" else 1
-    if r.partial and r.max_staleness < least:
-        problems.append(
-            f"rollout.partial needs rollout.max_staleness >= {least} with rollout.placement={r.placement}, "
-            f"not {r.max_staleness}: continued responses have tokens of older weights"
-        )
-    return problems
-
-
-def _ranges(c: Config) -> list[str]:
-    """Return values out of bounds; the loss's own are checked by `algorithm.FIPOLossConfig`."""
-    # `not v > 0` also catches NaN.
-    positive, not_negative = ([(name, attrgetter(name)(c)) for name in names] for names in (_POSITIVE, _NOT_NEGATIVE))
-    problems = [f"{name} = {v} must be positive" for name, v in positive if v is not None and not v > 0]
-    problems += [f"{name} = {v} must not be negative" for name, v in not_negative if not v >= 0]
-    if c.optimizer.offload_state and not c.optimizer.distributed:
-        problems.append("optimizer.offload_state needs optimizer.distributed, which owns the state that it moves")
-    if not all(0 <= beta < 1 for beta in c.optimizer.betas):
-        problems.append(f"optimizer.betas = {list(c.optimizer.betas)} must be in [0, 1)")
-    wrong = [j for j in c.eval.pass_k or () if not 1 <= j <= c.eval.samples]
-    if wrong:
-        problems.append(f"eval.pass_k: {wrong} must be between 1 and eval.samples = {c.eval.samples}")
-    for name, p in (("rollout.top_p", c.rollout.top_p), ("eval.top_p", c.eval.top_p)):
-        if not 0 < p <= 1:
-            problems.append(f"{name} = {p} must be in (0, 1]")
-    return problems

@@ -38,21 +38,21 @@ class Requirements:
         problems += [too_few_files] if too_few_files else []
         if self.server_nodes is not None and shutil.which("srun") is None:
             problems.append(
-                "rollout.placement=disaggregated starts servers with srun, which is not here: a container needs it, or "
-                "start the servers beforehand and name them in rollout.servers"
+                "rollout.server.placement=disaggregated starts servers with srun, which is not here: a container needs "
+                "it, or start the servers beforehand and name them in rollout.server.urls"
             )
         if self.server_nodes == 0:
             problems.append(
-                "rollout.placement=disaggregated: the job has no node without ranks: ask sbatch for more nodes than "
-                "srun's --nodes starts ranks on"
+                "rollout.server.placement=disaggregated: the job has no node without ranks: ask sbatch for more nodes "
+                "than srun's --nodes starts ranks on"
             )
         return problems
 
 
 NOTHING = Requirements()
 _FILES_ON_ONE_NODE = (
-    "rollout.weight_transport=file writes into the memory of rank 0's node, which servers on other nodes cannot read: "
-    "set rollout.weight_directory to a directory that all nodes share, or choose ipc"
+    "rollout.server.weight_transport=file writes into the memory of rank 0's node, which servers on other nodes cannot "
+    "read: set rollout.server.weight_directory to a directory that all nodes share, or choose ipc"
 )
 
 
@@ -61,14 +61,14 @@ def requirements(config: Config, files: Mapping[str, str]) -> Requirements:
     paths = {"model.hf_path": config.model.hf_path, **files}
     if config.model.megatron_path:
         paths["model.megatron_path"] = config.model.megatron_path
-    rollout = config.rollout
-    colocated = rollout.engine == "vllm" and rollout.placement == "colocated"
-    nodes = rollout.nodes or spare_nodes(os.environ)
+    uses_servers, server = config.rollout.engine == "vllm", config.rollout.server
+    colocated = uses_servers and server.placement == "colocated"
+    nodes = server.nodes or spare_nodes(os.environ)
     return Requirements(
         open_files(config),
-        _FILES_ON_ONE_NODE if colocated and rollout.weight_transport == "file" and not rollout.weight_directory else "",
+        _FILES_ON_ONE_NODE if colocated and server.weight_transport == "file" and not server.weight_directory else "",
         colocated,
-        len(nodes) if rollout.engine == "vllm" and rollout.placement == "disaggregated" else None,
+        len(nodes) if uses_servers and server.placement == "disaggregated" else None,
         paths,
     )
 
@@ -78,18 +78,18 @@ def open_files(config: Config) -> int:
     rollout, ranks = config.rollout, config.parallel.world_size
     if rollout.engine != "vllm":
         return limits.open_files_needed(0, 0, ranks)
-    if rollout.servers:
-        servers = len(rollout.servers)
-    elif rollout.placement == "disaggregated":
-        servers = len(rollout.nodes or spare_nodes(os.environ)) * (
-            rollout.num_servers or rollout.gpus_per_node // rollout.tensor_parallel
-        )
-    elif rollout.placement == "colocated":  # at most; num_servers is of each node, and nodes are not known here
-        servers = max(1, ranks // rollout.tensor_parallel)
+    server = rollout.server
+    if server.urls:
+        servers = len(server.urls)
+    elif server.placement == "disaggregated":
+        per_node = server.count or server.gpus_per_node // server.tensor_parallel_size
+        servers = len(server.nodes or spare_nodes(os.environ)) * per_node
+    elif server.placement == "colocated":  # at most; count is per node, and nodes are not known here
+        servers = max(1, ranks // server.tensor_parallel_size)
     else:
-        servers = rollout.num_servers or 1
+        servers = server.count or 1
     prompts = -(-(rollout.prompts_per_round or rollout.prompts_per_step) // config.parallel.data)
-    requests = min(prompts * rollout.group_size, servers * rollout.max_concurrency)
+    requests = min(prompts * rollout.group_size, servers * server.max_num_seqs)
     return limits.open_files_needed(requests, servers, ranks)
 
 

@@ -33,7 +33,7 @@ def compute_mode_problem(uuid: str, shared: bool) -> str | None:
         return "the compute mode of its GPU is Prohibited: `nvidia-smi --compute-mode=DEFAULT`, as root"
     if mode == "Exclusive_Process" and shared:
         return (
-            "the compute mode of its GPU is Exclusive_Process, but rollout.placement=colocated has a rank and a server "
-            "on it: `nvidia-smi --compute-mode=DEFAULT`, as root, or another rollout.placement"
+            "the compute mode of its GPU is Exclusive_Process, but rollout.server.placement=colocated has a rank and a "
+            "server on it: `nvidia-smi --compute-mode=DEFAULT`, as root, or another rollout.server.placement"
         )
     return None

@@ -56,7 +56,8 @@ def open_files_problem(needed: int) -> str | None:
         return None
     return (
         f"the limit of open files is {most} (`ulimit -Hn`), but a rank of this configuration opens up to {needed}: "
-        "raise it (limits.conf, LimitNOFILE of slurmd), or lower rollout.max_concurrency or rollout.prompts_per_round"
+        "raise it (limits.conf, LimitNOFILE of slurmd), or lower rollout.server.max_num_seqs or "
+        "rollout.prompts_per_round"
     )
 
 

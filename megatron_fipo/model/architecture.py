@@ -213,7 +213,7 @@ def check_model(config: Config) -> Architecture:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     problems = layout_problems(arch, config.parallel)
     if config.rollout.engine == "vllm":
-        problems += _rollout_problems(arch, config.rollout.tensor_parallel)
+        problems += _rollout_problems(arch, config.rollout.server.tensor_parallel_size)
     if longest > arch.max_position_embeddings:
         problems.append(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
@@ -231,8 +231,8 @@ def _rollout_problems(arch: Architecture, tensor: int) -> list[str]:
     if tensor in legal:
         return []
     return [
-        f"rollout.tensor_parallel {tensor} does not fit {arch.num_heads} attention heads and {arch.num_kv_heads} "
-        f"key/value heads: must be one of {legal}"
+        f"rollout.server.tensor_parallel_size {tensor} does not fit {arch.num_heads} attention heads and "
+        f"{arch.num_kv_heads} key/value heads: must be one of {legal}"
     ]
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import torch  # before the extension, so that both use torch's OpenMP threads
 from torch import Tensor
 
+from megatron_fipo.config.loss import AGGREGATIONS, CLIP_BOUND_TOLERANCE
 from megatron_fipo.ops.packing import check_offsets
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")  # as in fipo.h
 MAX_TOKENS = 2**31 - 1  # also for segments: the kernels use 32-bit counts
-CLIP_BOUND_TOLERANCE = 1e-7  # weights this close to a bound count as clipped, as in the authors' code
 
 SCAN = """future_kl_scan(
     Tensor log_probs, Tensor? old_log_probs, Tensor mask, Tensor cu_seqlens, float half_life,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.config.renamed import with_current_names
 from megatron_fipo.former_names import current_metrics
 from megatron_fipo.report.reflection import reflection_rates
 
@@ -85,7 +86,7 @@ class Run:
 
     @cached_property
     def _settings(self) -> Any:
-        return OmegaConf.create(self.config)
+        return _current(self.config)
 
 
 def read_run(directory: Path) -> Run:
@@ -108,11 +109,17 @@ def read_run(directory: Path) -> Run:
     return Run(directory, rows, summary, _read_config(config) if config.is_file() else "")
 
 
+def _current(text: str) -> Any:
+    """Return a saved configuration with the current names of its settings."""
+    return OmegaConf.create(with_current_names(OmegaConf.to_container(OmegaConf.create(text))))  # type: ignore[arg-type]
+
+
 def _read_config(path: Path) -> str:
     try:
         text = path.read_text()
         if not isinstance(OmegaConf.create(text), DictConfig):
             raise ValueError("it must be a mapping with sections")
+        _current(text)
     except Exception as error:  # YAML's errors share no public base class with OmegaConf's
         raise ValueError(f"cannot read {path}: {error}") from None
     return text

@@ -81,9 +81,9 @@ def training_memory(
 
 
 def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMemory:
-    """Return the memory beside an engine that shards the model over rollout.tensor_parallel GPUs."""
+    """Return the memory beside an engine that shards the model over rollout.server.tensor_parallel_size GPUs."""
     trainer, item = training_memory(arch, config, stage), _ITEM[config.model.dtype]
-    size = config.rollout.tensor_parallel
+    size = config.rollout.server.tensor_parallel_size
     engine = ParallelConfig(world_size=size, tensor=size)
     kv_heads = max(1, arch.num_kv_heads // size)
     return RolloutMemory(

@@ -40,7 +40,7 @@ def layout_of(config: Config) -> Layout:
 
 def engine_bytes(config: Config) -> float:
     """Return the bytes per GPU that the rollout engine holds during an update."""
-    colocated = config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
+    colocated = config.rollout.engine == "vllm" and config.rollout.server.placement == "colocated"
     return SLEEPING_ENGINE if colocated else 0.0
 
 
@@ -113,17 +113,18 @@ def _uses_torch_layers(config: Config) -> bool:
 
 def rollout_problems(model: ModelShape, config: Config, hardware: Hardware) -> list[str]:
     """Return what does not fit where ranks and servers share GPUs."""
-    if config.rollout.placement != "colocated" or config.rollout.engine != "vllm":
+    if config.rollout.server.placement != "colocated" or config.rollout.engine != "vllm":
         return []
     problems = []
-    engine = config.rollout.gpu_memory_utilization * hardware.gpu.memory
+    utilization = config.rollout.server.gpu_memory_utilization
+    engine = utilization * hardware.gpu.memory
     for stage in range(config.parallel.pipeline):
         kept = rollout_memory(model, config, stage).kept
         if kept + engine + SLEEPING_ENGINE > hardware.gpu.memory:
             share = (hardware.gpu.memory - kept - SLEEPING_ENGINE) / hardware.gpu.memory
             problems.append(
                 f"during rollouts, stage {stage} keeps {kept / 1e9:.1f} GB beside the engine's {engine / 1e9:.1f} GB "
-                f"(rollout.gpu_memory_utilization {config.rollout.gpu_memory_utilization}), but {hardware.gpu.name} "
+                f"(rollout.server.gpu_memory_utilization {utilization}), but {hardware.gpu.name} "
                 f"has {hardware.gpu.memory / 1e9:.1f} GB; set it to {max(0.0, share):.2f}"
             )
     return problems

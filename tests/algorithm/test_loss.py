@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithm import FIPOLossConfig, finalize, fipo_loss, grpo_loss, merge
-from megatron_fipo.algorithm.loss_config import AGGREGATIONS
+from megatron_fipo.config.loss import AGGREGATIONS
 from tests.algorithm.packed_batch import PackedBatch, random_batch
 
 LENGTHS = [17, 1, 40, 0, 9, 33, 5, 26]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_fipo.algorithm import FIPOLossConfig, aggregate_tokens, all_reduce, finalize, fipo_loss, grpo_loss
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.config.loss import AGGREGATIONS
 from megatron_fipo.parallel import topology as topologies
 from tests.ranks import run_ranks
 
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.distributed
 
 LENGTHS = [40, 0, 1, 97, 8, 3, 64, 23, 2, 151]  # of the sequences; some have fewer tokens than there are chunks
 CONFIG = FIPOLossConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0, dual_clip=4.0, half_life=16.0)
-AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 Batch = dict[str, torch.Tensor]
 
 

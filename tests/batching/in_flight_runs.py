@@ -163,7 +163,7 @@ def restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str
     return batches
 
 
-PARTIAL: dict[str, Any] = {"partial": True, "placement": "colocated", "max_staleness": 1, "slots": 16}
+PARTIAL: dict[str, Any] = {"partial": True, "server": {"placement": "colocated"}, "max_staleness": 1, "slots": 16}
 
 
 def partial(path: Path, world: int) -> dict[str, Any]:

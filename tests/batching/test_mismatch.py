@@ -9,7 +9,7 @@ import torch
 
 from megatron_fipo.batch import Rollouts, TrainBatch, pack
 from megatron_fipo.batching.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
-from megatron_fipo.config import RolloutConfig
+from megatron_fipo.config import CorrectionConfig, RolloutConfig
 from megatron_fipo.parallel import topology as topologies
 from tests.policies import make_config
 from tests.ranks import run_ranks
@@ -27,10 +27,10 @@ def _batches(rollouts: Rollouts, *old: float) -> list[TrainBatch]:
     ("config", "expected"),
     [
         (RolloutConfig(), None),
-        (RolloutConfig(max_staleness=1, importance_sampling="none"), None),
+        (RolloutConfig(max_staleness=1, correction=CorrectionConfig("none")), None),
         (RolloutConfig(max_staleness=1), [math.exp(-0.5), math.exp(0.25), 2.0]),
-        (RolloutConfig(importance_sampling="token"), [math.exp(-0.5), math.exp(0.25), 2.0]),
-        (RolloutConfig(importance_sampling="sequence"), [math.exp(-0.25), math.exp(-0.25), 2.0]),
+        (RolloutConfig(correction=CorrectionConfig("token")), [math.exp(-0.5), math.exp(0.25), 2.0]),
+        (RolloutConfig(correction=CorrectionConfig("sequence")), [math.exp(-0.25), math.exp(-0.25), 2.0]),
     ],
 )
 def test_importance_weights(config: RolloutConfig, expected: list[float] | None) -> None:
@@ -49,10 +49,10 @@ def _on_a_rank(world: int) -> tuple[dict[str, float], str | None, str | None, st
     topology = topologies.initialize(make_config("x", parallel={"world_size": world}).parallel, seed=1)
     rollouts = _rollouts(3 + topology.dp.rank())
     mismatch = rollout_mismatch(_batches(rollouts, -1.5, -2.0, -0.6), topology)
-    warnings = [
-        mismatch_warning(mismatch, rollouts, trained, RolloutConfig(mismatch_warning=threshold, top_p=0.9), topology)
-        for trained, threshold in ((4, 0.19), (3, 0.19), (4, 0.21))
-    ]
+    warnings = []
+    for trained, threshold in ((4, 0.19), (3, 0.19), (4, 0.21)):
+        config = RolloutConfig(top_p=0.9, correction=CorrectionConfig(mismatch_warning=threshold))
+        warnings.append(mismatch_warning(mismatch, rollouts, trained, config, topology))
     topologies.destroy()
     return mismatch, *warnings  # type: ignore[return-value]
 

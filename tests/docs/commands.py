@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
 from typing import Any
 
 import typer
 
 from megatron_fipo.cli import app
 from megatron_fipo.config import Config
+from megatron_fipo.config.setting import settings
 from tests.docs.markdown import ROOT
 
 _END = re.compile(r"[|&;<>()]+")
@@ -75,7 +75,5 @@ def _check(setting: str) -> None:
     """Raise ValueError unless a setting exists."""
     if setting == "checkpoint" or setting.startswith(_DICTIONARIES):
         return
-    section, _, name = setting.partition(".")
-    config = Config()
-    if section not in {field.name for field in fields(config)} or not hasattr(getattr(config, section), name):
+    if setting not in {s.name for s in settings(Config)}:
         raise ValueError(f"{setting} is no setting")

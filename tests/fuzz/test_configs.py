@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.config import Config, DataConfig, ModelConfig, load_config, to_yaml
+from megatron_fipo.config.renamed import RENAMED
+from megatron_fipo.config.setting import settings as settings_of
+from megatron_fipo.config.setting import subsections
 from tests.fuzz.inputs import HOSTILE, refusal
 
 pytestmark = pytest.mark.slow  # two minutes for all targets
@@ -17,12 +20,7 @@ pytestmark = pytest.mark.slow  # two minutes for all targets
 SECRET = "hf_0123456789"
 BASE = to_yaml(Config(model=ModelConfig(hf_path="base"), data=DataConfig(train="train.parquet")))
 LINES = BASE.splitlines()
-KEYS = [
-    f"{section}.{name}"
-    for section, values in vars(Config()).items()
-    for name in vars(values)
-    if not name.startswith("_")
-]
+KEYS = [*(s.name for s in settings_of(Config)), *subsections(Config), *RENAMED]
 VALUES = (
     *("0", "-1", "1", "null", "true", "nan", "inf", "1e400", "[]", "{}", "[1,2", "a", "''", "9" * 400, "0x10", "1_0"),
     *(
@@ -43,7 +41,8 @@ mutations = st.lists(st.tuples(st.integers(0, len(LINES) - 1), st.sampled_from(V
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations, overrides, st.binary(max_size=6))
-@example([], ["rollout.nodes=[a]", "rollout.placement=disaggregated", "rollout.tensor_parallel=0"], b"")
+@example([], ["rollout.server.placement=disaggregated", "rollout.server.tensor_parallel_size=0"], b"")
+@example([], ["rollout.placement=local", "rollout.server=3"], b"")
 @example([], ["run.name=${oc.env:SECRET}"], b"")
 def test_configs(
     tmp_path: Path, changes: list[tuple[int, str, bool]], given_overrides: list[str], noise: bytes

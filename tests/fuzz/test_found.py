@@ -90,11 +90,11 @@ def test_lists_of_no_hosts(text: str) -> None:
 
 
 def test_no_gpu_a_server(tmp_path: Path) -> None:
-    """rollout.tensor_parallel=0 is named, where nodes are given, too."""
+    """rollout.server.tensor_parallel_size=0 is named, where nodes are given, too."""
     (tmp_path / "config.yaml").write_text("model: {hf_path: base}\ndata: {train: train.parquet}\n")
-    overrides = ["rollout.engine=vllm", "rollout.placement=disaggregated", "rollout.nodes=[a]"]
-    with pytest.raises(ValueError, match=r"rollout\.tensor_parallel = 0"):
-        load_config(tmp_path / "config.yaml", [*overrides, "rollout.tensor_parallel=0"])
+    overrides = ["rollout.engine=vllm", "rollout.server.placement=disaggregated", "rollout.server.nodes=[a]"]
+    with pytest.raises(ValueError, match=r"rollout\.server\.tensor_parallel_size = 0"):
+        load_config(tmp_path / "config.yaml", [*overrides, "rollout.server.tensor_parallel_size=0"])
 
 
 @pytest.mark.parametrize(

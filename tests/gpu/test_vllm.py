@@ -30,8 +30,12 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 VARIANTS = {
-    "colocated": ("rollout.placement=colocated", "optimizer.offload_state=true", "rollout.gpu_memory_utilization=0.3"),
-    "nccl": ("rollout.weight_transport=nccl", "rollout.gpu_memory_utilization=0.3"),
+    "colocated": (
+        "rollout.server.placement=colocated",
+        "optimizer.offload_state=true",
+        "rollout.server.gpu_memory_utilization=0.3",
+    ),
+    "nccl": ("rollout.server.weight_transport=nccl", "rollout.server.gpu_memory_utilization=0.3"),
 }
 
 
@@ -52,7 +56,7 @@ def test_trains(variant: str, base: Path, tmp_path: Path) -> None:
         *("data.validation=null", "parallel.world_size=1", "parallel.tensor=1", "parallel.pipeline=1"),
         *(
             "rollout.engine=vllm",
-            "rollout.verify_weights=1",
+            "rollout.server.verify_weights=1",
             f"trainer.max_steps={STEPS}",
             "rollout.surplus_groups=drop",
         ),

@@ -148,19 +148,26 @@ def test_soft_limits_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits.raise_limits() == {}
 
 
+COLOCATED = {"placement": "colocated", "tensor_parallel_size": 4}
+
+
 @pytest.mark.parametrize(
     ("rollout", "parallel", "files"),
     [
         # The 32B recipe: 2,048 prompts / 8 replicas x 16 responses; 32 servers; 128 ranks.
-        ({"placement": "colocated", "tensor_parallel": 4, "prompts_per_round": 2048, "group_size": 16}, 8, 5056),
-        ({"placement": "colocated", "tensor_parallel": 4, "prompts_per_round": 8, "group_size": 16}, 8, 976),
-        ({"servers": ("http://a:1",), "prompts_per_round": 2048, "group_size": 16, "max_concurrency": 64}, 8, 838),
+        ({"server": COLOCATED, "prompts_per_round": 2048, "group_size": 16}, 8, 5056),
+        ({"server": COLOCATED, "prompts_per_round": 8, "group_size": 16}, 8, 976),
+        (
+            {"server": {"urls": ("http://a:1",), "max_num_seqs": 64}, "prompts_per_round": 2048, "group_size": 16},
+            8,
+            838,
+        ),
     ],
 )
 def test_files_that_a_configuration_opens(rollout: dict, parallel: int, files: int) -> None:
     """A connection for each response in flight, six for each server, four for each rank, and 256 other files."""
     layout = {"world_size": 128, "tensor": 128 // parallel}
-    extra = {"optimizer": {"offload_state": True}} if "placement" in rollout else {}
+    extra = {"optimizer": {"offload_state": True}} if rollout["server"] is COLOCATED else {}
     config = make_config("unused", parallel=layout, rollout={"engine": "vllm", **rollout}, **extra)
     assert requirements(config, {}).open_files == files
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_fipo.algorithm import fipo_loss
-from megatron_fipo.algorithm.loss_config import AGGREGATIONS
+from megatron_fipo.config.loss import AGGREGATIONS
 from megatron_fipo.ops import extension, future_kl
 from megatron_fipo.ops.reference import future_kl_loop
 from tests.ops.agreement import CONFIG, LENGTHS, exact_batch, run, widened

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithm import FIPOLossConfig, Mean, fipo_loss, grpo_loss, merge
-from megatron_fipo.algorithm.loss_config import AGGREGATIONS
+from megatron_fipo.config.loss import AGGREGATIONS
 from megatron_fipo.ops import extension
 from tests.ops.agreement import CONFIG, LENGTHS, assert_agrees, assert_metrics_agree, exact_batch, run, widened
 

@@ -164,7 +164,7 @@ def _recipe(**parallel: Any) -> Config:
         parallel={"tensor": 8, "pipeline": 2, "sequence": True, "world_size": 128, **parallel},
         model={"dtype": "bfloat16", "lm_head_chunk_tokens": 512},
         optimizer={"distributed": True, "offload_state": True},
-        rollout={"tensor_parallel": 4},
+        rollout={"server": {"tensor_parallel_size": 4}},
         trainer={"tokens_per_micro_batch": 22528},
     )
 

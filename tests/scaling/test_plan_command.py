@@ -64,7 +64,7 @@ def test_recipe_is_judged(plan: Command) -> None:
 def test_recipe_that_cannot_fit_is_told(plan: Command) -> None:
     """What is short while rolling out, with the setting that would do."""
     recipe = str(ROOT / "examples" / "fipo_32b.yaml")
-    code, out, _ = plan(recipe, "rollout.gpu_memory_utilization=0.99", "--rows", "1")
+    code, out, _ = plan(recipe, "rollout.server.gpu_memory_utilization=0.99", "--rows", "1")
     assert code == 0
     assert "problem: during rollouts, stage 0 keeps 4.2 GB beside the engine's 84.2" in out
     assert "set it to 0.93" in out

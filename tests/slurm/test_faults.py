@@ -151,8 +151,8 @@ def on_servers(train: Train, tmp_path: Path) -> Callable[[str], Job]:
         python.write_text(INTERPRETER.format(fails=tmp_path / f"{name}.fails", root=ROOT, python=sys.executable))
         python.chmod(0o755)
         return train(
-            *(tmp_path / name, "parity", "rollout.engine=vllm", "rollout.placement=local"),
-            f"rollout.vllm_python={python}",
+            *(tmp_path / name, "parity", "rollout.engine=vllm", "rollout.server.placement=local"),
+            f"rollout.server.python={python}",
         )
 
     return submit

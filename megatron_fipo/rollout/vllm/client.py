@@ -209,7 +209,7 @@ class Client:
                     raise ValueError(f"{server.url} refuses a request: {error}") from None
                 except TimeoutError:
                     seconds = f"{self._timeouts.deadline:g}"
-                    problem = f"by {server.url}: no response within rollout.deadline_seconds={seconds}"
+                    problem = f"by {server.url}: no response within rollout.server.request_timeout_seconds={seconds}"
                     pending.avoid.add(server.number)
                 except _OutOfFiles:
                     problem = f"for {server.url}: {_out_of_files()}"
@@ -385,7 +385,7 @@ class Client:
                     pending.waiting.set_exception(
                         MachineFailure(
                             f"no rollout server with the current weights for {self._timeouts.wait:g} s "
-                            f"(rollout.start_seconds) among {urls}; see logs/vllm_*.log"
+                            f"(rollout.server.start_timeout_seconds) among {urls}; see logs/vllm_*.log"
                         )
                     )
             self._waiting.clear()

@@ -60,8 +60,8 @@ def share_of(views: Sequence[tuple[str, ...]], local_rank: int, tensor_parallel:
 def _confined(views: Sequence[tuple[str, ...]], local_rank: int, tensor_parallel: int) -> Share:
     if tensor_parallel > 1:
         raise ValueError(
-            f"rollout.tensor_parallel={tensor_parallel}: each of this node's {len(views)} ranks is confined to one GPU "
-            f"(all see only {views[0][0]}), so no server can use {tensor_parallel}. Ask Slurm for --gpus-per-node "
-            "without --gpus-per-task and --gpu-bind, or set rollout.tensor_parallel=1"
+            f"rollout.server.tensor_parallel_size={tensor_parallel}: each of this node's {len(views)} ranks is "
+            f"confined to one GPU (all see only {views[0][0]}), so no server can use {tensor_parallel}. Ask Slurm for "
+            "--gpus-per-node without --gpus-per-task and --gpu-bind, or set rollout.server.tensor_parallel_size=1"
         )
     return Share(views[local_rank], 1, True)

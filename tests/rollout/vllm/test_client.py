@@ -174,7 +174,7 @@ def test_deadline(servers: list[FakeServer], connect: MakeClient) -> None:
     draw_all(connect(timeouts), 2)
     assert sent(servers)[1] == 2
     servers[1].delay = 1.0
-    with pytest.raises(RuntimeError, match=r"rollout\.deadline_seconds=0\.3"):
+    with pytest.raises(RuntimeError, match=r"rollout\.server\.request_timeout_seconds=0\.3"):
         draw_all(connect(timeouts), 1)
 
 

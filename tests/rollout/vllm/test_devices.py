@@ -42,15 +42,15 @@ def test_names_of_what_a_process_sees(setting: str | None, count: int, expected:
     assert visible_devices(given, count) == expected
 
 
-def _config(placement: str, **rollout: Any) -> Config:
-    return make_config("unused", rollout={"engine": "vllm", "placement": placement, **rollout})
+def _config(placement: str, **server: Any) -> Config:
+    return make_config("unused", rollout={"engine": "vllm", "server": {"placement": placement, **server}})
 
 
 def _servers(config: Config, views: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
     """GPUs of each server that each rank of a node starts."""
     started = []
     for rank in range(len(views)):
-        share = share_of(views, rank, config.rollout.tensor_parallel)
+        share = share_of(views, rank, config.rollout.server.tensor_parallel_size)
         found = plan_placements(config, share.ranks, share.devices, "host") if share.is_owner else []
         started.append([place.devices for place in found])
     return started
@@ -82,14 +82,14 @@ def test_colocated(
     views: list[tuple[str, ...]], tensor_parallel: int, expected: dict[int, list[tuple[str, ...]]]
 ) -> None:
     """Every server runs on the GPUs of the ranks whose turn it takes, and every GPU has one server."""
-    found = _servers(_config("colocated", tensor_parallel=tensor_parallel), views)
+    found = _servers(_config("colocated", tensor_parallel_size=tensor_parallel), views)
     assert found == [expected.get(rank, []) for rank in range(len(views))]
 
 
 def test_ranks_confined_to_a_gpu_have_no_server_of_two() -> None:
     """Nobody on the node could open both; the message says what to ask of Slurm."""
     with pytest.raises(
-        ValueError, match=r"tensor_parallel=2: each of this node's 4 ranks is confined .*--gpus-per-node"
+        ValueError, match=r"tensor_parallel_size=2: each of this node's 4 ranks is confined .*--gpus-per-node"
     ):
         share_of([("0",)] * 4, 0, 2)
 
@@ -103,7 +103,7 @@ def test_views_that_fit_no_pattern(views: list[tuple[str, ...]]) -> None:
 
 def test_servers_beside_the_ranks() -> None:
     """They get the GPUs that follow the ranks' own, several servers one after the other."""
-    config = _config("local", num_servers=3, tensor_parallel=2)
+    config = _config("local", count=3, tensor_parallel_size=2)
     devices = ("8", "9", "2", "3", "4", "5", "6", "7")
     found = [place.devices for place in plan_placements(config, 2, devices, "host")]
     assert found == [("2", "3"), ("4", "5"), ("6", "7")]
@@ -117,7 +117,7 @@ def test_too_few_gpus() -> None:
 
 def test_no_gpus() -> None:
     """Servers compute on the CPU, as many as are asked for."""
-    assert plan_placements(_config("local", num_servers=2), 1, (), "host") == [Placement("host")] * 2
+    assert plan_placements(_config("local", count=2), 1, (), "host") == [Placement("host")] * 2
 
 
 def test_environment_of_a_server() -> None:
@@ -131,7 +131,7 @@ def test_environment_of_a_server() -> None:
 def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the parent sees says nothing of that node: its guard is given numbers, and all servers different ones."""
     monkeypatch.setattr(network, "resolve", lambda name: "10.0.0.2")
-    config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel=4)
+    config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel_size=4)
     found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in plan_placements(config, 8, (), "host")]
     assert [e["FIPO_DEVICES"] for e in found] == ["0,1,2,3", "4,5,6,7"]
     assert not any("CUDA_VISIBLE_DEVICES" in e for e in found)
@@ -163,11 +163,11 @@ def test_a_step_of_a_server_is_not_bound_like_the_ranks() -> None:
 
 
 def test_nodes_of_the_job_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have the servers where rollout.nodes names none."""
+    """They have the servers where rollout.server.nodes names none."""
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
     monkeypatch.setattr(network, "resolve", lambda node: f"address of {node}")
-    found = plan_placements(_config("disaggregated", gpus_per_node=8, tensor_parallel=8), 8, (), "host")
+    found = plan_placements(_config("disaggregated", gpus_per_node=8, tensor_parallel_size=8), 8, (), "host")
     eight = tuple("01234567")
     assert found == [Placement("address of n2", eight, "n2"), Placement("address of n3", eight, "n3")]
 
@@ -204,7 +204,7 @@ def test_the_guard_refuses_gpus_that_slurm_did_not_give() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollout", "devices", "expected"),
+    ("server", "devices", "expected"),
     [
         ({}, ("0",), {"--gpu-memory-utilization": "0.9"}),
         ({"kv_cache_gb": 2.0, "gpu_memory_utilization": 0.3}, ("0",), {"--gpu-memory-utilization": "0.3"}),
@@ -212,12 +212,12 @@ def test_the_guard_refuses_gpus_that_slurm_did_not_give() -> None:
         ({}, (), {}),
     ],
 )
-def test_memory_of_a_server(rollout: dict[str, Any], devices: tuple[str, ...], expected: dict[str, str]) -> None:
+def test_memory_of_a_server(server: dict[str, Any], devices: tuple[str, ...], expected: dict[str, str]) -> None:
     """On a GPU the share of its memory is given with a size of the cache, too: vLLM compares it first."""
     given = arguments(
-        _config("local", **rollout), Installed(Path("python"), "vllm", "0.33.0"), Placement(devices=devices)
+        _config("local", **server), Installed(Path("python"), "vllm", "0.33.0"), Placement(devices=devices)
     )
     options = dict(itertools.pairwise(given))
     assert {name: options[name] for name in ("--gpu-memory-utilization",) if name in options} == expected
-    cache = rollout.get("kv_cache_gb", None if devices else 1.0)
+    cache = server.get("kv_cache_gb", None if devices else 1.0)
     assert options.get("--kv-cache-memory-bytes") == (None if cache is None else str(int(cache * 2**30)))

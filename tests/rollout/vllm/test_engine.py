@@ -37,7 +37,8 @@ def servers() -> Iterator[list[FakeServer]]:
 
 def make_engine(urls: list[str], directory: Path, key: str = KEY) -> VLLMEngine:
     os.environ["MEGATRON_FIPO_VLLM_KEY"] = key
-    rollout = {"engine": "vllm", "servers": tuple(urls), "weight_directory": str(directory / "weights")}
+    server = {"urls": tuple(urls), "weight_directory": str(directory / "weights")}
+    rollout = {"engine": "vllm", "server": server}
     config = make_config("unused", run={"directory": str(directory)}, rollout=rollout)
     topology: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
     return VLLMEngine(config, topology, PATIENCE)
@@ -76,7 +77,7 @@ def _expected(rank: int, version: int) -> list[tuple[list[int], tuple[int, ...]]
 def test_two_ranks(servers: list[FakeServer], tmp_path: Path) -> None:
     """Each rank draws its own requests from both servers, each once, with the newest weights; rank 0 sends those.
 
-    Of rollout.weight_directory only what the run has put there is removed.
+    Of rollout.server.weight_directory only what the run has put there is removed.
     """
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "mine.txt").write_text("not the run's")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 PROBLEMS, HANDED_ON = 128, 64  # in all; responses that are judged and kept together
 SECONDS = 600.0  # for a command to come so far, whatever else the machine does
 GONE_SECONDS = 120.0  # for Python's resource trackers to clean up behind the processes of a server
-VLLM = ("rollout.engine=vllm", "rollout.kv_cache_gb=0.0625")
+VLLM = ("rollout.engine=vllm", "rollout.server.kv_cache_gb=0.0625")
 
 
 class Evaluation(NamedTuple):
@@ -119,7 +119,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base,
         run={"directory": str(home / "run")},
         data={"train": "unused", "validation": str(home / "problems.parquet"), "max_prompt_tokens": 16},
-        rollout={"max_response_tokens": 16, "batch_size": 32, "max_concurrency": 8},
+        rollout={"max_response_tokens": 16, "batch_size": 32, "server": {"max_num_seqs": 8}},
         reward={"function": "tests.evaluation.samples:counted_parity", "overlong_buffer_tokens": 0},
         eval={"samples": 1, "temperature": 0.0, "top_p": 1.0},
     )

