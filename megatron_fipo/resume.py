@@ -46,7 +46,7 @@ class Progress:
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Progress:
         evaluations = {name: state[name] and Evaluation.from_state_dict(state[name]) for name in ("before", "after")}
-        unlogged = state["unlogged"] and current_metrics(state["unlogged"])
+        unlogged = state.get("unlogged") and current_metrics(state["unlogged"])
         return Progress(**{**state, **evaluations, "unlogged": unlogged})
 
 

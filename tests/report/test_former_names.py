@@ -145,6 +145,7 @@ def test_checkpoint_of_an_earlier_release() -> None:
     state = Progress(step=3).state_dict() | {"before": figures | {"benchmarks": {"a": figures, "b": figures}}}
     progress = Progress.from_state_dict(state | {"unlogged": {"policy/policy_kl": 0.5, "policy/loss": 1.0}})
     assert progress.unlogged == {"policy/approx_kl": 0.5, "policy/loss": 1.0}
+    assert Progress.from_state_dict({name: state[name] for name in ("step", "before", "after")}).unlogged is None
     lengths = {"q10": 11.0, "correct": 10.0, "incorrect_median": 20.0}
     assert isinstance(progress.before, Evaluation)
     assert progress.before.lengths == lengths
