@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
-from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
+from megatron_fipo.exit_codes import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.printable import printable
 from megatron_fipo.scaling.command import app as scaling
 

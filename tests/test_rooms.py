@@ -13,7 +13,7 @@ import megatron_fipo
 PACKAGE = Path(megatron_fipo.__file__).parent
 ORDER = (
     "metric_glossary",
-    *("install_transformer_engine", "outcome", "printable", "whole_file", "machine", "config", "batch", "ops"),
+    *("install_transformer_engine", "exit_codes", "printable", "atomic_file", "machine", "config", "batch", "ops"),
     *("algorithm", "reward", "data", "fused_kernels", "parallel", "model", "convert", "actor", "vllm_environment"),
     *("rollout", "checkpoint", "evaluation", "health", "trackers", "run_lock", "run_log", "resume", "checks"),
     *("run_state", "data_check", "trainer", "launch", "scaling", "report", "doctor", "cli"),

@@ -19,12 +19,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from megatron_fipo.atomic_file import read_json, time_in, write_atomically, write_table
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptSet
 from megatron_fipo.evaluation.problem_table import problem_table
 from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table
 from megatron_fipo.evaluation.summary import Evaluation
-from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of each weight file that are hashed: 32B parameters are 65 GB
 BEGAN = "the evaluation's beginning"
@@ -42,7 +42,7 @@ class Store:
     def began(self) -> datetime:
         """Return the time used by chat templates: the evaluation's start, or now if it has not begun."""
         path = self.directory / "settings.json"
-        kept = read_object(path).get(BEGAN) if path.exists() else None
+        kept = read_json(path).get(BEGAN) if path.exists() else None
         return time_in(path, kept) if kept else datetime.now()
 
     def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
@@ -52,7 +52,7 @@ class Store:
             ValueError: it contains samples with other settings.
         """
         path = self.directory / "settings.json"
-        held = read_object(path) if path.exists() else {}
+        held = read_json(path) if path.exists() else {}
         names = held.keys() & settings.keys() if held else ()
         different = [f"  - {n}: {held[n]} -> {settings[n]}" for n in sorted(names) if held[n] != settings[n]]
         if different:
@@ -63,7 +63,7 @@ class Store:
             )
         if write:
             self._samples.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _json({**held, **settings}))
+            write_atomically(path, _json({**held, **settings}))
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Save finished samples. No two files share a sample, so the first one names the file."""
@@ -88,7 +88,7 @@ class Store:
         write_table(full_table(samples, benchmarks), self.directory / "samples.parquet")
         write_table(problem_table(samples, benchmarks), self.directory / "problems.parquet")
         content = {"weights": weights, **result.scores(), **asdict(result)}
-        write_whole(self.directory / "summary.json", _json(content))
+        write_atomically(self.directory / "summary.json", _json(content))
 
     def _files(self) -> list[Path]:
         return sorted(self._samples.glob("[!.]*.parquet"))

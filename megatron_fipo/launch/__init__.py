@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.exit_codes import Interrupted, RankFailure
 from megatron_fipo.launch import attempts, launchers, policy, slurm
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.attempts import Progress, training_progress
@@ -21,7 +22,6 @@ from megatron_fipo.launch.requirements import NOTHING, Requirements, requirement
 from megatron_fipo.launch.supervisor import RankTask, Supervisor
 from megatron_fipo.machine import caches, limits
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import Interrupted, RankFailure
 
 # With run.deterministic: what the ranks must find in their environment before CUDA, Transformer Engine and NCCL start.
 DETERMINISTIC_ENVIRONMENT = {

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_fipo.exit_codes import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
 from megatron_fipo.launch import attempts, policy, slurm
 from megatron_fipo.launch.attempts import Event, Progress, Record
 from megatron_fipo.launch.failure import Failure
 from megatron_fipo.launch.policy import Decision
-from megatron_fipo.outcome import BAD_INPUT, FAILED, RUN_AGAIN, RankFailure
 
 _POLL_SECONDS = 1.0  # of a file that all nodes see
 _HEALTHY_POLL_SECONDS = 10.0  # the same, by hundreds of supervisors of which none knows of any trouble

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_fipo.atomic_file import write_atomically
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
-from megatron_fipo.whole_file import write_whole
 
 # input: a ValueError, a user error. program: any other exception; it would come again. machine: a node, a device
 # or a disk; another attempt may do better. connection: one of these, or the mere consequence of another rank's failure.
@@ -42,7 +42,7 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed first: {self.message}"
 
     def write(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self)))
+        write_atomically(path, json.dumps(asdict(self)))
 
     @staticmethod
     def read(path: Path) -> Failure:

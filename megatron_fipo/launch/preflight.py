@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch import slurm
 from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.machine import gpus
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
 
 _ARRIVAL, _ARRIVAL_A_RANK = timedelta(minutes=10), timedelta(seconds=4)  # imports from a busy network file system
 _CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.exit_codes import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.launch import preflight, slurm
 from megatron_fipo.launch.failure import Failure, kind_of
 from megatron_fipo.launch.requirements import NOTHING, Requirements
 from megatron_fipo.launch.supervisor import RankTask
 from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.parallel import device, interrupt
 
 _SECONDS_TO_BE_SEEN = 60.0  # the supervisor looks ten times a second

@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.exit_codes import RUN_AGAIN, RUNNING, Interrupted
 from megatron_fipo.launch.attempt import Attempt
 from megatron_fipo.launch.failure import Failure, of_exit
 from megatron_fipo.launch.requirements import NOTHING, Requirements
-from megatron_fipo.outcome import RUN_AGAIN, RUNNING, Interrupted
 
 _POLL_SECONDS = 0.1
 _PRIMARY_SECONDS = 10.0  # that a lost connection waits for the failure behind it to be seen

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.batch import TrainBatch
+from megatron_fipo.exit_codes import Interrupted
 from megatron_fipo.launch.failure import host
-from megatron_fipo.outcome import Interrupted
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.garbage import collected_by_hand
@@ -29,7 +30,6 @@ from megatron_fipo.scaling.schedule import Schedule
 from megatron_fipo.scaling.simulate import Communication, simulate
 from megatron_fipo.scaling.timeline import Timeline, write_trace
 from megatron_fipo.scaling.timers import PipelineRecorder
-from megatron_fipo.whole_file import write_whole
 
 RESULT = "result.json"  # file with the measurement's result
 
@@ -48,7 +48,7 @@ class Notes:
         if error is not None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             note |= {"error": text, "out_of_memory": is_out_of_memory(error), "at": time.time()}
-        write_whole(self._path, json.dumps(note))
+        write_atomically(self._path, json.dumps(note))
 
 
 class _Measured(NamedTuple):
@@ -142,7 +142,7 @@ def _write_result(
         "hosts": list(dict.fromkeys(name for _, _, name in peaks)),
         "gpu_name": torch.cuda.get_device_name(topology.device) if on_gpu else None,
     }
-    write_whole(measurement.notes / RESULT, json.dumps(result))
+    write_atomically(measurement.notes / RESULT, json.dumps(result))
 
 
 def pipeline_fields(timeline: Timeline, peaks: Sequence[tuple[int, float]]) -> dict[str, Any]:

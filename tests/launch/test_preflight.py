@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch import preflight
 from megatron_fipo.launch.requirements import Requirements
 from megatron_fipo.machine import limits
-from megatron_fipo.outcome import MachineFailure
 from tests.launch.processes import free_port
 from tests.ranks import fork
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_fipo import launch, outcome
+from megatron_fipo import launch
+from megatron_fipo.exit_codes import note_running
 from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
 from megatron_fipo.launch.failure import Kind
@@ -190,7 +191,7 @@ def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def _save_too_slowly(directory: Path) -> None:
     """A rank that is running, and whose checkpoint takes for ever."""
-    outcome.note_running()
+    note_running()
     sleep(directory)
 
 

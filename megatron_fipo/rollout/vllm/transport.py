@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_fipo.atomic_file import atomic_file
 from megatron_fipo.rollout.vllm.buckets import Bucket
 from megatron_fipo.rollout.vllm.control import Control
 from megatron_fipo.rollout.vllm.worker import fipo_wire
-from megatron_fipo.whole_file import whole_file
 
 TRANSFER_SECONDS = 600.0  # of one bucket
 
@@ -85,7 +85,7 @@ class FileTransport:
         path = folder / f"{number}.safetensors"
         # Copies: parts of a fused parameter share memory, which safetensors refuses.
         tensors = {n: t.to("cpu", copy=True).contiguous() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
-        with whole_file(path) as unfinished:
+        with atomic_file(path) as unfinished:
             save_file(tensors, unfinished)
             unfinished.chmod(0o600)  # some releases of safetensors make files that everybody may read
         told = {**bucket.description(checked), "path": str(path.absolute())}
