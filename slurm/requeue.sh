@@ -1,5 +1,5 @@
-# Sourced by the batch scripts: requeues the job on the host after srun, where the ranks asked for it but could not do so
-# themselves, since a container has no scontrol. All decisions are the ranks' (megatron_fipo/launch/policy.py).
+# Sourced by the batch scripts: requeues the job on the host after srun, if the ranks asked for it but could not do so
+# themselves, since a container has no scontrol. The ranks' supervisors decide (megatron_fipo/launch/requeue.py).
 export MEGATRON_FIPO_REQUEUE="$PWD/.requeue-${SLURM_JOB_ID:-none}"  # a path that containers see as well
 rm -f "$MEGATRON_FIPO_REQUEUE"  # of an attempt that was cut short
 # Slurm before 23.02 does not tell a job when it will end, and containers cannot ask.

@@ -1,15 +1,21 @@
-"""Compute mode of a GPU: which processes the driver allows to use it."""
+"""GPUs of this machine as the driver shows them: whether there is one, and which processes may use it."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 _SECONDS = 60.0
 
 
+def has_gpu() -> bool:
+    """Return whether there is a GPU, by the driver's files: asking CUDA would reserve device memory."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
 def compute_modes() -> dict[str, str]:
-    """Return nvidia-smi's compute mode of each GPU by its UUID; {} where it cannot be asked."""
+    """Return nvidia-smi's compute mode of each GPU by its UUID; {} if nvidia-smi is missing or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=uuid,compute_mode", "--format=csv,noheader"]
@@ -22,7 +28,7 @@ def compute_modes() -> dict[str, str]:
 
 
 def compute_mode_problem(uuid: str, shared: bool) -> str | None:
-    """Return what is wrong with the compute mode of a GPU; None if nothing.
+    """Return why the compute mode of a GPU does not allow a rank to use it; None if it does.
 
     Args:
         uuid: of the GPU, with or without `GPU-`.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.batch import TrainBatch
 from megatron_fipo.exit_codes import Interrupted
-from megatron_fipo.launch.failure import host
+from megatron_fipo.machine.host import host
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.garbage import collected_by_hand

@@ -18,7 +18,7 @@ import torch
 
 from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.batch import plan_micro_batches
-from megatron_fipo.launch.failure import host
+from megatron_fipo.machine.host import host
 from megatron_fipo.scaling.flops import model_flops
 from megatron_fipo.scaling.footprint import footprint
 from megatron_fipo.scaling.layouts import layout_problems

@@ -239,7 +239,7 @@ def loss_name(name: str) -> Loss:
 
 def gpu_name(gpu: str, calibration: Path | None) -> str:
     """Return the hardware's name in rows."""
-    from megatron_fipo.launch.supervisor import has_gpu
+    from megatron_fipo.machine.gpus import has_gpu
 
     return gpu if calibration is not None or has_gpu() else "cpu"
 
