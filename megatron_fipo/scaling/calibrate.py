@@ -281,9 +281,9 @@ def _link_groups() -> tuple[tuple[Any, int], tuple[Any, int]]:
 
 
 def _gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    from megatron_fipo.parallel.collectives import gather  # not at the top: it imports Megatron-Core
+
+    return gather(value)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_fipo.atomic_file import atomic_file
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.rollout.vllm.buckets import Bucket
 from megatron_fipo.rollout.vllm.control import Control
 from megatron_fipo.rollout.vllm.worker import fipo_wire
@@ -169,8 +170,7 @@ class IPCTransport:
         torch.cuda.ipc_collect()
         self._buffer = fipo_wire.pack(bucket.tensors, self._device)
         torch.cuda.synchronize(self._device)
-        handles: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(handles, fipo_wire.ipc_handle(self._buffer), group=self._group)
+        handles = gather(fipo_wire.ipc_handle(self._buffer), self._group)
         return {**bucket.description(checked), "handles": handles}
 
     def deliver(self, server: int, control: Control, told: dict[str, Any]) -> None:
