@@ -317,7 +317,7 @@ def test_signal_after_the_run_does_not_end_its_report(task: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["checkpoint=nowhere"], "checkpoint=nowhere is no directory"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere is not a directory"),
         (["data.validation=null"], "data.validation must name the problem file to evaluate on"),
         (["checkpoint=base", "model.hf_pth=x"], "did you mean 'model.hf_path'?"),
     ],

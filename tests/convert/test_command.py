@@ -59,7 +59,7 @@ def test_bad_input_is_exit_code_2(
 ) -> None:
     """One line that says what is wrong; nothing is made."""
     for arguments, message in (
-        (("to-megatron", "--hf", source, "--dtype", "fp8"), "--dtype 'fp8' is none of bf16, fp16, fp32"),
+        (("to-megatron", "--hf", source, "--dtype", "fp8"), "--dtype 'fp8' must be one of bf16, fp16, fp32"),
         (("to-megatron", "--hf", tmp_path), "has no config.json"),
         (("to-hf", "--megatron", source), "is not a complete Megatron checkpoint"),
     ):
