@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from megatron_fipo.machine.command import output_of
 from megatron_fipo.machine.hosts import expand_hosts, step_nodes
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, the first port of outgoing connections on Linux
@@ -288,11 +288,6 @@ def _run(*command: str) -> tuple[str, str | None]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return "", f"`{' '.join(command)}` did not answer within {_TIMEOUT_SECONDS:.0f} s"
+        return output_of(command, _TIMEOUT_SECONDS)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if done.returncode:
-        return done.stdout, f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}"
-    return done.stdout, None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
+
+from megatron_fipo.machine.command import output_of
 
 _SECONDS = 60.0
 
@@ -19,11 +20,8 @@ def compute_modes() -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=uuid,compute_mode", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {}
-    pairs = (line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1)
+    lines = output_of(command, _SECONDS)[0].splitlines()
+    pairs = (line.split(",") for line in lines if line.count(",") == 1)
     return {uuid.strip().removeprefix("GPU-"): mode.strip() for uuid, mode in pairs}
 
 

@@ -94,7 +94,10 @@ def run_line(
         command = [sys.executable, "-m", "megatron_fipo.cli", *arguments]
     else:
         command = [*job.command(ranks, srun_options), "megatron-fipo", *arguments]
-    code = subprocess.run(command, check=False).returncode
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        return f"{command[0]} cannot be started: {error.strerror}"
     if read_row(row) is not None:
         return None
     if code == RUN_AGAIN:
