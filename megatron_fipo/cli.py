@@ -203,7 +203,7 @@ def prepare(
     done = prepare_file(input, output, validation_fraction, seed)
     typer.echo(
         f"{done.num_rows} rows, {done.num_unique} different prompts, "
-        f"{done.num_contradictory} left out since their rows disagree on the answer"
+        f"{done.num_contradictory} dropped since their rows disagree on the answer"
     )
     for name, file in done.files.items():
         typer.echo(f"{output.parent / name}: {file.rows} problems, sha256 {file.sha256}")
@@ -298,7 +298,7 @@ def doctor(
     settings = None if config is None else load_config(config, overrides or [])
     doctor.diagnose()
     if settings is not None:
-        raise typer.Exit(0 if doctor.judge(settings, str(config), login_node) else 1)
+        raise typer.Exit(0 if doctor.check_recipe(settings, str(config), login_node) else 1)
 
 
 def _train_rank(config: Config) -> None:

@@ -69,7 +69,7 @@ def diagnose() -> None:
     Console(highlight=False).print(table)
 
 
-def judge(config: Config, name: str, login_node: bool) -> bool:
+def check_recipe(config: Config, name: str, login_node: bool) -> bool:
     """Print whether `train` could start this configuration here, and if not, what is missing and what to run.
 
     Args:

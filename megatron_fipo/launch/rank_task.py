@@ -40,8 +40,8 @@ class Requirements:
         problems += [too_few_files] if too_few_files else []
         if self.server_nodes is not None and shutil.which("srun") is None:
             problems.append(
-                "rollout.placement=disaggregated starts servers with srun, which is not on PATH: install Slurm's "
-                "client in the container, or start the servers beforehand and name them in rollout.servers"
+                "rollout.placement=disaggregated starts servers with srun, which is not here: a container needs it, or "
+                "start the servers beforehand and name them in rollout.servers"
             )
         if self.server_nodes == 0:
             problems.append(

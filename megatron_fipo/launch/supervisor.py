@@ -70,7 +70,7 @@ class Supervisor:
         """Start a process for each task; rank 0's output is copied to this process's."""
         context: Any = multiprocessing.get_context(_start_method())
         multiprocessing.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
-        with _signals_held():
+        with _signals_blocked():
             for task in tasks:
                 task.log.parent.mkdir(parents=True, exist_ok=True)
                 shown = [context.Pipe(duplex=False) for _ in range(2 if task.rank == 0 else 0)]
@@ -233,7 +233,7 @@ def _write(file: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Block the signals while processes are started inside.
 
     Slurm signals every process of a job, which would kill the fork server and Python's resource tracker. A rank

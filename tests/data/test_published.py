@@ -130,6 +130,6 @@ def test_command_prints_both_counts(tmp_path):
     result = CliRunner().invoke(cli.app, ["data", "prepare", str(source), str(output)])
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        "100 rows, 2 different prompts, 0 left out since their rows disagree on the answer",
+        "100 rows, 2 different prompts, 0 dropped since their rows disagree on the answer",
         f"{output}: 2 problems, sha256 {published.sha256_of(output)}",
     ]
