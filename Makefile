@@ -124,10 +124,11 @@ sanitize: install  ## the compiled ops' tests on a build with AddressSanitizer a
 	  $(abspath $(BIN))/python -c "from megatron_fipo.ops import compiled_summary as s; assert 'sanitizers' in s(), s()" && \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu and not slow" tests/ops tests/golden
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, mypy, import cycles, private imports, lengths of files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.structure
 
 docs-pages: install  ## rewrite docs/configuration.md, docs/metrics.md and the status table of README.md
 	$(BIN)/python docs/pages.py

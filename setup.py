@@ -78,7 +78,7 @@ def compile_cuda(build_dir: Path) -> CudaPart:
         command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
         if subprocess.run(command).returncode != 0:
             raise SystemExit(
-                f"error: nvcc could not compile {source}, see above. Mend the CUDA toolkit, or set "
+                f"error: nvcc could not compile {source}, see above. Repair the CUDA toolkit, or set "
                 "MEGATRON_FIPO_CUDA=0 to install without CUDA kernels (the losses then run in plain torch on GPUs)"
             )
         return str(target)
@@ -96,7 +96,13 @@ def find_nvcc() -> str | None:
 
 def cuda_architectures(nvcc: str) -> list[str]:
     """Return the `CUDA_ARCHITECTURES` that this nvcc supports; newer GPUs compile the last one's PTX at start-up."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        raise SystemExit(
+            f"error: `{nvcc} --list-gpu-code` failed with exit code {listed.returncode}: {listed.stderr.strip()}. "
+            "Repair the CUDA toolkit (12.0 or later), or set MEGATRON_FIPO_CUDA=0 to install without CUDA kernels"
+        )
+    known = listed.stdout.split()
     return [name for name in CUDA_ARCHITECTURES if name in known]
 
 

@@ -29,7 +29,7 @@ from megatron_fipo import launch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import CheckpointConfig, Config
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from small_policy import make_batch, make_config, make_model, show
 

@@ -33,9 +33,10 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.actor.optimizer import wrap_for_training
 from megatron_fipo.batch import MicroBatch, TrainBatch
 from megatron_fipo.config import Config
-from megatron_fipo.model.architecture import Architecture, check_model
+from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.build import transformer_config, use_transformer_engine
+from megatron_fipo.model.check import check_model
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.model.architecture import Architecture, check_model
+from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
 from megatron_fipo.scaling.models import PUBLISHED, plain_architecture
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from transformers import AutoTokenizer
-
 from megatron_fipo import vllm_environment
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, RewardConfig
@@ -16,8 +14,9 @@ from megatron_fipo.convert.load import check_weights
 from megatron_fipo.data.prompts import Prompt, TemplateOptions, check_chat_template, load_prompts
 from megatron_fipo.data.schema import open_problems
 from megatron_fipo.fused_kernels import check_context_parallelism, transformer_engine_problems
-from megatron_fipo.model.architecture import Architecture, check_model
-from megatron_fipo.model.stop_tokens import VOCABULARIES, stop_token_ids
+from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.model.check import check_model
+from megatron_fipo.model.stop_tokens import load_tokenizer, stop_token_ids
 from megatron_fipo.reward import make_reward
 from megatron_fipo.trackers import check_trackers
 
@@ -124,26 +123,22 @@ def _add_data_problems(
     problems: Problems, config: Config, files: Sequence[str], architecture: Architecture | None
 ) -> None:
     problems.attempt(_check_reward, config.reward)
-    tokenizer = problems.attempt(load_tokenizer, config.model.hf_path)
+    tokenizer = problems.attempt(load_chat_tokenizer, config.model.hf_path)
     prompts = _prompts(config, files, tokenizer, problems)
     if architecture is not None and tokenizer is not None:
         found = problems.attempt(_vocabulary_warnings, config, tokenizer, architecture.vocab_size, prompts)
         problems.warnings += found or []
 
 
-def load_tokenizer(path: str) -> Any:
-    """Return the tokenizer of a checkpoint.
+def load_chat_tokenizer(path: str) -> Any:
+    """Return the tokenizer of model.hf_path, which must have a chat template.
 
     Raises:
-        ValueError: it has none that can be used, or no chat template.
+        ValueError: it cannot be loaded, or has no chat template.
     """
-    if not any((Path(path) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
-        raise ValueError(
-            f"model.hf_path {path!r} has no usable tokenizer: expected one of the files {', '.join(VOCABULARIES)}"
-        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it reads config.json, too
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
         raise ValueError(f"model.hf_path {path!r} has no usable tokenizer: {error}") from None
     check_chat_template(tokenizer)
     return tokenizer

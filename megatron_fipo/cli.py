@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
-from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
+from megatron_fipo.convert_command import app as convert
+from megatron_fipo.exit_codes import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.printable import printable
 from megatron_fipo.scaling.command import app as scaling
 
@@ -25,7 +25,6 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Problem files.", no_args_is_help=True)
 app.add_typer(data, name="data")
-convert = typer.Typer(help="Hugging Face checkpoints to Megatron and back.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 app.add_typer(scaling, name="scaling")
 
@@ -44,7 +43,9 @@ Seed = Annotated[
 def train(
     config: Annotated[str | None, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
-    recipe: Annotated[Path | None, typer.Option(help="CONFIG where none is given, before the key=value.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Default of CONFIG, for batch scripts that pass on only KEY=VALUE.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -98,7 +99,7 @@ def evaluate(
 ) -> None:
     """Avg@k, Cons@k and Pass@k on the config's validation problems. The last line is one JSON object.
 
-    Finished samples are kept, and the same command resumes. More samples, problems or benchmarks are added to them.
+    Finished samples are kept: the same command resumes. More samples, problems or benchmarks are added to them.
     """
     from megatron_fipo import launch
     from megatron_fipo.checks import check_evaluation
@@ -130,12 +131,12 @@ def evaluate(
 
 
 def _benchmarks(config: Config) -> dict[str, str]:
-    """Return the benchmarks' files by what messages call them."""
+    """Return the benchmarks' files by the setting that names them, as messages do."""
     return {f"data.validation {name}": file for name, file in config.data.benchmarks.items()}
 
 
 def _checkpoint_setting(text: str) -> str:
-    """`checkpoint=DIR` as the setting that it stands for; anything else as it is."""
+    """Return the setting that `checkpoint=DIR` stands for; any other text as it is."""
     name, _, path = text.partition("=")
     if name != "checkpoint":
         return text
@@ -170,7 +171,7 @@ def _check(config: Config, dry_run: bool) -> None:
 
 
 def _obstacle_to_update(config: Config) -> str | None:
-    """Return why this machine, a login node for example, cannot run one update of a configuration that is in order."""
+    """Return why this machine, such as a login node, cannot run an update of a valid configuration; None if it can."""
     from megatron_fipo.fused_kernels import gpu_obstacle
 
     obstacle = gpu_obstacle() if config.model.transformer_engine == "on" else None
@@ -188,12 +189,14 @@ def prepare(
         str, typer.Argument(help="dapo-math-17k, aime-2024 or aime-2025 from the Hugging Face hub, or a problem file.")
     ],
     output: Annotated[Path, typer.Argument(help="Where to write the checked, de-duplicated parquet file.")],
-    validation_fraction: Annotated[float, typer.Option(help="Share of problems held out in a file beside it.")] = 0.0,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of problems to hold out, in another file beside it.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the held-out split.")] = 0,
 ) -> None:
-    """Check a problem file, take every problem once, and hold some out.
+    """Check a problem file, remove duplicates, and optionally hold some problems out.
 
-    A problem file is parquet in the schema of DAPO-Math-17k, or parquet or JSON lines with a problem and an answer a
+    A problem file is parquet in the schema of DAPO-Math-17k, or parquet or JSON lines with a problem and an answer per
     row, which get DAPO's prompt.
     """
     from megatron_fipo.data import prepare as prepare_file
@@ -213,134 +216,41 @@ def check_data(
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts to show.")] = 3,
 ) -> None:
-    """Show what the model will see of some prompts, where a response ends, and how the reward scores answers."""
+    """Show some prompts as the model will see them, where a response ends, and how the reward scores answers."""
     from megatron_fipo.data_check import show
 
     for line in show(load_config(config, overrides or []), prompts):
         typer.echo(printable(line))
 
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-HFDirectory = Annotated[Path, typer.Option("--hf", help="Hugging Face checkpoint: config.json, *.safetensors.")]
-MegatronDirectory = Annotated[Path, typer.Option("--megatron", help="Megatron distributed checkpoint (torch_dist).")]
-OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to make; it appears when it is complete.")]
-WeightType = Annotated[
-    str | None, typer.Option("--dtype", help=f"dtype of all weights: {', '.join(_DTYPES)}; as stored if not given.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted conversion.")]
-
-
-@convert.command("to-megatron")
-def convert_to_megatron(hf: HFDirectory, out: OutDirectory, dtype: WeightType = None, resume: Resume = False) -> None:
-    """Write a Megatron checkpoint that any layout can load; the layout is chosen when training starts."""
-    from megatron_fipo.convert.conversion import to_megatron
-
-    with _progress_bar(f"{hf} -> {out}") as progress:
-        done = to_megatron(hf, out, _torch_dtype(dtype), resume, progress)
-    _report_conversion(out, done)
-
-
-@convert.command("to-hf")
-def convert_to_huggingface(
-    megatron: MegatronDirectory,
-    out: OutDirectory,
-    dtype: WeightType = None,
-    resume: Resume = False,
-    config: Annotated[
-        Path | None, typer.Option(help="Directory of config.json and tokenizer, if not the checkpoint's own.")
-    ] = None,
-) -> None:
-    """Write the model of a converted or a training checkpoint as safetensors that transformers loads."""
-    from megatron_fipo.convert.conversion import to_huggingface
-
-    with _progress_bar(f"{megatron} -> {out}") as progress:
-        done = to_huggingface(megatron, out, _torch_dtype(dtype), resume, config, progress)
-    _report_conversion(out, done)
-
-
-@convert.command("verify")
-def verify_conversion(
-    hf: HFDirectory,
-    megatron: MegatronDirectory,
-    logits: Annotated[
-        str | None, typer.Option(help="A prompt: compare its logits, too; both models must fit in memory.")
-    ] = None,
-) -> None:
-    """Compare two checkpoints bit by bit. Exit code 1: they differ, and the output says where and by how much."""
-    from megatron_fipo.convert.verify import verify
-
-    with _progress_bar(f"{hf} = {megatron}") as progress:
-        result = verify(hf, megatron, progress)
-    _warn_of_nan(result.with_nan)
-    for difference in result.differences:
-        typer.echo(str(difference))
-    same = not result.differences
-    if logits is not None:
-        from megatron_fipo.convert.logits import compare_logits
-
-        found = compare_logits(hf, megatron, logits)
-        typer.echo(str(found))
-        same = same and found.is_rounding
-    typer.echo("the checkpoints are the same model" if same else "the checkpoints differ")
-    raise typer.Exit(0 if same else 1)
-
-
-def _torch_dtype(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return None
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype {name!r} must be one of {', '.join(_DTYPES)}")
-    return getattr(torch, _DTYPES[name])
-
-
-@contextmanager
-def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes (bytes just done, bytes in all) and shows GB/s and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), disable=not sys.stderr.isatty(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total)
-
-
-def _report_conversion(out: Path, done: Any) -> None:
-    _warn_of_nan(done.with_nan)
-    typer.echo(f"{out}: {done.num_bytes / 1e9:.2f} GB of weights; names and shapes are those of its config")
-
-
-def _warn_of_nan(names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        typer.secho(f"warning: there are NaNs in {', '.join(names[:5])}{more}", fg="yellow", err=True)
-
-
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Runs' directories; several are compared.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories; several are compared in each figure.", metavar="RUN...")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The page; else <run>/report.html of one run, ./report.html of several.")
+        Path | None,
+        typer.Option(help="File of the page; default: <run>/report.html of one run, ./report.html of several."),
     ] = None,
     group: Annotated[
         list[str] | None,
-        typer.Option(help="Runs with this prefix are repeats, shown as their mean; so are NAME-seed1, NAME-seed2."),
+        typer.Option(
+            help="Prefix of the names of runs that are repeats, drawn as their mean; so are NAME-seed1, NAME-seed2."
+        ),
     ] = None,
 ) -> None:
-    """Write figures of one or several runs, and a page that contains them."""
+    """Draw the figures of one run or of several, and a page with all of them."""
     _report(runs, out, group or ())
 
 
 @scaling.command("report", epilog=EXIT_CODES)
 def report_scaling(
-    directory: Annotated[Path, typer.Argument(help="Where `scaling run` wrote: rows/, perhaps plan.csv, traces/.")],
-    out: Annotated[Path | None, typer.Option(help="The page's file; DIRECTORY/report.html if not given.")] = None,
+    directory: Annotated[
+        Path, typer.Argument(help="Directory that `scaling run` wrote: rows/, perhaps plan.csv, traces/.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File of the page; default: DIRECTORY/report.html.")] = None,
 ) -> None:
-    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and one page."""
+    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and a page."""
     from megatron_fipo.report.scaling_page import write_scaling_report
 
     typer.echo(write_scaling_report(directory, out))
@@ -349,7 +259,7 @@ def report_scaling(
 @scaling.command(epilog=EXIT_CODES)
 def calibrate(
     out: Annotated[Path, typer.Option(help="The file for `scaling plan --calibration`.")] = Path("calibration.yaml"),
-    gpu: Annotated[str | None, typer.Option(help="Name in the file; else as the device is called, or cpu.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Name in the file; default: name of the device, or cpu.")] = None,
     minutes: Annotated[float, typer.Option(help="Time budget in minutes, after start-up.")] = 3.0,
     dtype: Annotated[
         str | None, typer.Option(help="Matmul dtype: bfloat16 (default on GPUs) or float32 (default on CPUs).")
@@ -357,8 +267,8 @@ def calibrate(
 ) -> None:
     """Measure this machine for `scaling plan`: matmuls, attention, memory, links, launches.
 
-    Starts a rank a GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
-    printed rates and gets measured efficiencies; any other machine is added to the file as another GPU.
+    Starts one rank per GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
+    nominal rates and gets measured efficiencies; any other machine becomes a new GPU in the file.
     """
     from megatron_fipo import launch
     from megatron_fipo.scaling.calibrate import Request, calibrate_rank
@@ -372,17 +282,16 @@ def calibrate(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file: also check whether `train` could start it.", metavar="[CONFIG]")
+        Path | None, typer.Argument(help="YAML file: also report whether `train` could start it.", metavar="[CONFIG]")
     ] = None,
     overrides: Overrides = None,
     login_node: Annotated[
-        bool,
-        typer.Option("--login-node", help="Check the installation for jobs on GPU nodes; this machine needs no GPU."),
+        bool, typer.Option("--login-node", help="Check the installation for jobs on GPU nodes; no GPU is needed here.")
     ] = False,
 ) -> None:
-    """Say what this machine has, what is missing, and what that costs.
+    """Report what this machine has, what is missing, and the cost of that.
 
-    With CONFIG the last lines say whether the recipe is ready, what is missing, and what to run. Exit code 0: ready;
+    With CONFIG the last lines report whether the recipe is ready, what is missing, and what to run. Exit code 0: ready;
     1: not ready; 2: the file or a setting is wrong.
     """
     from megatron_fipo import doctor
@@ -453,8 +362,8 @@ def _report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequen
 
 
 def main() -> None:
-    """Entry point. A ValueError is a user error; a failed rank shows its own traceback."""
-    # Slurm's warning ahead of a job's end is for the ranks of a run; what comes before and after may end as it would.
+    """Run the command. A ValueError is a user error; a failed rank shows its own traceback."""
+    # Slurm's signal ahead of a job's end is for ranks; what runs before and after them may finish.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         app()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_fipo.checks import check_data, load_tokenizer
+from megatron_fipo.checks import check_data, load_chat_tokenizer
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt, TemplateOptions, load_prompts
 from megatron_fipo.model.stop_tokens import stop_token_ids
@@ -25,7 +25,7 @@ def show(config: Config, count: int = 3) -> Iterator[str]:
         raise ValueError(f"--prompts {count} must be at least 1")
     for warning in check_data(config):
         yield f"warning: {warning}"
-    tokenizer = load_tokenizer(config.model.hf_path)
+    tokenizer = load_chat_tokenizer(config.model.hf_path)
     template = TemplateOptions(config.data.chat_template_kwargs, began(config.run_directory))
     limit = config.data.max_prompt_tokens
     prompts = load_prompts(config.data.train, tokenizer, limit, template, config.reward.reads_data_source)

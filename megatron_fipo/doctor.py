@@ -1,7 +1,7 @@
-"""Report of what this machine has for a run, what is missing, what that costs, and whether a recipe could start here.
+"""Report of what this machine has for a run, what is missing, the cost of that, and whether a recipe could start here.
 
-Packages are looked up, not imported: some raise on import where there is no GPU. torch alone is imported, for what
-only it knows about GPUs, and Transformer Engine, since nothing else shows whether it works.
+Packages are looked up, not imported: some raise on import without a GPU. Only torch is imported, to query GPUs, and
+Transformer Engine, since nothing else shows whether it works.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata, util
@@ -25,30 +24,41 @@ from rich.table import Table
 
 from megatron_fipo.config import Config
 from megatron_fipo.machine import limits
+from megatron_fipo.machine.command import output_of
 
 _SHARED_MEMORY_GIB = 1  # docker's default is 1/16
 _NEEDED = ("PyTorch", "megatron-core", "transformers")  # by every run
-_OPEN_FILES = 4096  # a rank has a connection to each other one, of each of its process groups
+_VERSION_SECONDS = 20.0
+_OPEN_FILES = 4096  # a rank has a connection to every other rank of each process group
 
 
 class Missing(Exception):
-    """A component is not there; the text says what was found instead."""
+    """A component is missing; the text says what was found instead."""
 
 
 class Component(NamedTuple):
+    """Component of the machine or the installation.
+
+    Attributes:
+        probe: returns what was found; raises Missing.
+        cost: consequence if it is missing.
+    """
+
     name: str
-    probe: Callable[[], str]  # what there is; raises Missing
-    cost: str  # what its absence costs
+    probe: Callable[[], str]
+    cost: str
 
 
 class Finding(NamedTuple):
+    """Result of probing a component."""
+
     component: Component
     found: str
     present: bool
 
 
 def diagnose() -> None:
-    """Print a table of every component: what there is, and for what is missing, what that costs."""
+    """Print a table of every component: what was found, and the cost of what is missing."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("component", no_wrap=True)
     table.add_column("found", ratio=2)
@@ -64,7 +74,7 @@ def check_recipe(config: Config, name: str, login_node: bool) -> bool:
 
     Args:
         name: the configuration's file.
-        login_node: the run will be on other machines, which have GPUs; this one needs none.
+        login_node: the run will be on other machines, which have GPUs; this one does not need one.
     """
     absent = _missing_packages()
     problems = absent or _run_problems(config, login_node)
@@ -78,14 +88,14 @@ def check_recipe(config: Config, name: str, login_node: bool) -> bool:
 
 
 def _missing_packages() -> list[str]:
-    """List packages without which nothing else can be checked."""
+    """Return the missing packages without which nothing else can be checked."""
     absent = [finding for finding in findings() if finding.component.name in _NEEDED and not finding.present]
     return [f"{component.name}: {found}; run `make install`" for component, found, _ in absent]
 
 
 def _run_problems(config: Config, login_node: bool) -> list[str]:
     from megatron_fipo.checks import run_problems  # imports Megatron-Core and transformers
-    from megatron_fipo.launch.requirements import open_files
+    from megatron_fipo.launch.rank_task import open_files
     from megatron_fipo.scaling.space import check_space
 
     problems = run_problems(config, needs_gpu=not login_node)
@@ -96,13 +106,13 @@ def _run_problems(config: Config, login_node: bool) -> list[str]:
 
 
 def _notes(config: Config, name: str, login_node: bool) -> list[str]:
-    """List what does not keep the run from starting."""
+    """Return notes on the run that do not keep it from starting."""
     import torch
 
     notes = []
     ranks, gpus = config.parallel.world_size, torch.cuda.device_count()
     if login_node:
-        notes.append(f"no GPU was tried; on a node, `srun --gpus=1 megatron-fipo doctor {name}` does")
+        notes.append(f"no GPU was tested; `srun --gpus=1 megatron-fipo doctor {name}` tests one on a node")
     elif 0 < gpus < ranks:
         notes.append(
             f"{ranks} ranks need as many GPUs, and this machine has {gpus}: start them with sbatch, see slurm/"
@@ -118,7 +128,7 @@ def findings() -> list[Finding]:
 
 
 def _probe(component: Component) -> Finding:
-    """Probe one component; a broken installation may raise anything at all, which becomes part of the finding."""
+    """Probe one component; an exception of a broken installation becomes part of the finding."""
     try:
         return Finding(component, component.probe(), True)
     except Missing as missing:
@@ -184,7 +194,7 @@ def _gpu_compiler() -> str:
 
 
 def _apex() -> str:
-    """NVIDIA's apex has optimizers and compiled kernels (amp_C); PyPI's package of this name is a web library."""
+    """Find NVIDIA's apex, with its optimizers and CUDA kernels; PyPI's package of this name is a web library."""
     spec = util.find_spec("apex")
     if spec is None:
         raise Missing("not installed")
@@ -223,14 +233,16 @@ def _vllm() -> str:
 
 
 def _program(name: str, keyword: str) -> Callable[[], str]:
-    """Return the line of `name --version` that holds `keyword`."""
+    """Return a probe for the line of `name --version` that contains `keyword`."""
 
     def probe() -> str:
         path = shutil.which(name)
         if path is None:
             raise Missing("not on PATH")
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-        return next((line.strip() for line in answer.splitlines() if keyword in line), path)
+        output, error = output_of([path, "--version"], _VERSION_SECONDS)
+        if error is not None:
+            raise Missing(error)
+        return next((line.strip() for line in output.splitlines() if keyword in line), path)
 
     return probe
 
@@ -265,7 +277,7 @@ def _open_files() -> str:
 
 
 def _locked_memory() -> str:
-    """InfiniBand cards read and write memory that the kernel must not move."""
+    """Report the limit of locked memory: InfiniBand cards access memory that the kernel must not move."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     text = "no limit" if limit == resource.RLIM_INFINITY else f"{limit / 2**20:.0f} MiB at most"
     if not Path("/sys/class/infiniband").is_dir():
@@ -303,13 +315,13 @@ COMPONENTS = (
     Component(
         "Transformer Engine",
         _transformer_engine,
-        "torch's layers: flash attention, but unfused norms and rotary embedding",
+        "layers of torch: flash attention, but unfused norms and rotary embedding",
     ),
     Component("torch.compile for GPUs", _gpu_compiler, "SwiGLU of torch's layers is not fused and keeps more memory"),
     Component("NVIDIA apex", _apex, "without Transformer Engine too: torch's Adam instead of a fused one"),
     Component("vLLM", _vllm, "no rollout.engine=vllm: rollouts by the embedded hf engine, for small models"),
     Component(
-        "nemo-aligner", _package("nemo-aligner"), "the actor has its methods, but does not subclass its interface"
+        "nemo-aligner", _package("nemo-aligner"), "the actor has its methods, but is not an instance of its interface"
     ),
     Component("math-verify", _package("math-verify"), "no reward.function=math"),
     Component("compiled ops", _compiled_ops, "the losses run in plain torch, more than ten times slower"),

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_fipo import run_lock
+from megatron_fipo.atomic_file import read_json, time_in, write_atomically, write_table
 from megatron_fipo.batch import FAILURES, Rollouts, TrainBatch
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data import Prompt
@@ -39,7 +40,6 @@ from megatron_fipo.health import Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.trackers import Tracker, make_trackers
-from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _LEFT = (
     *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
@@ -62,7 +62,7 @@ def clear(directory: Path) -> None:
 def began(directory: Path) -> datetime:
     """Return when the run in a directory began, now if there is none."""
     path = directory / "began.json"
-    return time_in(path, read_object(path).get("began")) if path.exists() else datetime.now()
+    return time_in(path, read_json(path).get("began")) if path.exists() else datetime.now()
 
 
 def _rewind(directory: Path, step: int) -> int:
@@ -80,7 +80,7 @@ def _rewind(directory: Path, step: int) -> int:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     rows = [current_metrics(json.loads(line)) for line in lines if line.endswith("}")]
     finished = [row for row in rows if row["step"] <= step]
-    write_whole(metrics, "".join(f"{json.dumps(row)}\n" for row in finished))
+    write_atomically(metrics, "".join(f"{json.dumps(row)}\n" for row in finished))
     return len(finished)
 
 
@@ -88,7 +88,7 @@ def _keep_old_config(path: Path, text: str, step: int) -> None:
     """Write the configuration; keep a different one that was in force up to `step` under another name."""
     if step and path.exists() and path.read_text() != text:
         os.replace(path, path.with_name(f"config_until_step_{step}.yaml"))
-    write_whole(path, text)
+    write_atomically(path, text)
 
 
 def _remove(path: Path) -> None:
@@ -128,7 +128,7 @@ class RunLog:
         """Keep the time at which the run began, for every later attempt."""
         path = self.directory / "began.json"
         if self.writes and not path.exists():
-            write_whole(path, json.dumps({"began": time.isoformat()}) + "\n")
+            write_atomically(path, json.dumps({"began": time.isoformat()}) + "\n")
 
     def open(self, step: int, seconds: float) -> None:
         """Start writing after `step` finished steps, which took `seconds`; what an attempt wrote of later ones goes."""
@@ -239,7 +239,7 @@ class RunLog:
             "after": after.scores() if after else None,
             "evaluation": {"before": asdict(before), "after": asdict(after)} if before and after else None,
         }
-        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
         if self._claim is not None:

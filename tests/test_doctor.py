@@ -113,7 +113,7 @@ def test_transformer_engine_needs_its_torch_part(monkeypatch, tmp_path):
 
 
 def test_programs_are_asked_for_their_version(monkeypatch, tmp_path):
-    """A program on PATH shows its version line; one that fails is reported as broken; none there, as missing."""
+    """A program on PATH shows its version line; one that fails, how it failed; none there, as missing."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert found("nvcc")[1:] == ("not on PATH", False)
     assert found("Slurm")[1:] == ("sbatch and srun not on PATH", False)
@@ -123,7 +123,14 @@ def test_programs_are_asked_for_their_version(monkeypatch, tmp_path):
     assert found("nvcc")[1:] == ("tools, release 13.0", True)
     assert found("Slurm")[1:] == ("slurm 24.05", True)
     (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 3\n")
-    assert found("nvcc").found.startswith("broken: CalledProcessError")
+    assert found("nvcc")[1:] == (f"`{tmp_path}/nvcc --version`: exit code 3", False)
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho sbatch: fatal: no slurm.conf >&2\nexit 1\n")
+    assert found("Slurm")[1:] == (f"`{tmp_path}/sbatch --version`: sbatch: fatal: no slurm.conf", False)
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    monkeypatch.setattr(doctor, "_VERSION_SECONDS", 0.2)
+    assert found("Slurm")[1:] == (f"`{tmp_path}/sbatch --version` did not answer within 0 s", False)
+    (tmp_path / "sbatch").write_text("no program")
+    assert found("Slurm")[1:] == (f"`{tmp_path}/sbatch --version` cannot be started: Exec format error", False)
 
 
 def test_tells_how_the_ops_were_built(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from megatron_fipo.config import Config
 from megatron_fipo.evaluation import command, load_benchmarks
 from megatron_fipo.evaluation.store import Store, settings_of
+from megatron_fipo.model.stop_tokens import load_tokenizer
 from megatron_fipo.run_log import RunLog, began, clear
 from megatron_fipo.trainer import Trainer
 from tests.policies import make_config, make_task
@@ -37,7 +38,7 @@ def _config(task: Path, **sections: dict[str, Any]) -> Config:
 def test_evaluation_goes_on_after_midnight(task: Path, tmp_path: Path) -> None:
     """Its directory has the time of its beginning; with that of now it would hold other problems."""
     config, store = _config(task), Store(tmp_path / "out")
-    tokenizer = command._tokenizer(config)
+    tokenizer = load_tokenizer(config.model.hf_path)
     store.claim(settings_of(config, load_benchmarks(config, tokenizer, YESTERDAY), YESTERDAY))
     assert store.began() == YESTERDAY
     command.check(config, tmp_path / "out")

@@ -13,10 +13,21 @@ import megatron_fipo
 PACKAGE = Path(megatron_fipo.__file__).parent
 ORDER = (
     *("metric_glossary", "former_names"),
-    *("install_transformer_engine", "outcome", "printable", "whole_file", "machine", "config", "batch", "ops"),
+    *("install_transformer_engine", "exit_codes", "printable", "atomic_file", "machine", "config", "batch", "ops"),
     *("algorithm", "reward", "data", "fused_kernels", "parallel", "model", "convert", "actor", "vllm_environment"),
     *("rollout", "batching", "checkpoint", "evaluation", "health", "trackers", "run_lock", "run_log", "resume"),
-    *("checks", "run_state", "data_check", "trainer", "launch", "scaling", "report", "doctor", "cli"),
+    *(
+        "checks",
+        "run_state",
+        "data_check",
+        "trainer",
+        "launch",
+        "scaling",
+        "report",
+        "doctor",
+        "convert_command",
+        "cli",
+    ),
 )
 FILES = sorted(str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")
 KNOWS_MEGATRON = {"parallel", "model", "convert", "actor", "checkpoint"}

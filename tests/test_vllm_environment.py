@@ -73,6 +73,17 @@ def test_unusable(python: Path, answer: str, message: str) -> None:
         vllm_environment.check(config(says(python, answer)), 32)
 
 
+def test_an_interpreter_that_does_not_run(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is no program, and one that hangs, are errors of the input, not of subprocess."""
+    python.write_text("no program")
+    with pytest.raises(ValueError, match=r"python cannot be started: Exec format error"):
+        vllm_environment.check(config(python), 32)
+    python.write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    monkeypatch.setattr(vllm_environment, "_ASK_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"python did not answer within 0 s which vllm it has"):
+        vllm_environment.check(config(python), 32)
+
+
 def test_head_dimensions(python: Path) -> None:
     """The CPU's kernels take few; a GPU's take others."""
     vllm_environment.check(config(python), 32)

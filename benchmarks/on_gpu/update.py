@@ -179,7 +179,7 @@ class _PackingOnly:
     """Replacement for an actor that packs batches and has no model."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        from megatron_fipo.model.architecture import check_model
+        from megatron_fipo.model.check import check_model
 
         self.config, self.topology, self.arch = config, topology, check_model(config)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -29,7 +28,7 @@ from megatron_fipo.checkpoint.writing import Payload, Report, WriterQueue, Writt
 from megatron_fipo.config import CheckpointConfig
 from megatron_fipo.convert.distributed import load_sharded
 from megatron_fipo.convert.untrusted import code_refused
-from megatron_fipo.parallel.collectives import broadcast, gather
+from megatron_fipo.parallel.collectives import broadcast, gather, gather_to_first
 from megatron_fipo.parallel.topology import Topology
 
 _MOST_FAILURES = 2
@@ -224,9 +223,8 @@ class Checkpointer:
         assert save is not None
         written = save.report.take()
         results = [] if written.error else written.results(save.payload)
-        box: list[Any] = [None] * self.topology.world_size
-        dist.gather_object((written, results), box if self.topology.rank == 0 else None)
-        errors = [f"{w.error} (rank {r})" for r, (w, _) in enumerate(box) if w.error] if self.topology.rank == 0 else []
+        box = gather_to_first((written, results))
+        errors = [f"{w.error} (rank {r})" for r, (w, _) in enumerate(box) if w.error]
         save.failure = self._on_first_rank(lambda: self._publish(save, box), errors[0] if errors else None)
 
     def _publish(self, save: _Save, box: list[tuple[Written, list[WriteResult]]]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from megatron_fipo.model.architecture import read_json
+from megatron_fipo.atomic_file import read_json
 from megatron_fipo.model.rope import in_both_spellings
-from megatron_fipo.model.stop_tokens import GENERATION_CONFIG, declared_stop_tokens, load_tokenizer
+from megatron_fipo.model.stop_tokens import GENERATION_CONFIG, declared_stop_tokens, has_tokenizer, load_tokenizer
 
 _CONFIG = "config.json"
 _COPIED = (
@@ -64,7 +64,8 @@ def stop_tokens_of(directory: Path, overrides: Mapping[str, Any] | None = None) 
     Raises:
         ValueError: a file is invalid.
     """
-    return declared_stop_tokens(directory, load_tokenizer(directory), overrides)
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    return declared_stop_tokens(directory, tokenizer, overrides)
 
 
 def readable_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_fipo.atomic_file import read_json
 from megatron_fipo.convert import tables
 from megatron_fipo.convert.companions import copy_companions, export_companions, stop_tokens_of
 from megatron_fipo.convert.distributed import (
@@ -28,7 +29,7 @@ from megatron_fipo.convert.huggingface import CheckpointWriter
 from megatron_fipo.convert.staging import StagingDirectory
 from megatron_fipo.convert.stored import StoredCheckpoint, block_of, stored_tensors
 from megatron_fipo.convert.tables import Parameter
-from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config, read_json
+from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
 
 DISTRIBUTED_FILE_BYTES = 512 << 20  # bytes per flush, and at most repeated by --resume
 Progress = Callable[[int, int], None]  # (bytes just converted, total bytes)

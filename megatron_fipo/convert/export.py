@@ -19,6 +19,7 @@ from megatron_fipo.convert.staging import StagingDirectory
 from megatron_fipo.convert.stored import block_of, stored_tensors
 from megatron_fipo.model.architecture import Architecture, architecture
 from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.topology import Topology
 
 FILE_BYTES = 5 << 30
@@ -70,11 +71,7 @@ def _gather_metadata(
         _Metadata(name, tuple(v.shape), v.dtype, _is_sharded(p) and not tables.find(name, arch).is_expert)
         for (name, p), v in zip(named_parameters(chunks), values, strict=True)
     ]
-    ranks: list[list[_Metadata]] = [[] for _ in range(topology.ep.size())]
-    dist.all_gather_object(ranks, local, group=topology.ep)
-    stages: list[list[list[_Metadata]]] = [[] for _ in range(topology.pp.size())]
-    dist.all_gather_object(stages, ranks, group=topology.pp)
-    return stages
+    return gather(gather(local, topology.ep), topology.pp)
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from megatron_fipo.config import Config, ModelConfig
 from megatron_fipo.convert.distributed import load_distributed
 from megatron_fipo.model.architecture import architecture, load_hf_config
 from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.build import build_policy
+from megatron_fipo.model.stop_tokens import load_tokenizer
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
 
@@ -44,9 +45,9 @@ def compare_logits(huggingface: Path, megatron: Path, prompt: str) -> LogitDiffe
     """Run both models unsharded in float32 in this process, with the Hugging Face tokenizer and config.
 
     Raises:
-        ValueError: the prompt has no tokens, or the Megatron checkpoint does not fit the config.
+        ValueError: there is no tokenizer, the prompt has no tokens, or the Megatron checkpoint does not fit the config.
     """
-    tokenizer = AutoTokenizer.from_pretrained(huggingface, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(huggingface)
     tokens = torch.tensor([tokenizer.encode(prompt)])  # [1, S]
     if not tokens.numel():
         raise ValueError(f"the prompt {prompt!r} has no tokens")

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from megatron_fipo.atomic_file import read_json
 from megatron_fipo.convert import tables
 from megatron_fipo.convert.huggingface import Checkpoint, PartLocation
 from megatron_fipo.convert.staging import MANIFEST
 from megatron_fipo.convert.transforms import Source
-from megatron_fipo.model.architecture import Architecture, read_json
+from megatron_fipo.model.architecture import Architecture
 
 _FUSED = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)$")
 _EXPERT = re.compile(r"(model\.layers\.\d+\.)(mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")

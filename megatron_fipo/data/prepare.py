@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from megatron_fipo.atomic_file import atomic_file, write_atomically
 from megatron_fipo.data.published import PUBLISHED, fetch, sha256_of
 from megatron_fipo.data.questions import in_dapo_schema
 from megatron_fipo.data.schema import ROWS_AT_ONCE, open_problems, unique_problems
-from megatron_fipo.whole_file import whole_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def prepare(input: str | Path, output: str | Path, validation_fraction: float = 
         seed=seed,
         files=files,
     )
-    write_whole(output.with_suffix(".json"), json.dumps(asdict(prepared), indent=2) + "\n")
+    write_atomically(output.with_suffix(".json"), json.dumps(asdict(prepared), indent=2) + "\n")
     return prepared
 
 
@@ -96,7 +96,7 @@ def _split(rows: np.ndarray, output: Path, validation_fraction: float, seed: int
 
 def _write_rows(input: Path, rows: np.ndarray, output: Path) -> WrittenFile:
     """Copy the `rows` (ascending) of one parquet file to another in batches."""
-    with whole_file(output) as temporary:
+    with atomic_file(output) as temporary:
         with open_problems(input) as source, pq.ParquetWriter(temporary, source.schema_arrow) as target:
             start = 0
             for batch in source.iter_batches(ROWS_AT_ONCE):

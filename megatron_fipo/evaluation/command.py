@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_fipo.config import Config
 from megatron_fipo.convert.export import export_weights
@@ -24,9 +23,10 @@ from megatron_fipo.evaluation.sampling import plan_samples
 from megatron_fipo.evaluation.store import Store, settings_of
 from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.evaluation.table import show
-from megatron_fipo.model.architecture import check_model, load_hf_config
-from megatron_fipo.model.stop_tokens import stop_token_ids
-from megatron_fipo.outcome import note_running
+from megatron_fipo.exit_codes import note_running
+from megatron_fipo.model.architecture import load_hf_config
+from megatron_fipo.model.check import check_model
+from megatron_fipo.model.stop_tokens import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.collectives import broadcast
 from megatron_fipo.parallel.topology import Topology
@@ -56,7 +56,9 @@ def check(config: Config, out: Path) -> None:
         raise ValueError(f"--out {out} is a file, but must be a directory")
     store = Store(out)
     began = store.began()
-    store.claim(settings_of(config, load_benchmarks(config, _tokenizer(config), began), began), write=False)
+    store.claim(
+        settings_of(config, load_benchmarks(config, load_tokenizer(config.model.hf_path), began), began), write=False
+    )
 
 
 def run(config: Config, out: Path) -> None:
@@ -65,7 +67,7 @@ def run(config: Config, out: Path) -> None:
     Raises:
         Interrupted: a rank received a stop signal; finished samples are kept, and the same command continues.
     """
-    tokenizer, store = _tokenizer(config), Store(out)
+    tokenizer, store = load_tokenizer(config.model.hf_path), Store(out)
     began = broadcast(store.began())
     benchmarks = load_benchmarks(config, tokenizer, began)
     if dist.get_rank() == 0:
@@ -121,10 +123,6 @@ def _engine(config: Config, topology: Topology) -> RolloutEngine:
 def _weights(config: Config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
     architecture = check_model(config)
     yield from export_weights(load_policy(architecture, config, topology), architecture, topology)
-
-
-def _tokenizer(config: Config) -> Any:
-    return AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
 
 
 class _Progress:

@@ -16,7 +16,7 @@ from megatron_fipo.evaluation.sample import Sample
 from megatron_fipo.evaluation.sampling import SampleSpec, local_chunks, plan_samples, responses
 from megatron_fipo.evaluation.summary import Evaluation, summarize
 from megatron_fipo.model.stop_tokens import without_stop_token
-from megatron_fipo.parallel.collectives import broadcast
+from megatron_fipo.parallel.collectives import broadcast, gather_to_first
 from megatron_fipo.parallel.interrupt import unless_interrupted
 from megatron_fipo.reward import RewardFunction
 from megatron_fipo.reward.equivalence import answer_classes
@@ -78,7 +78,7 @@ def evaluate(
             generated += scored
         return generated
 
-    known |= {sample.key: sample for part in _to_rank_0(unless_interrupted(generate)) for sample in part}
+    known |= {sample.key: sample for part in gather_to_first(unless_interrupted(generate)) for sample in part}
     samples = _with_classes([known[d.key] for d in specs] if rank == 0 else [], reward)
     result = summarize(samples, config.eval.pass_k, config.run.seed) if rank == 0 else None
     return broadcast(result), samples
@@ -120,7 +120,7 @@ def _with_classes(samples: Sequence[Sample], reward: RewardFunction) -> list[Sam
         (problem, dict(zip(answers, classes, strict=True)))
         for (problem, answers), classes in zip(local_work, found, strict=True)
     ]
-    classes_of = dict(entry for part in _to_rank_0(named) for entry in part)
+    classes_of = dict(entry for part in gather_to_first(named) for entry in part)
     return [replace(sample, answer_class=_class_of(sample, classes_of)) for sample in samples]
 
 
@@ -130,10 +130,3 @@ def _class_of(sample: Sample, classes_of: Mapping[tuple[str, int], Mapping[str, 
     if sample.accuracy > 0:
         return CORRECT
     return CORRECT + 1 + classes_of[sample.benchmark, sample.problem][sample.answer]
-
-
-def _to_rank_0(value: Any) -> list[Any]:
-    """Return every rank's value on rank 0, an empty list on the others."""
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, gathered, dst=0)
-    return gathered or []

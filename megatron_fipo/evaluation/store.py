@@ -19,13 +19,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from megatron_fipo.atomic_file import read_json, time_in, write_atomically, write_table
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptSet
 from megatron_fipo.evaluation.problem_table import problem_table
 from megatron_fipo.evaluation.sample import Sample, full_table, read_samples, sample_table
 from megatron_fipo.evaluation.summary import Evaluation
 from megatron_fipo.former_names import SAMPLES, current_evaluation_settings, problems_setting
-from megatron_fipo.whole_file import read_object, time_in, write_table, write_whole
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of each weight file that are hashed: 32B parameters are 65 GB
 START, WEIGHTS = "start_time", "weights_fingerprint"  # keys of settings.json, with those of `problems_setting`
@@ -63,7 +63,7 @@ class Store:
             )
         if write:
             self._samples.mkdir(parents=True, exist_ok=True)
-            write_whole(self._settings_file, _json({**held, **settings}))
+            write_atomically(self._settings_file, _json({**held, **settings}))
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Save finished samples. No two files share a sample, so the first one names the file."""
@@ -88,10 +88,10 @@ class Store:
         write_table(full_table(samples, benchmarks), self.directory / "samples.parquet")
         write_table(problem_table(samples, benchmarks), self.directory / "problems.parquet")
         content = {"weights": weights, **result.scores(), **asdict(result)}
-        write_whole(self.directory / "summary.json", _json(content))
+        write_atomically(self.directory / "summary.json", _json(content))
 
     def _settings(self) -> dict[str, Any]:
-        return current_evaluation_settings(read_object(self._settings_file)) if self._settings_file.exists() else {}
+        return current_evaluation_settings(read_json(self._settings_file)) if self._settings_file.exists() else {}
 
     def _files(self) -> list[Path]:
         folders = (self._samples, self.directory / SAMPLES)

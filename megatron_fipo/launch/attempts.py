@@ -1,6 +1,6 @@
-"""The attempts of a run, <run>/attempts.jsonl: when each started, was running, and how it ended.
+"""Record of a run's attempts, <run>/attempts.jsonl: when each started, was running, and its outcome.
 
-Only records are added, one line each, by the supervisors of several ranks, perhaps from several nodes.
+Supervisors of several ranks, perhaps on several nodes, append one line per event.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_fipo.launch.failure import Kind
 from megatron_fipo.launch.slurm import Job
 from megatron_fipo.machine.host import host
 
-# running: all ranks have resumed. signalled: asked to stop, which is no failure even when Slurm's patience ends before
+# running: all ranks have resumed. signalled: asked to stop, which is not a failure even if Slurm kills the ranks before
 # the checkpoint is written. interrupted: it is written. expired: the time limit is about to end the attempt without it.
 Event = Literal["start", "running", "signalled", "finished", "interrupted", "expired", "failed"]
 Unit = Literal["step", "samples"]
 
 
 class Progress(NamedTuple):
-    """How far a run has come: the training step in progress, or how many samples of an evaluation are finished."""
+    """Progress of a run: the training step in progress, or the number of finished samples of an evaluation."""
 
     number: int
     unit: Unit = "step"
@@ -35,12 +35,12 @@ class Record:
     """One line of attempts.jsonl.
 
     Attributes:
-    job, restarts, launch: the attempt: Slurm's job number (None without Slurm), how often the job was requeued
-        before, and srun's number within the job.
-    step: how far the run has come by then, as a number that grows: the training step in progress, or what `unit` says.
-    nodes: of the job.
-    kind: of a failure.
-    blamed: nodes that a failure is put down to, if it is a machine's.
+        job, restarts, launch: the attempt: Slurm's job ID (None without Slurm), the job's restart count, and the
+            number of the srun step within the job.
+        step: progress of the run, in `unit`.
+        nodes: node list of the job.
+        kind: kind of a failure.
+        blamed: nodes to blame for a machine's failure.
     """
 
     event: Event
@@ -66,7 +66,7 @@ class Record:
 
 
 def read(path: Path) -> list[Record]:
-    """All records in order. Lines that two nodes wrote at once, or a dying one in part, are passed over."""
+    """Return all records in order, without lines that two nodes wrote at once or a dying one in part."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def read(path: Path) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Append a record, down to the disk."""
+    """Append a record and sync it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -92,7 +92,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def new_record(event: Event, progress: Progress, job: Job | None, cause: str = "") -> Record:
-    """Return a record of this moment and this node."""
+    """Return a record with the current time and this node's name."""
     return Record(
         event,
         progress.number,
@@ -116,22 +116,24 @@ def training_progress(run_directory: Path) -> Progress:
     for line in reversed(lines):
         try:
             return Progress(int(json.loads(line)["step"]) + 1)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut short by the end of its writer
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # its writer was killed
             continue
     return Progress(1)
 
 
 def abandoned(records: Sequence[Record], now: Record, lost_nodes: Callable[[str], str]) -> Record | None:
-    """Return the failure of the job's previous attempt if that ended without reporting an error, as with its node.
+    """Return the failure of the job's previous attempt if that ended without reporting an error, as when a node dies.
 
-    An attempt that was asked to stop and did not find the time is none, unless Slurm asked because of a lost node.
-    `lost_nodes`: those of a node list that do not answer.
+    An attempt that was asked to stop and killed before it did is not a failure, unless it had lost a node.
+
+    Args:
+        lost_nodes: returns a description of the nodes of a node list that are down, or "".
     """
-    mine = [r for r in records if r.job == now.job]
-    starts = [i for i, r in enumerate(mine) if r.event == "start"]
-    if now.job is None or not starts or mine[starts[-1]].restarts == now.restarts:
+    job_records = [r for r in records if r.job == now.job]
+    starts = [i for i, r in enumerate(job_records) if r.event == "start"]
+    if now.job is None or not starts or job_records[starts[-1]].restarts == now.restarts:
         return None
-    start, *after = mine[starts[-1] :]
+    start, *after = job_records[starts[-1] :]
     lost = lost_nodes(start.nodes)
     asked = any(r.event == "signalled" for r in after)
     if any(r.event not in ("signalled", "running") for r in after) or (asked and not lost):

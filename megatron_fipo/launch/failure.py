@@ -1,4 +1,4 @@
-"""Report of a failed rank to its supervisor, and the kind of failure."""
+"""Failure of a rank, as it is reported to the supervisor, and its kind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_fipo.atomic_file import write_atomically
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
-from megatron_fipo.whole_file import write_whole
 
-# input: a ValueError, a user error. program: any other exception; it would come again. machine: a node, a device
-# or a disk; another attempt may do better. connection: one of these, or the mere consequence of another rank's failure.
+# input: a ValueError, a user error. program: any other exception; it would occur again. machine: a node, a device or a
+# disk; another attempt may succeed. connection: one of these, or the mere consequence of another rank's failure.
 Kind = Literal["input", "program", "machine", "connection"]
 
 _CONNECTION = re.compile(
@@ -30,24 +30,26 @@ _MACHINE_ERRORS = {
 
 @dataclass(frozen=True)
 class Failure:
+    """Failure of a rank; `blamed`: nodes that the next attempt should avoid."""
+
     rank: int
     host: str
     kind: Kind
     message: str  # "RuntimeError: what happened"
     traceback: str = ""
-    blamed: tuple[str, ...] = ()  # nodes that the next attempt had better avoid
+    blamed: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
         return f"rank {self.rank} on {self.host} failed first: {self.message}"
 
     def write(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self)))
+        write_atomically(path, json.dumps(asdict(self)))
 
     @staticmethod
     def read(path: Path) -> Failure:
-        told = json.loads(path.read_text())
-        return Failure(**{**told, "blamed": tuple(told["blamed"])})
+        fields = json.loads(path.read_text())
+        return Failure(**{**fields, "blamed": tuple(fields["blamed"])})
 
 
 def of_exit(rank: int, exit_code: int) -> Failure:
@@ -62,7 +64,7 @@ def of_exit(rank: int, exit_code: int) -> Failure:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Return the kind of an error, by its type or else by what libraries write into a RuntimeError."""
+    """Return the kind of an error, from its type or else from the message of a library's RuntimeError."""
     names = {c.__name__ for c in type(error).__mro__}
     if type(error) is ValueError:
         return "input"

@@ -1,11 +1,12 @@
-"""Launchers that start this process as one of several: srun, Flux, or an MPI launcher (PBS, LSF and others use one).
+"""Launchers that start this process as one of several: torchrun, srun, Flux, or an MPI launcher, as on PBS and LSF.
 
-A process that was started beside others but does not know it would train alone, and all of them in one directory; so
-what is not understood is refused.
+A process that misses that it is one of several would train alone, in the same directory as the others. So a launcher
+whose variables are not understood is an error.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,11 +48,32 @@ _MPI = (
 )
 
 
+def is_torchrun(environment: Mapping[str, str]) -> bool:
+    """Return whether torchrun, or a script that sets the same variables, started this process as a rank."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the run's only one, or its rank 0 under torchrun, srun or another launcher."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    found = task(os.environ)
+    return (found["RANK"] if found else os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def started_ranks() -> int | None:
+    """Return the number of ranks that torchrun, srun or another launcher started; None if there was no launcher."""
+    if is_torchrun(os.environ):
+        return int(os.environ["WORLD_SIZE"])
+    found = task(os.environ)
+    return int(found["WORLD_SIZE"]) if found else None
+
+
 def task(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return torch's variables of this process, RANK, WORLD_SIZE, ...; None: it was started alone.
+    """Return torch's variables for this process, RANK, WORLD_SIZE, ...; None if it was started alone.
 
     Raises:
-        ValueError: it was started beside others by something that is not understood.
+        ValueError: it is one of several processes, and its launcher does not tell it its rank.
     """
     if int(environment.get("FLUX_JOB_SIZE", "1")) > 1 and "FLUX_TASK_RANK" in environment:
         return _flux(environment)
@@ -107,10 +129,10 @@ def _flux(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _master(environment: Mapping[str, str], job: str, alone: bool, launcher: str) -> dict[str, str]:
-    """Return where the first rank listens.
+    """Return MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ValueError: there are several nodes, and nothing says which one is the first.
+        ValueError: there are several nodes, and no variable names the first one.
     """
     address = environment.get("MASTER_ADDR") or ("127.0.0.1" if alone else _first_node(environment))
     if not address:
@@ -131,7 +153,7 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 def _not_understood(what: str) -> str:
     return (
-        f"this process was started beside others by {what}, which does not tell it its place: set RANK, WORLD_SIZE, "
+        f"{what} started this process as one of several and does not tell it its rank: set RANK, WORLD_SIZE, "
         "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process, or use torchrun, srun, mpiexec or "
         "flux run"
     )

@@ -1,6 +1,6 @@
-"""Before anything is built: have all ranks come, do they run the same software, see the same files, reach each other?
+"""Checks before anything is built: all ranks are there, run the same software, see the same files, reach each other.
 
-What fails here says which rank or node it was, instead of half an hour later that some collective timed out.
+An error names the rank or node at fault, instead of a timeout of some collective half an hour later.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch import slurm
-from megatron_fipo.launch.requirements import NOTHING, Requirements
+from megatron_fipo.launch.rank_task import NOTHING, Requirements
 from megatron_fipo.machine import gpus
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
 
-_ARRIVAL, _ARRIVAL_A_RANK = timedelta(minutes=10), timedelta(seconds=4)  # imports from a busy network file system
-_CONNECTION = timedelta(minutes=2)  # all ranks have connected to each other and added up a number
-_VISIBLE_SECONDS = 60.0  # network file systems cache what a directory holds
-_OTHERS_SECONDS = 2.0  # for the other ranks to note how far they came
+_ARRIVAL, _ARRIVAL_A_RANK = timedelta(minutes=10), timedelta(seconds=4)  # for imports from a busy network file system
+_CONNECTION = timedelta(minutes=2)  # for all ranks to connect to each other and reduce a number
+_VISIBLE_SECONDS = 60.0  # network file systems cache directory listings
+_OTHERS_SECONDS = 2.0  # for the other ranks to report what they reached
 _BACKLOG = 2048
 _GIB = 2**30
 _LITTLE_DISK, _NO_DISK = 20 * _GIB, 2**27
-_LITTLE_DEVICE_MEMORY = 0.9  # of the whole
+_LITTLE_DEVICE_MEMORY = 0.9  # share of the total
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a rank. Bytes where there is no other unit; None: no GPU, or no run directory."""
+    """Facts about a rank and its node; None: no GPU, or no run directory."""
 
     rank: int
     host: str
     versions: dict[str, str]
     sees_directory: bool | None
-    free_device_memory: float | None = None  # share of the whole
+    free_device_memory: float | None = None  # share of the total
     gpu: str | None = None  # its UUID
-    problems: list[str] = field(default_factory=list)  # what this rank's node lacks
+    problems: list[str] = field(default_factory=list)  # of this rank's node
 
 
 def connect(
@@ -61,17 +61,18 @@ def connect(
     requirements: Requirements = NOTHING,
     nccl_timeout: timedelta | None = None,
 ) -> None:
-    """Check the ranks and make the default process group, whose collectives then take `timeout` at most.
+    """Check the ranks and create the default process group. Rank 0 decides, and prints one line.
 
-    Those on GPUs take `nccl_timeout` at most, if that is given.
-
-    The environment names this rank as torch's does. Rank 0 judges, and prints one line. `store`: a file through
-    which the ranks, all on this machine, find each other; None: through rank 0's port.
+    Args:
+        timeout: of the group's collectives.
+        run_directory: directory that all ranks must see.
+        store: file through which local ranks find each other; None: through MASTER_ADDR and MASTER_PORT.
+        nccl_timeout: of the group's collectives on GPUs; None: `timeout`.
 
     Raises:
         ValueError: what to change, and on which node.
         MachineFailure: some nodes lack what the others have.
-        ConnectionError: ranks that did not come, or that cannot be reached.
+        ConnectionError: ranks did not start, or cannot be reached.
     """
     started = time.monotonic()
     arrival = _arrival(timeout, int(os.environ["WORLD_SIZE"]))
@@ -96,12 +97,12 @@ def connect(
 
 
 def _arrival(timeout: timedelta, ranks: int) -> timedelta:
-    """Return how long ranks may take to come: hundreds of them import from one file system."""
+    """Return the time that ranks have to start: hundreds of them import from one file system."""
     return min(timeout, _ARRIVAL + ranks * _ARRIVAL_A_RANK)
 
 
 def device_index() -> int:
-    """Which of the GPUs that this process sees is its own.
+    """Return the index of this rank's GPU among those that this process sees.
 
     Raises:
         ValueError: there are more ranks than GPUs on this node.
@@ -118,7 +119,7 @@ def device_index() -> int:
 
 
 class _Ranks:
-    """Exchange between ranks through rank 0's key-value store, which works when nothing else does."""
+    """Exchange between ranks through a key-value store, before there is a process group."""
 
     def __init__(self, store: dist.Store) -> None:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -131,10 +132,10 @@ class _Ranks:
         run_directory: Path | None,
         requirements: Requirements = NOTHING,
     ) -> list[Facts]:
-        """All ranks' facts on rank 0, which has checked them, and nothing on the others, which waited for that."""
-        with self._rank_0_stays():
+        """Return all ranks' facts on rank 0, which has checked them, and [] on the others, which wait for that."""
+        with self._rank_0_blamed():
             token = self._token(timeout, run_directory)
-            mine = Facts(
+            facts = Facts(
                 self.rank,
                 host(),
                 _versions(),
@@ -143,21 +144,21 @@ class _Ranks:
                 _gpu(),
                 [*requirements.problems(), *_gpu_problems(requirements)],
             )
-            self.store.set(f"facts/{self.rank}", json.dumps(asdict(mine)))
+            self.store.set(f"facts/{self.rank}", json.dumps(asdict(facts)))
             if self.rank != 0:
                 self.store.wait(["checked"], timeout + timedelta(seconds=_VISIBLE_SECONDS))
                 return []
         try:
-            facts = self._arrived(timeout)
+            gathered = self._arrived(timeout)
         finally:
             if token:
                 token.unlink(missing_ok=True)
-        _check(facts, run_directory, requirements)
+        _check(gathered, run_directory, requirements)
         self.store.set("checked", "")
-        return facts
+        return gathered
 
     def _token(self, timeout: timedelta, run_directory: Path | None) -> Path | None:
-        """Yield a file that rank 0 has just made in the run directory."""
+        """Return a file that rank 0 has just created in the run directory, by which other nodes are compared."""
         if run_directory is None:
             return None
         if self.rank == 0:
@@ -171,14 +172,14 @@ class _Ranks:
         return run_directory / self.store.get("token").decode()
 
     @contextmanager
-    def _rank_0_stays(self) -> Iterator[None]:
-        """Name rank 0 on the others if it ends, or never answers, in what is inside."""
+    def _rank_0_blamed(self) -> Iterator[None]:
+        """Raise an error that names rank 0, on the others, if it ends or never answers inside."""
         try:
             yield
         except dist.DistError as error:
             if self.rank == 0:
                 raise
-            raise ConnectionError(f"rank 0 did not find all ranks in order: {error}") from None
+            raise ConnectionError(f"rank 0 did not confirm that all ranks are ready: {error}") from None
 
     def _arrived(self, timeout: timedelta) -> list[Facts]:
         keys = [f"facts/{rank}" for rank in range(self.world_size)]
@@ -186,7 +187,7 @@ class _Ranks:
             self.store.wait(keys, timeout)
         except dist.DistStoreError:
             found = self._facts()
-            raise ConnectionError(_never_came(found, self.world_size, timeout)) from None
+            raise ConnectionError(_missing_ranks(found, self.world_size, timeout)) from None
         return self._facts()
 
     def _facts(self) -> list[Facts]:
@@ -196,10 +197,10 @@ class _Ranks:
 
     @contextmanager
     def named_on_error(self) -> Iterator[None]:
-        """Note that this rank has reached the others in what is inside; on an error, say who has not.
+        """Report that this rank reached the others inside; on an error, name the ranks that did not.
 
         Raises:
-            ConnectionError: in place of what torch raises when a rank cannot be reached.
+            ConnectionError: in place of torch's error when a rank cannot be reached.
         """
         try:
             yield
@@ -207,15 +208,15 @@ class _Ranks:
             time.sleep(_OTHERS_SECONDS)
             behind = [f for f in self._facts() if not self.store.check([f"reached/{f.rank}"])]
             raise ConnectionError(
-                f"{_places(behind)} could not reach all the others. "
+                f"{_ranks_by_host(behind)} could not reach all the others. "
                 "If a node has several networks, name the one to use in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. "
-                f"What torch says: {error}"
+                f"torch's error: {error}"
             ) from error
         self.store.set(f"reached/{self.rank}", "")
 
 
 def _store(timeout: timedelta, file: Path | None) -> dist.Store:
-    """Return where the ranks meet. Whoever can write there can run code in them: torch unpickles what they exchange."""
+    """Return the ranks' key-value store. Write access to it runs code in ranks: torch unpickles what they exchange."""
     if file is not None:
         found = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))
         found.set_timeout(timeout)
@@ -240,14 +241,14 @@ def _store(timeout: timedelta, file: Path | None) -> dist.Store:
 
 
 def _listener(address: str, port: int) -> socket.socket:
-    """Return a socket that listens at one address, not at all of this machine's.
+    """Return a socket that listens at one address, unless other nodes could not reach it.
 
-    Some distributions resolve a machine's own name to a loopback address, where no other node could connect.
+    Some distributions resolve a machine's own name to a loopback address.
     """
-    family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    family, _, _, _, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     others = int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    hidden = others and ipaddress.ip_address(place[0]).is_loopback and place[0] != address
-    return socket.create_server(("", port) if hidden else place[:2], family=family, backlog=_BACKLOG)
+    hidden = others and ipaddress.ip_address(resolved[0]).is_loopback and resolved[0] != address
+    return socket.create_server(("", port) if hidden else resolved[:2], family=family, backlog=_BACKLOG)
 
 
 def _initialize(ranks: _Ranks, timeout: timedelta) -> None:
@@ -300,10 +301,10 @@ def _gpu_problems(requirements: Requirements) -> list[str]:
 
 
 def _is_visible(file: Path) -> bool:
-    """Return whether this node sees the file, now or within a minute."""
+    """Return whether this node sees the file within a minute."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
-        try:  # listing makes a network file system look again; asking for the name may repeat a cached answer
+        try:  # a network file system answers a listing anew, but may repeat a cached answer about one name
             if file.name in os.listdir(file.parent):
                 return True
         except OSError:
@@ -314,9 +315,9 @@ def _is_visible(file: Path) -> bool:
 
 
 def _check(facts: Sequence[Facts], run_directory: Path | None, requirements: Requirements = NOTHING) -> None:
-    """Raise one error with all that rank 0 finds wrong with the ranks.
+    """Raise one error with all problems of the ranks.
 
-    What some nodes lack and others have is those nodes' fault, and the input's only where all lack it.
+    What only some nodes lack is a failure of these machines; what all lack is an error of the input.
     """
     problems, lacking, blamed = [], [], []
     for text in dict.fromkeys(text for f in facts for text in f.problems):
@@ -324,20 +325,20 @@ def _check(facts: Sequence[Facts], run_directory: Path | None, requirements: Req
         if len({f.host for f in others}) == len({f.host for f in facts}):
             problems.append(text)
         else:
-            lacking.append(f"{_places(others)}: {text}")
+            lacking.append(f"{_ranks_by_host(others)}: {text}")
             blamed += [f.host for f in others]
     for name, reference in facts[0].versions.items():
         others = [f for f in facts if f.versions.get(name) != reference]
         if others:
             found = others[0].versions.get(name)
             problems.append(
-                f"{name} is {reference} on {facts[0].host}, but {found} for {_places(others)}: "
+                f"{name} is {reference} on {facts[0].host}, but {found} for {_ranks_by_host(others)}: "
                 "start all ranks from the same environment"
             )
     blind = [f for f in facts if f.sees_directory is False]
     if blind:
         problems.append(
-            f"{run_directory} is not the same directory on {facts[0].host} and for {_places(blind)}: choose a "
+            f"{run_directory} is not the same directory on {facts[0].host} and for {_ranks_by_host(blind)}: choose a "
             "run.directory on a file system that all nodes share"
         )
     if requirements.one_node and len({f.host for f in facts}) > 1:
@@ -346,8 +347,8 @@ def _check(facts: Sequence[Facts], run_directory: Path | None, requirements: Req
         sharing = [f for f in facts if f.gpu == gpu]
         if len(sharing) > 1:
             problems.append(
-                f"{_places(sharing)} have the same GPU, {gpu}: start at most as many ranks on a node as it has GPUs, "
-                "and let each rank see all of them, or one of its own"
+                f"{_ranks_by_host(sharing)} have the same GPU, {gpu}: start at most as many ranks on a node as it has "
+                "GPUs, and let each rank see all of them, or one of its own"
             )
     if problems:
         raise ValueError("\n".join([*problems, *lacking]))
@@ -369,21 +370,21 @@ def _disk_warnings(run_directory: Path | None) -> list[str]:
 def _memory_warnings(facts: Sequence[Facts]) -> list[str]:
     used = [f for f in facts if f.free_device_memory is not None and f.free_device_memory < _LITTLE_DEVICE_MEMORY]
     shares = ", ".join(f"{f.free_device_memory:.0%}" for f in used[:8])
-    return [f"another process holds memory of the GPU of {_places(used)}; free are {shares}"] if used else []
+    return [f"another process holds memory of the GPU of {_ranks_by_host(used)}; free are {shares}"] if used else []
 
 
-def _never_came(found: Sequence[Facts], world_size: int, timeout: timedelta) -> str:
+def _missing_ranks(found: Sequence[Facts], world_size: int, timeout: timedelta) -> str:
     present = {f.rank for f in found}
     missing = ", ".join(str(r) for r in range(world_size) if r not in present)
-    text = f"{len(present)} of {world_size} ranks came within {timeout.total_seconds():.0f} s, without {missing}"
+    text = f"{len(present)} of {world_size} ranks started within {timeout.total_seconds():.0f} s, without {missing}"
     if not slurm.is_task(os.environ):
         return text
     silent = [n for n in slurm.step_nodes(os.environ) if n not in {f.host for f in found}]
-    return f"{text}; no rank came from {', '.join(silent)}" if silent else text
+    return f"{text}; no rank started on {', '.join(silent)}" if silent else text
 
 
-def _places(facts: Sequence[Facts]) -> str:
-    """`ranks 4, 5 on node2 and rank 7 on node3`."""
+def _ranks_by_host(facts: Sequence[Facts]) -> str:
+    """Return text such as `ranks 4, 5 on node2 and rank 7 on node3`."""
     by_host: dict[str, list[str]] = defaultdict(list)
     for f in facts:
         by_host[f.host].append(str(f.rank))

@@ -1,4 +1,4 @@
-"""A rank's own process: its log, its signals, its process group, and the account of its failure."""
+"""Process of a rank: its log, signals, process group, and the report of its failure."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.exit_codes import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.launch import preflight, slurm
 from megatron_fipo.launch.failure import Failure, kind_of
-from megatron_fipo.launch.requirements import NOTHING, Requirements
-from megatron_fipo.launch.supervisor import RankTask
+from megatron_fipo.launch.rank_task import RankTask, RunSpec
 from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
 from megatron_fipo.parallel import device, interrupt
 
-_SECONDS_TO_BE_SEEN = 60.0  # the supervisor looks ten times a second
+_REPORTED_SECONDS = 60.0  # the supervisor polls ten times a second
 
 
 def main(task: RankTask) -> None:
-    """Run a task to its end, in a process that a supervisor has started."""
-    os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the supervisor alone; and a rank can be ended with what it started
+    """Run a task in a process that a supervisor has started."""
+    os.setpgid(0, 0)  # Ctrl-C goes to the supervisor alone, which can end a rank together with its child processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _die_with_supervisor()
@@ -44,76 +43,58 @@ def main(task: RankTask) -> None:
     log = _open_log(task)
     interrupt.install()
     try:
-        run(
-            task.entry,
-            task.parallel,
-            task.args,
-            task.run_directory,
-            task.store,
-            task.deterministic,
-            task.requirements,
-        )
+        run(task.spec, task.store)
     except Interrupted:
         sys.exit(RUN_AGAIN)
     except BaseException as error:
         _report(error, task, log)
-        # With its connections still open, nobody else fails before this rank was seen to. It is ended then.
-        time.sleep(_SECONDS_TO_BE_SEEN)
+        # With its connections open, no other rank fails before the supervisor has read the report and ends this one.
+        time.sleep(_REPORTED_SECONDS)
         sys.exit(FAILED)
 
 
-def run_under_torchrun(
-    entry: Callable[..., Any],
-    parallel: ParallelConfig,
-    args: Sequence[Any],
-    run_directory: Path | None,
-    deterministic: bool,
-    requirements: Requirements,
-) -> None:
-    """Run `entry` in this process, which torchrun watches over."""
+def run_under_torchrun(spec: RunSpec) -> None:
+    """Run `spec.entry` in this process, which torchrun supervises."""
     interrupt.install()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     try:
-        run(entry, parallel, args, run_directory, deterministic=deterministic, requirements=requirements)
+        run(spec)
     except Exception:
-        time.sleep(1)  # with its connections still open, nobody else fails before this rank was seen to
+        time.sleep(1)  # with its connections open, no other rank fails before torchrun has noticed this one
         raise
 
 
-def run(
-    entry: Callable[..., Any],
-    parallel: ParallelConfig,
-    args: Sequence[Any],
-    run_directory: Path | None,
-    store: Path | None = None,
-    deterministic: bool = False,
-    requirements: Requirements = NOTHING,
-) -> None:
-    """Call `entry(*args)` inside an initialized default process group; the environment says which rank this is.
+def run(spec: RunSpec, store: Path | None = None) -> None:
+    """Call `spec.entry(*spec.args)` inside an initialized default process group; the environment names this rank.
+
+    Args:
+        store: see `RankTask.store`.
 
     Raises:
-        Interrupted: `entry` has stopped as it was asked.
+        Interrupted: `entry` has stopped on request.
     """
-    _set_threads(parallel)
-    device.set_up(preflight.device_index() if torch.cuda.is_available() else None, deterministic)
-    with _process_group(parallel, run_directory, store, requirements):
-        entry(*args)
+    _set_threads(spec.parallel)
+    device.set_up(preflight.device_index() if torch.cuda.is_available() else None, spec.deterministic)
+    with _process_group(spec, store):
+        spec.entry(*spec.args)
 
 
 @contextmanager
-def _process_group(
-    parallel: ParallelConfig, run_directory: Path | None, store: Path | None, requirements: Requirements
-) -> Iterator[None]:
-    timeout = timedelta(minutes=parallel.timeout_minutes)
+def _process_group(spec: RunSpec, store: Path | None) -> Iterator[None]:
     network.prepare_gloo()
-    nccl_timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
-    preflight.connect(timeout, run_directory, store, requirements, nccl_timeout)
+    preflight.connect(
+        timedelta(minutes=spec.parallel.timeout_minutes),
+        spec.run_directory,
+        store,
+        spec.requirements,
+        timedelta(minutes=spec.parallel.nccl_timeout_minutes),
+    )
     stopped: Interrupted | None = None
     try:
         yield
-    except Interrupted as error:  # on all ranks, which end together as after the last step
+    except Interrupted as error:  # raised on all ranks, which end together as after the last step
         stopped = error
-    dist.barrier()  # a rank that is gone looks like a failure to one that still connects
+    dist.barrier()  # to a rank that still connects, one that has ended looks failed
     dist.destroy_process_group()
     if stopped is not None:
         raise stopped
@@ -127,7 +108,7 @@ def _set_threads(parallel: ParallelConfig) -> None:
 
 
 def _open_log(task: RankTask) -> TextIO:
-    """Send what this process prints to its log, by way of the supervisor on rank 0, and on request Python's stacks."""
+    """Redirect output to the log, on rank 0 through its supervisor; SIGUSR2 writes Python's stacks there."""
     log = task.log.open("a", buffering=1)
     job = slurm.job(os.environ)
     attempt = f"job {job.name}, restart {job.restarts}, " if job else ""
@@ -152,10 +133,9 @@ def _report(error: BaseException, task: RankTask, log: TextIO) -> None:
 
 
 def _die_with_supervisor() -> None:
-    """End this rank, and what it started, when the process that launched it dies, even by SIGKILL.
+    """Kill this rank and its child processes when its supervisor dies, even by SIGKILL.
 
-    The kernel's parent-death signal would not do: the parent of a rank is the fork server, which lives as long as any
-    rank does.
+    The kernel's parent-death signal does not help: a rank's parent is the fork server, which lives as long as any rank.
     """
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None

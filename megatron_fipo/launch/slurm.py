@@ -1,4 +1,4 @@
-"""Environment that srun gives its tasks, and how a job requeues itself."""
+"""Slurm: the environment of srun's tasks, and the job, which requeues itself."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from megatron_fipo.machine.command import output_of
 from megatron_fipo.machine.hosts import expand_hosts, step_nodes
 
-_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, where Linux starts to give ports to outgoing connections
-_INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers: salloc's shell, batch scripts, ...
-MARKER = "MEGATRON_FIPO_REQUEUE"  # names the file by which the batch script is asked to requeue the job
-_ANSWER_SECONDS = 30.0  # a busy controller
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, the first port of outgoing connections on Linux
+_INTERACTIVE_STEP, _FIRST_SPECIAL_STEP = "4294967290", 4294967280  # step numbers of salloc's shell, batch scripts, ...
+MARKER = "MEGATRON_FIPO_REQUEUE"  # path of the marker file that asks the batch script to requeue the job
+_TIMEOUT_SECONDS = 30.0  # for a busy controller
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
@@ -28,9 +28,9 @@ def is_task(environment: Mapping[str, str]) -> bool:
 def is_interactive(environment: Mapping[str, str]) -> bool:
     """Return whether this command was typed in a shell of a step, as in `srun --ntasks=8 --pty bash`.
 
-    Such a shell has task 0's variables, but the other tasks' shells have ended at once, and no task is this command.
-    Only `--pty` gives a task a terminal. A command typed there has a process group of its own; a task that is this
-    command, or a script that runs it, has not.
+    Such a shell has task 0's variables, but the shells of the other tasks ended at once, and no task is this command.
+    Only `--pty` gives a task a terminal. A command typed there has its own process group; a task that is this command,
+    or a script that runs it, does not.
     """
     if not _is_in_step(environment):
         return False
@@ -44,24 +44,24 @@ def is_interactive(environment: Mapping[str, str]) -> bool:
 
 
 def wrapper_warning(environment: Mapping[str, str]) -> str | None:
-    """Return what is wrong where a shell stands between srun and this command; None if none does.
+    """Return a warning if a shell runs between srun and this command; None if not.
 
-    Slurm signals every process of a step, and a shell that has no handler dies of it, with its job.
+    Slurm signals every process of a step, which kills a shell without a handler, and its job.
     """
     if not _is_in_step(environment) or environment.get("SLURM_TASK_PID") != str(os.getppid()) or _has_terminal():
         return None
     return (
-        f"process {os.getppid()}, a shell perhaps, stands between srun and this command and will die of Slurm's signal "
-        "before the time limit: start the command with `exec` there"
+        f"process {os.getppid()}, perhaps a shell, runs between srun and this command, and Slurm's signal before the "
+        "time limit will kill it: start the command with `exec` there"
     )
 
 
 def interactive_advice(environment: Mapping[str, str], world_size: int) -> str:
-    """Return what to tell the user about ranks that are started from a shell of a step."""
+    """Return advice for a user who starts ranks from a shell of a step."""
     tasks, nodes = _num_tasks(environment), environment.get("SLURM_STEP_NODELIST", "")
     where, ranks = f" on {nodes}" if nodes else "", "rank is" if world_size == 1 else "ranks are"
     return (
-        f"this is a shell of an interactive step with {tasks} tasks{where}, of which only the shell is left: "
+        f"this is a shell of an interactive step with {tasks} tasks{where}, of which only the shell still runs: "
         f"{world_size} {ranks} started on this node. For a rank in each of {tasks} tasks, type "
         f"`srun --overlap --ntasks={tasks} megatron-fipo ...` here"
     )
@@ -72,7 +72,7 @@ def _is_in_step(environment: Mapping[str, str]) -> bool:
 
 
 def _is_special(environment: Mapping[str, str]) -> bool:
-    """Return whether the step is one that Slurm makes for a batch script or for salloc's shell; such have one task."""
+    """Return whether the step is Slurm's own, with one task, for a batch script or for salloc's shell."""
     return int(environment["SLURM_STEP_ID"]) >= _FIRST_SPECIAL_STEP
 
 
@@ -86,9 +86,9 @@ def _has_terminal() -> bool:
 
 
 def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, ... of this task, from srun's variables alone. A MASTER_ADDR or MASTER_PORT that is set wins.
+    """Return RANK, WORLD_SIZE, ... of this task from srun's variables; MASTER_ADDR and MASTER_PORT are kept if set.
 
-    In a heterogeneous job the ranks are those of the components that srun was told to start.
+    In a heterogeneous job the ranks are those of the components that srun starts.
     """
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -105,7 +105,7 @@ def _num_tasks(environment: Mapping[str, str]) -> int:
 
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
-    """From the step's tasks on each node, which srun writes as `4(x2),3`."""
+    """Return the number of the step's tasks on this node; srun writes those of all nodes as `4(x2),3`."""
     tasks: list[int] = []
     for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         count, _, nodes = part.rstrip(")").partition("(x")
@@ -114,7 +114,7 @@ def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """Return a port, the same on all nodes, and different for jobs of near numbers, a job's steps, and its attempts."""
+    """Return a port, the same on all nodes; jobs with close numbers, steps and attempts of a job get different ones."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return _FIRST_PORT + (64 * job + 8 * (step % 8) + _restarts(environment) % 8) % _PORTS
 
@@ -125,16 +125,18 @@ def _restarts(environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """The Slurm job that this process is part of.
+    """Slurm job that this process is part of.
 
     Attributes:
-        number: Slurm's job ID, which no other job has.
-        restarts: restart count; requeues before this attempt.
+        number: Slurm's job ID, which is unique.
+        restarts: restart count.
         step: srun's number for this launch; "" without srun.
         nodes: node list in Slurm's short form.
         array_task: `1234_4` for task 4 of the array 1234, "" for a job outside of an array. Slurm's commands take the
-            job ID of an array's last task for the whole array. A job that was submitted by an array's task has this
-            variable from there.
+            job ID of an array's last task for the whole array. A job that an array's task submitted inherits the
+            variables of that task.
+        end: seconds since the epoch at which Slurm will end the job; None if Slurm did not set it.
+        marker: path of the marker file; "" if the batch script does not requeue the job.
     """
 
     number: str
@@ -151,12 +153,12 @@ class Job:
         return self.array_task or self.number
 
     def requeue(self, exclude: Sequence[str] = ()) -> str:
-        """Requeue the job, which ends it here; return what came of it: "is requeued", or why it is not.
+        """Requeue the job, which ends this process; return "is requeued", or why it is not.
 
-        Where Slurm cannot be asked, as in most containers, the batch script is told by the marker to do it.
+        Without scontrol, as in most containers, the marker file asks the batch script to do it.
 
         Args:
-            exclude: nodes that the next attempt had better avoid; heeded where enough others are left.
+            exclude: nodes that the next attempt should avoid; used if enough others are left.
         """
         if shutil.which("scontrol") is None:
             return self._leave_marker() or (
@@ -174,27 +176,27 @@ class Job:
         if failure := _run("scontrol", "requeue", name)[1]:
             return self._leave_marker() or f"is not requeued: {failure}"
         if not avoided or _run("scontrol", "update", f"JobId={name}", f"ExcNodeList={','.join(avoided)}")[1]:
-            return "is requeued"  # Slurm takes the list of a job only once it is pending
+            return "is requeued"  # Slurm accepts the list only for a pending job
         return f"is requeued, without {', '.join(exclude)}"
 
     def requeue_obstacle(self) -> str | None:
-        """Return what would keep `requeue` from working; None if nothing is known of."""
+        """Return why `requeue` could not work; None if no reason is known."""
         if self.marker:
             return None
         if shutil.which("scontrol") is None:
             return (
-                "there is no scontrol here, and no batch script that does it (slurm/requeue.sh); a container needs one "
-                "or the other"
+                "there is no scontrol here, and no batch script that requeues it (slurm/requeue.sh): a container needs "
+                "one or the other"
             )
         found, error = self._record()
         if error or not found:
             return error or f"`scontrol show job {self.number}` has no record with this JobId"
         if found.get("BatchFlag", "0") == "0":
-            return None  # nothing that was typed by hand is expected to come back
+            return None  # a command typed by hand is not expected to be requeued
         return "it was submitted without --requeue (Requeue=0)" if found.get("Requeue") == "0" else None
 
     def current_end(self) -> float | None:
-        """Return when Slurm will end the job, in seconds since the epoch; None where it cannot be asked."""
+        """Return when Slurm will end the job, in seconds since the epoch; None without an answer of scontrol."""
         if shutil.which("scontrol") is None:
             return None
         try:
@@ -203,19 +205,19 @@ class Job:
             return None
 
     def _leave_marker(self) -> str | None:
-        """Ask the batch script to requeue the job; None where it does not do so."""
+        """Ask the batch script to requeue the job; return the result, None if the script does not do so."""
         if not self.marker:
             return None
         try:
             Path(self.marker).touch()
         except OSError as error:
-            return f"is not requeued: its batch script cannot be told: {error}"
+            return f"is not requeued: the marker file for its batch script cannot be written: {error}"
         return "is requeued by its batch script"
 
     def _record(self) -> tuple[dict[str, str], str | None]:
-        """Return the fields of Slurm's record of this job, and what went wrong if anything did.
+        """Return the fields of Slurm's record of this job, and the error if there was one.
 
-        Slurm shows the other tasks of an array and the other components of a heterogeneous job as well.
+        Slurm prints the other tasks of an array and the other components of a heterogeneous job as well.
         """
         fields: dict[str, str] = {}
         error: str | None = None
@@ -248,7 +250,7 @@ def job(environment: Mapping[str, str]) -> Job | None:
 
 
 def lost_nodes(nodes: str) -> str:
-    """Says which of these nodes are down, as far as Slurm knows; nothing where it cannot be asked."""
+    """Return which of these nodes are down, as Slurm knows it; "" if none is, or without scontrol."""
     if not nodes or shutil.which("scontrol") is None:
         return ""
     states = re.findall(r"NodeName=(\S+).*? State=(\S+)", _run("scontrol", "show", "node", nodes, "--oneliner")[0])
@@ -256,15 +258,18 @@ def lost_nodes(nodes: str) -> str:
 
 
 def _reason_against(record: Mapping[str, str]) -> str | None:
-    """Only a running batch job, or one at its time limit, is requeued: scancel and preemption have their own way."""
+    """Return why the job must not be requeued; None for a running batch job, or one at its time limit.
+
+    A job that was cancelled stays so, and Slurm itself requeues a preempted one.
+    """
     state = "TIMEOUT" if record.get("Reason") == "TimeLimit" else record.get("JobState", "unknown")
     if state not in ("RUNNING", "TIMEOUT"):
         return f"its state is {state}"
-    return None if record.get("BatchFlag", "0") != "0" else "it is no batch job"  # counts up with a job's requeues
+    return None if record.get("BatchFlag", "0") != "0" else "it is not a batch job"  # grows with requeues
 
 
 def _nodes_to_exclude(record: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """Return the job's whole list of nodes to avoid; none where the job would then wait for ever."""
+    """Return the job's complete list of nodes to avoid; [] if the job could then never start."""
     if not more or record.get("ReqNodeList", "(null)") != "(null)":
         return []
     known = record.get("ExcNodeList", "(null)")
@@ -277,17 +282,12 @@ def _nodes_to_exclude(record: Mapping[str, str], more: Sequence[str]) -> list[st
 
 
 def _run(*command: str) -> tuple[str, str | None]:
-    """Return the command's output, and what went wrong if anything did.
+    """Return the command's output, and the error if there was one.
 
-    It is shielded from signals, since Slurm signals every process of a job that it has just requeued.
+    Signals are blocked in it, since Slurm signals every process of a job that it has just requeued.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return "", f"`{' '.join(command)}` did not answer within {_ANSWER_SECONDS:.0f} s"
+        return output_of(command, _TIMEOUT_SECONDS)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if done.returncode:
-        return done.stdout, f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}"
-    return done.stdout, None

@@ -1,6 +1,6 @@
-"""Starts this process's ranks, passes signals on to them, and ends all of them as soon as one has failed.
+"""Supervisor of ranks: starts them, forwards signals to them, and ends all of them as soon as one has failed.
 
-Under srun a supervisor has one rank, otherwise all of them; it imports neither torch nor Megatron.
+Under srun a supervisor has one rank, otherwise all of them. It imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -12,69 +12,36 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch.attempt import Attempt
+from megatron_fipo.exit_codes import RUN_AGAIN, RUNNING, Interrupted
 from megatron_fipo.launch.failure import Failure, of_exit
-from megatron_fipo.launch.requirements import NOTHING, Requirements
-from megatron_fipo.outcome import RUN_AGAIN, RUNNING, Interrupted
+from megatron_fipo.launch.rank_task import RankTask
+from megatron_fipo.launch.requeue import Attempt
+from megatron_fipo.machine import gpus
 
 _POLL_SECONDS = 0.1
-_PRIMARY_SECONDS = 10.0  # that a lost connection waits for the failure behind it to be seen
+_PRIMARY_SECONDS = 10.0  # a lost connection is reported after the failure that may have caused it
 _DUMP_SECONDS = 0.5  # for Python's stacks to be written
-_TWICE_SECONDS = 0.2  # two Ctrl-C in less are one that came twice
-_LOG_END = 1 << 18  # bytes
+_TWICE_SECONDS = 0.2  # two SIGINT in less are one Ctrl-C, delivered twice
+_LOG_TAIL = 1 << 18  # bytes
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-@dataclass(frozen=True)
-class RankTask:
-    """Everything that a rank is started with.
-
-    Attributes:
-        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, under srun MASTER_ADDR and MASTER_PORT; what
-            libraries read when they start.
-        log: where its output goes.
-        output: rank 0's standard output and error, which its supervisor shows as well.
-        error: where it describes its failure.
-        deterministic: run.deterministic.
-        requirements: checked before anything is built.
-        store: a file, in a directory of this user alone, through which local ranks find each other; None: rank 0
-            listens at MASTER_ADDR and MASTER_PORT.
-    """
-
-    entry: Callable[..., Any]
-    args: Sequence[Any]
-    parallel: ParallelConfig
-    environment: dict[str, str]
-    log: Path
-    error: Path
-    run_directory: Path | None
-    deterministic: bool = False
-    requirements: Requirements = NOTHING
-    output: tuple[connection.Connection, connection.Connection] | None = None
-    store: Path | None = None
-
-    @property
-    def rank(self) -> int:
-        return int(self.environment["RANK"])
-
-
 def _start_rank(task: RankTask) -> None:
-    """Run a rank, in its own process."""
+    """Run a rank, in the process that was started for it."""
     from megatron_fipo.launch.rank import main
 
     main(task)
 
 
 class Supervisor:
-    """A context manager: on leaving it no rank is alive."""
+    """Context manager of this process's ranks: on exit no rank is alive."""
 
     def __init__(self, attempt: Attempt, errors: Path) -> None:
         self.attempt = attempt
@@ -82,11 +49,11 @@ class Supervisor:
         self._ranks: dict[int, Any] = {}
         self._logs: dict[int, Path] = {}
         self._copying: list[threading.Thread] = []
-        self._asked: list[int] = []  # signals not yet seen to
-        self._interrupts: list[float] = []  # when Ctrl-C was pressed
+        self._received: list[int] = []  # signals that are not forwarded yet
+        self._interrupts: list[float] = []  # times of Ctrl-C
 
     def __enter__(self) -> Supervisor:
-        self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -94,15 +61,16 @@ class Supervisor:
             self._kill(rank)
         for thread in self._copying:  # ends with the last process that holds the rank's output
             thread.join(timeout=2)
-        # Another task's end has srun end this one, which is about to end with an exit code that says more.
+        # srun ends this task when another one has ended, but this task's own exit code says more.
         ignored = [signal.SIGTERM] if error[0] is not None and self.attempt.job is not None else []
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if number in ignored else handler)
 
     def start(self, tasks: Sequence[RankTask]) -> None:
+        """Start a process for each task; rank 0's output is copied to this process's."""
         context: Any = multiprocessing.get_context(_start_method())
         multiprocessing.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
-        with _signals_held():
+        with _signals_blocked():
             for task in tasks:
                 task.log.parent.mkdir(parents=True, exist_ok=True)
                 shown = [context.Pipe(duplex=False) for _ in range(2 if task.rank == 0 else 0)]
@@ -116,12 +84,12 @@ class Supervisor:
                     self._copy(source, stream, task.log)
 
     def wait(self) -> None:
-        """Until all ranks have ended.
+        """Wait until all ranks have ended.
 
         Raises:
-            Interrupted: they stopped as they were asked, or had no time left to do so.
+            Interrupted: the ranks stopped on request, or there was no time left to do so.
             RankFailure: a rank failed; the others were ended.
-            ValueError: a rank refused its input.
+            ValueError: a rank rejected its input.
             KeyboardInterrupt: Ctrl-C was pressed twice.
         """
         while True:
@@ -142,7 +110,7 @@ class Supervisor:
         self.attempt.finished()
 
     def _first_failure(self) -> Failure | None:
-        """Return the failure to be shown. A lost connection first waits for the failure that may have caused it."""
+        """Return the failure to report. A lost connection first waits for the failure that may have caused it."""
         deadline = time.monotonic() + _PRIMARY_SECONDS
         while True:
             failures = self._failures()
@@ -158,15 +126,15 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _failures(self) -> list[Failure]:
-        """Return the failures of this process's ranks, in the order in which they were noted."""
+        """Return the failures of this process's ranks, in the order in which they were reported."""
         written = sorted(self._errors.glob("rank_*.json"), key=lambda f: f.stat().st_mtime_ns)
-        told = [Failure.read(f) for f in written]
-        known = {f.rank for f in told}
+        reported = [Failure.read(f) for f in written]
+        known = {f.rank for f in reported}
         ended = [(r, p.exitcode) for r, p in self._ranks.items() if p.exitcode not in (None, 0, RUN_AGAIN)]
-        return [*told, *(of_exit(r, code) for r, code in ended if r not in known)]
+        return [*reported, *(of_exit(r, code) for r, code in ended if r not in known)]
 
     def _end(self, failure: Failure) -> Exception:
-        """End all ranks; the error to raise."""
+        """End all ranks; return the error to raise."""
         failed = {f.rank for f in self._failures()}
         others = [r for r, p in self._ranks.items() if p.exitcode is None and r not in failed]
         for rank in others:
@@ -184,21 +152,21 @@ class Supervisor:
             return failure.message.removeprefix("ValueError: ")
         lines = [failure.headline, failure.traceback.rstrip()]
         if failure.message == of_exit(failure.rank, -signal.SIGABRT).message and failure.rank in self._logs:
-            lines.append(nccl_time_out(self._logs[failure.rank]))
+            lines.append(nccl_timeout_message(self._logs[failure.rank]))
         if failure.kind == "connection" and others:
-            lines.append(f"No rank failed of itself. Still running: rank {', '.join(map(str, others))}.")
+            lines.append(f"No rank reported an error of its own. Still running: rank {', '.join(map(str, others))}.")
         logs = ", ".join(str(self._logs[r]) for r in others[:4]) + (", ..." if len(others) > 4 else "")
         if others:
-            lines.append(f"What the others were doing is at the end of their logs: {logs}")
+            lines.append(f"The logs of the others end with their stacks: {logs}")
         return "\n".join(line for line in lines if line)
 
     def _forward_signals(self) -> None:
-        while self._asked:
-            number = self._asked.pop(0)
+        while self._received:
+            number = self._received.pop(0)
             if number == signal.SIGINT:
                 self._interrupted_by_key()
             if number == signal.SIGTERM and not self.attempt.is_recorded:
-                raise SystemExit(128 + number)  # there is nothing to finish, and perhaps a rank elsewhere has failed
+                raise SystemExit(128 + number)  # there is nothing to save, and a rank elsewhere may have failed
             self.attempt.signalled()
             for process in self._ranks.values():
                 if process.exitcode is None:
@@ -213,16 +181,16 @@ class Supervisor:
         if len(self._interrupts) == 1:
             print("shutting down cleanly; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked.append(number)
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
 
     def _kill(self, rank: int) -> None:
-        """End a rank and the processes that it started, which are in its group."""
+        """Kill a rank and its child processes, which are in its process group."""
         process = self._ranks[rank]
         if process.exitcode not in (0, RUN_AGAIN):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # before it had a group
+            process.kill()  # it may not have had its group yet
         process.join()
 
     def _copy(self, source: connection.Connection, stream: int, log: Path) -> None:
@@ -231,24 +199,24 @@ class Supervisor:
         self._copying.append(thread)
 
 
-def nccl_time_out(log: Path) -> str:
-    """Return what NCCL's watchdog says at the end of a rank's log of the collective that took too long, if it does."""
+def nccl_timeout_message(log: Path) -> str:
+    """Return the line of NCCL's watchdog in the tail of a rank's log, with advice; "" if there is none."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LOG_END))
+        file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-    told = next((line for line in lines if "Watchdog caught collective operation timeout" in line), None)
-    if told is None:
+    found = next((line for line in lines if "Watchdog caught collective operation timeout" in line), None)
+    if found is None:
         return ""
     return (
-        f"{told.strip()}\nThis rank waited; the one that did not come is another of that collective's ranks: compare "
-        "the ends of their logs."
+        f"{found.strip()}\nThis rank waited for another rank of that collective: compare the tails of their logs to "
+        "find the one that did not join."
     )
 
 
 def _copy_output(source: connection.Connection, stream: int, log: Path) -> None:
-    """Show what comes as it comes, and log it in whole lines, since output and errors are two streams."""
+    """Print output as it arrives, and log it in complete lines, since standard output and error are two streams."""
     line = b""
     with source, log.open("ab", buffering=0) as file:
         while data := os.read(source.fileno(), 1 << 16):
@@ -259,17 +227,17 @@ def _copy_output(source: connection.Connection, stream: int, log: Path) -> None:
 
 
 def _write(file: int, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # a full disk, or nobody who reads what this command shows
+    with contextlib.suppress(OSError):  # a full disk, or no reader of this command's output
         while data:
             data = data[os.write(file, data) :]
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Start the fork server and Python's resource tracker with these signals blocked inside.
+def _signals_blocked() -> Iterator[None]:
+    """Block the signals while processes are started inside.
 
-    Slurm signals every process of a job, and they would die of it. A rank is started so as well, and gets what came
-    meanwhile when it is ready for it.
+    Slurm signals every process of a job, which would kill the fork server and Python's resource tracker. A rank
+    unblocks them when it is ready, and then receives those that came meanwhile.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -286,14 +254,9 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _start_method() -> str:
-    """Return how ranks are started.
+    """Return the start method of ranks.
 
-    Without a GPU, they are forked from a server that has imported the heavy packages once. CUDA does not survive a
-    fork, so there every rank starts afresh.
+    Without a GPU they are forked from a server that has imported the heavy packages once. CUDA does not survive a fork,
+    so with a GPU every rank is spawned.
     """
-    return "spawn" if has_gpu() else "forkserver"
-
-
-def has_gpu() -> bool:
-    """Return whether there is a GPU, by the driver's files: CUDA would keep memory of the device for this process."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+    return "spawn" if gpus.has_gpu() else "forkserver"

@@ -1,1 +1,1 @@
-"""Facts about the machine that a run is on: limits, addresses, space, cache directories."""
+"""Facts about the machine that a run is on: GPUs, limits, addresses, free space, directories for caches."""

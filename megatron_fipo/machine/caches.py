@@ -1,4 +1,4 @@
-"""Local directories for compiled kernels: in home directories on NFS, hundreds of processes would race for them."""
+"""Node-local directories for compiled kernels: in home directories on NFS, hundreds of processes race for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def node_local(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _own_directory(path: Path) -> Path:
-    """Return `path`, made if it is not there; another one where somebody else could write to it."""
+    """Return `path`, created if it is missing; another directory if other users could write to it."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:

@@ -1,28 +1,32 @@
-"""Compute mode of a GPU: which processes the driver allows to use it."""
+"""GPUs of this machine as the driver shows them: whether there is one, and which processes may use it."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
+from pathlib import Path
+
+from megatron_fipo.machine.command import output_of
 
 _SECONDS = 60.0
 
 
+def has_gpu() -> bool:
+    """Return whether there is a GPU, by the driver's files: asking CUDA would reserve device memory."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
 def compute_modes() -> dict[str, str]:
-    """Return nvidia-smi's compute mode of each GPU by its UUID; {} where it cannot be asked."""
+    """Return nvidia-smi's compute mode of each GPU by its UUID; {} if nvidia-smi is missing or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=uuid,compute_mode", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {}
-    pairs = (line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1)
+    lines = output_of(command, _SECONDS)[0].splitlines()
+    pairs = (line.split(",") for line in lines if line.count(",") == 1)
     return {uuid.strip().removeprefix("GPU-"): mode.strip() for uuid, mode in pairs}
 
 
 def compute_mode_problem(uuid: str, shared: bool) -> str | None:
-    """Return what is wrong with the compute mode of a GPU; None if nothing.
+    """Return why the compute mode of a GPU does not allow a rank to use it; None if it does.
 
     Args:
         uuid: of the GPU, with or without `GPU-`.

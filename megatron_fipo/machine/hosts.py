@@ -1,4 +1,4 @@
-"""Names of a Slurm job's nodes, from its environment: containers have no scontrol."""
+"""Names of a Slurm job's nodes, from its environment, since containers have no scontrol."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterator, Mapping
 
 _RANGE = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?", re.ASCII)
-_MOST_HOSTS = 1 << 16  # Slurm itself takes no more
+_MOST_HOSTS = 1 << 16  # the limit of Slurm itself
 
 
 def expand_hosts(text: str) -> list[str]:
     """Return the names in Slurm's short form of a node list, `gpu[01-03,7],rack[0-1]n[1-2],login`, in its order.
 
     Raises:
-        ValueError: it is not a node list, or names more hosts than any cluster has.
+        ValueError: the text is not a node list, or names more hosts than any cluster has.
     """
     parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
     if ",".join(parts) != text:
         raise ValueError(
-            f"{text!r} is no list of hosts: a bracket is not closed, or there is nothing between two commas"
+            f"{text!r} is not a list of hosts: a bracket is not closed, or there is nothing between two commas"
         )
     return [host for part in parts for host in _expand(part)]
 
@@ -32,7 +32,7 @@ def _expand(part: str) -> Iterator[str]:
     endings = list(_expand(suffix))
     bounds = [_RANGE.fullmatch(numbers) for numbers in ranges.split(",")]
     if any(found is None for found in bounds):
-        raise ValueError(f"{part!r} is no list of hosts: expected numbers and ranges in brackets, as in gpu[01-03,7]")
+        raise ValueError(f"{part!r} is not a list of hosts: expected numbers or ranges in brackets, as gpu[01-03,7]")
     runs = [(found[1], int(found[1]), int(found[2] or found[1])) for found in bounds if found]
     if sum(max(0, last - first + 1) for _, first, last in runs) * max(1, len(endings)) > _MOST_HOSTS:
         raise ValueError(f"{part!r} names more than {_MOST_HOSTS} hosts")
@@ -47,6 +47,6 @@ def step_nodes(environment: Mapping[str, str]) -> list[str]:
 
 
 def spare_nodes(environment: Mapping[str, str]) -> list[str]:
-    """Return the job's nodes without a task of the step."""
+    """Return the job's nodes without tasks of the step."""
     taken = set(step_nodes(environment))
     return [node for node in expand_hosts(environment.get("SLURM_JOB_NODELIST", "")) if node not in taken]

@@ -1,4 +1,4 @@
-"""Limits that the kernel sets for a process, which Slurm copies from the shell in which a job was submitted."""
+"""Kernel limits of a process, which Slurm copies from the shell in which a job was submitted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import resource
 
 _NAMES = {resource.RLIMIT_NOFILE: "open files (ulimit -n)", resource.RLIMIT_NPROC: "processes (ulimit -u)"}
 _OTHER_FILES = 256  # libraries, logs, pipes, devices
-_FILES_A_SERVER = 6  # probe, order to abort, idle connections
-_RESERVE = 128  # open files that are not connections of the rollout client and may still come
+_FILES_PER_SERVER = 6  # probe, abort request, idle connections
+_RESERVE = 128  # files that may be opened later, other than connections of the rollout client
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
@@ -22,35 +22,35 @@ def raise_limits() -> dict[str, tuple[int, int]]:
             continue
         try:
             resource.setrlimit(number, (hard, hard))
-        except (ValueError, OSError):  # some kernels know a lower bound than the hard limit
+        except (ValueError, OSError):  # some kernels have a bound below the hard limit
             continue
         raised[name] = (soft, hard)
     return raised
 
 
 def open_files() -> int | None:
-    """Return how many files this process may have open; None: no limit."""
+    """Return the maximum number of open files of this process; None: no limit."""
     return _finite(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def most_open_files() -> int | None:
-    """Return how many files this process may have open after `raise_limits`; None: no limit."""
+    """Return the maximum number of open files of this process after `raise_limits`; None: no limit."""
     return _finite(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 def open_files_needed(requests: int, servers: int, ranks: int) -> int:
-    """Return how many files the rank with the most connections has open.
+    """Return the number of open files of the rank with the most connections.
 
     Args:
-        requests: responses that it has in flight, each with its own connection.
-        servers: rollout servers, to which it has connections beside those of requests.
-        ranks: of the world; each process group has a connection to each of its members.
+        requests: pending requests of that rank, each with its own connection.
+        servers: rollout servers, to which it also has other connections.
+        ranks: world size; a process group has a connection to each of its members.
     """
-    return requests + _FILES_A_SERVER * servers + 4 * ranks + _OTHER_FILES
+    return requests + _FILES_PER_SERVER * servers + 4 * ranks + _OTHER_FILES
 
 
 def open_files_problem(needed: int) -> str | None:
-    """Return what is wrong where this process can never open `needed` files; None if it can."""
+    """Return an error message if even a raised limit does not allow `needed` open files; None if it does."""
     most = most_open_files()
     if most is None or most >= needed:
         return None
@@ -62,15 +62,15 @@ def open_files_problem(needed: int) -> str | None:
 
 
 def connections_at_most(servers: int) -> int:
-    """Return how many connections for requests fit into what this process may still open; at least 1."""
+    """Return the number of connections for requests that this process can still open; at least 1."""
     limit = open_files()
     if limit is None:
         limit = 1 << 20
-    return max(1, limit - len(os.listdir("/proc/self/fd")) - _FILES_A_SERVER * servers - _RESERVE)
+    return max(1, limit - len(os.listdir("/proc/self/fd")) - _FILES_PER_SERVER * servers - _RESERVE)
 
 
 def is_out_of_files(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, says that no more files can be opened here."""
+    """Return whether an error, or one of its causes, says that no more files can be opened."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in _TOO_MANY:

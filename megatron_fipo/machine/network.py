@@ -13,31 +13,31 @@ import psutil
 from megatron_fipo.machine.hosts import step_nodes
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # documentation addresses, reached by the default route
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # documentation addresses, which use the default route
 
 
 def own_address(environment: Mapping[str, str]) -> str:
     """Return this node's address for the other nodes of its job, IPv4 or IPv6.
 
-    It is that of the interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else the source address of packets
-    to another node. What the node's own name resolves to does not matter: often that is 127.0.1.1.
+    It is that of the interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, else the source address of packets to
+    another node. The node's own name is not resolved: often the result is 127.0.1.1.
 
     Raises:
-        ValueError: it has no address but loopback ones.
+        ValueError: it has only loopback addresses.
     """
     for address in (*_named(environment), *_towards(_peers(environment)), *_towards(_ELSEWHERE)):
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             return address
     raise ValueError(
-        f"{socket.gethostname()} has no address but loopback ones for other nodes: name its network interface in "
+        f"{socket.gethostname()} has only loopback addresses: name its network interface in "
         f"{_INTERFACES[0]} and {_INTERFACES[1]} (`ip -brief address` lists them)"
     )
 
 
 def choose_interface(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what gloo must find in its environment where this node's own name resolves to loopback; {} if nothing.
+    """Return the variable for gloo's interface if this node's own name resolves to loopback; {} if not.
 
-    Gloo announces what the name resolves to, and other nodes would connect to themselves.
+    Gloo announces the address that the name resolves to, and other nodes would connect to themselves.
     """
     if environment.get(_INTERFACES[0]) or not all(_is_loopback(a) for a in _resolved(socket.gethostname())):
         return {}
@@ -52,11 +52,11 @@ def resolve(node: str) -> str:
     """Return an address of a node, IPv4 or IPv6.
 
     Raises:
-        ValueError: its name has none.
+        ValueError: its name cannot be resolved.
     """
     for address in _resolved(node):
         return address
-    raise ValueError(f"the name of node {node} has no address here")
+    raise ValueError(f"the name of node {node} cannot be resolved on {socket.gethostname()}")
 
 
 def url(host: str, port: int) -> str:
@@ -79,7 +79,7 @@ def _named(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _towards(peers: Sequence[str]) -> Iterator[str]:
-    """Yield source addresses of packets to these; nothing is sent."""
+    """Yield the source addresses of packets to these peers; nothing is sent."""
     for peer in peers:
         for family, address in _addresses(peer):
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -107,7 +107,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:
-    """Return whether all ranks are on this node, as they are where the first one is reached by a loopback address."""
+    """Return whether all ranks are on this node, as they are if the first one has a loopback address."""
     if environment.get("WORLD_SIZE", "1") == environment.get("LOCAL_WORLD_SIZE", "1"):
         return True
     try:
@@ -117,8 +117,8 @@ def is_alone(environment: Mapping[str, str]) -> bool:
 
 
 def prepare_gloo() -> None:
-    """Put `choose_interface`'s answer into this process's environment where there are other nodes, and print it."""
+    """Set the variable of `choose_interface` in this process's environment if there are other nodes, and print it."""
     chosen = {} if is_alone(os.environ) else choose_interface(os.environ)
     for name, value in chosen.items():
-        print(f"{socket.gethostname()} resolves itself to loopback: {name}={value} is used", flush=True)
+        print(f"{socket.gethostname()} resolves its own name to loopback: using {name}={value}", flush=True)
     os.environ.update(chosen)

@@ -1,13 +1,14 @@
-"""Free space on a file system: that of statvfs, and of quotas, which it does not include."""
+"""Free space of a directory: that of its file system, and what quotas leave of it."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from megatron_fipo.machine.command import output_of
 
 _SECONDS = 30.0
 _NETWORK = re.compile(r"nfs|lustre|gpfs|beegfs|ceph|cifs|smb|9p|fuse|glusterfs|panfs|wekafs", re.IGNORECASE)
@@ -21,19 +22,19 @@ class Room(NamedTuple):
 
 
 def room(path: Path) -> Room:
-    """Return the room in a directory, which need not exist yet: the least of the file system's and the quotas'."""
-    place = _nearest(path)
-    free = Room(shutil.disk_usage(place).free, "the file system")
-    return min([free, *_quotas(place)], key=lambda found: found.free)
+    """Return the least of the file system's and the quotas' free space; the directory need not exist yet."""
+    directory = _nearest(path)
+    free = Room(shutil.disk_usage(directory).free, "the file system")
+    return min([free, *_quotas(directory)], key=lambda found: found.free)
 
 
 def is_network(path: Path) -> bool:
-    """Return whether a file is on a file system that other machines write to, of which caches may be a minute old."""
-    place = str(_nearest(path).resolve())
+    """Return whether a file is on a file system that other machines write to, so that its cache may be a minute old."""
+    directory = str(_nearest(path).resolve())
     found = ("", "")
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, kind, *_ = line.split()
-        if (place + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(found[0]):
+        if (directory + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(found[0]):
             found = mount, kind
     return bool(_NETWORK.search(found[1]))
 
@@ -44,33 +45,29 @@ def _nearest(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def _quotas(place: Path) -> Iterator[Room]:
-    """Yield what quotas of this user and group leave, as far as the tools that are here know."""
+def _quotas(directory: Path) -> Iterator[Room]:
+    """Yield what quotas of this user and group leave, from the quota tools that are installed."""
     for option, whose in (("-u", "user"), ("-g", "group")):
-        for command in (["lfs", "quota", "-q", option, _name(option), str(place)], ["quota", "-w", "-p", option]):
+        for command in (["lfs", "quota", "-q", option, _name(option), str(directory)], ["quota", "-w", "-p", option]):
             for filesystem, used, limit in _read(command):
-                if limit and (command[0] == "lfs" or _is_on(place, filesystem)):
+                if limit and (command[0] == "lfs" or _is_on(directory, filesystem)):
                     yield Room(max(0, limit - used) * 1024, f"the {whose} quota of {filesystem}")
 
 
 def _read(command: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield file system, KiB used and the lower limit above 0 in KiB (0: none) of each line that is one of a quota."""
+    """Yield file system, used KiB and the lower limit in KiB (0: no limit) from each line of a quota tool's output."""
     if shutil.which(command[0]) is None:
         return
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return
-    for line in done.stdout.splitlines():  # a `*` marks what is above its limit
+    for line in output_of(command, _SECONDS)[0].splitlines():  # `*`: above the limit
         if found := re.match(r"\s*(\S*/\S*|\S+:\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", line):
             limits = [int(found[3]), int(found[4])]
             yield found[1], int(found[2]), min((limit for limit in limits if limit), default=0)
 
 
-def _is_on(place: Path, filesystem: str) -> bool:
+def _is_on(directory: Path, filesystem: str) -> bool:
     """Return whether a directory is on the file system that `quota` names by its device or server."""
-    done = subprocess.run(["df", "-P", str(place)], capture_output=True, text=True, timeout=_SECONDS, check=False)
-    return any(line.split()[0] == filesystem for line in done.stdout.splitlines()[1:])
+    lines = output_of(["df", "-P", str(directory)], _SECONDS)[0].splitlines()
+    return any(line.split()[0] == filesystem for line in lines[1:])
 
 
 def _name(option: str) -> str:
@@ -80,5 +77,5 @@ def _name(option: str) -> str:
 
     try:
         return pwd.getpwuid(os.getuid()).pw_name if option == "-u" else grp.getgrgid(os.getgid()).gr_name
-    except KeyError:  # a user that only numbers name, as in containers
+    except KeyError:  # no name in this container
         return str(os.getuid() if option == "-u" else os.getgid())

@@ -1,8 +1,7 @@
-"""Architecture for Megatron-Core from a Hugging Face config, with all checks that are possible before ranks start."""
+"""Architecture for Megatron-Core from a Hugging Face config."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_fipo.config import Config
-from megatron_fipo.model.layout import layout_problems
+from megatron_fipo.atomic_file import read_json
 from megatron_fipo.model.rope import check_spellings, checked_rope, overridden_rope
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral")
@@ -103,21 +101,6 @@ def load_hf_config(path: str, overrides: dict[str, Any]) -> PretrainedConfig:
     return hf
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file of settings.
-
-    Raises:
-        ValueError: not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} cannot be read: expected a JSON object")
-    return content
-
-
 def _override(hf: PretrainedConfig, overrides: dict[str, Any]) -> None:
     """Replace fields; rotary embedding fields may use either spelling."""
     for key, value in overrides.items():
@@ -201,41 +184,3 @@ def _experts(hf: PretrainedConfig) -> Experts | None:
             "the router without a gradient, and Megatron-Core does not build it"
         )
     return experts
-
-
-def check_model(config: Config) -> Architecture:
-    """Check a run's config against its model before any rank starts.
-
-    Raises:
-        ValueError: lists all problems.
-    """
-    arch = architecture(load_hf_config(config.model.hf_path, config.model.overrides))
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    problems = layout_problems(arch, config.parallel)
-    if config.rollout.engine == "vllm":
-        problems += _rollout_problems(arch, config.rollout.server.tensor_parallel_size)
-    if longest > arch.max_position_embeddings:
-        problems.append(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
-            f"{config.rollout.max_response_tokens} = {longest} exceeds the model's max_position_embeddings "
-            f"{arch.max_position_embeddings}; shorten them or set model.overrides.max_position_embeddings"
-        )
-    if problems:
-        raise ValueError("the model does not fit the configuration:\n" + "\n".join(f"  - {x}" for x in problems))
-    return arch
-
-
-def _rollout_problems(arch: Architecture, tensor: int) -> list[str]:
-    """Return what prevents vLLM from splitting attention heads over a server's GPUs."""
-    legal = [t for t in range(1, arch.num_heads + 1) if _vllm_splits(arch, t)]
-    if tensor in legal:
-        return []
-    return [
-        f"rollout.server.tensor_parallel_size {tensor} does not fit {arch.num_heads} attention heads and "
-        f"{arch.num_kv_heads} key/value heads: must be one of {legal}"
-    ]
-
-
-def _vllm_splits(arch: Architecture, tensor: int) -> bool:
-    kv_heads = arch.num_kv_heads
-    return arch.num_heads % tensor == 0 and max(kv_heads, tensor) % min(kv_heads, tensor) == 0

@@ -1,4 +1,4 @@
-"""Stop tokens of a checkpoint, from all its files that define any."""
+"""Tokenizer of a checkpoint, and its stop tokens from all files that define any."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_fipo.model.architecture import read_json
+from megatron_fipo.atomic_file import read_json
 
 GENERATION_CONFIG = "generation_config.json"
-VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def stop_token_ids(path: str | Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None) -> tuple[int, ...]:
@@ -52,14 +52,19 @@ def declared_stop_tokens(
     return tuple(sorted(stops))
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Return the tokenizer in a checkpoint's directory, or None.
+def has_tokenizer(path: Path) -> bool:
+    """Return whether a checkpoint's directory has the files of a tokenizer."""
+    return any((path / name).is_file() for name in _VOCABULARIES)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the tokenizer in a checkpoint's directory.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it is not there, or cannot be read.
     """
-    if not any((path / name).is_file() for name in VOCABULARIES):
-        return None
+    if not has_tokenizer(Path(path)):  # transformers would make an empty one
+        raise ValueError(f"no tokenizer: none of {', '.join(_VOCABULARIES)} is in {path}")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

@@ -257,17 +257,7 @@ def chunk_summary(
     return carry_out, dual_clipped, loss_tokens
 
 
-def fipo_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor,
-    token_weights: Tensor | None,
-    carry_in: Tensor | None = None,
-    vetoed: Tensor | None = None,
-    sequence_tokens: Tensor | None = None,
-    counts_sequence: Tensor | None = None,
+def _loss_constants(
     *,
     half_life: float,
     influence_low: float,
@@ -281,11 +271,9 @@ def fipo_loss(
     max_dual_clipped: int,
     aggregation: str,
     influence: bool = True,
-    with_weights: bool = False,
-) -> tuple[Tensor, ...]:
-    """Run `megatron_fipo::fipo_loss`."""
-    inputs = _Inputs(log_probs, old_log_probs, mask, cu_seqlens, advantages, token_weights)
-    constants = _extension.Constants(
+) -> Any:
+    """Return the constants of `fipo_loss` as csrc/fipo.h defines them."""
+    return _extension.Constants(
         half_life=half_life,
         log_ratio_clamp=log_ratio_clamp,
         log_dual_clip=math.log(dual_clip),
@@ -302,6 +290,25 @@ def fipo_loss(
         aggregation=AGGREGATIONS.index(aggregation),
         influence=influence,
     )
+
+
+def fipo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    carry_in: Tensor | None = None,
+    vetoed: Tensor | None = None,
+    sequence_tokens: Tensor | None = None,
+    counts_sequence: Tensor | None = None,
+    *,
+    with_weights: bool = False,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    """Run `megatron_fipo::fipo_loss`; `constants` are those of its schema, `LOSS`."""
+    inputs = _Inputs(log_probs, old_log_probs, mask, cu_seqlens, advantages, token_weights)
     carry_in = inputs.per_segment("carry_in", carry_in, torch.float32)
     vetoed = inputs.per_segment("vetoed", vetoed, torch.bool, torch.uint8)
     sequence_tokens = inputs.per_segment("sequence_tokens", sequence_tokens, torch.int64)
@@ -328,5 +335,5 @@ def fipo_loss(
         histograms=_address(histograms),
         vetoed=_address(vetoed_out),
     )
-    _run_loss(inputs, constants, shard, out)
+    _run_loss(inputs, _loss_constants(**constants), shard, out)
     return loss_sum, gradient, metrics, histograms, vetoed_out, *weights

@@ -14,6 +14,13 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return values
 
 
+def gather_to_first(value: Any) -> list[Any]:
+    """Return every rank's value, in the order of ranks, on rank 0, and [] on the others. Collective."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
 def broadcast(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
     """Return the value of the global rank `src`. Collective over `group` (None: the default group)."""
     box = [value]

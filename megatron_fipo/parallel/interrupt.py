@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.outcome import Interrupted
+from megatron_fipo.exit_codes import Interrupted
 
 __all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "shielded", "unless_interrupted"]
 

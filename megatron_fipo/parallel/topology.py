@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.parallel.collectives import gather
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,7 @@ def destroy() -> None:
 
 def _replica_group(data_rank: int, timeout_minutes: float) -> dist.ProcessGroup:
     """Return the group of ranks with the same data-parallel coordinate; all ranks create all groups in order."""
-    data_ranks: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(data_ranks, data_rank)
+    data_ranks: list[int] = gather(data_rank)
     local_group = None
     for replica in range(max(data_ranks) + 1):
         members = [rank for rank, d in enumerate(data_ranks) if d == replica]

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.report.history import Run
 from megatron_fipo.report.parts import POLICY
 from megatron_fipo.report.saved import Row, first_rows, saved_steps
-from megatron_fipo.whole_file import write_whole
 
 _STEPS, _READ, _TOKENS, _LONGEST = 8, 512, 60_000, 4_000
 _PAGE_BYTES = 4_500_000
@@ -66,7 +66,7 @@ def write_credit_page(run: Run, name: str) -> Path | None:
     while len(html.encode()) > _PAGE_BYTES and budget > 100:
         budget //= 2
         html = _page(rows, text, run, name, budget, skipped)
-    write_whole(page, html)
+    write_atomically(page, html)
     return page
 
 

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from megatron_fipo import former_names
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.config import Config
 from megatron_fipo.health import Finding, Limits, findings
 from megatron_fipo.printable import printable
@@ -23,7 +24,6 @@ from megatron_fipo.report.history import Run, read_run
 from megatron_fipo.report.panels import FigureSpec, Reference, draw
 from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scores import before_after, comparison
-from megatron_fipo.whole_file import write_whole
 
 _NAMED = 5  # maximum number of runs that a finding lists
 
@@ -47,7 +47,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, groups: S
     credit = write_credit_page(read[0], run_name(read[0])) if len(read) == 1 else None
     figures = _write_figures(series, _figure_folder(page, directories))
     found = _grouped_findings(series)
-    write_whole(page, _page(series, figures, _link(credit, page), found))
+    write_atomically(page, _page(series, figures, _link(credit, page), found))
     said = _terminal_tables(series)
     warned = [f"{where}: {finding.text}" for where, finding in found]
     pages = [f"token credit: {credit}"] if credit else []
@@ -154,7 +154,7 @@ def _write_figures(series: Sequence[Series], folder: Path) -> dict[str, bytes]:
         if png is None:
             (folder / f"{spec.name}.png").unlink(missing_ok=True)
         else:
-            write_whole(folder / f"{spec.name}.png", png)
+            write_atomically(folder / f"{spec.name}.png", png)
             figures[spec.name] = png
     return figures
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from rich import box
 from rich.table import Table
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.printable import printable
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
@@ -24,7 +25,6 @@ from megatron_fipo.report.scaling_figures import FIGURES
 from megatron_fipo.scaling import figure as timelines
 from megatron_fipo.scaling.plan_file import read_plan
 from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
-from megatron_fipo.whole_file import write_whole
 
 _PAGE_BYTES = 4_500_000  # size limit of embedded figures; further timelines are only linked
 _LISTED = 20  # maximum number of unmeasured layouts listed
@@ -61,7 +61,7 @@ def write_scaling_report(directory: Path, out: Path | None = None) -> str:
     page = out or directory / "report.html"
     try:
         drawn = _write_figures(study)
-        write_whole(page, _page(study, drawn, page.parent))
+        write_atomically(page, _page(study, drawn, page.parent))
     except OSError as error:
         raise ValueError(f"cannot write {page} or {directory / 'figures'}: {error}") from None
     return printable("\n".join([*(f"warning: {w}" for w in study.warnings), terminal_table(study), f"report: {page}"]))
@@ -164,7 +164,7 @@ def _write_figures(study: Study) -> _Drawn:
     lines = _draw_timelines(study.rows)
     files = {f"{name}.png": png for name, png in pngs.items()} | {file: png for _, file, png in lines}
     for file, png in files.items():
-        write_whole(folder / file, png)
+        write_atomically(folder / file, png)
     for old in (*(folder / f"{f.name}.png" for f in FIGURES), *folder.glob("timeline_*.png")):
         if old.name not in files:
             old.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
 from megatron_fipo.fused_kernels import find_transformer_engine
 from megatron_fipo.scaling.bench import Bench, Timing
@@ -42,7 +43,6 @@ from megatron_fipo.scaling.calibration import (
     render,
 )
 from megatron_fipo.scaling.hardware import hardware_files, name_of
-from megatron_fipo.whole_file import write_whole
 
 _SHARES = {
     "products": 0.3,
@@ -281,9 +281,9 @@ def _link_groups() -> tuple[tuple[Any, int], tuple[Any, int]]:
 
 
 def _gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    from megatron_fipo.parallel.collectives import gather  # not at the top: it imports Megatron-Core
+
+    return gather(value)
 
 
 @contextmanager
@@ -374,7 +374,7 @@ def _processor() -> str:
 
 
 def _finish(request: Request, machine: Machine, measured: Measurements) -> None:
-    write_whole(request.out, render(machine, measured))
+    write_atomically(request.out, render(machine, measured))
     console = Console(width=100, markup=False)
     for table in (_product_table(measured), _entry_table(machine, measured)):
         console.print(table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.outcome import EXIT_CODES
+from megatron_fipo.exit_codes import EXIT_CODES
 from megatron_fipo.scaling import run_command, sweep_command
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.scaling.timeline import Span, Timeline
-from megatron_fipo.whole_file import write_whole
 
 _COLORS = {"forward": ("#2f6db3", "#93b8e0"), "backward": ("#2e8b62", "#9ccfb5")}  # first and last chunk
 _MOVING, _WAITING = "#dd7a1f", "#e4e7ea"
@@ -48,7 +48,7 @@ def png(timeline: Timeline, title: str = "") -> bytes:
 
 def write_figure(path: Path, timeline: Timeline, title: str = "") -> None:
     """Write the plot as PNG, atomically."""
-    write_whole(path, png(timeline, title))
+    write_atomically(path, png(timeline, title))
 
 
 def _draw_stage(axes: Axes, stage: int, spans: Sequence[Span], chunks: int) -> None:

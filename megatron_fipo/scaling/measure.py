@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.batch import TrainBatch
-from megatron_fipo.launch.failure import host
-from megatron_fipo.outcome import Interrupted
+from megatron_fipo.exit_codes import Interrupted
+from megatron_fipo.machine.host import host
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measured_actor import MeasuredActor, make_batch
@@ -29,7 +31,6 @@ from megatron_fipo.scaling.schedule import Schedule
 from megatron_fipo.scaling.simulate import Communication, simulate
 from megatron_fipo.scaling.timeline import Timeline, write_trace
 from megatron_fipo.scaling.timers import PipelineRecorder
-from megatron_fipo.whole_file import write_whole
 
 RESULT = "result.json"  # file with the measurement's result
 
@@ -48,7 +49,7 @@ class Notes:
         if error is not None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             note |= {"error": text, "out_of_memory": is_out_of_memory(error), "at": time.time()}
-        write_whole(self._path, json.dumps(note))
+        write_atomically(self._path, json.dumps(note))
 
 
 class _Measured(NamedTuple):
@@ -74,8 +75,7 @@ def measure_rank(measurement: Measurement) -> None:
         actor = MeasuredActor(measurement, topology)
         notes.write(0)
         measured = _run(measurement, actor, make_batch(measurement, actor), notes)
-        peaks: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(peaks, (topology.pp.rank(), memory.read(), host()))
+        peaks = gather((topology.pp.rank(), memory.read(), host()))
     if topology.rank == 0:
         _write_result(measurement, topology, measured, peaks, memory.kind)
 
@@ -142,7 +142,7 @@ def _write_result(
         "hosts": list(dict.fromkeys(name for _, _, name in peaks)),
         "gpu_name": torch.cuda.get_device_name(topology.device) if on_gpu else None,
     }
-    write_whole(measurement.notes / RESULT, json.dumps(result))
+    write_atomically(measurement.notes / RESULT, json.dumps(result))
 
 
 def pipeline_fields(timeline: Timeline, peaks: Sequence[tuple[int, float]]) -> dict[str, Any]:

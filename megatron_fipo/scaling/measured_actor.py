@@ -12,8 +12,8 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
 from megatron_fipo.convert.load import named_parameters
-from megatron_fipo.model.architecture import check_model
 from megatron_fipo.model.build import build_policy
+from megatron_fipo.model.check import check_model
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measurement import Loss, Measurement

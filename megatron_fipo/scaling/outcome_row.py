@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.batch import plan_micro_batches
-from megatron_fipo.launch.failure import host
+from megatron_fipo.machine.host import host
 from megatron_fipo.scaling.flops import model_flops
 from megatron_fipo.scaling.footprint import footprint
 from megatron_fipo.scaling.layouts import layout_problems
@@ -26,7 +27,6 @@ from megatron_fipo.scaling.measurement import Measurement, model_name, read_row
 from megatron_fipo.scaling.models import ModelShape
 from megatron_fipo.scaling.plan import Planner
 from megatron_fipo.scaling.recipe import engine_bytes, layout_of, model_of
-from megatron_fipo.whole_file import write_whole
 
 _MEASURED = (
     *("step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "loss_value"),
@@ -75,7 +75,7 @@ def prepare_notes(measurement: Measurement) -> None:
 
 def _write(measurement: Measurement, row: dict[str, Any]) -> dict[str, Any]:
     measurement.row_path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(measurement.row_path, json.dumps(row) + "\n")
+    write_atomically(measurement.row_path, json.dumps(row) + "\n")
     shutil.rmtree(measurement.notes, ignore_errors=True)
     return row
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.outcome import EXIT_CODES, NOT_MEASURED, RankFailure
+from megatron_fipo.exit_codes import EXIT_CODES, NOT_MEASURED, RankFailure
 from megatron_fipo.printable import printable
 from megatron_fipo.scaling.measurement import FINISHED, Loss, Measurement, is_finished, measured_config, read_row
 
@@ -197,7 +197,7 @@ def _check_model(measurement: Measurement) -> None:
     """Raise ValueError on unsupported models, missing kernels, or a sequence longer than a micro-batch."""
     from megatron_fipo.batch import plan_micro_batches
     from megatron_fipo.fused_kernels import check_context_parallelism
-    from megatron_fipo.model.architecture import check_model
+    from megatron_fipo.model.check import check_model
 
     check_model(measurement.config)
     check_context_parallelism(measurement.config)
@@ -239,7 +239,7 @@ def loss_name(name: str) -> Loss:
 
 def gpu_name(gpu: str, calibration: Path | None) -> str:
     """Return the hardware's name in rows."""
-    from megatron_fipo.launch.supervisor import has_gpu
+    from megatron_fipo.machine.gpus import has_gpu
 
     return gpu if calibration is not None or has_gpu() else "cpu"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.outcome import BAD_INPUT, RUN_AGAIN, Interrupted
+from megatron_fipo.atomic_file import write_atomically
+from megatron_fipo.exit_codes import BAD_INPUT, RUN_AGAIN, Interrupted
 from megatron_fipo.scaling.measurement import read_row
-from megatron_fipo.whole_file import write_whole
 
 if TYPE_CHECKING:
     from megatron_fipo.scaling.plan_file import PlannedLayout
@@ -94,7 +94,10 @@ def run_line(
         command = [sys.executable, "-m", "megatron_fipo.cli", *arguments]
     else:
         command = [*job.command(ranks, srun_options), "megatron-fipo", *arguments]
-    code = subprocess.run(command, check=False).returncode
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        return f"{command[0]} cannot be started: {error.strerror}"
     if read_row(row) is not None:
         return None
     if code == RUN_AGAIN:
@@ -108,7 +111,7 @@ def run_line(
 def copy_plan(plan: Path, directory: Path) -> None:
     """Copy the plan beside the rows, for the report. Safe for concurrent array tasks."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "plan.csv", plan.read_bytes())
+    write_atomically(directory / "plan.csv", plan.read_bytes())
 
 
 def options_text(options: Mapping[str, object]) -> list[str]:

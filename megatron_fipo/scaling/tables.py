@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.scaling.plan import Candidate, Plan, ScalingRow
-from megatron_fipo.whole_file import write_whole
 
 WIDTH = 100
 _EXPLAINED = {
@@ -168,6 +168,6 @@ def _write(path: Path, text: str) -> None:
         ValueError: the path cannot be written.
     """
     try:
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error}") from None

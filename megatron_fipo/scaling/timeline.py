@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.scaling.schedule import Pass
-from megatron_fipo.whole_file import write_whole
 
 
 class Span(NamedTuple):
@@ -143,7 +143,7 @@ def trace_events(stage: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
     """Write a trace as JSON, atomically."""
-    write_whole(path, json.dumps(trace))
+    write_atomically(path, json.dumps(trace))
 
 
 def _pass(span: Span) -> Pass:

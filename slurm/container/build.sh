@@ -1,5 +1,5 @@
 #!/bin/bash
-# Puts the package and vLLM into NVIDIA's PyTorch image. Its torch, CUDA, NCCL and Transformer Engine stay as they are.
+# Install the package and vLLM into NVIDIA's PyTorch image, whose torch, CUDA, NCCL and Transformer Engine are kept.
 # Runs inside the image, as root; with enroot, from the repository's root on a machine that reaches the internet:
 #
 #   enroot import -o pytorch.sqsh docker://nvcr.io#nvidia/pytorch:26.05-py3
@@ -13,7 +13,7 @@ checkout=$(cd "$(dirname "$0")/../.." && pwd)
 vllm=${VLLM_HOME:-/opt/vllm}
 vllm_version=$(sed -n 's/^VLLM_VERSION := //p' "$checkout/Makefile")
 
-versions() {  # of what the image brings and nothing here may replace
+versions() {  # of the image's packages that must not be replaced
   python -c 'from importlib.metadata import version
 for name in ("torch", "transformer-engine"):
     print(name, version(name))'
@@ -24,7 +24,7 @@ source=$(mktemp -d)  # the build leaves files beside its sources
 trap 'rm -rf "$source"' EXIT
 cp -r "$checkout"/{csrc,megatron_fipo,setup.py,pyproject.toml,README.md,LICENSE} "$source"
 rm -f "$source"/megatron_fipo/ops/_extension*.so
-# The image's own constraints (PIP_CONSTRAINT) hold for this; pip would take another torch from its index otherwise.
+# Without this constraint, beside the image's own (PIP_CONSTRAINT), pip would install another torch from its index.
 printf 'torch==%s\n' "$(python -c 'import torch; print(torch.__version__)')" > "$source/torch.txt"
 MEGATRON_FIPO_CUDA=1 python -m pip install --no-cache-dir -c "$source/torch.txt" "$source[aligner]"
 after=$(versions)
@@ -33,7 +33,7 @@ if [ "$before" != "$after" ]; then
   exit 1
 fi
 
-# vLLM pins its own torch. Its interpreter must not find the image's libraries of torch first.
+# vLLM pins its own torch. Its interpreter must not find the image's torch libraries first.
 python -m venv --clear "$vllm"
 env -u PIP_CONSTRAINT "$vllm/bin/python" -m pip install --no-cache-dir "vllm==$vllm_version"
 cat > "$vllm/bin/python-alone" <<END

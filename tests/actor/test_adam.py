@@ -18,8 +18,8 @@ from megatron_fipo.actor.optimizer import (
     megatron_optimizer,
     wrap_for_training,
 )
-from megatron_fipo.model.architecture import check_model
 from megatron_fipo.model.build import build_policy
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.policies import make_config, make_qwen2
 

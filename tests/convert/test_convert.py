@@ -18,8 +18,9 @@ from megatron_fipo.convert import export, tables
 from megatron_fipo.convert.export import export_weights, save_checkpoint
 from megatron_fipo.convert.huggingface import Checkpoint
 from megatron_fipo.convert.load import load_weights, named_parameters
-from megatron_fipo.model.architecture import architecture, check_model, load_hf_config
+from megatron_fipo.model.architecture import architecture, load_hf_config
 from megatron_fipo.model.build import build_policy
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.policies import make_config, make_qwen2, save_tokenizer
 from tests.ranks import run_ranks

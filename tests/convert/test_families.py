@@ -14,7 +14,7 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.convert.conversion import to_huggingface, to_megatron
 from megatron_fipo.convert.load import load_weights
 from megatron_fipo.convert.verify import verify
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.convert.families import FAMILIES, MOE, make_checkpoint
 from tests.policies import make_config

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.convert.conversion import to_huggingface, to_megatron
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.convert.families import make_checkpoint
 from tests.policies import make_config

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.convert.export import export_weights
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.convert.families import make_checkpoint
 from tests.distributed.test_layouts import _moved_old_log_probs, _replica_batch

@@ -13,7 +13,7 @@ import torch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
 from megatron_fipo.convert.export import export_weights
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from tests.policies import make_config, make_qwen2, make_rollouts
 from tests.ranks import run_ranks

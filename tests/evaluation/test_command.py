@@ -19,6 +19,7 @@ from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.evaluation import command
 from megatron_fipo.evaluation.evaluate import load_benchmarks
 from megatron_fipo.evaluation.store import Store, settings_of, weights_fingerprint
+from megatron_fipo.model.stop_tokens import load_tokenizer
 from tests.policies import make_config, make_task
 from tests.ranks import run_ranks
 
@@ -168,7 +169,7 @@ def test_other_settings_are_refused(task: Path, tmp_path: Path, sections: dict[s
 
 
 def _claim(config: Config, out: Path) -> None:
-    Store(out).claim(settings_of(config, load_benchmarks(config, command._tokenizer(config))))
+    Store(out).claim(settings_of(config, load_benchmarks(config, load_tokenizer(config.model.hf_path))))
 
 
 def test_other_weights_are_refused(task: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.memory import training_memory
 
 ROOT = Path(__file__).parents[2]

@@ -85,7 +85,7 @@ def test_lists_of_too_many_hosts(text: str) -> None:
 @pytest.mark.parametrize("text", ["a[x]", "a[1", "a[1-2-3]", "a[]", "a[1-]", "a[²]"])
 def test_lists_of_no_hosts(text: str) -> None:
     """Brackets hold numbers and ranges of them."""
-    with pytest.raises(ValueError, match="is no list of hosts"):
+    with pytest.raises(ValueError, match="is not a list of hosts"):
         hosts.expand_hosts(text)
 
 

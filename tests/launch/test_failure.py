@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch.failure import Failure, Kind, kind_of, of_exit
-from megatron_fipo.outcome import MachineFailure
 
 
 class _OwnValueError(ValueError):

@@ -87,9 +87,12 @@ def test_mpirun_inside_a_slurm_job() -> None:
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, r"started beside others by MPICH or Intel MPI \(PMI_SIZE=4\)"),
-        ({"PMIX_RANK": "1"}, r"started beside others by an MPI launcher \(PMIX_RANK=1\)"),
-        ({"PBS_TASKNUM": "2"}, r"started beside others by pbsdsh \(PBS_TASKNUM=2\)"),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "4"},
+            r"MPICH or Intel MPI \(PMI_SIZE=4\) started this process as one",
+        ),
+        ({"PMIX_RANK": "1"}, r"an MPI launcher \(PMIX_RANK=1\) started this process as one of several"),
+        ({"PBS_TASKNUM": "2"}, r"pbsdsh \(PBS_TASKNUM=2\) started this process as one of several"),
         (OPEN_MPI, "Open MPI started ranks on several nodes and does not say which one has rank 0: set MASTER_ADDR"),
         ({**FLUX, "FLUX_JOB_NNODES": "3"}, "Flux started 16 tasks on 3 nodes: start as many on each"),
     ],

@@ -161,8 +161,8 @@ def test_a_collective_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(launch.RankFailure, match=r"(?s)^rank 0 on .*Timed out waiting 6000ms") as failure:
         launch.run(_hang_on_one, replace(TWO_RANKS, timeout_minutes=0.1), run_directory=tmp_path)
     assert str(failure.value).endswith(
-        "No rank failed of itself. Still running: rank 1.\n"
-        f"What the others were doing is at the end of their logs: {tmp_path}/logs/rank_1.log"
+        "No rank reported an error of its own. Still running: rank 1.\n"
+        f"The logs of the others end with their stacks: {tmp_path}/logs/rank_1.log"
     )
     stacks = (tmp_path / "logs" / "rank_1.log").read_text()
     assert "most recent call first" in stacks
@@ -206,12 +206,12 @@ def test_logs_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_time_out_of_nccl(tmp_path: Path) -> None:
     """The watchdog's line is shown, which names the collective; nothing where there is none."""
     log = tmp_path / "rank_3.log"
-    assert supervisor.nccl_time_out(log) == ""
+    assert supervisor.nccl_timeout_message(log) == ""
     line = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=1)"
     log.write_text(f"step 1\n{line}\nabort\n")
-    assert supervisor.nccl_time_out(log).splitlines()[0] == line
+    assert supervisor.nccl_timeout_message(log).splitlines()[0] == line
     log.write_text("step 1\n")
-    assert supervisor.nccl_time_out(log) == ""
+    assert supervisor.nccl_timeout_message(log) == ""
 
 
 def test_a_supervisor_is_light() -> None:

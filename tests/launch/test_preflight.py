@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch import preflight
-from megatron_fipo.launch.requirements import Requirements
+from megatron_fipo.launch.rank_task import Requirements
 from megatron_fipo.machine import limits
-from megatron_fipo.outcome import MachineFailure
 from tests.launch.processes import free_port
 from tests.ranks import fork
 
@@ -88,7 +88,7 @@ def _connect_shortly(rank: int, directory: Path) -> None:
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     """Rank 0 says which ranks are missing."""
     assert _run(_connect_shortly, tmp_path, world_size=4)[0] == (
-        "ConnectionError: 2 of 4 ranks came within 8 s, without 2, 3"
+        "ConnectionError: 2 of 4 ranks started within 8 s, without 2, 3"
     )
 
 
@@ -101,7 +101,7 @@ def _connect_under_srun(rank: int, directory: Path) -> None:
 def test_a_node_that_never_comes(tmp_path: Path) -> None:
     """Under Slurm the nodes are known that no rank came from."""
     first, _ = _run(_connect_under_srun, tmp_path, world_size=3)
-    assert first == "ConnectionError: 2 of 3 ranks came within 8 s, without 2; no rank came from node2"
+    assert first == "ConnectionError: 2 of 3 ranks started within 8 s, without 2; no rank started on node2"
 
 
 def _see_other_directories(rank: int, directory: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_signal_is_a_request(number: signal.Signals, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with (
         _once_they_run(tmp_path, lambda: os.kill(os.getpid(), number)),
-        pytest.raises(launch.Interrupted, match=r"^interrupted in step 1: the same command goes on"),
+        pytest.raises(launch.Interrupted, match=r"^interrupted in step 1: the same command resumes"),
     ):
         launch.run(stop_when_asked, TWO_RANKS, (tmp_path,), run_directory=run)
     events = [json.loads(line)["event"] for line in (run / "attempts.jsonl").read_text().splitlines()]

@@ -191,7 +191,7 @@ def test_a_heterogeneous_job(scontrol: Path) -> None:
     ("record", "reason"),
     [
         ("JobState=RUNNING Reason=None BatchFlag=2", None),  # requeued by Slurm after a failure before
-        ("JobState=RUNNING Reason=None BatchFlag=0", "it is no batch job"),
+        ("JobState=RUNNING Reason=None BatchFlag=0", "it is not a batch job"),
         ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1", None),
         ("JobState=PREEMPTED Reason=None BatchFlag=1", "its state is PREEMPTED"),
     ],
@@ -235,7 +235,7 @@ def test_a_container_leaves_a_marker(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert job.requeue_obstacle() is None
     assert (job.requeue(), marker.exists()) == ("is requeued by its batch script", True)
     alone = slurm.Job("9", 0)
-    assert "there is no scontrol here, and no batch script that does it" in str(alone.requeue_obstacle())
+    assert "there is no scontrol here, and no batch script that requeues it" in str(alone.requeue_obstacle())
     assert alone.requeue().startswith("is not requeued: there is no scontrol here: run `scontrol requeue 9`")
 
 

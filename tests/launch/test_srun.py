@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_fipo import launch, outcome
+from megatron_fipo import launch
+from megatron_fipo.exit_codes import note_running
 from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
 from megatron_fipo.launch.failure import Kind
@@ -74,7 +75,7 @@ def test_the_cause_and_nothing_else(slurm: Path, tmp_path: Path) -> None:
         code, output = failed.end()
         assert code == 1
         assert output.startswith("rank 1 on node1 failed first: RuntimeError: boom\nTraceback")
-        assert output.splitlines()[-1] == "job 7 is not requeued: the same would happen again"
+        assert output.splitlines()[-1] == "job 7 is not requeued: it would fail the same way again"
         code, output = other.end()
         assert (code, [line for line in output.splitlines() if "preflight" not in line]) == (1, [])
     assert not any(map(alive, pids(tmp_path)))
@@ -139,7 +140,7 @@ def test_a_lost_node(slurm: Path, tmp_path: Path) -> None:
         ("JobState=RUNNING Reason=None BatchFlag=1", "job 7 is requeued", 1),
         ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1", "job 7 is requeued", 1),
         ("JobState=COMPLETING Reason=None BatchFlag=1", "job 7 is not requeued: its state is COMPLETING", 0),  # scancel
-        ("JobState=RUNNING Reason=None BatchFlag=0", "job 7 is not requeued: it is no batch job", 0),
+        ("JobState=RUNNING Reason=None BatchFlag=0", "job 7 is not requeued: it is not a batch job", 0),
     ],
 )
 def test_an_interrupted_job(state: str, says: str, requeues: int, slurm: Path, tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def _save_too_slowly(directory: Path) -> None:
     """A rank that is running, and whose checkpoint takes for ever."""
-    outcome.note_running()
+    note_running()
     sleep(directory)
 
 
@@ -205,7 +206,7 @@ def test_a_save_that_is_too_slow_for_the_time_limit(told: bool, slurm: Path, tmp
         assert code == 75
         os.kill(other.process.pid, signal.SIGKILL)
     assert output.splitlines()[-1] == (
-        "stopped by its time limit before a checkpoint was whole in step 1: job 7 is requeued"
+        "stopped by its time limit before a checkpoint was complete in step 1: job 7 is requeued"
     )
     assert [event for event, _ in _events(tmp_path) if event != "running"] == ["start", "expired"]
     assert _requeues(slurm) == 1
@@ -274,7 +275,7 @@ def test_a_fourth_attempt_is_refused(slurm: Path, tmp_path: Path) -> None:
     with srun(sleep, tmp_path, SLURM_RESTART_COUNT="3") as supervisors:
         (code, output), (other, quiet) = (s.end() for s in supervisors)
     assert (code, other, quiet) == (1, 1, "")
-    assert output.startswith("job 7 does not go on: it failed 3 times in a row before its ranks were running:\n")
+    assert output.startswith("job 7 does not continue: it failed 3 times in a row before its ranks were running:\n")
     assert pids(tmp_path) == []
 
 

@@ -175,7 +175,7 @@ def test_overrides_of_rotary_embeddings(
         ({"rope_scaling": "linear"}, r"model\.overrides\.rope_scaling: 'linear' must be a mapping"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": None, "rope_parameters": None}, "two spellings of the same setting: give only one"),
-        ({"rope_parameters": {"rope_theta": 1e6}}, "give its rope_type \('default' for none\)"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, r"give its rope_type \('default' for none\)"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 1e6},
             "rope_theta 1000000.0 and rope_parameters' 10000.0 differ",

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo import checks, fused_kernels
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model import build
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.model.policy import kernel_max_seqlen
 from tests.gpu.kernels import swiglu
 from tests.gpu.updates import relative_error

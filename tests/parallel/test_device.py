@@ -14,7 +14,7 @@ import torch
 
 from megatron_fipo import launch
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.launch import DETERMINISTIC_ENVIRONMENT
+from megatron_fipo.launch import DETERMINISTIC_ENVIRONMENT, start
 from megatron_fipo.parallel import device
 
 
@@ -104,4 +104,4 @@ def test_own_choices_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
-    assert launch._deterministic_environment() == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    assert start._deterministic_environment() == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}

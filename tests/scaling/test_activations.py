@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.memory import training_memory
 from tests.actor.actors import actor_of, batch_of
 from tests.convert.families import make_checkpoint

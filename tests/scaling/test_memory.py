@@ -11,7 +11,8 @@ import pytest
 from transformers import Qwen2Config
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.architecture import architecture, check_model
+from megatron_fipo.model.architecture import architecture
+from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.memory import (
     chunks_in_flight,
     layer_activations,

@@ -20,7 +20,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.config import to_yaml
-from megatron_fipo.outcome import NOT_MEASURED
+from megatron_fipo.exit_codes import NOT_MEASURED
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.scaling.lengths import Sequences
 from megatron_fipo.scaling.measure import measure_rank

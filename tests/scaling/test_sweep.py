@@ -12,7 +12,7 @@ from megatron_fipo.cli import app
 from megatron_fipo.config import to_yaml
 from megatron_fipo.scaling.plan_file import PlannedLayout
 from megatron_fipo.scaling.row import LayoutKey
-from megatron_fipo.scaling.sweep import SlurmJob, lines_to_measure
+from megatron_fipo.scaling.sweep import SlurmJob, lines_to_measure, run_line
 from tests.policies import make_config, make_qwen2
 
 ENVIRONMENT = {
@@ -45,6 +45,13 @@ def test_job_is_too_small() -> None:
     assert SlurmJob.of({}) is None
     with pytest.raises(ValueError, match="sbatch --ntasks-per-node=N"):
         SlurmJob.of({"SLURM_JOB_ID": "7"})
+
+
+def test_a_container_without_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that cannot be started has no row, and a sentence says why."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problem = run_line([], 8, SlurmJob.of(ENVIRONMENT), [], tmp_path / "row.json")
+    assert problem == "srun cannot be started: No such file or directory"
 
 
 def test_array_task_has_one_line() -> None:

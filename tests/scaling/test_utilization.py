@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.model.architecture import check_model
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.scaling import utilization
 from megatron_fipo.scaling.utilization import Utilization

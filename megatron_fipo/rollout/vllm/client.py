@@ -25,8 +25,8 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine import limits
-from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
 from megatron_fipo.rollout.vllm.control import address, authorization, explain

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import Config
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine import network
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.collectives import broadcast, gather
 from megatron_fipo.parallel.topology import Topology

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine.host import host
-from megatron_fipo.outcome import MachineFailure
 from megatron_fipo.printable import printable
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.process import ServerProcess

@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_fipo.atomic_file import atomic_file
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.rollout.vllm.buckets import Bucket
 from megatron_fipo.rollout.vllm.control import Control
 from megatron_fipo.rollout.vllm.worker import fipo_wire
-from megatron_fipo.whole_file import whole_file
 
 TRANSFER_SECONDS = 600.0  # of one bucket
 
@@ -85,7 +86,7 @@ class FileTransport:
         path = folder / f"{number}.safetensors"
         # Copies: parts of a fused parameter share memory, which safetensors refuses.
         tensors = {n: t.to("cpu", copy=True).contiguous() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
-        with whole_file(path) as unfinished:
+        with atomic_file(path) as unfinished:
             save_file(tensors, unfinished)
             unfinished.chmod(0o600)  # some releases of safetensors make files that everybody may read
         metadata = {**bucket.description(checked), "path": str(path.absolute())}
@@ -169,8 +170,7 @@ class IPCTransport:
         torch.cuda.ipc_collect()
         self._buffer = fipo_wire.pack(bucket.tensors, self._device)
         torch.cuda.synchronize(self._device)
-        handles: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(handles, fipo_wire.ipc_handle(self._buffer), group=self._group)
+        handles = gather(fipo_wire.ipc_handle(self._buffer), self._group)
         return {**bucket.description(checked), "handles": handles}
 
     def deliver(self, server: int, control: Control, metadata: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.outcome import MachineFailure
+from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.rollout.vllm import supervisor as supervisors
 from megatron_fipo.rollout.vllm.process import Placement
 from megatron_fipo.rollout.vllm.supervisor import Supervisor

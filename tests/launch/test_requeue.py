@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.launch import policy
+from megatron_fipo.launch import requeue
 from megatron_fipo.launch.attempts import Event, Record
 from megatron_fipo.launch.failure import Kind
-from megatron_fipo.launch.policy import Decision, decide
+from megatron_fipo.launch.requeue import Decision, decide
 from megatron_fipo.launch.slurm import Job
 
 JOB = Job("7", restarts=2)
@@ -38,8 +38,8 @@ def _refusal(*attempts: list[Record], job: Job = JOB) -> str | None:
     [
         ("machine", None),
         ("connection", None),
-        ("program", "the same would happen again"),
-        ("input", "the same would happen again"),
+        ("program", "it would fail the same way again"),
+        ("input", "it would fail the same way again"),
     ],
 )
 def test_kinds_of_failures(kind: Kind, refusal: str | None) -> None:
@@ -79,20 +79,22 @@ def test_a_checkpoint_that_is_too_slow() -> None:
     assert _refusal(*stuck[:2]) is None
     refusal = _refusal(*stuck)
     assert refusal is not None
-    assert refusal.startswith("its time limit came 3 times in a row before a checkpoint was whole: ask for more --time")
+    assert refusal.startswith(
+        "its time limit came 3 times in a row before a checkpoint was complete: ask for more --time"
+    )
     assert _refusal(*[_attempt(r, 41, resumed=1 + 10 * r, event="expired") for r in range(3)]) is None
 
 
 def test_ranks_that_fail_at_once() -> None:
     """Of two nodes whose supervisors both recorded a failure, that is one failed attempt."""
     twice = [_record("failed", 5, 2, kind="machine"), _record("failed", 5, 2, kind="machine")]
-    assert policy.crash_loop([*_attempt(1, 5, resumed=3), _record("running", 3, 2), *twice]) is None
+    assert requeue.crash_loop([*_attempt(1, 5, resumed=3), _record("running", 3, 2), *twice]) is None
 
 
 def test_all_causes_are_told() -> None:
     """Each with its time."""
     attempts = [_attempt(r, 5, resumed=3, cause=f"cause {r}", time=f"time {r}") for r in range(4)]
-    loop = policy.crash_loop([record for attempt in attempts for record in attempt])
+    loop = requeue.crash_loop([record for attempt in attempts for record in attempt])
     assert loop == "it failed 3 times in step 5:\n  - time 1: cause 1\n  - time 2: cause 2\n  - time 3: cause 3"
 
 
@@ -113,7 +115,7 @@ def test_an_evaluation_that_comes_further_is_in_no_loop() -> None:
 @pytest.mark.parametrize(
     ("job", "refusal"),
     [
-        (None, "it is no Slurm job"),
+        (None, "it is not a Slurm job"),
         (Job("7", restarts=3), "it was requeued 3 times and resume.max_requeues is 3"),
         (Job("7", restarts=2), None),
     ],
@@ -136,8 +138,8 @@ def test_nodes_to_blame_are_avoided() -> None:
 def test_input_that_was_in_order_before() -> None:
     """Only an earlier attempt of the same job that was running shows that."""
     running = [_record("start", 1, 0), _record("running", 1, 0)]
-    assert policy.has_run_before(running, JOB)
-    assert not policy.has_run_before(running[:1], JOB)
-    assert not policy.has_run_before(running, Job("8", restarts=2))
-    assert not policy.has_run_before(running, Job("7", restarts=0))
-    assert not policy.has_run_before(running, None)
+    assert requeue.has_run_before(running, JOB)
+    assert not requeue.has_run_before(running[:1], JOB)
+    assert not requeue.has_run_before(running, Job("8", restarts=2))
+    assert not requeue.has_run_before(running, Job("7", restarts=0))
+    assert not requeue.has_run_before(running, None)

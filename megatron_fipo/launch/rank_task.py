@@ -1,27 +1,29 @@
-"""Requirements of a configuration on every node, which ranks check before anything is built."""
+"""Input of a rank: its entry, environment and files, and what it requires of its node."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.machine import limits
 from megatron_fipo.machine.hosts import spare_nodes
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """Needs of a run on each of its nodes.
+    """Requirements of a run on each of its nodes, which ranks check before anything is built.
 
     Attributes:
         open_files: of the rank that has the most.
-        one_node: why all ranks must be on one node; empty: they need not.
+        one_node: why all ranks must be on one node; empty if they need not be.
         shared_gpus: a rank and a rollout server use a GPU in turns.
-        server_nodes: nodes that have servers and no ranks; None: servers do not need any.
+        server_nodes: nodes with servers and without ranks; None if servers do not need any.
         paths: files and directories that every rank reads, by the setting that names them.
     """
 
@@ -56,8 +58,52 @@ _FILES_ON_ONE_NODE = (
 )
 
 
+@dataclass(frozen=True)
+class RunSpec:
+    """Input that all ranks of a run share.
+
+    Attributes:
+        entry: called as `entry(*args)` inside an initialized process group; pickled.
+        run_directory: directory that all ranks must see; None: the run has none.
+        deterministic: run.deterministic.
+    """
+
+    entry: Callable[..., Any]
+    args: Sequence[Any]
+    parallel: ParallelConfig
+    run_directory: Path | None = None
+    deterministic: bool = False
+    requirements: Requirements = NOTHING
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """Input of one rank, which its supervisor starts.
+
+    Attributes:
+        environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, under srun MASTER_ADDR and MASTER_PORT, and
+            variables that libraries read when they start.
+        log: file of the rank's output.
+        error: file in which the rank reports its failure.
+        store: file, in a directory of this user alone, through which local ranks find each other; None: rank 0
+            listens at MASTER_ADDR and MASTER_PORT.
+        output: pipes for rank 0's standard output and error, which its supervisor prints as well.
+    """
+
+    spec: RunSpec
+    environment: dict[str, str]
+    log: Path
+    error: Path
+    store: Path | None = None
+    output: tuple[Connection, Connection] | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.environment["RANK"])
+
+
 def requirements(config: Config, files: Mapping[str, str]) -> Requirements:
-    """Return what a run of this configuration needs of every node; `files`: its problem files, by their settings."""
+    """Return the requirements of a run on every node; `files`: its problem files, by their settings."""
     paths = {"model.hf_path": config.model.hf_path, **files}
     if config.model.megatron_path:
         paths["model.megatron_path"] = config.model.megatron_path
@@ -74,7 +120,7 @@ def requirements(config: Config, files: Mapping[str, str]) -> Requirements:
 
 
 def open_files(config: Config) -> int:
-    """Return how many files the rank with the most connections has open."""
+    """Return the number of files that the rank with the most connections has open."""
     rollout, ranks = config.rollout, config.parallel.world_size
     if rollout.engine != "vllm":
         return limits.open_files_needed(0, 0, ranks)
@@ -94,5 +140,5 @@ def open_files(config: Config) -> int:
 
 
 def _is_there(path: str) -> bool:
-    """Return whether a file is there, or a directory that holds any; a file system that is not mounted leaves none."""
+    """Return whether a file, or a directory with files, is there: an unmounted file system leaves an empty one."""
     return not path or (any(Path(path).iterdir()) if Path(path).is_dir() else Path(path).exists())
