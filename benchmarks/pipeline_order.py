@@ -16,7 +16,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.scaling.orders import (
+from megatron_fipo.scaling.pipeline.micro_batch_orders import (
     LENGTHS,
     ORDERS,
     Setting,
@@ -25,7 +25,7 @@ from megatron_fipo.scaling.orders import (
     search_order,
     step_seconds,
 )
-from megatron_fipo.scaling.simulate import Communication
+from megatron_fipo.scaling.pipeline.simulate import Communication
 
 PIPELINES = [(2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (8, 2), (4, 4)]  # stages, chunks
 BASE = ORDERS["longest_first"]

@@ -1,7 +1,7 @@
 """Accuracy of the layout planner: its cost and memory model against published runs.
 
     python benchmarks/scaling_accuracy.py [ROWS.csv] [--feasibility LAYOUTS.csv]
-    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/efficiency.yaml
+    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/cost/efficiency.yaml
 
 Every row with a layout and a measurement is predicted by the planner's cost model with the constants of
 efficiency.yaml, which were fitted on every other source of data/published_throughput.csv (by name, among those of one
@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from efficiency_fit import fit
-from megatron_fipo.scaling import hardware
-from megatron_fipo.scaling.footprint import footprint
-from megatron_fipo.scaling.hardware import hardware_files
+from megatron_fipo.scaling.cost import hardware
+from megatron_fipo.scaling.cost.footprint import footprint
+from megatron_fipo.scaling.cost.hardware import hardware_files
 from published_names import Unusable
 from published_rows import THROUGHPUT, Row, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.architecture import Architecture, check_model
-from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
-from megatron_fipo.scaling.models import PUBLISHED, plain_architecture
+from megatron_fipo.scaling.cost.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
+from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, plain_architecture
 
 GPU_GB = 80  # H100
 TRAINING: dict[str, Callable[[TrainingMemory], int]] = {

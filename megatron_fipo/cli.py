@@ -14,7 +14,7 @@ import typer
 from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.printable import printable
-from megatron_fipo.scaling.command import app as scaling
+from megatron_fipo.scaling.planner.plan_command import app as scaling
 
 app = typer.Typer(
     help="Train reasoning models with FIPO on Megatron-Core.",
@@ -153,9 +153,9 @@ def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path
 def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.checks import check_run
     from megatron_fipo.resume import check_directory
-    from megatron_fipo.scaling.hardware import local_hardware
-    from megatron_fipo.scaling.recipe import check_memory
-    from megatron_fipo.scaling.space import check_space
+    from megatron_fipo.scaling.cost.hardware import local_hardware
+    from megatron_fipo.scaling.planner.checkpoint_space import check_space
+    from megatron_fipo.scaling.planner.run_inputs import check_memory
 
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
@@ -360,7 +360,7 @@ def calibrate(
     printed rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
     """
     from megatron_fipo import launch
-    from megatron_fipo.scaling.calibrate import Request, calibrate_rank
+    from megatron_fipo.scaling.calibrate.rank import Request, calibrate_rank
 
     request = Request(out, gpu, minutes, dtype)
     request.check()
@@ -421,8 +421,8 @@ def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
 
 def _watch(trainer: Any) -> None:
     """Add profilers to the trainer."""
-    from megatron_fipo.scaling.timers import PipelineProfile
-    from megatron_fipo.scaling.utilization import Utilization
+    from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
+    from megatron_fipo.profiling.utilization import Utilization
 
     actor, config, topology = trainer.actor, trainer.config, trainer.topology
     trainer.utilization = Utilization(config, actor.arch, topology)

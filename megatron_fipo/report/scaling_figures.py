@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.panels import BLUE, GREEN, GREY, GRID, INK, ORANGE, PURPLE, RED, style
 from megatron_fipo.report.parts import figure_text
-from megatron_fipo.scaling.hardware import find_hardware
-from megatron_fipo.scaling.row import CAUSES, MeasuredRow
-from megatron_fipo.scaling.timeline import Bubble
+from megatron_fipo.scaling.cost.hardware import find_hardware
+from megatron_fipo.scaling.measure.row_reader import CAUSES, MeasuredRow
+from megatron_fipo.scaling.pipeline.timeline import Bubble
 
 _WIDTH, _DPI = 6.4, 150  # like the figures of a training run
 _SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)

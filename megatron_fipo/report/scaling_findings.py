@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_fipo.report.parts import figure_text
-from megatron_fipo.scaling.row import LayoutKey, MeasuredRow
+from megatron_fipo.scaling.measure.row_reader import LayoutKey, MeasuredRow
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from megatron_fipo.printable import printable
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
-from megatron_fipo.scaling import figure as timelines
-from megatron_fipo.scaling.plan_file import read_plan
-from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
+from megatron_fipo.scaling.measure.row_reader import STATUSES, LayoutKey, MeasuredRow, read_rows
+from megatron_fipo.scaling.pipeline import timeline_figure as timelines
+from megatron_fipo.scaling.planner.plan_csv import read_plan
 from megatron_fipo.whole_file import write_whole
 
 _PAGE_BYTES = 4_500_000  # size limit of embedded figures; further timelines are only linked

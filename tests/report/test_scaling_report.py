@@ -19,7 +19,7 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.scaling_page import write_scaling_report
-from megatron_fipo.scaling.row import LayoutKey, MeasuredRow, parse_row
+from megatron_fipo.scaling.measure.row_reader import LayoutKey, MeasuredRow, parse_row
 from tests.report.studies import lost, make_row, write_study
 
 ALL = ("bubble", "causes", "losses", "mfu", "predicted_memory", "predicted_time", "scaling")
