@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
+from megatron_fipo.config import Config, load_config, with_seed
 from megatron_fipo.outcome import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.printable import printable
-from megatron_fipo.scaling.planner.plan_command import app as scaling
+from megatron_fipo.scaling.command import app as scaling
 
 app = typer.Typer(
     help="Train reasoning models with FIPO on Megatron-Core.",
@@ -155,7 +155,7 @@ def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.resume import check_directory
     from megatron_fipo.scaling.cost.hardware import local_hardware
     from megatron_fipo.scaling.planner.checkpoint_space import check_space
-    from megatron_fipo.scaling.planner.run_inputs import check_memory
+    from megatron_fipo.scaling.planner.memory_check import check_memory
 
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
@@ -336,36 +336,13 @@ def report(
 
 @scaling.command("report", epilog=EXIT_CODES)
 def report_scaling(
-    directory: Annotated[Path, typer.Argument(help="Where `scaling run` wrote: rows/, perhaps plan.csv, traces/.")],
-    out: Annotated[Path | None, typer.Option(help="The page's file; DIRECTORY/report.html if not given.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Output directory of `scaling run` or `scaling sweep`.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write; default: DIRECTORY/report.html.")] = None,
 ) -> None:
-    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and one page."""
+    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and an HTML page."""
     from megatron_fipo.report.scaling_page import write_scaling_report
 
     typer.echo(write_scaling_report(directory, out))
-
-
-@scaling.command(epilog=EXIT_CODES)
-def calibrate(
-    out: Annotated[Path, typer.Option(help="The file for `scaling plan --calibration`.")] = Path("calibration.yaml"),
-    gpu: Annotated[str | None, typer.Option(help="Name in the file; else as the device is called, or cpu.")] = None,
-    minutes: Annotated[float, typer.Option(help="That measuring may take, after start-up.")] = 3.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of products: bfloat16 (on GPUs if not given) or float32 (on CPUs).")
-    ] = None,
-) -> None:
-    """Measure this machine for `scaling plan`: products, attention, memory, links, launches.
-
-    Starts a rank a GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
-    printed rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
-    """
-    from megatron_fipo import launch
-    from megatron_fipo.scaling.calibrate.rank import Request, calibrate_rank
-
-    request = Request(out, gpu, minutes, dtype)
-    request.check()
-    ranks = launch.started_ranks() or launch.num_gpus() or 2
-    launch.run(calibrate_rank, ParallelConfig(world_size=ranks), (request,))
 
 
 @app.command()

@@ -89,13 +89,13 @@ def draw_scaling(rows: Rows) -> bytes | None:
 
 def draw_bubble(rows: Rows) -> bytes | None:
     """Plot measured, predicted and closed-form bubble fraction by stages, chunks and micro-batches."""
-    shown = [r for r in rows if r.ok and r.bubble_fraction is not None and r.layout.pipeline > 1]
+    shown = [r for r in rows if r.ok and r.bubble_fraction is not None and r.layout.parallel.pipeline > 1]
     if not shown:
         return None
     figure, panels = _figure("Pipeline bubble", 3, 6.6)
     axis_of: tuple[tuple[str, Callable[[MeasuredRow], int]], ...] = (
-        ("pipeline stages (PP)", lambda r: r.layout.pipeline),
-        ("chunks per stage (VPP)", lambda r: r.layout.virtual_pipeline),
+        ("pipeline stages (PP)", lambda r: r.layout.parallel.pipeline),
+        ("chunks per stage (VPP)", lambda r: r.layout.parallel.virtual_pipeline),
         ("micro-batches per replica", lambda r: r.micro_batches or 0),
     )
     for axes, (name, key) in zip(panels, axis_of, strict=True):
@@ -144,7 +144,7 @@ def _slots(rows: Rows, key: Callable[[MeasuredRow], int]) -> list[tuple[float, M
 
 def draw_causes(rows: Rows) -> bytes | None:
     """Plot the idle time of each stage by cause, as shares of the step, for layouts with a timeline."""
-    with_causes = [r for r in rows if r.ok and r.layout.pipeline > 1 and r.seconds and _has_causes(r)]
+    with_causes = [r for r in rows if r.ok and r.layout.parallel.pipeline > 1 and r.seconds and _has_causes(r)]
     chosen = findings.shown_timelines(with_causes) or findings.ranked(with_causes)
     if not chosen:
         return None

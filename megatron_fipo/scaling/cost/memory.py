@@ -1,9 +1,10 @@
 """Device memory of a rank, by pipeline stage, in bytes: plain arithmetic, nothing is built or measured.
 
-Exact: parameters, gradients and optimizer state, which a test compares with Megatron's own buffers. Estimated, from
-the tensors that backward needs: activations, with Transformer Engine's kernels or with torch's on a GPU or a CPU (a
-test compares the last with what autograd keeps), and the LM head. Not included: the CUDA context, NCCL's buffers,
-kernels' workspaces, and fragmentation.
+`stage_memory` has the only formula. It is used for any layout of any model and training code, to rank layouts
+(`estimated_memory`), and for a run's config (`training_memory`). For a config, parameters, gradients and optimizer
+state are exact (a test compares them with Megatron's own buffers). Activations and the LM head are estimated from the
+tensors that backward needs, of Transformer Engine's kernels or of torch's on a GPU or a CPU (a test compares the last
+with what autograd keeps).
 
 Letters: h hidden size, q and k widths of all query and of all key heads, f MLP width, t tensor-parallel ranks,
 p pipeline stages, v model chunks per stage, N tokens of a micro-batch on one context-parallel rank.
@@ -11,36 +12,264 @@ p pipeline stages, v model chunks per stage, N tokens of a micro-batch on one co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model.architecture import Architecture
-from megatron_fipo.model.layout import stage_layers
+from megatron_fipo.scaling.cost.elements import Elements, buffer_elements, matrix_elements, num_parameters
+from megatron_fipo.scaling.cost.hardware import Efficiency, Hardware, Software
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.cost.model_shapes import ModelShape, shape_of
 
-Kernels = Literal["transformer_engine", "torch_gpu", "torch"]
+Kernels: TypeAlias = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
 _FLOAT32 = 4
-# Megatron's distributed optimizer aligns each tensor in its buffers, and pads each buffer so that it can be split
-# evenly; in elements.
-_TENSOR_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+# Bytes kept per attention score without flash kernels: softmax's output, and its float32 input.
+_SCORE_BYTES = {"fused": 4, "unfused": 12}
+# Of a layer's two norms and residuals per hidden element: inputs and outputs; unfused, in float32 and with copies.
+_NORM_BYTES = {True: 8, False: 24}
+_CHUNK_TOKENS = 4096  # model.lm_head_chunk_tokens
 
 
 @dataclass(frozen=True)
-class TrainingMemory:
-    """Memory of one rank at the peak of an update."""
+class StageMemory:
+    """Bytes on one rank of a stage, at the peak of an update.
 
-    parameters: int
-    gradients: int
-    optimizer: int  # largest share of any data-parallel rank
-    activations: int
-    lm_head: int
+    Attributes:
+        optimizer: largest share of any data-parallel rank.
+        reserve: beyond tensors: CUDA context, NCCL, kernels' workspaces, and allocator fragmentation.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    reserve: float = 0.0
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return sum(getattr(self, f.name) for f in fields(self))
+
+    def with_reserve(self, efficiency: Efficiency) -> StageMemory:
+        """Return the memory with the reserve of a GPU generation."""
+        return replace(self, reserve=efficiency.reserve_bytes + efficiency.reserve_share * self.total)
+
+
+@dataclass(frozen=True)
+class KeptTensors:
+    """Bytes that a training code keeps in memory.
+
+    Attributes:
+        item: per element of parameters and activations.
+        gradient: per element of gradients.
+        state: of optimizer state per updated element.
+        norms: of a layer's two norms and residuals, per token.
+        heads: of a layer's queries, keys, values and attention output over all tensor-parallel ranks, per token.
+        mlp_tensors: tensors of the MLP's width.
+        scores: per attention score; 0 with flash attention.
+        angles: of rotations, per token of a micro-batch in flight.
+        logit: per logit.
+        logit_tokens: tokens whose logits are kept at once; None: all.
+        whole_logits: every tensor-parallel rank keeps the logits of the whole vocabulary.
+    """
+
+    item: int
+    gradient: float
+    state: int
+    norms: int
+    heads: int
+    mlp_tensors: int
+    logit: float
+    logit_tokens: int | None
+    scores: int = 0
+    angles: int = 0
+    whole_logits: bool = False
+
+
+def stage_memory(
+    m: ModelShape,
+    layout: Layout,
+    stage: int,
+    tokens: float,
+    elements: Elements,
+    kept: KeptTensors,
+    squares: float = 0.0,
+) -> StageMemory:
+    """Return the memory of a rank of pipeline stage `stage`, counted from 0, without a reserve.
+
+    Args:
+        tokens: of the largest micro-batch on one context-parallel rank.
+        squares: sum of its sequences' squared lengths, on one context-parallel rank; for `kept.scores`.
+
+    Raises:
+        ValueError: the layers cannot be split over the stages.
+    """
+    last = layout.split_head or stage == layout.parallel.pipeline - 1
+    return StageMemory(
+        parameters=kept.item * elements.parameters,
+        gradients=kept.gradient * elements.parameters,
+        optimizer=kept.state * elements.optimizer,
+        activations=_activations(m, layout, stage, tokens, kept, squares),
+        head=_head(m, layout, tokens, kept) if last else 0.0,
+    )
+
+
+def estimated_memory(
+    model: ModelShape,
+    hardware: Hardware,
+    layout: Layout,
+    stage: int,
+    tokens: float,
+    squares: float = 0.0,
+    sharded_optimizer: bool = True,
+) -> StageMemory:
+    """Return the memory of a stage with its reserve, for any model and training code.
+
+    Args:
+        tokens: of the largest micro-batch over all context-parallel ranks.
+        squares: of its sequences' lengths; matters only without flash attention.
+        sharded_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1).
+    """
+    context = layout.parallel.context
+    elements = matrix_elements(model, layout, stage, sharded_optimizer)
+    kept = kept_by_software(model, layout, hardware.software)
+    memory = stage_memory(model, layout, stage, tokens / context, elements, kept, squares / context)
+    return memory.with_reserve(hardware.efficiency)
+
+
+def training_memory(
+    arch: Architecture, config: Config, stage: int, kernels: Kernels = "transformer_engine"
+) -> StageMemory:
+    """Return the memory of a rank of pipeline stage `stage`, counted from 0, without a reserve.
+
+    Raises:
+        ValueError: the layers cannot be split over the stages.
+    """
+    model, layout = shape_of(arch), Layout.of(config)
+    elements = buffer_elements(arch, layout.parallel, stage, config.optimizer.distributed)
+    tokens = config.trainer.tokens_per_micro_batch // config.parallel.context
+    return stage_memory(model, layout, stage, tokens, elements, kept_by_config(model, config, kernels))
+
+
+def kept_by_software(m: ModelShape, layout: Layout, software: Software) -> KeptTensors:
+    """Return what a training code keeps of bfloat16 parameters and activations."""
+    item, attention = _ITEM["bfloat16"], software.attention
+    return KeptTensors(
+        item=item,
+        gradient=software.gradient_bytes,
+        state=3 * _FLOAT32,
+        norms=m.hidden_size * _NORM_BYTES[software.fused_norms],
+        heads=_head_elements(m, layout.parallel.tensor) * item,
+        mlp_tensors=m.mlp_matrices,
+        logit=item if software.chunked_head else software.logit_bytes,
+        logit_tokens=_CHUNK_TOKENS if software.chunked_head else None,
+        scores=_SCORE_BYTES.get(attention, 0) if layout.recompute == "none" else 0,
+        whole_logits=software.whole_logits,
+    )
+
+
+def kept_by_config(m: ModelShape, config: Config, kernels: Kernels) -> KeptTensors:
+    """Return what this package's trainer keeps.
+
+    Transformer Engine's layers keep, in elements per token: inputs and outputs of both norms, 4h; queries and the
+    attention's output, 2q; keys and values, 2k; both halves of the MLP's input to SwiGLU, and its output, 3f. torch's
+    layers keep more: see `_torch_parts`. The LM head's backward keeps the logits of one chunk, and the weight's
+    gradient is added to the gradient buffer.
+    """
+    item, tensor = _ITEM[config.model.dtype], config.parallel.tensor
+    if kernels == "transformer_engine":
+        norms, heads, mlp_tensors = 4 * m.hidden_size * item, _head_elements(m, tensor) * item, m.mlp_matrices
+    else:
+        norms, heads, mlp_tensors = _torch_parts(m, tensor, item, on_gpu=kernels == "torch_gpu")
+    return KeptTensors(
+        item=item,
+        gradient=_FLOAT32,
+        # Adam's two moments, plus float32 master parameters if the parameters are narrower
+        state=_FLOAT32 * (3 if item < _FLOAT32 else 2),
+        norms=norms,
+        heads=heads,
+        mlp_tensors=mlp_tensors,
+        logit=_FLOAT32 + item if config.model.fp32_logits else item,
+        logit_tokens=config.model.chunk_tokens(on_gpu=True),
+        # Cosines and sines, shared by torch's layers
+        angles=0 if kernels == "transformer_engine" else 2 * m.head_dim * item,
+    )
+
+
+def _head_elements(m: ModelShape, tensor: int) -> int:
+    """Return the elements per token of queries, keys, values and the attention's output.
+
+    Where tensor-parallel ranks share key/value heads, each has a full copy.
+    """
+    latent = 0 if m.latent is None else m.num_heads * (m.latent.plain_dim + m.latent.rope_dim) * 2
+    return 2 * (m.query_size + m.key_size_over(tensor)) + latent
+
+
+def _torch_parts(m: ModelShape, tensor: int, item: int, on_gpu: bool) -> tuple[int, int, int]:
+    """Return the bytes per token of both norms and of attention, and the MLP's tensors.
+
+    A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it;
+    torch's kernel for GPUs keeps its input as it is, the scale, and the output. Attention keeps the projection's
+    output, rotated queries and keys, its own output, each head's log-sum-exp, and the output concatenated over
+    sequences, unless flash attention, in 16 bits on a GPU, returns all at once. SwiGLU is five tensors: both halves of
+    the input, the gate's activation, a copy of the other half, and the product; compiled, as on GPUs, both halves of
+    the input and the product.
+    """
+    q, k = m.query_size, m.key_size_over(tensor)
+    norm = m.hidden_size * (2 * item if on_gpu else 2 * _FLOAT32 + item) + _FLOAT32
+    outputs = q if on_gpu and item < _FLOAT32 else 2 * q
+    heads = ((q + 2 * k) + (q + k) + outputs) * item + m.num_heads * _FLOAT32
+    if m.qk_norm:
+        heads += 2 * (q + k) * (item if on_gpu else _FLOAT32) + (m.num_heads + k // m.head_dim) * _FLOAT32
+    return 2 * norm, heads, 3 if on_gpu else 5
+
+
+def layer_memory(m: ModelShape, layout: Layout, tokens: float, kept: KeptTensors, squares: float = 0.0) -> float:
+    """Return the bytes saved for backward in one layer without recomputation; with experts, in a layer that has them.
+
+    Copies of each token for its experts are balanced over the experts' ranks.
+    """
+    p = layout.parallel
+    norms = kept.norms / (p.tensor if p.sequence else 1)
+    mlp = kept.mlp_tensors * (m.shared_ffn_hidden_size if m.experts else m.ffn_hidden_size)
+    if m.experts is not None:
+        mlp += m.experts.active * (2 * m.hidden_size + kept.mlp_tensors * m.experts.ffn_hidden_size)
+    scores = kept.scores * m.num_heads * squares
+    return tokens * (norms + (kept.heads + mlp * kept.item) / p.tensor) + scores / p.tensor
+
+
+def _activations(m: ModelShape, layout: Layout, stage: int, tokens: float, kept: KeptTensors, squares: float) -> float:
+    """Return the bytes of micro-batches between forward and backward on this stage."""
+    p, counts = layout.parallel, layout.layers(m)
+    local_counts, in_flight = counts[stage :: p.pipeline], chunks_in_flight(p, stage)
+    one_layer = layer_memory(m, layout, tokens, kept, squares)
+    layers = sum(local_counts) / len(local_counts) * in_flight
+    angles = kept.angles * tokens * in_flight
+    if layout.recompute != "full":  # flash attention leaves almost nothing for `selective` to drop
+        return layers * one_layer + angles
+    layer_input = tokens * m.hidden_size * kept.item / (p.tensor if p.sequence else 1)
+    return layers * layer_input + one_layer + angles  # of the layer being recomputed
+
+
+def chunks_in_flight(p: ParallelConfig, stage: int) -> int:
+    """Return the maximum number of this stage's forward passes whose backward is pending (1F1B)."""
+    if p.virtual_pipeline == 1:
+        return p.pipeline - stage
+    return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
+
+
+def _head(m: ModelShape, layout: Layout, tokens: float, kept: KeptTensors) -> float:
+    """Return the bytes of the LM head if all tokens of the micro-batch are response tokens."""
+    p = layout.parallel
+    vocabulary = m.padded_vocab_size(p.tensor) / p.tensor
+    if layout.split_head:
+        vocabulary /= p.pipeline
+    if kept.logit_tokens is None:
+        return tokens * kept.logit * (m.vocab_size if kept.whole_logits else vocabulary)
+    hidden = tokens * m.hidden_size * kept.item * (3 if p.sequence else 2)  # gathered, selected, and its gradient
+    return hidden + min(kept.logit_tokens, tokens) * vocabulary * kept.logit
 
 
 @dataclass(frozen=True)
@@ -53,31 +282,9 @@ class RolloutMemory:
         cache_per_token: keys and values, on each of the engine's GPUs.
     """
 
-    kept: int
+    kept: float
     weights: int
     cache_per_token: int
-
-
-def training_memory(
-    arch: Architecture, config: Config, stage: int, kernels: Kernels = "transformer_engine"
-) -> TrainingMemory:
-    """Return the memory of a rank of pipeline stage `stage`, counted from 0.
-
-    Raises:
-        ValueError: the layers cannot be split over the stages.
-    """
-    buckets = list(_buckets(arch, config.parallel, stage))
-    distributed, item = config.optimizer.distributed, _ITEM[config.model.dtype]
-    elements = sum(b.elements(distributed) for b in buckets)
-    # Adam's two moments, plus float32 master parameters if the parameters are narrower
-    state = _FLOAT32 * (3 if item < _FLOAT32 else 2)
-    return TrainingMemory(
-        parameters=elements * item,
-        gradients=elements * _FLOAT32,
-        optimizer=state * sum(b.largest_share() if distributed else sum(b.sizes) for b in buckets),
-        activations=_activations(arch, config, stage, kernels),
-        lm_head=_lm_head(arch, config) if stage == config.parallel.pipeline - 1 else 0,
-    )
 
 
 def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMemory:
@@ -91,149 +298,3 @@ def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMem
         weights=num_parameters(arch, engine, stage=0) * item,
         cache_per_token=2 * arch.num_layers * kv_heads * arch.head_dim * item,
     )
-
-
-def num_parameters(arch: Architecture, layout: ParallelConfig, stage: int) -> int:
-    """Return the parameters' elements on one rank of a stage; a tied embedding counts at both ends of a pipeline.
-
-    Raises:
-        ValueError: the layers cannot be split over the stages.
-    """
-    return sum(sum(b.sizes) for b in _buckets(arch, layout, stage))
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Parameters whose gradients are reduced together."""
-
-    sizes: list[int]  # elements of each tensor
-    ranks: int  # of the distributed optimizer that share them
-
-    def elements(self, distributed: bool) -> int:
-        """Return the elements, with the distributed optimizer's padding."""
-        if not distributed:
-            return sum(self.sizes)
-        aligned = sum(_round_up(n, _TENSOR_ALIGNMENT) for n in self.sizes)
-        return _round_up(aligned, math.lcm(self.ranks, _BUCKET_ALIGNMENT))
-
-    def largest_share(self) -> int:
-        """Return the elements updated by the first rank; with padded tensors, at most the padding too many."""
-        return min(self.elements(distributed=True) // self.ranks, sum(self.sizes))
-
-
-def _buckets(arch: Architecture, p: ParallelConfig, stage: int) -> Iterator[_Bucket]:
-    """Yield the buckets of each model chunk: dense parameters, experts, and an embedding shared by two stages."""
-    layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
-    expert_ranks = p.tensor * p.context * p.data // p.expert
-    vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor * arch.hidden_size
-    for chunk in range(p.virtual_pipeline):
-        first = stage == 0 and chunk == 0
-        last = stage == p.pipeline - 1 and chunk == p.virtual_pipeline - 1
-        dense = _dense_sizes(arch, p) * layers
-        if last:
-            dense.append(arch.hidden_size)  # the final norm
-        embeddings = [vocabulary] * (first + last - (first and last and arch.tied_embeddings))
-        shared = arch.tied_embeddings and first != last
-        yield _Bucket(dense + ([] if shared else embeddings), p.data * p.context)
-        if shared:
-            yield _Bucket(embeddings, p.data * p.context)
-        if arch.experts:
-            yield _Bucket(_expert_sizes(arch, p) * layers, expert_ranks)
-
-
-def _dense_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
-    """Return the elements of a layer's parameters on one rank, without experts."""
-    h, q = arch.hidden_size, arch.num_heads * arch.head_dim
-    qkv = (q + 2 * arch.num_kv_heads * arch.head_dim) // p.tensor
-    sizes = [h, qkv * h, h * q // p.tensor, h]  # norm, projections to and from the heads, norm
-    if arch.qkv_bias:
-        sizes.append(qkv)
-    if arch.qk_norm:
-        sizes += [arch.head_dim, arch.head_dim]
-    if arch.experts:
-        return [*sizes, arch.experts.count * h]  # the router
-    f = arch.ffn_hidden_size // p.tensor
-    return [*sizes, 2 * f * h, h * f]
-
-
-def _expert_sizes(arch: Architecture, p: ParallelConfig) -> list[int]:
-    assert arch.experts is not None
-    h, f = arch.hidden_size, arch.experts.ffn_hidden_size
-    return [2 * f * h, h * f] * (arch.experts.count // p.expert)
-
-
-def layer_activations(arch: Architecture, config: Config, kernels: Kernels = "transformer_engine") -> int:
-    """Return the bytes per token that backward needs of one layer without recomputation.
-
-    In elements: inputs and outputs of both norms, 4h; queries and the attention's output, 2q; keys and values, 2k;
-    both halves of the MLP's input to SwiGLU, and its output, 3f. torch's layers keep more: see `_torch_parts`. Where
-    tensor-parallel ranks share key/value heads, each has a full copy.
-    """
-    p, item = config.parallel, _ITEM[config.model.dtype]
-    arch = replace(arch, num_kv_heads=max(arch.num_kv_heads, p.tensor))
-    if kernels != "transformer_engine":
-        norms, heads, mlp_width = _torch_parts(arch, item, on_gpu=kernels == "torch_gpu")
-    else:
-        norms, mlp_width = 4 * arch.hidden_size * item, 3
-        heads = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim * item
-    if arch.experts:  # copies of each token for its experts, balanced over the experts' ranks
-        mlp = arch.experts.active * (2 * arch.hidden_size + mlp_width * arch.experts.ffn_hidden_size)
-    else:
-        mlp = mlp_width * arch.ffn_hidden_size
-    return (heads + mlp * item) // p.tensor + (norms // p.tensor if p.sequence else norms)
-
-
-def _torch_parts(arch: Architecture, item: int, on_gpu: bool) -> tuple[int, int, int]:
-    """Return the bytes per token of both norms and of attention, and the MLP's elements in units of f.
-
-    A norm keeps its input and the normalized input in float32, the scale, and its output, for the projection behind it;
-    torch's kernel for GPUs keeps its input as it is, the scale, and the output. Attention keeps the projection's
-    output, rotated queries and keys, its own output, each head's log-sum-exp, and the output concatenated over
-    sequences, unless flash attention, in 16 bits on a GPU, returns all at once. SwiGLU is five tensors: both halves of
-    the input, the gate's activation, a copy of the other half, and the product; compiled, as on GPUs, both halves of
-    the input and the product.
-    """
-    q, k = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    norm = arch.hidden_size * (2 * item if on_gpu else 2 * _FLOAT32 + item) + _FLOAT32
-    outputs = q if on_gpu and item < _FLOAT32 else 2 * q
-    heads = ((q + 2 * k) + (q + k) + outputs) * item + arch.num_heads * _FLOAT32
-    if arch.qk_norm:
-        heads += 2 * (q + k) * (item if on_gpu else _FLOAT32) + (arch.num_heads + arch.num_kv_heads) * _FLOAT32
-    return 2 * norm, heads, 3 if on_gpu else 5
-
-
-def _activations(arch: Architecture, config: Config, stage: int, kernels: Kernels) -> int:
-    """Return the bytes of micro-batches between forward and backward on this stage."""
-    p = config.parallel
-    tokens = config.trainer.tokens_per_micro_batch // p.context
-    layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
-    one_layer, in_flight = layer_activations(arch, config, kernels) * tokens, chunks_in_flight(p, stage)
-    item = _ITEM[config.model.dtype]
-    # Cosines and sines of all tokens, shared by torch's layers.
-    angles = 0 if kernels == "transformer_engine" else 2 * arch.head_dim * item * tokens * in_flight
-    if config.model.recompute != "full":  # flash attention leaves almost nothing for `selective` to drop
-        return layers * in_flight * one_layer + angles
-    layer_input = arch.hidden_size * item * tokens // (p.tensor if p.sequence else 1)
-    return layers * in_flight * layer_input + one_layer + angles  # of the layer being recomputed
-
-
-def chunks_in_flight(p: ParallelConfig, stage: int) -> int:
-    """Return the maximum number of this stage's forward passes whose backward is pending (1F1B)."""
-    if p.virtual_pipeline == 1:
-        return p.pipeline - stage
-    return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
-
-
-def _lm_head(arch: Architecture, config: Config) -> int:
-    """Return the bytes of the chunked head's backward if all tokens of the micro-batch are response tokens."""
-    p, item = config.parallel, _ITEM[config.model.dtype]
-    tokens = config.trainer.tokens_per_micro_batch // p.context
-    vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor
-    hidden = tokens * arch.hidden_size * item * (3 if p.sequence else 2)  # gathered, selected, and its gradient
-    chunk = min(config.model.chunk_tokens(on_gpu=True), tokens)
-    logits = chunk * vocabulary * (_FLOAT32 + item if config.model.fp32_logits else item)
-    return hidden + logits  # the weight's gradient is added to the gradient buffer
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fipo.scaling.cost.elements import stage_matrices
 from megatron_fipo.scaling.cost.flops import (
     attended_pairs,
     attention_weights,
@@ -18,8 +19,9 @@ from megatron_fipo.scaling.cost.flops import (
     score_size,
 )
 from megatron_fipo.scaling.cost.hardware import Hardware
+from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
-from megatron_fipo.scaling.cost.workload import Batch, Layout, stage_weights
+from megatron_fipo.scaling.cost.workload import Batch
 from megatron_fipo.scaling.pipeline.pipeline_time import pipeline_time
 
 Schedule = Callable[[Sequence[float], Sequence[float], int | Sequence[float], int, float], float]
@@ -322,7 +324,7 @@ class CostModel:
         if not self.weight_gradients:
             return 0.0
         p, soft = layout.parallel, self.hardware.software
-        dense, experts = stage_weights(self.model, layout, stage)
+        dense, experts = stage_matrices(self.model, layout, stage)
         replicas, span = p.data * p.context, p.tensor * p.context * p.data
         expert_ranks = p.expert * layout.expert_tensor
         expert_replicas = max(1, span // expert_ranks)
@@ -338,7 +340,7 @@ class CostModel:
         if not self.weight_gradients:
             return 0.0
         p = layout.parallel
-        dense, experts = stage_weights(self.model, layout, stage)
+        dense, experts = stage_matrices(self.model, layout, stage)
         replicas = p.data * p.context
         share = dense / replicas + experts / max(1, replicas * p.tensor // (p.expert * layout.expert_tensor))
         return share * _OPTIMIZER_BYTES / self._memory_rate()

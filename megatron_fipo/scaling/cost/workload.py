@@ -1,101 +1,13 @@
-"""Workload of the planner: one update's sequences, packed into micro-batches, on a layout of ranks."""
+"""Workload of one update: sequences packed into micro-batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
 
 from megatron_fipo.batch import plan_micro_batches
-from megatron_fipo.config import ParallelConfig
-from megatron_fipo.model.layout import stage_layers
-from megatron_fipo.scaling.cost.flops import attention_weights, mlp_weights
-from megatron_fipo.scaling.cost.model_shapes import ModelShape
+from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
-
-Recompute = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Parallel layout of the ranks.
-
-    Attributes:
-        tokens_per_micro_batch: maximum packed tokens of a micro-batch on one context-parallel group.
-        chunk_layers: layers of each model chunk in the order that a micro-batch visits them; None: by `parallel`.
-        expert_tensor: ranks that shard each expert; 1 in this package.
-        split_head: the LM head is sharded over all stages (vocabulary parallelism) instead of on the last.
-    """
-
-    parallel: ParallelConfig
-    tokens_per_micro_batch: int
-    recompute: Recompute = "none"
-    chunk_layers: tuple[int, ...] | None = None
-    expert_tensor: int = 1
-    split_head: bool = False
-
-    def record(self) -> dict[str, Any]:
-        """Return the layout's fields as named in plans and measured rows."""
-        p = self.parallel
-        return {
-            "gpus": p.world_size,
-            "tensor": p.tensor,
-            "pipeline": p.pipeline,
-            "virtual_pipeline": p.virtual_pipeline,
-            "context": p.context,
-            "expert": p.expert,
-            "data": max(1, p.data),
-            "sequence": p.sequence,
-            "first_stage_layers": p.first_stage_layers,
-            "last_stage_layers": p.last_stage_layers,
-            "tokens_per_micro_batch": self.tokens_per_micro_batch,
-            "recompute": self.recompute,
-        }
-
-    def layers(self, model: ModelShape) -> list[int]:
-        """Return the layers of each model chunk; chunk c of stage i at c * stages + i.
-
-        Raises:
-            ValueError: they cannot be split over the stages.
-        """
-        if self.chunk_layers is not None:
-            return list(self.chunk_layers)
-        return list(_chunk_layers(model.num_layers, self.parallel))
-
-    def __str__(self) -> str:
-        p = self.parallel
-        axes = (("TP", p.tensor), ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert))
-        text = " ".join(f"{name}{n}" for name, n in axes if n > 1 or name in ("TP", "PP"))
-        return f"{text} DP{p.data}"
-
-
-@lru_cache(maxsize=4096)
-def _chunk_layers(layers: int, p: ParallelConfig) -> tuple[int, ...]:
-    return tuple(n // p.virtual_pipeline for n in stage_layers(layers, p)) * p.virtual_pipeline
-
-
-def stage_weights(m: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
-    """Return the elements of the matrices on one rank: shared by data-parallel ranks, and of experts."""
-    p, counts = layout.parallel, layout.layers(m)
-    plain = m.mlp_matrices * m.hidden_size * m.ffn_hidden_size
-    dense = experts = 0.0
-    for c in range(stage, len(counts), p.pipeline):
-        first = sum(counts[:c])
-        sparse = max(0, first + counts[c] - max(first, m.dense_layers)) if m.experts else 0
-        dense += (attention_weights(m) * counts[c] + plain * (counts[c] - sparse)) / p.tensor
-        if sparse:
-            assert m.experts is not None
-            common, expert = mlp_weights(m, m.num_layers)
-            dense += common * sparse / p.tensor
-            experts += expert * m.experts.count * sparse / (p.expert * layout.expert_tensor)
-    embeddings = (stage == 0) + (stage == p.pipeline - 1)
-    if p.pipeline == 1 and m.tied_embeddings:
-        embeddings = 1
-    vocabulary = m.hidden_size * m.padded_vocab_size(p.tensor) / p.tensor
-    if layout.split_head:
-        return dense + 2 * vocabulary / p.pipeline, experts
-    return dense + embeddings * vocabulary, experts
 
 
 @dataclass(frozen=True)

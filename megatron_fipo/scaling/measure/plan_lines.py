@@ -18,7 +18,7 @@ from megatron_fipo.scaling.measure.specification import read_row
 from megatron_fipo.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from megatron_fipo.scaling.planner.plan_csv import PlannedLayout
+    from megatron_fipo.scaling.cost.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SlurmJob:
         return command + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []) + list(options)
 
 
-def lines_to_measure(layouts: Sequence[PlannedLayout], environment: Mapping[str, str]) -> list[int]:
+def lines_to_measure(layouts: Sequence[Layout], environment: Mapping[str, str]) -> list[int]:
     """Return line numbers, counted from 1.
 
     Raises:

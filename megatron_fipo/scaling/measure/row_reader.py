@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES, RECOMPUTE, Layout
 from megatron_fipo.scaling.pipeline.timeline import Span, Timeline
 
 Status: TypeAlias = Literal["ok", "out_of_memory", "failed"]
@@ -22,29 +23,6 @@ CAUSES = ("warm_up", "waiting", "drain", "communication")  # of idle time: the f
 
 _LARGEST = 1e20  # upper limit for counts, seconds and bytes; plots fail at 1e308
 _MOST_STAGES = 512  # limit for a timeline, which is plotted with one row per stage
-
-
-class LayoutKey(NamedTuple):
-    """Layout of a row, or of a line of a plan."""
-
-    gpus: int
-    tensor: int
-    pipeline: int
-    virtual_pipeline: int
-    context: int
-    expert: int
-    first_stage_layers: int | None
-    last_stage_layers: int | None
-    tokens_per_micro_batch: int
-    recompute: str
-
-    def __str__(self) -> str:
-        axes = (("TP", self.tensor), ("PP", self.pipeline), ("VPP", self.virtual_pipeline), ("CP", self.context))
-        text = " ".join(f"{n}{v}" for n, v in (*axes, ("EP", self.expert)) if v > 1 or n in ("TP", "PP"))
-        if self.first_stage_layers is not None or self.last_stage_layers is not None:
-            ends = ("-" if n is None else str(n) for n in (self.first_stage_layers, self.last_stage_layers))
-            text += f" {'..'.join(ends)}"
-        return text + ("" if self.recompute == "none" else f" {self.recompute}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +78,7 @@ class MeasuredRow:
     model: str
     gpu: str
     loss: str
-    layout: LayoutKey
+    layout: Layout
     data: int
     status: Status
     error: str | None
@@ -246,19 +224,16 @@ def read_rows(directory: Path) -> tuple[list[MeasuredRow], list[str]]:
     return rows, warnings
 
 
-def _layout(fields: _Fields) -> LayoutKey:
-    return LayoutKey(
-        gpus=fields.count("gpus"),
-        tensor=fields.count("tensor"),
-        pipeline=fields.count("pipeline"),
-        virtual_pipeline=fields.count("virtual_pipeline"),
-        context=fields.count("context"),
-        expert=fields.count("expert"),
-        first_stage_layers=fields.optional_count("first_stage_layers"),
-        last_stage_layers=fields.optional_count("last_stage_layers"),
-        tokens_per_micro_batch=fields.count("tokens_per_micro_batch"),
-        recompute=fields.text("recompute"),
-    )
+def _layout(fields: _Fields) -> Layout:
+    recompute = next((mode for mode in RECOMPUTE if mode == fields.content.get("recompute")), None)
+    if recompute is None:
+        given = _shown(fields.content.get("recompute"))
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {given}")
+    sequence = fields.content.get("sequence")
+    if sequence is not None and not isinstance(sequence, bool):
+        raise ValueError(f"sequence must be true or false, got {_shown(sequence)}")
+    counts = {name: fields.count(name) for name in COUNTS}
+    return Layout.from_record(counts, {name: fields.optional_count(name) for name in END_STAGES}, recompute, sequence)
 
 
 def _positive(fields: _Fields, name: str, expected: bool) -> float | None:

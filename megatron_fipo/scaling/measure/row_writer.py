@@ -19,13 +19,14 @@ import torch
 from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.launch.failure import host
 from megatron_fipo.scaling.cost.flops import model_flops
-from megatron_fipo.scaling.cost.footprint import footprint
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.cost.memory import estimated_memory
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.scaling.measure.rank import RESULT
 from megatron_fipo.scaling.measure.specification import Measurement, model_name, read_row
 from megatron_fipo.scaling.planner.legal_layouts import layout_problems
 from megatron_fipo.scaling.planner.planner import Planner
-from megatron_fipo.scaling.planner.run_inputs import engine_bytes, layout_of, model_of
+from megatron_fipo.scaling.planner.run_inputs import engine_bytes, model_of
 from megatron_fipo.whole_file import write_whole
 
 _MEASURED = (
@@ -89,7 +90,7 @@ def _base(measurement: Measurement) -> dict[str, Any]:
         "model": model_name(config),
         "gpu": measurement.gpu,
         "loss": measurement.loss,
-        **layout_of(config).record(),
+        **Layout.of(config).record(),
         "micro_batches": micro_batches,
         "tokens": measurement.sequences.tokens,
         "predicted": _predicted(measurement),
@@ -119,7 +120,7 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
     """Return the planner's prediction; None without hardware data or for an illegal layout."""
     if measurement.hardware is None:
         return None
-    config, layout = measurement.config, layout_of(measurement.config)
+    config, layout = measurement.config, Layout.of(measurement.config)
     try:
         model = model_of(config)
         if layout_problems(model, config.parallel):
@@ -128,7 +129,7 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
         cost, tokens = planner.evaluate(layout).cost, planner.peak_tokens(layout)
     except ValueError:
         return None
-    stages = [footprint(model, measurement.hardware, layout, i, tokens) for i in range(config.parallel.pipeline)]
+    stages = [estimated_memory(model, measurement.hardware, layout, i, tokens) for i in range(config.parallel.pipeline)]
     return {
         "seconds": cost.seconds,
         "bubble_fraction": cost.bubble_fraction,

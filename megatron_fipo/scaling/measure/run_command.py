@@ -225,14 +225,14 @@ def _with_plan(config: Config, plan: Path | None, row: int | None) -> Config:
 
 def _sequences(config: Config, lengths: str | None, rollouts: Path | None) -> Sequences:
     from megatron_fipo.scaling.cost.sequence_lengths import parse_lengths, read_rollouts
-    from megatron_fipo.scaling.planner import run_inputs as recipe
+    from megatron_fipo.scaling.planner import run_inputs
 
     if lengths is not None and rollouts is not None:
         raise ValueError("--lengths and --rollouts are mutually exclusive")
-    count = recipe.update_sequences(config)
+    count = run_inputs.update_sequences(config)
     if rollouts is not None:
         return read_rollouts(rollouts, count)
-    return recipe.sequences_of(config) if lengths is None else parse_lengths(lengths, count)
+    return run_inputs.sequences_of(config) if lengths is None else parse_lengths(lengths, count)
 
 
 def loss_name(name: str) -> Loss:

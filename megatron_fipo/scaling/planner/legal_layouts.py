@@ -7,11 +7,8 @@ from dataclasses import replace
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.model.layout import both_ends_interleaved, kv_heads_split
-from megatron_fipo.scaling.cost.flops import attention_weights, mlp_weights
-from megatron_fipo.scaling.cost.footprint import Footprint, footprint
-from megatron_fipo.scaling.cost.hardware import Hardware
+from megatron_fipo.scaling.cost.layout import Layout, Recompute
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
-from megatron_fipo.scaling.cost.workload import Layout, Recompute
 
 _MOST_CHUNKS = 16  # per stage; more only adds messages
 _MOST_CONTEXT = 64
@@ -42,9 +39,9 @@ def _world_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
 def _nearest_factors(model: ModelShape, p: ParallelConfig) -> str:
     """Return the nearest layout on each axis that divides the world size and the model."""
     legal = []
-    for t in _divisors(p.world_size):
-        for pp in _divisors(p.world_size // t):
-            for c in _divisors(p.world_size // t // pp):
+    for t in divisors(p.world_size):
+        for pp in divisors(p.world_size // t):
+            for c in divisors(p.world_size // t // pp):
                 other = ParallelConfig(world_size=p.world_size, tensor=t, pipeline=pp, context=c)
                 if not [*_split_problems(model, other), *_stage_problems(model.num_layers, other)]:
                     far = sum(max(a, b) / min(a, b) for a, b in ((t, p.tensor), (pp, p.pipeline), (c, p.context)))
@@ -58,13 +55,13 @@ def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
         parts.append(("MLP columns", model.ffn_hidden_size))
     for name, size in parts:
         if size % p.tensor:
-            legal = _around(_divisors(size), p.tensor)
+            legal = _around(divisors(size), p.tensor)
             yield (
                 f"{size} {name} / tp {p.tensor} = {size / p.tensor:.2f} is not an integer; nearest legal tp: "
                 f"{' or '.join(map(str, legal))}"
             )
     if not kv_heads_split(model, p.tensor):
-        legal = _around([t for t in _divisors(model.num_heads) if kv_heads_split(model, t)], p.tensor)
+        legal = _around([t for t in divisors(model.num_heads) if kv_heads_split(model, t)], p.tensor)
         yield (
             f"{model.num_kv_heads} key/value heads must be a multiple or a divisor of tp {p.tensor}; nearest "
             f"legal tp: {' or '.join(map(str, legal))}"
@@ -77,7 +74,7 @@ def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
     assert model.experts is not None
     count, stage = model.experts.count, p.world_size // p.pipeline
     if count % p.expert:
-        legal = _around(_divisors(count), p.expert)
+        legal = _around(divisors(count), p.expert)
         yield (
             f"{count} experts / ep {p.expert} = {count / p.expert:.2f} is not an integer; nearest legal ep: "
             f"{' or '.join(map(str, legal))}"
@@ -106,8 +103,8 @@ def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
     if rest >= stages * chunks and not (rest % (stages * chunks) if stages else rest):
         return
     uneven = f" - {' - '.join(map(str, fixed))}" if fixed else ""
-    choices = [f"pp {n}" for n in _around([n for n in _divisors(layers) if n <= layers // chunks], p.pipeline)]
-    legal_chunks = [v for v in _divisors(layers) if layers % (p.pipeline * v) == 0]
+    choices = [f"pp {n}" for n in _around([n for n in divisors(layers) if n <= layers // chunks], p.pipeline)]
+    legal_chunks = [v for v in divisors(layers) if layers % (p.pipeline * v) == 0]
     if chunks > 1 and legal_chunks:
         choices += [f"vpp {v}" for v in _around(legal_chunks, chunks)]
     if stages_layers := next(iter(uneven_stages(layers, p.pipeline)), None):
@@ -130,54 +127,6 @@ def uneven_stages(layers: int, stages: int) -> Iterator[tuple[int, int]]:
         if last >= 1 and 1 <= first <= most and (first, last) not in seen and (first != most or lighter):
             seen.add((first, last))
             yield first, last
-
-
-def memory_problem(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> str | None:
-    """Return why an update with micro-batches of `tokens` does not fit, and what would; None if it fits."""
-    stage, most = fullest_stage(model, hardware, layout, tokens)
-    if most.total <= hardware.gpu.memory:
-        return None
-    parts = ", ".join(f"{name} {getattr(most, name) / 1e9:.1f}" for name in most.__dataclass_fields__)
-    message = (
-        f"stage {stage} of {layout} needs {most.total / 1e9:.1f} GB ({parts}), but {hardware.gpu.name} has "
-        f"{hardware.gpu.memory / 1e9:.1f} GB"
-    )
-    return f"{message}; {fitting_changes(model, hardware, layout, tokens)}"
-
-
-def fitting_changes(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float | None = None) -> str:
-    """Return changes that make a layout fit; `tokens`: of the largest micro-batch, if not full."""
-    choices = _smaller(model, hardware, layout, tokens or float(layout.tokens_per_micro_batch))
-    return f"it fits with {' or '.join(choices)}" if choices else "use more GPUs"
-
-
-def fullest_stage(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> tuple[int, Footprint]:
-    """Return the stage with the highest peak memory."""
-    stages = [footprint(model, hardware, layout, i, tokens) for i in range(layout.parallel.pipeline)]
-    stage = max(range(len(stages)), key=lambda i: stages[i].total)
-    return stage, stages[stage]
-
-
-def _smaller(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> list[str]:
-    """Return single changes that make it fit."""
-    found, p = [], layout.parallel
-    if layout.recompute != "full":
-        full = replace(layout, recompute="full")
-        if fullest_stage(model, hardware, full, tokens)[1].total <= hardware.gpu.memory:
-            found.append("recompute full")
-    for name, axis in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")):
-        for size in _divisors(p.world_size):
-            changed = replace(
-                p, **{axis: size}, sequence=p.sequence or (axis == "tensor" and size > 1), virtual_pipeline=1
-            )
-            changed = replace(changed, first_stage_layers=None, last_stage_layers=None)
-            if size <= getattr(p, axis) or layout_problems(model, changed):
-                continue
-            other = replace(layout, parallel=changed, chunk_layers=None)
-            if fullest_stage(model, hardware, other, tokens)[1].total <= hardware.gpu.memory:
-                found.append(f"{name} {size}")
-                break
-    return found
 
 
 def enumerate_layouts(
@@ -203,12 +152,12 @@ def enumerate_layouts(
 
 
 def _parallel_configs(model: ModelShape, gpus: int, most_tensor: int) -> Iterator[ParallelConfig]:
-    tensors = [t for t in _divisors(gpus) if t <= most_tensor and model.num_heads % t == 0 and kv_heads_split(model, t)]
+    tensors = [t for t in divisors(gpus) if t <= most_tensor and model.num_heads % t == 0 and kv_heads_split(model, t)]
     for t in tensors:
         if model.experts is None and model.ffn_hidden_size % t:
             continue
-        for pp in [n for n in _divisors(gpus // t) if n <= model.num_layers]:
-            for c in [n for n in _divisors(gpus // t // pp) if n <= _MOST_CONTEXT]:
+        for pp in [n for n in divisors(gpus // t) if n <= model.num_layers]:
+            for c in [n for n in divisors(gpus // t // pp) if n <= _MOST_CONTEXT]:
                 base = ParallelConfig(world_size=gpus, tensor=t, pipeline=pp, context=c, sequence=t > 1)
                 for staged in _stagings(model.num_layers, base):
                     for ep in _expert_sizes(model, staged):
@@ -221,7 +170,7 @@ def _stagings(layers: int, p: ParallelConfig) -> Iterator[ParallelConfig]:
         return
     if layers % p.pipeline == 0:
         each = layers // p.pipeline
-        yield from (replace(p, virtual_pipeline=v) for v in _divisors(each) if v <= _MOST_CHUNKS)
+        yield from (replace(p, virtual_pipeline=v) for v in divisors(each) if v <= _MOST_CHUNKS)
     for first, last in uneven_stages(layers, p.pipeline):
         yield replace(p, first_stage_layers=first, last_stage_layers=last)
 
@@ -230,14 +179,7 @@ def _expert_sizes(model: ModelShape, p: ParallelConfig) -> list[int]:
     if model.experts is None:
         return [1]
     stage = p.world_size // p.pipeline
-    return [e for e in _divisors(model.experts.count) if stage % e == 0 and (p.tensor == 1 or e > 1)]
-
-
-def head_in_layers(model: ModelShape) -> float:
-    """Return the LM head's arithmetic in units of a layer's."""
-    common, expert = mlp_weights(model, model.num_layers)
-    active = attention_weights(model) + common + expert * (model.experts.active if model.experts else 0)
-    return model.hidden_size * model.vocab_size / active
+    return [e for e in divisors(model.experts.count) if stage % e == 0 and (p.tensor == 1 or e > 1)]
 
 
 def _around(legal: Sequence[int], wanted: int) -> list[int]:
@@ -246,6 +188,7 @@ def _around(legal: Sequence[int], wanted: int) -> list[int]:
     return [*below[-1:], *above[:1]]
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n, smallest first."""
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})

@@ -1,4 +1,4 @@
-"""`megatron-fipo scaling`: compare layouts before spending node-hours."""
+"""`megatron-fipo scaling plan`: rank layouts before spending node-hours."""
 
 from __future__ import annotations
 
@@ -8,24 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.outcome import EXIT_CODES
-from megatron_fipo.scaling.measure import run_command, sweep_command
 
 if TYPE_CHECKING:
     from megatron_fipo.scaling.cost.hardware import Hardware
-    from megatron_fipo.scaling.cost.workload import Recompute
+    from megatron_fipo.scaling.cost.layout import Recompute
     from megatron_fipo.scaling.planner.planner import Candidate, Plan, Planner
 
-app = typer.Typer(help="Plan, measure and compare training layouts.", no_args_is_help=True)
 _SCALED = [2**k for k in range(3, 15)]  # 8..16384
 
 
-@app.callback()
-def scaling() -> None:
-    """Plan, measure and compare training layouts."""
-
-
-@app.command(epilog=EXIT_CODES)
 def plan(
     config: Annotated[str | None, typer.Argument(help="Run config (YAML): plan it and evaluate its layout.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -56,7 +47,7 @@ def plan(
 ) -> None:
     """Rank all legal layouts that fit into GPU memory by time per update. Runs nothing."""
     from megatron_fipo.scaling.cost.hardware import find_hardware
-    from megatron_fipo.scaling.planner import plan_tables as tables
+    from megatron_fipo.scaling.planner import plan_tables
 
     settings = load_config(config, overrides or []) if config is not None else None
     hardware = find_hardware(gpu, calibration=calibration)
@@ -76,39 +67,39 @@ def plan(
             if settings is not None and count == settings.parallel.world_size:
                 _evaluate_config_layout(settings, planner, made, explain == 0)
     if csv is not None:
-        tables.write_csv(csv, everything)
+        plan_tables.write_csv(csv, everything)
     if json is not None:
-        tables.write_json(json, {"gpu": gpu, "layouts": [tables.details(c) for c in shown]})
+        plan_tables.write_json(json, {"gpu": gpu, "layouts": [plan_tables.details(c) for c in shown]})
 
 
 def _scale(planner: Planner, kind: str, counts: list[int], max_tokens: int | None, gpu: str) -> list[Candidate]:
-    from megatron_fipo.scaling.planner import plan_tables as tables
+    from megatron_fipo.scaling.planner import plan_tables
     from megatron_fipo.scaling.planner.planner import scaling as scaled
 
     if kind not in ("strong", "weak"):
         raise ValueError(f"--scale {kind!r} must be strong or weak")
     found = list(scaled(planner, counts, kind == "weak", max_tokens))
-    tables.show([tables.scaling_table(found, f"{kind} scaling on {gpu}, best layout at each size")])
+    plan_tables.show([plan_tables.scaling_table(found, f"{kind} scaling on {gpu}, best layout at each size")])
     return [row.best for row in found]
 
 
 def _show(made: Plan, planner: Planner, title: str, rows: int, explain: int | None) -> None:
-    from megatron_fipo.scaling.planner import plan_tables as tables
+    from megatron_fipo.scaling.planner import plan_tables
 
     title = f"{title}: {len(made.candidates)} layouts fit, {made.rejected} do not"
     if made.candidates:
-        tables.show([tables.plan_table(made, title, rows)])
+        plan_tables.show([plan_tables.plan_table(made, title, rows)])
     else:
         typer.echo(title)
     if not made.candidates and made.nearest is not None:
         typer.echo(f"no layout fits; the closest, {made.nearest.layout}, lacks {-made.nearest.spare / 1e9:.1f} GB")
-        tables.show(tables.explain_tables(made.nearest))
+        plan_tables.show(plan_tables.explain_tables(made.nearest))
     if explain:
         if explain > len(made.candidates):
             raise ValueError(
                 f"--explain {explain}: must be at most {len(made.candidates)}, the number of layouts that fit"
             )
-        tables.show(tables.explain_tables(planner.evaluate(made.candidates[explain - 1].layout)))
+        plan_tables.show(plan_tables.explain_tables(planner.evaluate(made.candidates[explain - 1].layout)))
 
 
 def _planner(
@@ -122,7 +113,7 @@ def _planner(
 ) -> Planner:
     from megatron_fipo.scaling.cost.model_shapes import find_model
     from megatron_fipo.scaling.cost.sequence_lengths import parse_lengths, read_rollouts
-    from megatron_fipo.scaling.planner import run_inputs as recipe
+    from megatron_fipo.scaling.planner import run_inputs
     from megatron_fipo.scaling.planner.planner import Planner
 
     if (settings is None) == (model is None):
@@ -131,15 +122,15 @@ def _planner(
         raise ValueError("--lengths and --rollouts are mutually exclusive")
     if global_batch is not None and global_batch < 1:
         raise ValueError(f"--global-batch {global_batch} must be at least 1")
-    count = global_batch or (recipe.update_sequences(settings) if settings else 1024)
+    count = global_batch or (run_inputs.update_sequences(settings) if settings else 1024)
     if rollouts is not None:
         sequences = read_rollouts(rollouts, count)
     elif lengths is not None or settings is None:
         sequences = parse_lengths(lengths or "4096", count)
     else:
-        sequences = recipe.sequences_of(settings).resampled(count)
+        sequences = run_inputs.sequences_of(settings).resampled(count)
     if settings is not None:
-        return recipe.planner_of(settings, hardware, sequences)
+        return run_inputs.planner_of(settings, hardware, sequences)
     assert model is not None
     return Planner(find_model(model), hardware, sequences, precision)
 
@@ -172,14 +163,15 @@ def _modes(recompute: str) -> list[Recompute]:
 
 def _evaluate_config_layout(settings: Config, planner: Planner, made: Plan, explain: bool) -> None:
     """Evaluate the config's own layout."""
-    from megatron_fipo.scaling.planner import plan_tables as tables
-    from megatron_fipo.scaling.planner import run_inputs as recipe
+    from megatron_fipo.scaling.cost.layout import Layout
+    from megatron_fipo.scaling.planner import memory_check, plan_tables
+    from megatron_fipo.scaling.planner.legal_layouts import layout_problems
 
-    problems = recipe.recipe_problems(settings, planner.hardware)
+    problems = memory_check.recipe_problems(settings, planner.hardware)
     for problem in problems:
         typer.secho(f"problem: {problem}", fg="yellow")
-    layout = recipe.layout_of(settings)
-    if recipe.layout_problems(planner.model, settings.parallel):
+    layout = Layout.of(settings)
+    if layout_problems(planner.model, settings.parallel):
         return
     own = planner.evaluate(layout)
     faster = sum(c.cost.seconds < own.cost.seconds for c in made.candidates)
@@ -192,8 +184,4 @@ def _evaluate_config_layout(settings: Config, planner: Planner, made: Plan, expl
         gain = own.cost.seconds / made.candidates[0].cost.seconds - 1
         typer.echo(f"{gain:.0%} slower than the fastest")
     if explain:
-        tables.show(tables.explain_tables(own))
-
-
-app.command(epilog=run_command.EPILOG)(run_command.run)
-app.command(epilog=EXIT_CODES)(sweep_command.sweep)
+        plan_tables.show(plan_tables.explain_tables(own))

@@ -4,44 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from megatron_fipo.config import Config
-from megatron_fipo.scaling.measure.row_reader import LayoutKey
-
-_AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
-_STAGES = ("first_stage_layers", "last_stage_layers")
-_RECOMPUTE = ("none", "selective", "full")
+from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES, RECOMPUTE, Layout
 
 
-@dataclass(frozen=True)
-class PlannedLayout:
-    """Layout of one line. `sequence` defaults to tensor > 1."""
-
-    key: LayoutKey  # identifies its row
-    sequence: bool
-
-    def applied(self, config: Config) -> Config:
-        """Return the config with this layout, without validation."""
-        wanted = self.key._asdict()
-        recompute: Any = wanted["recompute"]  # `read_plan` checked it
-        parallel = replace(
-            config.parallel,
-            world_size=self.key.gpus,
-            sequence=self.sequence,
-            **{name: wanted[name] for name in (*_AXES, *_STAGES)},
-        )
-        return replace(
-            config,
-            parallel=parallel,
-            model=replace(config.model, recompute=recompute),
-            trainer=replace(config.trainer, tokens_per_micro_batch=self.key.tokens_per_micro_batch),
-        )
-
-
-def read_plan(path: Path) -> list[PlannedLayout]:
+def read_plan(path: Path) -> list[Layout]:
     """Return the layouts of all lines.
 
     Raises:
@@ -58,7 +26,7 @@ def read_plan(path: Path) -> list[PlannedLayout]:
     return [_layout(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
 
 
-def plan_line(path: Path, number: int) -> PlannedLayout:
+def plan_line(path: Path, number: int) -> Layout:
     """Return line `number`, counted from 1 without the header.
 
     Raises:
@@ -70,16 +38,16 @@ def plan_line(path: Path, number: int) -> PlannedLayout:
     return layouts[number - 1]
 
 
-def _layout(line: Mapping[str, str | None], where: str) -> PlannedLayout:
-    numbers: dict[str, Any] = {name: _count(line, name, where) for name in ("gpus", *_AXES, "tokens_per_micro_batch")}
-    numbers |= {name: _count(line, name, where) if line.get(name) else None for name in _STAGES}
-    recompute = line.get("recompute")
-    sequence = line.get("sequence") or str(numbers["tensor"] > 1)
-    if recompute not in _RECOMPUTE:
-        raise ValueError(f"{where}: recompute must be one of {', '.join(_RECOMPUTE)}, got {recompute!r}")
-    if sequence not in ("True", "False"):
+def _layout(line: Mapping[str, str | None], where: str) -> Layout:
+    counts = {name: _count(line, name, where) for name in COUNTS}
+    ends = {name: _count(line, name, where) if line.get(name) else None for name in END_STAGES}
+    recompute = next((mode for mode in RECOMPUTE if mode == line.get("recompute")), None)
+    if recompute is None:
+        raise ValueError(f"{where}: recompute must be one of {', '.join(RECOMPUTE)}, got {line.get('recompute')!r}")
+    sequence = line.get("sequence")
+    if sequence not in (None, "", "True", "False"):
         raise ValueError(f"{where}: sequence must be True or False, got {sequence!r}")
-    return PlannedLayout(LayoutKey(**numbers, recompute=recompute), sequence=sequence == "True")
+    return Layout.from_record(counts, ends, recompute, sequence == "True" if sequence else None)
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.scaling.cost.footprint import Footprint
 from megatron_fipo.scaling.cost.hardware import Hardware
+from megatron_fipo.scaling.cost.layout import Layout, Recompute
+from megatron_fipo.scaling.cost.memory import StageMemory
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
 from megatron_fipo.scaling.cost.step_cost import CostModel, StepCost
-from megatron_fipo.scaling.cost.workload import Batch, Layout, Recompute, estimated_batch, packed_batch
+from megatron_fipo.scaling.cost.workload import Batch, estimated_batch, packed_batch
 from megatron_fipo.scaling.pipeline.pipeline_time import pipeline_estimate, pipeline_time
-from megatron_fipo.scaling.planner.legal_layouts import enumerate_layouts, fullest_stage, layout_problems
+from megatron_fipo.scaling.planner.legal_layouts import enumerate_layouts, layout_problems
+from megatron_fipo.scaling.planner.memory_fit import fullest_stage
 
 _REPLAYED = 64  # fastest layouts by estimate that are packed and replayed
 _PACKED_AT_MOST = 4096  # sequences; with more, one replica's share of the distribution is packed
@@ -34,7 +36,7 @@ class Candidate:
     batch: Batch
     cost: StepCost
     stage: int
-    memory: Footprint
+    memory: StageMemory
     gpu_memory: float
     log_prob_seconds: float
     replayed: bool

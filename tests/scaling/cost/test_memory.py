@@ -12,14 +12,16 @@ from transformers import Qwen2Config
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.model.architecture import architecture, check_model
+from megatron_fipo.scaling.cost.elements import num_parameters
+from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.memory import (
     chunks_in_flight,
-    layer_activations,
-    num_parameters,
+    kept_by_config,
+    layer_memory,
     rollout_memory,
     training_memory,
 )
-from megatron_fipo.scaling.cost.model_shapes import find_model
+from megatron_fipo.scaling.cost.model_shapes import find_model, shape_of
 from tests.actor.actors import actor_of
 from tests.convert.families import make_checkpoint
 from tests.policies import make_config, make_qwen2
@@ -169,16 +171,22 @@ def _recipe(**parallel: Any) -> Config:
     )
 
 
+def _layer(config: Config) -> float:
+    """The bytes a token of a layer of the 32B model."""
+    shape = shape_of(QWEN_32B)
+    return layer_memory(shape, Layout.of(config), 1, kept_by_config(shape, config, "transformer_engine"))
+
+
 def test_activations_of_a_layer() -> None:
     """8h + 4q + 4k + 6f bytes a token, over the tensor-parallel ranks; 8h is not split without sequence parallelism."""
     whole = 8 * 5120 + 4 * 5120 + 4 * 1024 + 6 * 27648
-    assert layer_activations(QWEN_32B, _recipe()) == whole // 8
-    assert layer_activations(QWEN_32B, _recipe(sequence=False)) == 8 * 5120 + (whole - 8 * 5120) // 8
+    assert _layer(_recipe()) == whole // 8
+    assert _layer(_recipe(sequence=False)) == 8 * 5120 + (whole - 8 * 5120) // 8
 
 
 def test_activations_of_a_stage() -> None:
     """The first of two stages holds two micro-batches of its 32 layers, the last one holds one."""
-    one_layer = layer_activations(QWEN_32B, _recipe()) * 22528
+    one_layer = _layer(_recipe()) * 22528
     assert training_memory(QWEN_32B, _recipe(), stage=0).activations == 32 * 2 * one_layer
     assert training_memory(QWEN_32B, _recipe(), stage=1).activations == 32 * one_layer
     split = _recipe(context=2)
@@ -189,7 +197,7 @@ def test_full_recomputation_keeps_layer_inputs() -> None:
     """2h bytes a token and layer over t, and one layer in full."""
     config = _recipe()
     full = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute="full"))
-    one_layer = layer_activations(QWEN_32B, config) * 22528
+    one_layer = _layer(config) * 22528
     assert training_memory(QWEN_32B, full, stage=0).activations == 64 * 22528 * 2 * 5120 // 8 + one_layer
 
 
@@ -207,14 +215,14 @@ def test_lm_head_is_on_the_last_stage() -> None:
     """Hidden states three times and a chunk of logits; the weight's gradient goes into the gradient buffer."""
     vocabulary = 152064 // 8
     expected = 3 * 22528 * 5120 * 2 + 512 * vocabulary * 2
-    assert training_memory(QWEN_32B, _recipe(), stage=0).lm_head == 0
-    assert training_memory(QWEN_32B, _recipe(), stage=1).lm_head == expected
+    assert training_memory(QWEN_32B, _recipe(), stage=0).head == 0
+    assert training_memory(QWEN_32B, _recipe(), stage=1).head == expected
 
 
 def test_total_is_the_sum() -> None:
     """Of all five parts."""
     m = training_memory(QWEN_32B, _recipe(), stage=1)
-    assert m.total == m.parameters + m.gradients + m.optimizer + m.activations + m.lm_head
+    assert m.total == m.parameters + m.gradients + m.optimizer + m.activations + m.head
 
 
 def test_rollout_phase() -> None:

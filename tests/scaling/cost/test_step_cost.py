@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.scaling.cost.elements import num_parameters
 from megatron_fipo.scaling.cost.flops import active_weights, model_flops, parameters
 from megatron_fipo.scaling.cost.hardware import find_hardware
-from megatron_fipo.scaling.cost.memory import num_parameters
 from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, find_model, make_shape
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
 from megatron_fipo.scaling.cost.step_cost import PASS_PARTS, CostModel

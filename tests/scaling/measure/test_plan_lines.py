@@ -9,10 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_fipo.cli import app
-from megatron_fipo.config import to_yaml
+from megatron_fipo.config import ParallelConfig, to_yaml
+from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.measure.plan_lines import SlurmJob, lines_to_measure
-from megatron_fipo.scaling.measure.row_reader import LayoutKey
-from megatron_fipo.scaling.planner.plan_csv import PlannedLayout
 from tests.policies import make_config, make_qwen2
 
 ENVIRONMENT = {
@@ -49,7 +48,7 @@ def test_job_is_too_small() -> None:
 
 def test_array_task_has_one_line() -> None:
     """Its own; without an array all; a number beyond the plan is refused."""
-    layouts = [PlannedLayout(LayoutKey(1, 1, 1, 1, 1, 1, None, None, 256, "none"), False)] * 3
+    layouts = [Layout(ParallelConfig(), 256)] * 3
     assert lines_to_measure(layouts, {}) == [1, 2, 3]
     assert lines_to_measure(layouts, {"SLURM_ARRAY_TASK_ID": "2"}) == [2]
     with pytest.raises(ValueError, match="array task 4 must be a line of the plan, 1 to 3: use sbatch --array=1-3"):

@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.config import ParallelConfig
 from megatron_fipo.scaling.cost.hardware import find_hardware
+from megatron_fipo.scaling.cost.layout import Layout, Recompute
 from megatron_fipo.scaling.cost.model_shapes import find_model
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
-from megatron_fipo.scaling.measure.row_reader import LayoutKey
 from megatron_fipo.scaling.measure.row_writer import write_failed_row
 from megatron_fipo.scaling.measure.run_command import measure
 from megatron_fipo.scaling.measure.specification import Measurement, measurement_name
-from megatron_fipo.scaling.planner import plan_tables as tables
-from megatron_fipo.scaling.planner.plan_csv import PlannedLayout, plan_line, read_plan
+from megatron_fipo.scaling.planner import plan_tables
+from megatron_fipo.scaling.planner.plan_csv import plan_line, read_plan
 from megatron_fipo.scaling.planner.planner import Planner
-from megatron_fipo.scaling.planner.run_inputs import layout_of
 from tests.policies import make_config, make_qwen2
 
-LINE = PlannedLayout(LayoutKey(8, 2, 4, 1, 1, 1, 5, 3, 4096, "full"), sequence=True)
+PARALLEL = ParallelConfig(world_size=8, tensor=2, pipeline=4, sequence=True, first_stage_layers=5, last_stage_layers=3)
+EVEN = {"first_stage_layers": None, "last_stage_layers": None}
+LINE = Layout(PARALLEL, 4096, "full")
 TEXT = {
     "gpus": "8",
     "tensor": "2",
@@ -37,8 +39,8 @@ TEXT = {
 }
 
 
-def _changed(**changes: Any) -> PlannedLayout:
-    return replace(LINE, key=LINE.key._replace(**changes))
+def _changed(recompute: Recompute = "full", **changes: Any) -> Layout:
+    return replace(LINE, parallel=replace(PARALLEL, **changes), recompute=recompute)
 
 
 def _write(path: Path, **changes: str | None) -> Path:
@@ -50,7 +52,7 @@ def _write(path: Path, **changes: str | None) -> Path:
 def test_what_plan_writes_is_read(tmp_path: Path) -> None:
     """Every layout of a plan comes back from its CSV, in order."""
     made = Planner(find_model("qwen2.5-7b"), find_hardware("H100-80"), Sequences((4096,) * 64)).plan(8)
-    tables.write_csv(tmp_path / "plan.csv", made.candidates)
+    plan_tables.write_csv(tmp_path / "plan.csv", made.candidates)
     base = make_config("unused")
     read = read_plan(tmp_path / "plan.csv")
     assert len(read) == len(made.candidates) > 10
@@ -65,7 +67,7 @@ def test_one_line(tmp_path: Path) -> None:
     """Sequence parallelism goes with tensor parallelism unless the file says otherwise; no layers means even stages."""
     plan = _write(tmp_path / "plan.csv")
     assert plan_line(plan, 1) == LINE
-    assert plan_line(_write(plan, sequence="False"), 1) == replace(LINE, sequence=False)
+    assert plan_line(_write(plan, sequence="False"), 1) == _changed(sequence=False)
     assert plan_line(_write(plan, first_stage_layers=""), 1) == _changed(first_stage_layers=None)
 
 
@@ -102,7 +104,7 @@ def test_names() -> None:
     config = LINE.applied(make_config("/models/Qwen2.5 32B"))
     name = measurement_name(config, "H100-80", "fipo")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-f5-l3-vpp1-cp1-ep1-t4096-full-fipo"
-    even = _changed(first_stage_layers=None, last_stage_layers=None, recompute="none")
+    even = _changed(**EVEN, recompute="none")
     name = measurement_name(even.applied(make_config("/models/Qwen2.5-32B")), "H100-80", "lm")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-vpp1-cp1-ep1-t4096-none-lm"
 
@@ -111,8 +113,11 @@ def test_names() -> None:
     ("changes", "message"),
     [
         ({"tensor": 8}, r"4 attention heads / tp 8 = 0.50"),
-        ({"first_stage_layers": None, "last_stage_layers": None, "pipeline": 8, "gpus": 16}, r"4 layers / \(8 stages"),
-        ({"gpus": 9}, r"tp 2 x pp 4 x cp 1 = 8 does not divide the 9 GPUs"),
+        (
+            {**EVEN, "pipeline": 8, "world_size": 16},
+            r"4 layers / \(8 stages",
+        ),
+        ({"world_size": 9}, r"tp 2 x pp 4 x cp 1 = 8 does not divide the 9 GPUs"),
     ],
 )
 def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, tmp_path: Path) -> None:
@@ -136,7 +141,7 @@ def test_prediction_is_the_planner_s(tmp_path: Path) -> None:
     hardware, sequences = find_hardware("H100-80"), Sequences((50, 90, 120, 30))
     asked = Measurement(config, sequences, "fipo", "H100-80", hardware, tmp_path)
     row = write_failed_row(asked, "an [error]\nin two lines")
-    expected = Planner(find_model(str(tmp_path / "model")), hardware, sequences).evaluate(layout_of(config))
+    expected = Planner(find_model(str(tmp_path / "model")), hardware, sequences).evaluate(Layout.of(config))
     assert row["predicted"]["seconds"] == expected.cost.seconds
     assert row["predicted"]["memory_bytes"] == expected.memory.total
     tensors = expected.memory.total - expected.memory.reserve

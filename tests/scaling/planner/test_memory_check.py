@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.scaling.cost.hardware import find_hardware, local_hardware, name_of
+from megatron_fipo.scaling.cost.hardware import find_hardware
 from megatron_fipo.scaling.cost.memory import training_memory
-from megatron_fipo.scaling.planner.run_inputs import check_memory, model_of, recipe_problems
+from megatron_fipo.scaling.planner.memory_check import check_memory, recipe_problems
+from megatron_fipo.scaling.planner.run_inputs import model_of
 
 ROOT = Path(__file__).parents[3]
 H100 = find_hardware("H100-80")
@@ -61,39 +61,3 @@ def test_layers_of_torch_need_more() -> None:
     (problem,) = problems("model.transformer_engine='off'", "model.recompute=none")
     assert re.search(r"without Transformer Engine stage 0 needs \d+\.\d GB .*micro_batch=19000 .*H100-80 has", problem)
     assert problems("model.transformer_engine='off'", "model.recompute=full") == []
-
-
-@pytest.mark.parametrize(
-    ("device", "memory", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", 85.5e9, "H100-80"),
-        ("NVIDIA A100-SXM4-40GB", 42.9e9, "A100-40"),
-        ("NVIDIA A100 80GB PCIe", 85.9e9, "A100-80"),
-        ("NVIDIA H20", 103e9, "H20"),
-        ("NVIDIA H200", 150e9, "H200"),
-        ("NVIDIA GeForce RTX 4090", 25e9, None),
-    ],
-)
-def test_names_of_devices(device: str, memory: float, name: str | None) -> None:
-    """As drivers print them; a kind that the planner does not know is none."""
-    assert name_of(device, memory) == name
-
-
-def _driver(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of an H100, as a partitioned GPU has it, is taken for what it is; without a driver, or with one that
-    fails, there is no hardware."""
-    _driver(tmp_path, monkeypatch, "echo 'NVIDIA H100 80GB HBM3, 20480'")
-    found = local_hardware()
-    assert found is not None
-    assert (found.gpu.name, found.gpu.memory) == ("H100-80", 20480 * 2**20)
-    _driver(tmp_path, monkeypatch, "exit 9")
-    assert local_hardware() is None
-    (tmp_path / "nvidia-smi").unlink()
-    assert local_hardware() is None
