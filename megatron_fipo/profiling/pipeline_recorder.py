@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.scaling.pipeline.schedule import Exchange, Message, Pass, Schedule, Step, Wait
 from megatron_fipo.scaling.pipeline.timeline import Bubble, Span, Timeline, trace_events, write_trace
 
@@ -131,8 +132,7 @@ class PipelineRecorder:
     def timelines(self) -> list[Timeline]:
         """Return the timelines since the last call. Collective over the pipeline; waits for the device."""
         local_spans = [_stage_spans(run, self._group.rank()) for run in self._runs]
-        gathered: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(gathered, (socket.gethostname(), self._clock.zero, local_spans), group=self._group)
+        gathered = gather((socket.gethostname(), self._clock.zero, local_spans), self._group)
         zeros = _zeros([(host, zero) for host, zero, _ in gathered])
         stages = [[_shift(s, zero) for s in spans] for (_, _, spans), zero in zip(gathered, zeros, strict=True)]
         runs, self._runs, self._clock = self._runs, [], self._common_clock()

@@ -26,7 +26,8 @@ def calibrate(
     data-sheet rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
     """
     from megatron_fipo import launch
-    from megatron_fipo.scaling.calibrate.rank import Request, calibrate_rank
+    from megatron_fipo.scaling.calibrate.rank import calibrate_rank
+    from megatron_fipo.scaling.calibrate.request import Request
 
     request = Request(out, gpu, minutes, dtype)
     request.check()

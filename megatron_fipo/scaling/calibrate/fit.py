@@ -19,7 +19,7 @@ from megatron_fipo.scaling.cost.hardware import hardware_files
 NOISY = 0.1  # relative spread above which a measurement causes a warning
 
 
-class Product(NamedTuple):
+class Matmul(NamedTuple):
     """A matmul `[rows, inner] x [inner, width]` and its timing."""
 
     rows: int
@@ -72,7 +72,7 @@ class Machine:
 class Measurements:
     """Results of all measurements; empty: not measured."""
 
-    products: list[Product] = field(default_factory=list)
+    matmuls: list[Matmul] = field(default_factory=list)
     attention: list[Rate] = field(default_factory=list)
     memory: list[Rate] = field(default_factory=list)
     link: list[Rate] = field(default_factory=list)
@@ -89,21 +89,21 @@ class Gemm:
     rate: float
     half_width: float
 
-    def seconds(self, product: Product) -> float:
-        return product.flops / self.rate * (1 + self.half_width / product.width)
+    def seconds(self, matmul: Matmul) -> float:
+        return matmul.flops / self.rate * (1 + self.half_width / matmul.width)
 
 
-def fit_gemm(products: Sequence[Product]) -> Gemm:
+def fit_gemm(matmuls: Sequence[Matmul]) -> Gemm:
     """Fit the matmul model by least squares on relative errors.
 
     Raises:
         ValueError: no matmul was timed.
     """
-    if not products:
+    if not matmuls:
         raise ValueError("no matmul was timed; increase --minutes")
-    per_flop = np.array([p.timing.seconds / p.flops for p in products])
-    columns = np.array([[1.0, 1.0 / p.width] for p in products]) / per_flop[:, None]
-    flat, narrow = np.linalg.lstsq(columns, np.ones(len(products)), rcond=None)[0].tolist()
+    per_flop = np.array([p.timing.seconds / p.flops for p in matmuls])
+    columns = np.array([[1.0, 1.0 / p.width] for p in matmuls]) / per_flop[:, None]
+    flat, narrow = np.linalg.lstsq(columns, np.ones(len(matmuls)), rcond=None)[0].tolist()
     if narrow <= 0 or flat <= 0:  # narrow matmuls were not slower, or only width mattered: use a single rate
         flat, narrow = float((1 / per_flop).sum() / (1 / per_flop**2).sum()), 0.0
     return Gemm(1 / flat, narrow / flat)
@@ -124,10 +124,10 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
     shares = ("efficiencies", generation)
     peaks = _Peaks(machine, printed)
     found: list[Entry] = []
-    if m.products:
-        gemm = fit_gemm(m.products)
-        peak = peaks.of(("flops", "bfloat16"), max(gemm.rate, *(p.rate for p in m.products)), "the fastest matmul")
-        source = f"{len(m.products)} matmuls in {m.dtype}, {_samples([p.timing for p in m.products])}"
+    if m.matmuls:
+        gemm = fit_gemm(m.matmuls)
+        peak = peaks.of(("flops", "bfloat16"), max(gemm.rate, *(p.rate for p in m.matmuls)), "the fastest matmul")
+        source = f"{len(m.matmuls)} matmuls in {m.dtype}, {_samples([p.timing for p in m.matmuls])}"
         found.append(Entry((*shares, "gemm", "bfloat16"), gemm.rate / peak, source))
         found.append(Entry((*shares, "gemm_width"), gemm.half_width, "the same matmuls"))
         if m.attention:
@@ -185,13 +185,13 @@ def render(machine: Machine, m: Measurements) -> str:
     head = ["# Written by `megatron-fipo scaling calibrate`; read by `megatron-fipo scaling plan --calibration`."]
     head += [f"# {name}: {text}" for name, text in machine.notes.items()]
     head += ["# Medians of repetitions, then of ranks. Spread: interquartile range over median."]
-    if m.products:
-        gemm = fit_gemm(m.products)
+    if m.matmuls:
+        gemm = fit_gemm(m.matmuls)
         head += [f"# {m.dtype} matmuls: rows x inner x width, TFLOP/s measured and fitted, spread"]
         head += [
             f"#   {p.rows} x {p.inner} x {p.width}: {p.rate / 1e12:.4g}, {p.flops / gemm.seconds(p) / 1e12:.4g}, "
             f"{p.timing.spread:.1%}"
-            for p in m.products
+            for p in m.matmuls
         ]
     for r in (*m.attention, *m.memory, *m.link, *m.network):
         head.append(f"# {r.name}, {r.size}: {r.value / 1e9:.4g} G/s, spread {r.timing.spread:.1%}")
@@ -210,7 +210,7 @@ def render(machine: Machine, m: Measurements) -> str:
 
 def noise(m: Measurements) -> str | None:
     """Return a warning if repetitions differ too much, else None."""
-    timed = [(f"matmul {p.rows} x {p.inner} x {p.width}", p.timing) for p in m.products]
+    timed = [(f"matmul {p.rows} x {p.inner} x {p.width}", p.timing) for p in m.matmuls]
     timed += [(f"{r.name}, {r.size}", r.timing) for r in (*m.attention, *m.memory, *m.link, *m.network)]
     timed += [("a layer", m.layer[1])] if m.layer is not None else []
     noisy = [t.spread for _, t in timed if t.spread > NOISY]

@@ -20,6 +20,7 @@ from megatron_fipo.launch.failure import host
 from megatron_fipo.outcome import Interrupted
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.profiling.pipeline_recorder import PipelineRecorder
@@ -74,8 +75,7 @@ def measure_rank(measurement: Measurement) -> None:
         actor = MeasuredActor(measurement, topology)
         notes.write(0)
         measured = _run(measurement, actor, make_batch(measurement, actor), notes)
-        peaks: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(peaks, (topology.pp.rank(), memory.read(), host()))
+        peaks = gather((topology.pp.rank(), memory.read(), host()))
     if topology.rank == 0:
         _write_result(measurement, topology, measured, peaks, memory.kind)
 

@@ -11,8 +11,9 @@ import pytest
 
 from megatron_fipo import cli
 from megatron_fipo.scaling.calibrate.bench import Timing
-from megatron_fipo.scaling.calibrate.fit import Machine, Measurements, Product, Rate, fit_gemm, noise, render
-from megatron_fipo.scaling.calibrate.rank import Request, Sizes, calibrate_rank
+from megatron_fipo.scaling.calibrate.fit import Machine, Matmul, Measurements, Rate, fit_gemm, noise, render
+from megatron_fipo.scaling.calibrate.rank import calibrate_rank
+from megatron_fipo.scaling.calibrate.request import Request, Sizes
 from megatron_fipo.scaling.cost.hardware import Hardware, find_hardware
 from megatron_fipo.scaling.cost.model_shapes import make_shape
 from megatron_fipo.scaling.cost.sequence_lengths import parse_lengths
@@ -23,7 +24,7 @@ from tests.ranks import run_ranks
 from tests.scaling.shapes import SMALL, layout
 
 TINY = Sizes(
-    products=((16, 32), (32, 32)), widths=(8, 32), heads=2, head_dim=8, lengths=(16, 32), elements=1 << 12,
+    matmuls=((16, 32), (32, 32)), widths=(8, 32), heads=2, head_dim=8, lengths=(16, 32), elements=1 << 12,
     messages=(1 << 12,),
 )  # fmt: skip
 
@@ -41,8 +42,8 @@ def _other(name: str, **changes: Any) -> Hardware:
 def _measured(hardware: Hardware) -> Measurements:
     """Timings that cost.py says that this hardware has."""
     model, rate = CostModel(SMALL, hardware), hardware.gpu.memory_bandwidth * hardware.efficiency.memory
-    products = [
-        Product(n, k, w, _timing(model._product(n * k * w, w)))
+    matmuls = [
+        Matmul(n, k, w, _timing(model._product(n * k * w, w)))
         for n, k in ((64, 256), (512, 64))
         for w in (32, 128, 512)
     ]
@@ -51,7 +52,7 @@ def _measured(hardware: Hardware) -> Measurements:
     link = [Rate("all-gather", "", 3 / 4 * n, _timing(model._collective(n, 4, 4))) for n in (1e6, 1e8)]
     far = model._collective(1e8, 2, 16, 8)
     return Measurements(
-        products=products,
+        matmuls=matmuls,
         attention=[Rate("attention", "", flops, _timing(seconds))],
         memory=[Rate("sum", "", 1e9, _timing(1e9 / rate))],
         link=link,
@@ -61,18 +62,18 @@ def _measured(hardware: Hardware) -> Measurements:
     )
 
 
-def test_products_are_fitted() -> None:
-    """Rate and width from seconds that cost.py gives products of 6 shapes."""
+def test_matmuls_are_fitted() -> None:
+    """Rate and width from seconds that the cost model gives matmuls of 6 shapes."""
     hardware = _other("H100-80", gemm={"bfloat16": 0.61}, gemm_width=77.0)
-    gemm = fit_gemm(_measured(hardware).products)
+    gemm = fit_gemm(_measured(hardware).matmuls)
     assert gemm.rate == pytest.approx(0.61 * 989e12)
     assert gemm.half_width == pytest.approx(77.0)
 
 
-def test_products_without_a_width_are_fitted() -> None:
+def test_matmuls_without_a_width_are_fitted() -> None:
     """Where narrow ones are the faster ones, one rate remains, between the slowest and the fastest."""
-    products = [Product(8, 8, w, _timing(2 * 64 * w / rate)) for w, rate in ((8, 4e9), (64, 2e9))]
-    gemm = fit_gemm(products)
+    matmuls = [Matmul(8, 8, w, _timing(2 * 64 * w / rate)) for w, rate in ((8, 4e9), (64, 2e9))]
+    gemm = fit_gemm(matmuls)
     assert gemm.half_width == 0
     assert 2e9 < gemm.rate < 4e9
 
