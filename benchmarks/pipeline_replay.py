@@ -56,7 +56,7 @@ def _replay(rows: list[dict[str, str]]) -> Replay:
     forward, backward = (
         [[float(r[name]) / 1e3 / schedule.chunks] for r in rows] for name in ("forward_ms", "backward_ms")
     )
-    transfer = Communication(float(row["transfer_ms"]) / 1e3, shape_seconds=None)
+    transfer = Communication(float(row["transfer_ms"]) / 1e3)
     timeline = simulate(schedule, forward, backward, transfer)
     step, bubble = float(row["step_s"]), float(row["bubble_fraction"])
     layout = f"pp {schedule.stages}, vpp {schedule.chunks}, m {schedule.micro_batches}"

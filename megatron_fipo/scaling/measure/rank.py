@@ -181,8 +181,7 @@ def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
     schedule = Schedule(stages, micro_batches, chunks)
     forward, backward = (_mean_passes(timelines, schedule, name) for name in ("forward", "backward"))
     moving = [s.transfer for t in timelines for spans in t.stages for s in spans if not s.is_pass and s.name != "wait"]
-    backend: Any = "nccl" if torch.cuda.is_available() else "gloo"
-    messages = Communication(median(moving) if moving else 0.0, shape_seconds=None, backend=backend)
+    messages = Communication(median(moving) if moving else 0.0)
     simulated = simulate(schedule, forward, backward, messages)
     return {"simulated_seconds": simulated.step, "simulated_bubble_fraction": simulated.bubble_fraction}
 

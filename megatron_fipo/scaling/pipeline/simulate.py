@@ -5,9 +5,11 @@ Megatron-Core's communication determines what a stage waits for:
   NCCL and gloo work this way for all but small messages.
 - Exchanges block, as batched send/receive pairs do: a stage that sends an activation and receives a gradient continues
   when both are done.
-- With variable shapes, every exchange is preceded by an exchange of the tensors' shapes, which blocks even where the
-  exchange itself overlaps with computation: the interleaved schedule then waits for an input when
-  it requests it, one pass before it needs it.
+- Shapes are known to all stages by default, as in this package's trainer, whose stages have the same plan of
+  micro-batches (parallel/known_shapes.py), or where all micro-batches have the same shape. Megatron-Core's own
+  communicator precedes every exchange by an exchange of the tensors' shapes where they vary
+  (`Communication.shape_seconds`), which blocks even where the exchange itself overlaps with computation: the
+  interleaved schedule then waits for an input when it requests it, one pass before it needs it.
 
 Letters: p stages, v chunks per stage, V = v * p virtual stages, m micro-batches.
 """
@@ -35,14 +37,14 @@ class Communication:
     Attributes:
         seconds: per activation or gradient, latency plus bytes over bandwidth; broadcast to [V - 1, m], so a single
             number, `[m]` per micro-batch, or `[V - 1, 1]` per boundary.
-        shape_seconds: per shape message sent ahead; None: none are sent, since all stages know them, as in this
-            package's trainer, or since all micro-batches have the same shape.
-        backend: "nccl" sends shapes without waiting for the receiver, and then waits for all pending device work,
-            including overlapped messages. "gloo" does neither.
+        shape_seconds: per shape message that precedes an activation or gradient, as Megatron-Core's own communicator
+            sends them; 0.0: free, but blocking. None: no shapes are sent, as in training.
+        backend: of the shape messages. "nccl" sends shapes without waiting for the receiver, and then waits for all
+            pending device work, including overlapped messages. "gloo" does neither.
     """
 
     seconds: Seconds = 0.0
-    shape_seconds: float | None = 0.0
+    shape_seconds: float | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
 
 
@@ -53,7 +55,7 @@ def simulate(
 
     Args:
         forward, backward: seconds of each pass, broadcast to [V, m]; virtual stage `chunk * p + stage`.
-        communication: None: free, with variable shapes, over NCCL.
+        communication: None: free, and without shape messages.
 
     Raises:
         ValueError: times that are negative, not numbers, or do not fit the schedule; or a deadlock.
@@ -80,7 +82,7 @@ def _seconds(name: str, values: Seconds, size: tuple[int, int]) -> list[list[flo
 
 
 class _Parcel(NamedTuple):
-    """A message, or its shape sent ahead."""
+    """A message, or the shape message that precedes it."""
 
     message: Message
     shape: bool

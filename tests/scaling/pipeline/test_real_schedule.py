@@ -56,7 +56,7 @@ def _check(case: Case, stages: int, chunks: int, runs: int) -> None:
         measured = run_ranks(run_sleeping, stages, [case.shortened()] + [case] * runs, stages, chunks)
         timelines += [timeline for timeline, _ in measured[0][1:]]
         fastest = min(timelines, key=lambda timeline: timeline.step)
-        simulated = _simulate(case, stages, chunks, Communication(_message_seconds(fastest), backend="gloo"))
+        simulated = _simulate(case, stages, chunks, Communication(_message_seconds(fastest), 0.0, "gloo"))
         error = np.abs(np.array(_ends(timelines)).min(axis=0) - _ends([simulated])[0]).max() / simulated.step
         if error <= AGREEMENT:
             break
@@ -100,8 +100,8 @@ def test_timelines(stages: int, chunks: int, kind: str) -> None:
 def test_blocking_matters(stages: int, chunks: int) -> None:
     """The cases that are measured tell apart messages that block for their shapes from overlapped ones."""
     case = _case("lengths", stages, chunks, MICRO_BATCHES[stages, chunks])
-    overlapped = _simulate(case, stages, chunks, Communication(shape_seconds=None))
-    blocking = _simulate(case, stages, chunks, Communication(backend="gloo"))
+    overlapped = _simulate(case, stages, chunks, Communication())
+    blocking = _simulate(case, stages, chunks, Communication(shape_seconds=0.0, backend="gloo"))
     assert overlapped.step < (1 - 2 * AGREEMENT) * blocking.step
 
 

@@ -18,9 +18,9 @@ from megatron_fipo.scaling.pipeline.timeline import Timeline, write_trace
 
 EXACT = 1e-12
 COMMUNICATION = {
-    "varying_nccl": Communication(),
-    "varying_gloo": Communication(backend="gloo"),
-    "fixed": Communication(shape_seconds=None),
+    "shapes_over_nccl": Communication(shape_seconds=0.0),
+    "shapes_over_gloo": Communication(shape_seconds=0.0, backend="gloo"),
+    "known_shapes": Communication(),
 }
 EQUAL = [(p, m, 1) for p in (1, 2, 3, 4, 8, 16) for m in (1, 2, 5, 16, 64)]
 EQUAL += [(p, p * k, v) for p in (2, 3, 4, 8, 16) for k in (1, 2, 4) for v in (2, 3, 4)]
@@ -82,19 +82,21 @@ def test_a_stage_that_sends_and_receives_waits_for_both() -> None:
 
 
 def test_shapes_block_overlapped_messages() -> None:
-    """Fixed shapes let an input arrive during the pass before; varying ones are waited for when asked for."""
+    """Known shapes, the default, let an input arrive during the pass before; an input whose shape is sent first is
+    waited for when it is requested."""
     rng = np.random.default_rng(0)
     forward = np.repeat(rng.uniform(0.2, 2, (1, 16)), 8, axis=0)
-    fixed, varying = (
-        simulate(Schedule(4, 16, 2), forward, 2 * forward, Communication(shape_seconds=s)).step for s in (None, 0.0)
+    known, sent = (
+        simulate(Schedule(4, 16, 2), forward, 2 * forward, c).step for c in (None, Communication(shape_seconds=0.0))
     )
-    assert fixed < varying
+    assert known < sent
+    assert simulate(Schedule(4, 16, 2), forward, 2 * forward, Communication(shape_seconds=None)).step == known
 
 
 def test_stages_that_wait_for_each_other() -> None:
-    """Without overlap, shapes that vary and sends that wait for their receiver stop this pipeline for ever."""
+    """Without overlap, shape messages whose sends wait for their receiver stop this pipeline for ever."""
     with pytest.raises(ValueError, match="are deadlocked: stage"):
-        simulate(Schedule(4, 4, 2, overlap=False), 1.0, 2.0, Communication(backend="gloo"))
+        simulate(Schedule(4, 4, 2, overlap=False), 1.0, 2.0, Communication(shape_seconds=0.0, backend="gloo"))
 
 
 @pytest.mark.parametrize(
