@@ -1,4 +1,4 @@
-"""Fit of the constants in megatron_fipo/scaling/efficiency.yaml, shared by all rows of a GPU generation or code.
+"""Fit of the constants in megatron_fipo/scaling/cost/efficiency.yaml, shared by all rows of a GPU generation or code.
 
 Coordinate search in the logarithm of each constant, always from the same start, on a robust loss of the logarithm
 of predicted over measured step time. Rows of one source share a weight that grows with the square root of their

@@ -2,8 +2,9 @@
 
 For every pipeline, responses of three length distributions are distributed to replicas and micro-batches by the
 trainer's packer; a step is that of the slowest replica. `worst` is the least favourable mini-batch of
-"longest_middle", `search` the step found by random swaps from it, relative to it. `known_shapes` is for
-"longest_first": shapes known to all stages, relative to shapes sent ahead of every message.
+"longest_middle", `search` the step found by random swaps from it, relative to it. Shapes are known to all stages, as in
+training; `shapes_sent` is "longest_first" with a free shape message before every message, as Megatron-Core's own
+communicator sends them, relative to "longest_first" without.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.scaling.orders import (
+from megatron_fipo.scaling.pipeline.micro_batch_orders import (
     LENGTHS,
     ORDERS,
     Setting,
@@ -25,7 +26,7 @@ from megatron_fipo.scaling.orders import (
     search_order,
     step_seconds,
 )
-from megatron_fipo.scaling.simulate import Communication
+from megatron_fipo.scaling.pipeline.simulate import Communication
 
 PIPELINES = [(2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (8, 2), (4, 4)]  # stages, chunks
 BASE = ORDERS["longest_first"]
@@ -44,14 +45,14 @@ def settings(stages: int, chunks: int) -> list[Setting]:
 
 def measure(stages: int, chunks: int, seeds: range) -> dict[str, float]:
     """Return geometric means over settings and seeds, and the worst."""
-    ratios: dict[str, list[float]] = {name: [] for name in (*ORDERS, "search", "known_shapes")}
+    ratios: dict[str, list[float]] = {name: [] for name in (*ORDERS, "search", "shapes_sent")}
     for setting in settings(stages, chunks):
         for name, values in compare_orders(setting, seeds).items():
             ratios[name] += values
         replicas = micro_batch_seconds(setting, seeds[0])
         base = step_seconds(setting, replicas, BASE)
-        known = Communication(shape_seconds=None)
-        ratios["known_shapes"].append(step_seconds(setting, replicas, BASE, known) / base)
+        sent = Communication(shape_seconds=0.0)
+        ratios["shapes_sent"].append(step_seconds(setting, replicas, BASE, sent) / base)
         if setting.replicas == 1 and len(replicas[0]) <= SEARCHED:
             middle = step_seconds(setting, replicas, ORDERS["longest_middle"])
             found = search_order(setting, replicas[0], ORDERS["longest_middle"], tries=100)

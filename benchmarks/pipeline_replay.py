@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.scaling.schedule import Schedule
-from megatron_fipo.scaling.simulate import Communication, simulate
+from megatron_fipo.scaling.pipeline.schedule import Schedule
+from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 
 DATA = Path(__file__).parent / "data" / "pipeline_profiles.csv"
 MEGATRON = ("baseline", "redis")  # profiled and measured under Megatron's schedule
@@ -56,7 +56,7 @@ def _replay(rows: list[dict[str, str]]) -> Replay:
     forward, backward = (
         [[float(r[name]) / 1e3 / schedule.chunks] for r in rows] for name in ("forward_ms", "backward_ms")
     )
-    transfer = Communication(float(row["transfer_ms"]) / 1e3, shape_seconds=None)
+    transfer = Communication(float(row["transfer_ms"]) / 1e3)
     timeline = simulate(schedule, forward, backward, transfer)
     step, bubble = float(row["step_s"]), float(row["bubble_fraction"])
     layout = f"pp {schedule.stages}, vpp {schedule.chunks}, m {schedule.micro_batches}"

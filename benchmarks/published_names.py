@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from megatron_fipo.scaling.flops import parameters
-from megatron_fipo.scaling.models import PUBLISHED, ModelShape, make_shape
+from megatron_fipo.scaling.cost.flops import parameters
+from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, ModelShape, make_shape
 
 Fields = dict[str, str]
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.scaling.cost import CostModel, Schedule, StepCost
-from megatron_fipo.scaling.flops import active_weights
-from megatron_fipo.scaling.hardware import Hardware, build_hardware, find_hardware
-from megatron_fipo.scaling.models import ModelShape
-from megatron_fipo.scaling.pipeline import pipeline_time
-from megatron_fipo.scaling.workload import Batch, Layout, equal_batch
+from megatron_fipo.scaling.cost.flops import active_weights
+from megatron_fipo.scaling.cost.hardware import Hardware, build_hardware, find_hardware
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.cost.model_shapes import ModelShape
+from megatron_fipo.scaling.cost.step_cost import CostModel, Schedule, StepCost
+from megatron_fipo.scaling.cost.workload import Batch, equal_batch
+from megatron_fipo.scaling.pipeline.pipeline_time import pipeline_time
 from published_names import OTHER_MODELS, Fields, Unusable, gpu_of, model_of, name_of, precision_of
 
 THROUGHPUT = Path(__file__).parent / "data" / "published_throughput.csv"

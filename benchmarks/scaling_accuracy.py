@@ -1,7 +1,7 @@
 """Accuracy of the layout planner: its cost and memory model against published runs.
 
     python benchmarks/scaling_accuracy.py [ROWS.csv] [--feasibility LAYOUTS.csv]
-    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/efficiency.yaml
+    python benchmarks/scaling_accuracy.py --fit 16      # writes megatron_fipo/scaling/cost/efficiency.yaml
 
 Every row with a layout and a measurement is predicted by the planner's cost model with the constants of
 efficiency.yaml, which were fitted on every other source of data/published_throughput.csv (by name, among those of one
@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from efficiency_fit import fit
-from megatron_fipo.scaling import hardware
-from megatron_fipo.scaling.footprint import footprint
-from megatron_fipo.scaling.hardware import hardware_files
+from megatron_fipo.scaling.cost import hardware
+from megatron_fipo.scaling.cost.hardware import hardware_files
+from megatron_fipo.scaling.cost.memory import estimated_memory
 from published_names import Unusable
 from published_rows import THROUGHPUT, Row, fitted_sources, hardware_of, parse, predict, read_rows, sweeps
 
@@ -110,7 +110,8 @@ def fits(row: Row) -> bool:
     gpu = hardware_of(row, hardware_files())
     stages = range(row.layout.parallel.pipeline)
     most = max(
-        footprint(row.model, gpu, row.layout, stage, row.batch.tokens, row.batch.squares).total for stage in stages
+        estimated_memory(row.model, gpu, row.layout, stage, row.batch.tokens, row.batch.squares).total
+        for stage in stages
     )
     return most <= gpu.gpu.memory
 
@@ -197,8 +198,9 @@ def write_fit(rounds: int) -> None:
     known = fit([row for row in rows if row.source in set(sources)], known, rounds)
     content = {key: known[key] for key in ("efficiencies", "software")}
     header = (
-        "# Written by `python benchmarks/scaling_accuracy.py --fit ROUNDS`; megatron_fipo/scaling/hardware.py has the\n"
-        "# fields. Constants of megatron_fipo itself are derived, not fitted: no published table includes it.\n"
+        "# Written by `python benchmarks/scaling_accuracy.py --fit ROUNDS`;\n"
+        "# megatron_fipo/scaling/cost/hardware.py has the fields. Constants of megatron_fipo itself are derived,\n"
+        "# not fitted: no published table includes it.\n"
     )
     rounded = {
         section: {name: {k: _rounded(v) for k, v in fields.items()} for name, fields in part.items()}

@@ -40,7 +40,7 @@ from megatron_fipo.model.check import check_model
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.scaling.timers import PipelineProfile
+from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
 from small_policy import make_batch, make_config, make_model, show
 
 LAYOUTS = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}

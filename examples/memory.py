@@ -14,16 +14,16 @@ from pathlib import Path
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.check import check_model
-from megatron_fipo.scaling.memory import RolloutMemory, TrainingMemory, rollout_memory, training_memory
-from megatron_fipo.scaling.models import PUBLISHED, plain_architecture
+from megatron_fipo.scaling.cost.memory import RolloutMemory, StageMemory, rollout_memory, training_memory
+from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, plain_architecture
 
 GPU_GB = 80  # H100
-TRAINING: dict[str, Callable[[TrainingMemory], int]] = {
+TRAINING: dict[str, Callable[[StageMemory], float]] = {
     "parameters, 2 bytes each": lambda m: m.parameters,
     "gradients, 4 bytes each": lambda m: m.gradients,
     "optimizer state, 12 bytes each / DP": lambda m: m.optimizer,
     "activations (estimate)": lambda m: m.activations,
-    "LM head (estimate)": lambda m: m.lm_head,
+    "LM head (estimate)": lambda m: m.head,
     "together": lambda m: m.total,
 }
 
@@ -36,7 +36,7 @@ def shape(config: Config) -> Architecture:
     return plain_architecture(PUBLISHED[path.name.lower()])
 
 
-def training_table(stages: list[TrainingMemory]) -> list[str]:
+def training_table(stages: list[StageMemory]) -> list[str]:
     """Return the table of training memory."""
     rows = [[name, *(f"{value(m) / 1e9:.1f}" for m in stages)] for name, value in TRAINING.items()]
     return _table(["update, GB a GPU", *_stage_names(len(stages))], rows)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_fipo.config import Config, ParallelConfig, load_config, with_seed
+from megatron_fipo.config import Config, load_config, with_seed
 from megatron_fipo.convert_command import app as convert
 from megatron_fipo.exit_codes import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
 from megatron_fipo.printable import printable
@@ -157,9 +157,9 @@ def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path
 def _check(config: Config, dry_run: bool) -> None:
     from megatron_fipo.checks import check_run
     from megatron_fipo.resume import check_directory
-    from megatron_fipo.scaling.hardware import local_hardware
-    from megatron_fipo.scaling.recipe import check_memory
-    from megatron_fipo.scaling.space import check_space
+    from megatron_fipo.scaling.cost.hardware import local_hardware
+    from megatron_fipo.scaling.planner.checkpoint_space import check_space
+    from megatron_fipo.scaling.planner.memory_check import check_memory
 
     warnings = check_run(config, needs_gpu=not dry_run)
     if (hardware := local_hardware()) is not None:
@@ -245,38 +245,13 @@ def report(
 
 @scaling.command("report", epilog=EXIT_CODES)
 def report_scaling(
-    directory: Annotated[
-        Path, typer.Argument(help="Directory that `scaling run` wrote: rows/, perhaps plan.csv, traces/.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="File of the page; default: DIRECTORY/report.html.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Output directory of `scaling run` or `scaling sweep`.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write; default: DIRECTORY/report.html.")] = None,
 ) -> None:
-    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and a page."""
+    """Compare measured layouts, also of an unfinished sweep: a table, DIRECTORY/figures/, and an HTML page."""
     from megatron_fipo.report.scaling_page import write_scaling_report
 
     typer.echo(write_scaling_report(directory, out))
-
-
-@scaling.command(epilog=EXIT_CODES)
-def calibrate(
-    out: Annotated[Path, typer.Option(help="The file for `scaling plan --calibration`.")] = Path("calibration.yaml"),
-    gpu: Annotated[str | None, typer.Option(help="Name in the file; default: name of the device, or cpu.")] = None,
-    minutes: Annotated[float, typer.Option(help="Time budget in minutes, after start-up.")] = 3.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="Matmul dtype: bfloat16 (default on GPUs) or float32 (default on CPUs).")
-    ] = None,
-) -> None:
-    """Measure this machine for `scaling plan`: matmuls, attention, memory, links, launches.
-
-    Starts one rank per GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
-    nominal rates and gets measured efficiencies; any other machine becomes a new GPU in the file.
-    """
-    from megatron_fipo import launch
-    from megatron_fipo.scaling.calibrate import Request, calibrate_rank
-
-    request = Request(out, gpu, minutes, dtype)
-    request.check()
-    ranks = launch.started_ranks() or launch.num_gpus() or 2
-    launch.run(calibrate_rank, ParallelConfig(world_size=ranks), (request,))
 
 
 @app.command()
@@ -345,8 +320,8 @@ def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
 
 def _watch(trainer: Any) -> None:
     """Add profilers to the trainer."""
-    from megatron_fipo.scaling.timers import PipelineProfile
-    from megatron_fipo.scaling.utilization import Utilization
+    from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
+    from megatron_fipo.profiling.utilization import Utilization
 
     actor, config, topology = trainer.actor, trainer.config, trainer.topology
     trainer.utilization = Utilization(config, actor.arch, topology)

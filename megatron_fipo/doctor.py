@@ -96,7 +96,7 @@ def _missing_packages() -> list[str]:
 def _run_problems(config: Config, login_node: bool) -> list[str]:
     from megatron_fipo.checks import run_problems  # imports Megatron-Core and transformers
     from megatron_fipo.launch.rank_task import open_files
-    from megatron_fipo.scaling.space import check_space
+    from megatron_fipo.scaling.planner.checkpoint_space import check_space
 
     problems = run_problems(config, needs_gpu=not login_node)
     if not problems:

@@ -72,7 +72,8 @@ def test_ready(task: Path, command: Command) -> None:
 def test_a_cluster_s_limits(task: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few open files and too little room for checkpoints are said at once, with what limits them."""
     monkeypatch.setattr("megatron_fipo.machine.limits.most_open_files", lambda: 64)
-    monkeypatch.setattr("megatron_fipo.scaling.space.room", lambda path: Room(1000, "the user quota of /home"))
+    room = Room(1000, "the user quota of /home")
+    monkeypatch.setattr("megatron_fipo.scaling.planner.checkpoint_space.room", lambda path: room)
     outcome = command("doctor", "config.yaml")
     assert outcome.code == 1
     assert "has 0.0 GB left by the user quota of /home: at least two checkpoints must fit" in outcome.stdout

@@ -22,7 +22,7 @@ from tests.rollout.streaming import BackgroundHF
 
 # Metrics that the run below cannot log, and the code that does.
 ELSEWHERE = {
-    "throughput/mfu": ("scaling/utilization.py", '"throughput/mfu"'),  # on GPUs
+    "throughput/mfu": ("profiling/utilization.py", '"throughput/mfu"'),  # on GPUs
     "eval/verifier_timeouts": ("evaluation/summary.py", 'f"verifier_{name}s"'),  # where the verifier fails
     "eval/verifier_errors": ("evaluation/summary.py", 'f"verifier_{name}s"'),
 }

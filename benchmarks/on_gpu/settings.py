@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.scaling.lengths import Sequences, parse_lengths
-from megatron_fipo.scaling.measurement import Measurement
+from megatron_fipo.scaling.cost.sequence_lengths import Sequences, parse_lengths
+from megatron_fipo.scaling.measure.specification import Measurement
 
 # hidden size, MLP width, layers, query heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {

@@ -21,8 +21,8 @@ from megatron_fipo.checkpoint import Checkpointer
 from megatron_fipo.config import CheckpointConfig, Config, ParallelConfig
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.scaling.measured_actor import LanguageModelLoss, MeasuredActor, make_batch
-from megatron_fipo.scaling.utilization import Utilization
+from megatron_fipo.profiling.utilization import Utilization
+from megatron_fipo.scaling.measure.actor import LanguageModelLoss, MeasuredActor, make_batch
 from on_gpu.settings import Settings, free, transformer_engine_choices
 from train_step import baseline_step, timed
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_fipo.report.parts import figure_text
-from megatron_fipo.scaling.row import LayoutKey, MeasuredRow
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.measure.row_reader import MeasuredRow
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def ranked(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
     return sorted(rows, key=lambda r: (*_by_setting_and_gpus(r), not r.ok, -(r.tokens_per_second_per_gpu or 0), r.name))
 
 
-def pending(planned: Sequence[LayoutKey], rows: Sequence[MeasuredRow]) -> list[LayoutKey]:
+def pending(planned: Sequence[Layout], rows: Sequence[MeasuredRow]) -> list[Layout]:
     """Return the plan's layouts without a row, in the plan's order."""
     done = {row.layout for row in rows}
     return [layout for layout in planned if layout not in done]
@@ -82,7 +83,7 @@ def loss_pairs(rows: Sequence[MeasuredRow]) -> list[LossPair]:
 def shown_timelines(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
     """Return the fastest and the slowest layout, and the fastest for each number of stages."""
     timed = sorted((r for r in rows if r.ok and r.timeline is not None), key=lambda r: (-_rate(r), r.name))
-    first_of = {row.layout.pipeline: row for row in reversed(timed)}
+    first_of = {row.layout.parallel.pipeline: row for row in reversed(timed)}
     chosen = {row.name for row in (*timed[:1], *first_of.values(), *timed[-1:])}
     return [row for row in timed if row.name in chosen]
 
@@ -97,7 +98,7 @@ def labels(rows: Sequence[MeasuredRow]) -> dict[str, str]:
 def _parts(row: MeasuredRow) -> tuple[str, ...]:
     layout = row.layout
     return (
-        str(layout),
+        layout.label,
         f"{layout.gpus} GPUs",
         f"{layout.tokens_per_micro_batch:,} tokens",
         row.loss,

@@ -22,9 +22,10 @@ from megatron_fipo.printable import printable
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.parts import Html, document, figure, table, terminal_text
 from megatron_fipo.report.scaling_figures import FIGURES
-from megatron_fipo.scaling import figure as timelines
-from megatron_fipo.scaling.plan_file import read_plan
-from megatron_fipo.scaling.row import STATUSES, LayoutKey, MeasuredRow, read_rows
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.measure.row_reader import STATUSES, MeasuredRow, read_rows
+from megatron_fipo.scaling.pipeline import timeline_figure
+from megatron_fipo.scaling.planner.plan_csv import read_plan
 
 _PAGE_BYTES = 4_500_000  # size limit of embedded figures; further timelines are only linked
 _LISTED = 20  # maximum number of unmeasured layouts listed
@@ -40,11 +41,11 @@ class Study:
 
     directory: Path
     rows: list[MeasuredRow]
-    planned: list[LayoutKey]
+    planned: list[Layout]
     warnings: list[str]
 
     @property
-    def pending(self) -> list[LayoutKey]:
+    def pending(self) -> list[Layout]:
         return findings.pending(self.planned, self.rows)
 
 
@@ -74,12 +75,12 @@ def read_study(directory: Path) -> Study:
     return Study(directory, findings.ranked(rows), planned, warnings + more)
 
 
-def _read_plan(file: Path) -> tuple[list[LayoutKey], list[str]]:
+def _read_plan(file: Path) -> tuple[list[Layout], list[str]]:
     """Return the layouts of the plan if it exists; a damaged plan is only a warning, since rows are self-contained."""
     if not file.is_file():
         return [], []
     try:
-        return [layout.key for layout in read_plan(file)], []
+        return read_plan(file), []
     except ValueError as error:
         return [], [str(error)]
 
@@ -117,7 +118,7 @@ def terminal_table(study: Study) -> str:
 def _terminal_cells(row: MeasuredRow, best: bool) -> list[str]:
     return [
         f"{row.layout.gpus:,}" + ("*" if best else ""),
-        str(row.layout),
+        row.layout.label,
         f"{row.layout.tokens_per_micro_batch:,}",
         *_measured(row),
         _cell(row.predicted.seconds, ".3g"),
@@ -141,7 +142,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _pending_lines(study: Study) -> list[str]:
-    lines = [f"{p.gpus:,} GPUs, {p}, {p.tokens_per_micro_batch:,} tokens" for p in study.pending]
+    lines = [f"{p.gpus:,} GPUs, {p.label}, {p.tokens_per_micro_batch:,} tokens" for p in study.pending]
     return lines[:_LISTED] + ([f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
 
 
@@ -176,7 +177,7 @@ def _draw_timelines(rows: Sequence[MeasuredRow]) -> list[tuple[MeasuredRow, str,
     drawn = []
     for number, row in enumerate(findings.shown_timelines(rows), start=1):
         assert row.timeline is not None
-        drawn.append((row, f"timeline_{number}.png", timelines.png(row.timeline, label[row.name])))
+        drawn.append((row, f"timeline_{number}.png", timeline_figure.png(row.timeline, label[row.name])))
     return drawn
 
 
@@ -231,7 +232,7 @@ def _rows_table(study: Study, where: Path) -> str:
         memory = None if row.predicted.memory_bytes is None else row.predicted.memory_bytes / 1e9
         cells = [
             f"{row.layout.gpus:,}",
-            str(row.layout),
+            row.layout.label,
             row.model,
             row.gpu,
             row.loss,

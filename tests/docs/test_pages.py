@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tests.docs.markdown import NAMES, PAGES, ROOT, anchors, blocks, generator, links, prose
-from tests.test_rooms import ORDER
 
 pages = generator()
 STATES = {"yes", "in part", "ran once", "written, not run"}
@@ -92,10 +91,3 @@ def test_contents() -> None:
     parts = [entry for part in site["nav"] for entry in part.values()]
     in_nav = [page for part in parts for page in ([part] if isinstance(part, str) else part)]
     assert sorted(in_nav) == sorted(expected | {"index.md"})
-
-
-def test_layout_of_the_package() -> None:
-    """development.md lists every file and folder of the package, in the order of its imports."""
-    (listed,) = (block.text for block in blocks("docs/development.md") if block.language == "text")
-    names = [line.split()[0] for line in listed.splitlines()]
-    assert names == [f"{room}/" if (ROOT / "megatron_fipo" / room).is_dir() else f"{room}.py" for room in ORDER]

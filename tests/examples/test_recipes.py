@@ -16,7 +16,7 @@ import pytest
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.check import check_model
-from megatron_fipo.scaling.memory import training_memory
+from megatron_fipo.scaling.cost.memory import training_memory
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("fipo_32b", "dapo_32b", "fipo_7b")

@@ -19,8 +19,8 @@ from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts as machine_hosts
 from megatron_fipo.printable import printable
 from megatron_fipo.report.history import read_metrics
-from megatron_fipo.scaling.measurement import read_row
-from megatron_fipo.scaling.row import read_rows
+from megatron_fipo.scaling.measure.row_reader import read_rows
+from megatron_fipo.scaling.measure.specification import read_row
 from tests.fuzz.inputs import Deep, json_values, leaves, refusal, texts
 
 pytestmark = pytest.mark.slow  # two minutes for all targets

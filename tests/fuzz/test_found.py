@@ -18,7 +18,7 @@ from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts
 from megatron_fipo.rollout import Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, read
-from megatron_fipo.scaling.row import parse_row, read_rows
+from megatron_fipo.scaling.measure.row_reader import parse_row, read_rows
 from tests.fuzz.inputs import Deep
 from tests.report.studies import make_row
 

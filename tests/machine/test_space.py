@@ -11,7 +11,7 @@ import pytest
 from megatron_fipo.checkpoint import files
 from megatron_fipo.machine import space
 from megatron_fipo.machine.space import Room
-from megatron_fipo.scaling import space as needs
+from megatron_fipo.scaling.planner import checkpoint_space as needs
 from tests.policies import make_config
 
 Disk = namedtuple("Disk", ["total", "used", "free"])

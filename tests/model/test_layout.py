@@ -24,8 +24,8 @@ from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.build import build_policy, transformer_config
 from megatron_fipo.model.layout import layout_problems, stage_layers
 from megatron_fipo.parallel.topology import Topology
-from megatron_fipo.scaling.layouts import layout_problems as planner_problems
-from megatron_fipo.scaling.models import shape_of
+from megatron_fipo.scaling.cost.model_shapes import shape_of
+from megatron_fipo.scaling.planner.legal_layouts import layout_problems as planner_problems
 
 ARCH = Architecture(
     model_type="qwen2",

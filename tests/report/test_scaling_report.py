@@ -19,7 +19,8 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.scaling_page import write_scaling_report
-from megatron_fipo.scaling.row import LayoutKey, MeasuredRow, parse_row
+from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES
+from megatron_fipo.scaling.measure.row_reader import MeasuredRow, parse_row
 from tests.report.studies import lost, make_row, write_study
 
 ALL = ("bubble", "causes", "losses", "mfu", "predicted_memory", "predicted_time", "scaling")
@@ -78,7 +79,7 @@ def test_losses_are_paired_by_layout() -> None:
     rows = _rows(
         make_row(seconds=3.0), make_row(loss="lm", seconds=2.0), make_row(8, 4), make_row(8, 1, loss="lm", tokens=5)
     )
-    assert [(p.fipo.layout.pipeline, p.ratio) for p in findings.loss_pairs(rows)] == [(2, 1.5)]
+    assert [(p.fipo.layout.parallel.pipeline, p.ratio) for p in findings.loss_pairs(rows)] == [(2, 1.5)]
 
 
 def test_page_has_the_rows_numbers(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_page_has_the_rows_numbers(tmp_path: Path) -> None:
 
 
 def _layout(content: dict[str, Any]) -> str:
-    return str(_rows(content)[0].layout)
+    return _rows(content)[0].layout.label
 
 
 def test_terminal_table_has_the_rows_numbers(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_mixed_rows(tmp_path: Path) -> None:
 
 def _write_plan(study: Path, contents: list[dict[str, Any]]) -> None:
     with (study / "plan.csv").open("w") as file:
-        writer = csv.DictWriter(file, LayoutKey._fields, extrasaction="ignore")
+        writer = csv.DictWriter(file, (*COUNTS, *END_STAGES, "recompute"), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(contents)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.scaling.hardware import GPU, Efficiency, Hardware, Software
-from megatron_fipo.scaling.models import make_shape
-from megatron_fipo.scaling.workload import Layout
+from megatron_fipo.scaling.cost.hardware import GPU, Efficiency, Hardware, Software
+from megatron_fipo.scaling.cost.layout import Layout
+from megatron_fipo.scaling.cost.model_shapes import make_shape
 
 SMALL = make_shape(layers=8, hidden=64, ffn=256, heads=8, kv_heads=4, vocab=512)
 

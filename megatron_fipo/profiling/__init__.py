@@ -1,0 +1,1 @@
+"""Measurements of a run on itself: pipeline timers and utilization."""

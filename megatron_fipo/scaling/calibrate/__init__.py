@@ -1,0 +1,1 @@
+"""Calibration of the planner's constants on this machine."""

@@ -1,0 +1,1 @@
+"""Cost of a layout in time and memory, by arithmetic alone."""

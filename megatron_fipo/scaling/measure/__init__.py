@@ -1,0 +1,1 @@
+"""Measurement of layouts on real ranks."""

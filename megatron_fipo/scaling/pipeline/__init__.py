@@ -1,0 +1,1 @@
+"""Pipeline schedules, their timelines and their simulation."""

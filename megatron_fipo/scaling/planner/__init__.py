@@ -1,0 +1,1 @@
+"""Legal layouts of a model, ranked by the time of an update."""
