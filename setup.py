@@ -39,7 +39,7 @@ CUDA_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 @dataclass
 class CudaPart:
-    """What the CUDA step adds to the build; nothing where it is off."""
+    """Return the CUDA sources and build options; nothing where the CUDA step is off."""
 
     summary: str  # what was chosen and why
     objects: list[str] = field(default_factory=list)

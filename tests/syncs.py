@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU, counted on the CPU: reads of numbers, and shapes that depend on them."""
+"""Operations that would make the host wait for a GPU, counted on the CPU: reads of numbers, and shapes that depend on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before any rank starts, and what is only warned about."""
+"""Configurations that are refused before any rank starts, and those that are only warned about."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_unknown_override_is_named(task: Path) -> None:
 
 
 def test_override_lengthens_the_context(task: Path) -> None:
-    """What the message about too long responses recommends does help."""
+    """The advice in the message about too long responses does help."""
     long = {"rollout": {"max_response_tokens": 1024}, "trainer": {"tokens_per_micro_batch": 2048}}
     assert check_run(_config(task, model={"overrides": {"max_position_embeddings": 2048}}, **long)) == []
 

@@ -250,7 +250,7 @@ def test_goes_on_with_another_layout(
 
 
 def test_killed_after_a_step_that_no_checkpoint_has(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """What was written of steps beyond the newest checkpoint is taken back and done again."""
+    """Records of steps beyond the newest checkpoint are removed, and the steps are done again."""
     directory, expected = undisturbed("one")
     run = tmp_path / "run"
     shutil.copytree(directory, run)
@@ -292,7 +292,7 @@ def _train_on_a_bad_disk(config: Config) -> str:
 
 
 def test_interrupted_after_a_checkpoint_that_failed(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """What could not be written in the background is written when the run stops."""
+    """A checkpoint that could not be written in the background is written when the run stops."""
     config = _config(task, tmp_path / "run", "one")
     assert run_ranks(_train_on_a_bad_disk, 1, config) == ["interrupted after step 2"]
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "complete.json").exists()

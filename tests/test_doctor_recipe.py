@@ -167,7 +167,7 @@ def test_train_needs_the_gpu_that_is_asked_for(task: Path, command: Command) -> 
 
 
 def test_a_dry_run_on_a_login_node(task: Path, command: Command) -> None:
-    """What needs no GPU is checked, no rank is started, and the last line says that no update was run."""
+    """Checks that need no GPU are made, no rank is started, and the last line says that no update was run."""
     install_transformer_engine(task / "site")
     outcome = command("train", "config.yaml", "--dry-run", "model.transformer_engine=on")
     assert outcome.code == 0

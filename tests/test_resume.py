@@ -71,7 +71,7 @@ def test_what_is_learned_may_not_change(run: Path, override: str, says: str) -> 
 
 
 def test_a_setting_that_is_newer_than_the_run(run: Path) -> None:
-    """What an older version did not write down had its default value."""
+    """A setting that an older version did not record had its default value."""
     saved = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(saved.replace("  spike_threshold: null\n", ""))
     assert "spike_threshold" in saved
@@ -138,7 +138,7 @@ def test_file_in_place_of_the_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoints", "policy", "evaluation", "report.html", "failed_step_3"])
 def test_overwrite_is_for_runs(tmp_path: Path, name: str) -> None:
-    """What no run has left in the directory stays, and nothing is started."""
+    """Files that no run has written stay, and nothing is started."""
     project = tmp_path / "project"
     (project / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"run.overwrite=true would remove {name} in .*, which no run has left there"):

@@ -70,7 +70,7 @@ def test_settings_that_were_in_force_are_kept(run: Path) -> None:
 
 
 def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
-    """Of a link in a run's directory the link goes, not what it leads to."""
+    """A link in a run's directory is removed, not its target."""
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets, offline, is what was logged; attempts of a run are one run there."""
+"""Weights & Biases gets, offline, what was logged; attempts of a run are one run there."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _adam_alone(actor: FIPOActor) -> Iterator[None]:
 
 
 def _found(path: Path, parallel: dict[str, int]) -> list[Counter[str]]:
-    """Of forward and backward of a batch, of the log-probabilities of one, and of the optimizer's update."""
+    """Count the syncs of forward and backward of a batch, of its log-probabilities, and of the optimizer's update."""
     with actor_of(path, parallel=parallel) as actor, flash_on_the_cpu() as calls, _adam_alone(actor):
         batch = batch_of(actor, make_rollouts(6))
         batch = batch.with_token_values(old_log_probs=actor.log_probs(batch))

@@ -1,4 +1,4 @@
-"""What an update records of each token is what the loss used, on every rank and for every layout."""
+"""The recorded values of each token are those that the loss used, on every rank and for every layout."""
 
 from __future__ import annotations
 

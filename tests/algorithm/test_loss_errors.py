@@ -1,4 +1,4 @@
-"""What the losses and their config refuse, and what they say."""
+"""Inputs and constants that the losses refuse, and the messages."""
 
 import math
 

@@ -103,7 +103,7 @@ def close(builder: BatchBuilder) -> None:
 
 
 def collect(path: Path, world: int, steps: int, **options: Any) -> dict[str, Any]:
-    """What `steps` batches hold on this rank, or the error."""
+    """Return `steps` batches of this rank, or the error."""
     builder = make_builder(path, world, **options)
     collected: list[StepBatch] = []
     error = None

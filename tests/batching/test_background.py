@@ -119,7 +119,7 @@ def test_limit(source: GroupSampler, engine: Manual) -> None:
 
 
 def test_unfinished_groups_may_count(source: GroupSampler, engine: Manual) -> None:
-    """What is under way counts towards the target where it will be kept."""
+    """Unfinished groups count towards the target where they will be kept."""
     source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, count_unfinished=True))
     assert source.take()[1:] == (2, 2)
 

@@ -114,7 +114,7 @@ def test_drawn_ahead(world: int, results: dict[int, list[dict[str, Any]]]) -> No
 
 
 def test_batch_under_way_is_no_part_of_the_state(results: dict[int, list[dict[str, Any]]]) -> None:
-    """What was begun and not settled leaves prompts and groups where they were."""
+    """A batch that was begun and is not full leaves prompts and groups where they were."""
     for rank in (rank for ranks in results.values() for rank in ranks):
         state = rank["ahead"]["under_way"]
         assert state["settled"] is None

@@ -1,4 +1,4 @@
-"""What is said of the distance between trainer and rollout engine, and the weights that correct it."""
+"""Messages about the distance between trainer and rollout engine, and the weights that correct it."""
 
 from __future__ import annotations
 

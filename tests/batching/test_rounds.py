@@ -97,7 +97,7 @@ def _builder(path: Path, world: int, **rollout: Any) -> BatchBuilder:
 
 
 def _collect(path: Path, world: int, steps: int, **rollout: Any) -> dict[str, Any]:
-    """What `steps` batches hold on this rank, or the error; and which responses this rank had to generate."""
+    """Return `steps` batches of this rank, or the error; and which responses this rank had to generate."""
     builder = _builder(path, world, **rollout)
     collected: list[StepBatch] = []
     error = None

@@ -1,4 +1,4 @@
-"""What the tests of this directory do inside ranks: train a little, save, load, and look at everything an actor has."""
+"""Work of this directory's tests inside ranks: train a little, save, load, and look at everything an actor has."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def _gone(process: int) -> bool:
 
 
 def test_writers_die_with_their_ranks(path: Path, tmp_path: Path) -> None:
-    """Of writers that still had ten minutes to go, none is there soon after its rank was killed."""
+    """A writer that still had ten minutes to go is gone soon after its rank was killed."""
     with pytest.raises(RuntimeError, match="-9"):
         run_ranks(_die_while_writing, 2, path, tmp_path)
     writers = [int(file.read_text()) for file in tmp_path.glob("writer_*")]

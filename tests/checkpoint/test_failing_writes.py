@@ -35,7 +35,7 @@ def _limit_file_size(limit: int) -> None:
 
 
 def _listed(directory: Path) -> list[str]:
-    """What is there. No rank goes on before all have looked."""
+    """Return the files that are there. No rank continues before all have read them."""
     names = sorted(os.listdir(directory))
     dist.barrier()
     return names

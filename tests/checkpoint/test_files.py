@@ -1,4 +1,4 @@
-"""What tells a whole checkpoint from a damaged one, which checkpoints stay, and how tensors are cut into boxes."""
+"""Telling a whole checkpoint from a damaged one, retention, and how tensors are cut into boxes."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_which_checkpoints_stay(
 
 
 def test_a_checkpoint_goes_by_losing_its_name(tmp_path: Path) -> None:
-    """What is to be deleted is out of sight before the first file goes; a damaged checkpoint is nobody's to delete."""
+    """A checkpoint to be deleted is out of sight before the first file goes; a damaged checkpoint is nobody's to delete."""
     for step in (1, 2, 3):
         _checkpoint(tmp_path, step)
     (tmp_path / "step_1" / files.MARKER).unlink()

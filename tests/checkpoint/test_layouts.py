@@ -77,7 +77,7 @@ def _sections(layout: str, dtype: str) -> tuple[Sections, int]:
 
 
 def _run(tmp_path: Path, model: str, dtype: str, saving: str, loading: str, config: Any) -> tuple[Any, Any]:
-    """What was saved and what was loaded, into an actor that had other weights."""
+    """Return what was saved and what was loaded, into an actor that had other weights."""
     path = _make(tmp_path / "hf", model)
     sections, world = _sections(saving, dtype)
     saved = run_ranks(train_and_save, world, path, tmp_path / "run", sections, VOCAB[model], config)[0]

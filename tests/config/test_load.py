@@ -165,7 +165,7 @@ def test_empty_file(file: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, *EXAMPLES], ids=lambda p: p.name if p else "all kinds of values")
 def test_yaml_round_trip(path: Path | None, file: Path, tmp_path: Path) -> None:
-    """What a run saves loads as the configuration it ran with."""
+    """The saved config of a run loads as the configuration it ran with."""
     overrides = ["algorithm.influence_clip=null", "model.overrides.max_position_embeddings=4096", "run.name='1'"]
     config = load_config(path) if path else load_config(file, overrides)
     saved = tmp_path / "saved.yaml"

@@ -37,7 +37,7 @@ def test_layout_arithmetic(file: Path) -> None:
     ],
 )
 def test_layout_that_contradicts_itself(file: Path, overrides: list[str], says: str) -> None:
-    """What one axis demands of another."""
+    """Each parallel axis constrains others."""
     assert refused(file, *overrides) == [says]
 
 
@@ -98,7 +98,7 @@ def test_illegal_value_shows_its_arithmetic(file: Path, overrides: list[str], sa
     ],
 )
 def test_staleness_that_cannot_be(file: Path, overrides: list[str], says: str) -> None:
-    """What an engine, a placement or the scheme of one batch ahead does not allow is refused with a way out."""
+    """Settings that an engine, a placement or prefetching does not allow are refused with a way out."""
     (problem,) = refused(file, *overrides)
     assert says in problem
 
@@ -224,7 +224,7 @@ def test_validate_is_what_load_config_calls() -> None:
     ],
 )
 def test_rollout_servers(file: Path, overrides: list[str], message: str) -> None:
-    """What does not fit together about servers is refused, and says what to change."""
+    """Server settings that do not fit together are refused, and the message says what to change."""
     problems = refused(file, "rollout.engine=vllm", *(f"rollout.server.{o}" for o in overrides))
     assert any(message in problem for problem in problems)
 

@@ -188,7 +188,7 @@ def _load_errors(paths: dict[str, Path]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def load_errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each of two tensor-parallel ranks says to each of BROKEN."""
+    """Return the error of each of two tensor-parallel ranks for each of BROKEN."""
     root = tmp_path_factory.mktemp("broken")
     paths = {name: make_qwen2(root / name, vocab=251) for name in BROKEN}
     for name, (change, _) in BROKEN.items():

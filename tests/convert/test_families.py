@@ -52,7 +52,7 @@ def _families(layout: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Of each family: the Hugging Face checkpoint and its conversion."""
+    """Hugging Face checkpoint of each family, and its conversion."""
     root = tmp_path_factory.mktemp("families")
     paths = {name: (make_checkpoint(root / name, name), root / f"{name}-megatron") for name in FAMILIES}
     for source, converted in paths.values():
@@ -62,7 +62,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
 
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, tuple[Path, Path]]) -> dict[str, torch.Tensor]:
-    """What transformers makes of TOKENS."""
+    """Return the logits of transformers for TOKENS."""
     return {name: _transformers_log_probs(path) for name, (path, _) in checkpoints.items()}
 
 

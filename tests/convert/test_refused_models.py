@@ -48,7 +48,7 @@ def test_window_as_wide_as_the_context_is_none() -> None:
 
 
 def test_numbers_of_the_families() -> None:
-    """What differs between them: biases, norms, rope factor, heads, experts."""
+    """The message names each difference: biases, norms, rope factor, heads, experts."""
     assert architecture(_config("qwen2")).qkv_bias
     assert architecture(_config("qwen3")).qk_norm
     assert architecture(_config("qwen3")).head_dim == 24

@@ -31,7 +31,7 @@ EVIL = b"N}U\x04evilK\x01s\x86b."  # BUILD with the state (None, {"evil": 1})
 
 
 def metadata(**changes: Any) -> Metadata:
-    """Of one tensor of 2 x 3 in two chunks, and an object."""
+    """Make a checkpoint of one tensor of 2 x 3 in two chunks, and an object."""
     chunks = [ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([1, 3])) for row in range(2)]
     tensor = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), torch.Size([2, 3]), chunks)
     places: Any = {

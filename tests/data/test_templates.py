@@ -91,7 +91,7 @@ def test_variables_reach_the_template(tmp_path: Path, kwargs: dict[str, Any], su
 
 @pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "strftime_now", "tokenize"])
 def test_variables_of_the_recipe_are_refused(name: str) -> None:
-    """What the recipe sets itself cannot be set otherwise."""
+    """Arguments that the recipe sets itself cannot be set otherwise."""
     with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs must not contain {name}, which the recipe sets"):
         TemplateOptions({name: True})
 

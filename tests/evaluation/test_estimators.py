@@ -33,7 +33,7 @@ def test_pass_by_hand(samples: int, right: int, k: int, expected: float) -> None
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
 def test_pass_is_the_share_of_subsets(outcomes: list[bool], data: st.DataObject) -> None:
-    """Of all ways to take k of the samples, the share that holds a right one."""
+    """pass@k is the share, of all ways to take k of the samples, that holds a right one."""
     k = data.draw(st.integers(1, len(outcomes)))
     subsets = list(itertools.combinations(outcomes, k))
     expected = sum(map(any, subsets)) / len(subsets)
@@ -75,7 +75,7 @@ def test_consensus_by_hand(votes: list[int | None], expected: float) -> None:
 
 @given(st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=6))
 def test_consensus_is_the_mean_over_orders(votes: list[int | None]) -> None:
-    """What `first answer wins` gives, averaged over every order of the samples."""
+    """Return what `first answer wins` gives, averaged over every order of the samples."""
     orders = list(itertools.permutations(votes))
     wins = sum(_first_wins(order) == 0 for order in orders)
     assert consensus(votes) == pytest.approx(float(Fraction(wins, len(orders))))

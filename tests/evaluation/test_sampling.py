@@ -95,7 +95,7 @@ def test_late_responses_are_handed_on(engine: ScriptedStream, monkeypatch: pytes
 
 
 def test_interrupted_among_servers(engine: ScriptedStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is under way is cancelled."""
+    """Requests in flight are cancelled."""
     engine.stalls = lambda request, tokens: True
     monkeypatch.setattr(interrupt, "requested", lambda: True)
     with pytest.raises(interrupt.Interrupted):

@@ -78,7 +78,7 @@ def test_unequal_counts_are_refused(words: list[str], counts: str) -> None:
 
 
 def test_wanted_passes() -> None:
-    """Those that were asked for; by default powers of two, and k itself."""
+    """The reported k are those that were asked for; by default powers of two, and k itself."""
     assert list(summarize(samples("rxxx"), pass_k=(4, 3)).pass_at) == ["pass@3", "pass@4"]
     assert powers_of_two(1) == [1]
     assert powers_of_two(32) == [1, 2, 4, 8, 16, 32]
@@ -86,7 +86,7 @@ def test_wanted_passes() -> None:
 
 
 def test_names_of_the_figures() -> None:
-    """What summary.json and metrics.jsonl call them: a single benchmark's name is not among them."""
+    """Metrics are named as in summary.json and metrics.jsonl; a single benchmark's name is not part of them."""
     result = summarize(samples("rx"), pass_k=())
     scores = {"avg@k": 0.5, "cons@k": 0.5, "pass@k": 1.0}
     assert result.scores() == scores

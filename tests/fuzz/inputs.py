@@ -54,7 +54,7 @@ class Deep(str):
 
 
 def refusal(read: Callable[[], object]) -> str | None:
-    """What the ValueError says with which an input is refused; None: it was taken."""
+    """Return the message of the ValueError with which an input is refused; None: it was taken."""
     try:
         read()
     except ValueError as error:

@@ -124,7 +124,7 @@ edits = st.lists(
 
 
 def _state() -> dict[tuple[str, str], Any]:
-    """What the allowed classes, functions and members of enumerations have for attributes."""
+    """Return the attributes of the allowed classes, functions and members of enumerations."""
     found: dict[tuple[str, str], Any] = {}
     for module, names in untrusted._METADATA_CLASSES.items():
         for name in names:

@@ -1,4 +1,4 @@
-"""What made-up inputs have found, as tests that always run."""
+"""Faults that fuzzing has found, as tests that always run."""
 
 from __future__ import annotations
 

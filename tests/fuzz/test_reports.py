@@ -36,7 +36,7 @@ summaries = changed(summary_of({"avg@k": 0.1}, {"avg@k": 0.2}))
 
 
 def _said(write: Callable[[], str]) -> str | None:
-    """What a report prints; None: its input was refused, in words of this package."""
+    """Return the output of a report; None: its input was refused, in words of this package."""
     said: list[str] = []
     problem = refusal(lambda: said.append(write()))
     assert problem is None or problem.startswith("ValueError: ")

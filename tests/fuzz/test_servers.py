@@ -1,4 +1,4 @@
-"""What passes the key of a server without it, and what a server may answer."""
+"""Requests that pass a server's key check without the key, and answers that a server may give."""
 
 from __future__ import annotations
 

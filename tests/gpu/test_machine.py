@@ -1,4 +1,4 @@
-"""What a rank finds out about its GPU before anything is built. Not run on a GPU yet."""
+"""Facts that a rank gathers about its GPU before anything is built. Not run on a GPU yet."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CYCLES = (40_000_000, 10_000_000, 80_000_000, 20_000_000)  # of two micro-batche
 
 
 def _config() -> Any:
-    """What a recorder reads of a TransformerConfig."""
+    """The fields of a TransformerConfig that a recorder reads."""
     return SimpleNamespace(
         timers=None,
         virtual_pipeline_model_parallel_size=None,

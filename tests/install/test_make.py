@@ -60,7 +60,7 @@ def test_an_environment_for_gpus_stays_one(tmp_path: Path) -> None:
 
 
 def test_one_for_cpus_is_made_anew(tmp_path: Path) -> None:
-    """What was installed for CPUs does not count as installed for GPUs, nor the other way round."""
+    """An environment installed for CPUs does not count as installed for GPUs, nor the other way round."""
     for name in ("v", "vllm"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".installed").touch()

@@ -1,4 +1,4 @@
-"""What follows from the record of a job's attempts."""
+"""Decisions from the record of a job's attempts."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ Disk = namedtuple("Disk", ["total", "used", "free"])
 
 
 def _run(act: Callable[[int, Path], None], directory: Path, world_size: int = 2, started: int = 2) -> list[str]:
-    """What became of each rank: "ok", or its error. Rank r is on node r."""
+    """Return the outcome of each rank: "ok", or its error. Rank r is on node r."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     ranks = []
     for rank in range(started):

@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_too_slow() -> None:
 
 
 def test_ranks_that_fail_at_once() -> None:
-    """Of two nodes whose supervisors both recorded a failure, that is one failed attempt."""
+    """A failure that the supervisors of two nodes both recorded is one failed attempt."""
     twice = [_record("failed", 5, 2, kind="machine"), _record("failed", 5, 2, kind="machine")]
     assert requeue.crash_loop([*_attempt(1, 5, resumed=3), _record("running", 3, 2), *twice]) is None
 
@@ -127,7 +127,7 @@ def test_an_interrupted_job(job: Job | None, refusal: str | None) -> None:
 
 
 def test_nodes_to_blame_are_avoided() -> None:
-    """Those of this failure, unless four others were blamed before: then it is not the nodes."""
+    """The nodes of this failure are avoided, unless four others were blamed before: then it is not the nodes."""
     assert decide(_attempt(0, 5, resumed=3, blamed=["n7"]), JOB, 10) == Decision(None, ("n7",))
     lost_peer = _attempt(0, 5, resumed=3, kind="connection", blamed=[])
     assert decide(lost_peer, JOB, 10) == Decision(None)

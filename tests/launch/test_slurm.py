@@ -1,4 +1,4 @@
-"""What srun's variables say about a task."""
+"""Facts of a task from srun's variables."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_a_time_limit_that_was_raised(slurm: Path, tmp_path: Path) -> None:
 
 
 def test_a_node_that_comes_back_without_the_model(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was in order when an earlier attempt was running is not the user's fault: the job is requeued. In a first
+    """Input that was in order when an earlier attempt was running is not the user's fault: the job is requeued. In a first
     attempt it is an error of the input."""
     run = tmp_path / "run"
     monkeypatch.setattr(os, "environ", {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})

@@ -139,7 +139,7 @@ def test_2048_requests(hard: int, gate: int, least: int, most: int, room_for_ser
 
 
 def test_soft_limits_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of open files and processes, to the hard ones; what was raised is told."""
+    """Soft limits of open files and processes are raised to the hard ones; the change is reported."""
     held = {resource.RLIMIT_NOFILE: (1024, 65536), resource.RLIMIT_NPROC: (4096, 4096)}
     monkeypatch.setattr(resource, "getrlimit", lambda number: held[number])
     monkeypatch.setattr(resource, "setrlimit", lambda number, pair: held.update({number: pair}))

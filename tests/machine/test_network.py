@@ -121,6 +121,6 @@ def test_ranks_on_one_node(local: str, master: str, alone: bool) -> None:
 
 
 def test_nodes_without_ranks() -> None:
-    """Those of the job that are not of the step."""
+    """Only nodes of the job that are not of the step are left out."""
     assert hosts.spare_nodes(STEP) == ["n3", "n4"]
     assert hosts.spare_nodes({}) == []

@@ -34,7 +34,7 @@ def _program(directory: Path, name: str, user: str, group: str = "") -> None:
 
 
 def test_without_quotas(tools: Path) -> None:
-    """What the file system has, of the first directory that is there."""
+    """Free space is that of the file system of the first directory that exists."""
     assert space.room(tools / "not" / "yet") == Room(10 * 2**20, "the file system")
 
 
@@ -51,7 +51,7 @@ def test_quotas(tools: Path) -> None:
 
 
 def test_checkpoints_that_will_be_there() -> None:
-    """Those that stay, and one more while it is written; never more than are written at all."""
+    """Space is needed for the kept checkpoints and one more while it is written; never for more than are written at all."""
     config = make_config(
         "unused", checkpoint={"keep_last": 2, "keep_every": 20, "every": 5}, trainer={"max_steps": 100}
     )
@@ -64,7 +64,7 @@ def test_checkpoints_that_will_be_there() -> None:
 def test_room_for_checkpoints(
     free: int, refused: bool, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 14 GB each, up to three: too little for two is refused, too little for all is a warning; what earlier
+    """Checkpoints of 14 GB, up to three: too little for two is refused, too little for all is a warning; what earlier
     checkpoints take counts as room."""
     monkeypatch.setattr(needs, "model_of", lambda config: None)
     monkeypatch.setattr(needs, "parameters", lambda model: 10**9)

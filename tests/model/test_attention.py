@@ -59,7 +59,7 @@ def test_no_flash_attention_on_the_cpu() -> None:
 def test_which_gpus_have_it(
     capability: tuple[int, int], built: bool, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those since sm_80, if torch was built with it."""
+    """GPUs since sm_80 are served, if torch was built with flash attention."""
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     attention._gpu_has_flash.cache_clear()

@@ -45,7 +45,7 @@ def _layouts(rank: int) -> list[MicroBatch]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_micro_batches_carry_these_positions(rank: int) -> None:
-    """Those of the zig-zag split of each padded sequence, on both context-parallel ranks."""
+    """The positions are those of the zig-zag split of each padded sequence, on both context-parallel ranks."""
     for micro_batch in _layouts(rank):
         expected = torch.cat([zigzag_positions(length, 2, rank) for length in micro_batch.padded_lengths])
         assert torch.equal(micro_batch.position_ids, expected)
@@ -81,7 +81,7 @@ def test_megatron_caches_no_tables(tmp_path: Path) -> None:
 
 
 def _given_to_fused_kernels(path: Path) -> dict[str, object]:
-    """What a decoder of fused kernels gets of a micro-batch, and what Megatron would have given it."""
+    """Return the rotation that a decoder of fused kernels gets of a micro-batch, and the one Megatron would have given it."""
     given: dict[str, Any] = {}
 
     def decoder(**arguments: Any) -> torch.Tensor:

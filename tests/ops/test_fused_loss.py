@@ -83,7 +83,7 @@ def test_all_masked(tokens):
 
 @pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf])
 def test_anything_under_the_mask(filler):
-    """What masked positions hold, in any per-token input, changes no bit."""
+    """The values of masked positions, in any per-token input, change no bit."""
     batch = exact_batch(LENGTHS)
     per_token = batch.advantages.repeat_interleave(torch.tensor(LENGTHS))
     results = []

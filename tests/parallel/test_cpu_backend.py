@@ -1,4 +1,4 @@
-"""What the CPU backend must leave alone in the process it is installed in."""
+"""The parts of a process that the CPU backend must leave alone."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ NOBODY = torch.zeros(0, dtype=torch.int64)
 
 
 def _parts(sender: int, world: int) -> list[Rollouts]:
-    """What `sender` sends to each rank: of different sizes, and nothing to the rank after it."""
+    """Return what `sender` sends to each rank: of different sizes, and nothing to the rank after it."""
     rollouts = make_rollouts(7, seed=sender)
     owner = torch.arange(7) * (sender + 1) % world
     owner = torch.where(owner == (sender + 1) % world, sender, owner)

@@ -92,7 +92,7 @@ def _communicator(monkeypatch: pytest.MonkeyPatch, rank: int, tokens: list[int])
 
 
 def test_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent must be what the receiver makes room for; more messages than planned are an error."""
+    """A message must have the planned shape; more messages than planned are an error."""
     first = _communicator(monkeypatch, 0, [5, 3])
     assert first._communicate_shapes(torch.empty(5, 1, 8), None, False, True) == ([0, 0, 0], [5, 1, 8])
     with pytest.raises(RuntimeError, match=r"sends \[5, 1, 8\], but its receiver expects \[3, 1, 8\]"):

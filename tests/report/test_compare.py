@@ -74,7 +74,7 @@ def test_page_s_numbers_are_the_metrics_file_s(tmp_path):
 
 
 def test_lines_are_the_metrics_file_s(tmp_path):
-    """What a panel draws of each run is that run's column, in that run's colour."""
+    """A panel shows that column of each run, in that run's colour."""
     runs = [named_run(tmp_path / name, rows_of(n)) for name, n in (("x", 7), ("y", 12))]
     series = series_of(runs)
     axes = Figure().subplots()
@@ -171,7 +171,7 @@ def test_reflection_rates(tmp_path):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_rule_is_explained_once_for_all_runs(tmp_path):
-    """Of several runs, those that a rule found something in are named together."""
+    """Runs in which a rule found something are named together."""
     rows = rows_of(8)
     for row in rows:
         row |= {"policy/influence_weight_min": 1.0, "policy/influence_weight_max": 1.0, "policy/updates": 1.0}

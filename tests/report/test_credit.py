@@ -177,7 +177,7 @@ def test_a_damaged_file_is_named(run: Path) -> None:
 
 @pytest.mark.parametrize(("column", "value"), [("influence_weights", float("nan")), ("future_kl", float("inf"))])
 def test_numbers_that_are_not_finite(run: Path, column: str, value: float) -> None:
-    """Of a run that has diverged the responses that can be shown are shown, and the others counted."""
+    """For a run that has diverged, the responses that can be shown are shown, and the others counted."""
     rows = write_rollouts(run, 1)
     path = run / "rollouts" / "step_1.parquet"
     rows[0][column] = [value] * len(rows[0]["response_tokens"])

@@ -173,7 +173,7 @@ def test_page_holds_the_resolved_config(tmp_path):
 
 
 def test_nothing_unfinished_is_left(tmp_path):
-    """What is written is complete under its final name; no temporary file remains."""
+    """A written file is complete under its final name; no temporary file remains."""
     write_report(write_run(tmp_path, rows_of(3)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "figures", "metrics.jsonl", "report.html"]
     assert not [p for p in (tmp_path / "figures").iterdir() if p.name.startswith(".")]
@@ -277,7 +277,7 @@ def test_damaged_summary(tmp_path):
 
 
 def test_steps_of_a_resumed_run(tmp_path):
-    """Of a step that a resumed run repeated, the last row counts, in the order of steps."""
+    """For a step that a resumed run repeated, the last row counts, in the order of steps."""
     rows = [{"step": s, "reward/accuracy": a} for s, a in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35))]
     run = read_run(write_run(tmp_path, rows))
     assert [(r["step"], r["reward/accuracy"]) for r in run.rows] == [(1, 0.1), (2, 0.25), (3, 0.35)]

@@ -45,7 +45,7 @@ def _cells(page: str) -> list[list[str]]:
 
 
 def test_best_layouts_by_brute_force() -> None:
-    """Of 200 random rows: nobody of the same setting and GPUs is faster, and efficiency is to the fewest GPUs' best."""
+    """In 200 random rows nobody of the same setting and GPUs is faster, and efficiency is to the fewest GPUs' best."""
     random.seed(1)
     contents = []
     for i in range(200):

@@ -378,7 +378,7 @@ def reward() -> Iterator[RewardFunction]:
 
 @pytest.fixture(scope="module")
 def verdicts(reward: RewardFunction) -> dict[tuple[str, str], Score]:
-    """Of (answer, ground truth); all are judged at once, which takes a second or two a hundred."""
+    """Return the scores of (answer, ground truth) pairs, all at once, which takes a second or two a hundred."""
     pairs = [tuple(line.split(mark)) for mark, lines in ((" == ", EQUAL), (" != ", DIFFERENT)) for line in lines]
     pairs += [(other, one) for one, other in pairs]
     scores = reward([rf"\boxed{{{a}}}" for a, _ in pairs], [t for _, t in pairs], [""] * len(pairs))

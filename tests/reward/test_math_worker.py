@@ -1,4 +1,4 @@
-"""What the verifier's processes withstand: a job's signals, answers that fill the memory, time out, or are no text."""
+"""Conditions that the verifier's processes withstand: a job's signals, answers that fill the memory, time out, or are no text."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Clock:
 
 
 def test_batch_of_slow_answers_ends_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2000 answers that take 10 s each, those that fit 35 s are compared; all others count as timed out, and what is
+    """When 2000 answers take 10 s each, those that fit 35 s are compared; all others count as timed out, and what is
     right to the letter stays right."""
     clock = Clock(10.0)
     monkeypatch.setattr(verifier, "time", clock)

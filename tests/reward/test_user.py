@@ -73,7 +73,7 @@ def test_scores_are_kept():
     ],
 )
 def test_bad_results_name_the_function(name, message):
-    """What a user function returns is checked, and the error says which function and which response."""
+    """The result of a user function is checked, and the error says which function and which response."""
     with pytest.raises(ValueError, match=re.escape(message)):
         call(name)
 

@@ -227,12 +227,12 @@ class Job:
     log: Path
 
     def read(self) -> dict[str, str]:
-        """What Slurm knows of it: JobState, ExitCode, Restarts, NodeList, Reason, ..."""
+        """Return Slurm's record of it: JobState, ExitCode, Restarts, NodeList, Reason, ..."""
         text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait(self, states: Sequence[str] = ENDED, seconds: float = 120.0, restarts: int = 0) -> dict[str, str]:
-        """What Slurm knows of it, as soon as it is in one of these states after at least so many restarts.
+        """Return Slurm's record of it, as soon as it is in one of these states after at least so many restarts.
 
         Raises:
             TimeoutError: it is not within so many seconds; with the end of its output.
@@ -248,7 +248,7 @@ class Job:
             time.sleep(0.2)
 
     def output(self) -> str:
-        """What it has printed, in all its attempts."""
+        """Return its output, of all its attempts."""
         return self.log.read_text() if self.log.exists() else ""
 
     def nodes(self) -> list[str]:

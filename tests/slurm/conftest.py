@@ -86,7 +86,7 @@ def train(cluster: Cluster, task: Path) -> Iterator[Train]:
 
 @pytest.fixture(scope="session")
 def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """What the same run learns on two local ranks, without Slurm."""
+    """Metrics of the same run on two local ranks, without Slurm."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     run_ranks(_train, 2, make_run(task, run, "parity", 2))
     return learned(run)
@@ -123,7 +123,7 @@ def make_run(task: Path, run: Path, reward: str, ranks: int) -> Config:
 
 
 def learned(run: Path) -> list[dict[str, float]]:
-    """What a run has recorded of its steps, without what depends on speed."""
+    """Return the recorded metrics of a run's steps, without those that depend on speed."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "throughput/", "wall_seconds", "sampling/cancelled")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

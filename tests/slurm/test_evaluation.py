@@ -89,7 +89,7 @@ def limited(evaluate: Evaluate, tmp_path_factory: pytest.TempPathFactory) -> Eva
 
 @pytest.fixture(scope="module")
 def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the same evaluation leaves on two local ranks, without Slurm."""
+    """Results of the same evaluation on two local ranks, without Slurm."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     run_ranks(command.run, RANKS, _config(task, "parity"), out)
     return out

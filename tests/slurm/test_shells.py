@@ -26,7 +26,7 @@ Path(sys.argv[1] + os.environ["SLURM_PROCID"]).write_text(repr(mine))
 
 
 def _read(terminal: int, until: str | None = None) -> str:
-    """What is shown on a terminal up to these characters, or to the end of what runs on it."""
+    """Read a terminal up to these characters, or to the end of the program on it."""
     shown = ""
     while until is None or until not in shown:
         try:

@@ -65,7 +65,7 @@ class FakeServer:
 
 
 def tokens_for(seed: int | None, prompt: list[int], vocabulary: int = 100) -> list[int]:
-    """What every fake server answers to a request."""
+    """Return the answer of every fake server to a request."""
     draw = random.Random(f"{seed} {prompt}")
     return [draw.randrange(vocabulary) for _ in range(draw.randrange(1, 9))]
 

@@ -215,7 +215,7 @@ def test_no_server(servers: list[FakeServer], connect: MakeClient) -> None:
     ],
 )
 def test_refused(servers: list[FakeServer], connect: MakeClient, status: int, says: str) -> None:
-    """What would be refused again is an error at once."""
+    """An answer that would be refused again is an error at once."""
     for server in servers:
         server.status = status
     with pytest.raises(ValueError, match=says):
@@ -254,7 +254,7 @@ def test_without_seeds(servers: list[FakeServer], connect: MakeClient) -> None:
 
 
 def test_pause(servers: list[FakeServer], connect: MakeClient) -> None:
-    """What was drawn so far comes back at once: a whole response, the beginning of one, or nothing."""
+    """The tokens so far come back at once: a whole response, the beginning of one, or nothing."""
     client, other = connect(concurrency=2), connect()
     finished = client.submit(requests(1)[0], SAMPLING)
     finished.result(timeout=5)

@@ -103,7 +103,7 @@ def test_server_that_takes_no_weights(servers: list[FakeServer], tmp_path: Path)
 
 
 def _first_update(urls: list[str], directory: Path, key: str) -> tuple[str, list[str]]:
-    """What the first update raises, and the tensors that were taken."""
+    """Return the error of the first update, and the tensors that were taken."""
     engine = make_engine(urls, directory, key)
     taken: list[str] = []
     try:

@@ -154,7 +154,7 @@ def paused_midway(engine: VLLMEngine, wanted: list[Request], sampling: Sampling)
 
 
 def test_paused_responses_go_on_with_other_weights(two: Case) -> None:
-    """What is paused is the beginning of what would have come, and goes on as the next weights have it."""
+    """A paused response is the beginning of the whole one, and continues with the next weights."""
     two.engine.load_weights(weights_of(two.models[0]))
     greedy = replace(GREEDY, max_tokens=400)
     wanted = [Request([*prompt[:40], place], place) for place, prompt in enumerate(prompts())]

@@ -30,7 +30,7 @@ ROUTES = [
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Of 400, 80 and 800 bytes; two share memory, as parts of a fused parameter do."""
+    """Return weights of 400, 80 and 800 bytes; two share memory, as parts of a fused parameter do."""
     generator = torch.Generator().manual_seed(seed)
     fused = torch.randn(30, 10, generator=generator)
     return {

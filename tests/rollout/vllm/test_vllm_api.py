@@ -1,4 +1,4 @@
-"""What this package uses of vLLM is there, in the sources of both supported versions: the CPU's and the GPUs'.
+"""The parts of vLLM that this package uses are there, in the sources of both supported versions: the CPU's and the GPUs'.
 
 Read without importing, so that what only GPUs can run is checked on any machine.
 """

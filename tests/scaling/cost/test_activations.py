@@ -24,7 +24,7 @@ TOKENS, MICRO_BATCHES = 512, 8
 
 
 class _Kept:
-    """What autograd holds for a saved tensor."""
+    """The object that autograd holds for a saved tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

@@ -221,7 +221,7 @@ def test_lm_head_is_on_the_last_stage() -> None:
 
 
 def test_total_is_the_sum() -> None:
-    """Of all five parts."""
+    """Memory of all five parts."""
     m = training_memory(QWEN_32B, _recipe(), stage=1)
     assert m.total == m.parameters + m.gradients + m.optimizer + m.activations + m.head
 

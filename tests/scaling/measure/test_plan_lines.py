@@ -37,7 +37,7 @@ def test_srun_gets_the_layout_s_ranks(ranks: int, nodes: int, per_node: int) -> 
 
 
 def test_job_is_too_small() -> None:
-    """What is missing is said with the arithmetic; outside a job everything can be started."""
+    """Missing nodes are reported with the arithmetic; outside a job everything can be started."""
     job = SlurmJob.of(ENVIRONMENT)
     assert job is not None
     assert job.problem(24) == "the layout has 24 ranks, the job 2 nodes x 8 tasks = 16: sbatch --nodes=3"

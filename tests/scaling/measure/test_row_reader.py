@@ -14,7 +14,7 @@ from tests.report.studies import lost, make_row, write_study
 
 
 def test_numbers_are_those_of_the_file() -> None:
-    """Of the row, of its stages, its prediction and its timeline; further fields are left alone."""
+    """Fields of the row, of its stages, prediction and timeline are checked; further ones are left alone."""
     content = make_row(8, 4, 2, 8, something="new")
     row, problems = parse_row(content)
     assert problems == []
@@ -33,7 +33,7 @@ def test_numbers_are_those_of_the_file() -> None:
 
 
 def test_lost_rows_have_no_problems() -> None:
-    """What was not measured is unknown; the ranks that said how much they held are heard."""
+    """A value that was not measured is unknown; the memory that ranks reported is kept."""
     row, problems = parse_row(lost(make_row(), "out_of_memory", "no memory"))
     assert problems == []
     assert (row.seconds, row.peak_memory_bytes, row.error, row.stages) == (None, (84.5e9,), "no memory", ())

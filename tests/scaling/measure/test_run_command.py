@@ -81,7 +81,7 @@ def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[st
 
 @pytest.mark.parametrize("case", [c for c in CASES if c[1] == "fipo"])
 def test_loss_is_the_actor_s(case: tuple[str, Loss], rows: Any) -> None:
-    """What was measured had the loss that the actor gives for the batch."""
+    """The measured update had the loss that the actor gives for the batch."""
     row, loss = rows[case]
     assert row["loss_value"] == pytest.approx(loss, rel=1e-6)
     assert abs(loss) > 1e-3

@@ -65,7 +65,7 @@ def test_one_forward_one_backward() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_message_has_a_sender_and_a_receiver(schedule: Schedule) -> None:
-    """What a stage sends is what its neighbour receives, once, in the same order on each connection."""
+    """Each message of a stage is received once by its neighbour, in the same order on each connection."""
     sent: dict[tuple[int, int], list[Any]] = {}
     received: dict[tuple[int, int], list[Any]] = {}
     p = schedule.stages

@@ -62,7 +62,7 @@ def test_recipe_is_judged(plan: Command) -> None:
 
 
 def test_recipe_that_cannot_fit_is_told(plan: Command) -> None:
-    """What is short while rolling out, with the setting that would do."""
+    """The plan says what is short during rollouts, with the setting that would do."""
     recipe = str(ROOT / "examples" / "fipo_32b.yaml")
     code, out, _ = plan(recipe, "rollout.server.gpu_memory_utilization=0.99", "--rows", "1")
     assert code == 0

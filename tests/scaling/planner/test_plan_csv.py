@@ -136,7 +136,7 @@ def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, 
 
 
 def test_prediction_is_the_planner_s(tmp_path: Path) -> None:
-    """Of a layout that failed, too, a row says what the planner thinks of it, on the fullest stage and each."""
+    """A row has the planner's prediction of a layout that failed, too, on the fullest stage and each."""
     config = make_config(make_qwen2(tmp_path / "model", layers=4), parallel={"pipeline": 2, "world_size": 2})
     hardware, sequences = find_hardware("H100-80"), Sequences((50, 90, 120, 30))
     asked = Measurement(config, sequences, "fipo", "H100-80", hardware, tmp_path)

@@ -91,7 +91,7 @@ def test_nothing_fits() -> None:
 
 
 def test_long_sequences_need_context_parallelism() -> None:
-    """Of 128k tokens without recomputation, a 32B model only fits where they are split."""
+    """With 128k tokens and no recomputation, a 32B model only fits where they are split."""
     planner = Planner(PUBLISHED["qwen2.5-32b"], H100, Sequences((131072,) * 8))
     candidates = planner.plan(64, recompute=("none",)).candidates
     assert candidates
@@ -117,7 +117,7 @@ def test_weak_scaling_keeps_the_step() -> None:
 
 
 def test_large_batches_are_packed_by_one_replicas_share() -> None:
-    """Of 8,192 sequences over 8 replicas: the tokens of all of them."""
+    """A batch of 8,192 sequences over 8 replicas has the tokens of all of them."""
     sequences = parse_lengths("p50=1000,p100=4000", 8192)
     planner = Planner(PUBLISHED["qwen2.5-7b"], H100, sequences)
     batch = planner.batch(planner.layouts(8, 4096, ("full",))[0])
