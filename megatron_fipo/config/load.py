@@ -74,9 +74,8 @@ def _merged(path: Path, changes: Any) -> Any:
         check_names(_plain(content))
     try:
         return OmegaConf.merge(content, changes)
-    except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise ValueError(f"cannot apply the overrides to {path}: {error.full_key}: {reason}") from None
+    except Exception as error:  # a TypeError where a list is to replace a section
+        raise ValueError(f"cannot apply the overrides to {path}: {str(error).splitlines()[0]}") from None
 
 
 def _is_saved(path: Path) -> bool:

@@ -43,8 +43,8 @@ class Facts:
     def allow(self, number: float) -> bool:
         """Return whether a number is within the bounds."""
         return (
-            not math.isnan(number)
-            and (not self.finite or not math.isinf(number))
+            number == number  # not NaN
+            and not (self.finite and _is_infinite(number))
             and (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
             and (self.at_most is None or number <= self.at_most)
@@ -83,7 +83,7 @@ class Setting:
             return None
         shown, each = (list(value), "each ") if isinstance(value, tuple) else (value, "")
         bounds, null = self.facts.bounds, ", or null" if type(None) in get_args(self.type) else ""
-        if any(map(math.isinf, numbers)) and bounds != "finite":
+        if any(map(_is_infinite, numbers)) and bounds != "finite":
             bounds = f"finite and {bounds}"
         return f"{self.name} = {shown} must {each}be {bounds}{null}"
 
@@ -178,6 +178,10 @@ def _settings(cls: type, prefix: str) -> Iterator[Setting]:
         factory = field.default_factory
         default = factory() if callable(factory) else field.default
         yield Setting(prefix + field.name, hints[field.name], default, field.metadata[_FACTS])
+
+
+def _is_infinite(number: float) -> bool:
+    return number in (math.inf, -math.inf)  # math.isinf raises OverflowError for large integers
 
 
 def number_text(number: float) -> str:

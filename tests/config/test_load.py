@@ -140,6 +140,12 @@ def test_pairs_have_two_numbers(file: Path, override: str) -> None:
         load_config(file, [override])
 
 
+def test_list_in_place_of_a_section(file: Path) -> None:
+    """One line that says so."""
+    with pytest.raises(ValueError, match=r"cannot apply the overrides to .*config\.yaml: Cannot merge incompatible"):
+        load_config(file, ["data=[]"])
+
+
 @pytest.mark.parametrize("override", ["run.name", "run.name=${", "optimizer.betas=[0.9"])
 def test_unreadable_override_is_named(file: Path, override: str) -> None:
     """Without a value, or with one that is no YAML, in one line."""

@@ -116,6 +116,7 @@ def test_a_field_without_facts_is_impossible() -> None:
         ({"half_open": math.inf}, "half_open = inf must be finite and greater than 0 and at most 1"),
         ({"maybe_infinite": math.inf}, None),
         ({"maybe_infinite": math.nan}, "maybe_infinite = nan must be greater than 0"),
+        ({"large": 10**400}, f"large = {10**400} must be at most 4294967295"),
         ({"large": 2**32}, "large = 4294967296 must be at most 4294967295"),
     ],
 )

@@ -42,6 +42,8 @@ mutations = st.lists(st.tuples(st.integers(0, len(LINES) - 1), st.sampled_from(V
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations, overrides, st.binary(max_size=6))
 @example([], ["rollout.server.placement=disaggregated", "rollout.server.tensor_parallel_size=0"], b"")
+@example([], ["trainer=[]"], b"")
+@example([], [f"parallel.world_size={'9' * 400}"], b"")
 @example([], ["rollout.placement=local", "rollout.server=3"], b"")
 @example([], ["run.name=${oc.env:SECRET}"], b"")
 def test_configs(
