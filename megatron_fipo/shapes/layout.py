@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_fipo.config import ParallelConfig
-
-if TYPE_CHECKING:
-    from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.shapes.architecture import Architecture
 
 
 def layout_problems(arch: Architecture, p: ParallelConfig) -> list[str]:

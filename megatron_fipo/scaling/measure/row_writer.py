@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.launch.failure import host
 from megatron_fipo.scaling.cost.flops import model_flops
 from megatron_fipo.scaling.cost.layout import Layout
@@ -27,6 +26,7 @@ from megatron_fipo.scaling.measure.specification import Measurement, model_name,
 from megatron_fipo.scaling.planner.legal_layouts import layout_problems
 from megatron_fipo.scaling.planner.planner import Planner
 from megatron_fipo.scaling.planner.run_inputs import engine_bytes, model_of
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 from megatron_fipo.whole_file import write_whole
 
 _MEASURED = (
@@ -129,7 +129,7 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
         cost, tokens = planner.evaluate(layout).cost, planner.peak_tokens(layout)
     except ValueError:
         return None
-    stages = [estimated_memory(model, measurement.hardware, layout, i, tokens) for i in range(config.parallel.pipeline)]
+    stages = estimated_memory(model, measurement.hardware, layout, tokens)
     return {
         "seconds": cost.seconds,
         "bubble_fraction": cost.bubble_fraction,
