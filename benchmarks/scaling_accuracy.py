@@ -108,11 +108,8 @@ def memory_confusion(rows: Sequence[Row], path: Path) -> dict[str, int]:
 def fits(row: Row) -> bool:
     """Return whether the planner predicts that the row fits."""
     gpu = hardware_of(row, hardware_files())
-    stages = range(row.layout.parallel.pipeline)
-    most = max(
-        estimated_memory(row.model, gpu, row.layout, stage, row.batch.tokens, row.batch.squares).total
-        for stage in stages
-    )
+    stages = estimated_memory(row.model, gpu, row.layout, row.batch.tokens, row.batch.squares)
+    most = max(stage.total for stage in stages)
     return most <= gpu.gpu.memory
 
 

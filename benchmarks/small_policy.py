@@ -12,8 +12,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.config import Config, load_config
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 VOCABULARY, SEQUENCES, PROMPT, RESPONSE = 4096, 24, 16, (64, 480)  # tokens; lengths spread like rollouts'
 TOKENS_PER_MICRO_BATCH = 2048

@@ -292,7 +292,6 @@ def show_settings(
 
 def _train_rank(config: Config) -> None:
     trainer = _trainer(config, resume=True)
-    _watch(trainer)
     try:
         trainer.train()
     finally:
@@ -316,18 +315,6 @@ def _trainer(config: Config, write: bool = True, resume: bool = False) -> Any:
     from megatron_fipo.trainer import Trainer
 
     return Trainer(config, write=write, resume=resume)
-
-
-def _watch(trainer: Any) -> None:
-    """Add profilers to the trainer."""
-    from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
-    from megatron_fipo.profiling.utilization import Utilization
-
-    actor, config, topology = trainer.actor, trainer.config, trainer.topology
-    trainer.utilization = Utilization(config, actor.arch, topology)
-    if config.profile.pipeline:
-        trainer.profile = PipelineProfile(actor.chunks[0].config, topology.pp, config.run_directory / "traces")
-        actor.recorder = trainer.profile.recorder
 
 
 def _report(runs: Path | Sequence[Path], out: Path | None = None, groups: Sequence[str] = ()) -> None:

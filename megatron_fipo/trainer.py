@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,6 +47,8 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.collectives import broadcast
 from megatron_fipo.parallel.garbage import collected_by_hand
 from megatron_fipo.parallel.interrupt import Interrupted
+from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
+from megatron_fipo.profiling.utilization import Utilization
 from megatron_fipo.resume import replaces_weights, starts_over
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import make_engine
@@ -59,18 +60,11 @@ logger = logging.getLogger(__name__)
 _FIRST_SHIFT_WARNING = 1e-3  # nats; see Trainer._update_policy
 
 
-class Profile(Protocol):
-    """Profiler of the actor's work, asked once a step."""
-
-    def finish_step(self) -> dict[str, float]: ...
-
-
 class Trainer:
     """A run on this rank. All methods are collective over all ranks.
 
     Attributes:
-        profile: adds its metrics to those of each step; None: no profiler.
-        utilization: metrics from the lengths of the replica's trained sequences and the seconds of the updates.
+        profile: timers inside the pipeline's schedule, with profile.pipeline; None without, or in a run without files.
     """
 
     def __init__(self, config: Config, write: bool = True, resume: bool = False) -> None:
@@ -109,14 +103,21 @@ class Trainer:
         self.batches = make_batch_builder(
             config, self.topology, self.engine, self.score_rollouts, stream, self.stop_token_ids
         )
-        self.profile: Profile | None = None
-        self.utilization: Callable[[Sequence[int], float], dict[str, float]] | None = None
+        self.utilization = Utilization(config, self.actor.arch, self.topology)
+        self.profile = self._make_profile() if config.profile.pipeline and write else None
         self.log = RunLog(config, self.topology.rank, enabled=write)
         self.state = RunState(config, self.topology, self.actor, self.batches, self.log)
         self._clock: dict[str, float] = {}
         self.log.note(f"train data: {self.prompts}")
         for name, problems in self.benchmarks.items():
             self.log.note(f"validation data{f' {name}' if len(self.benchmarks) > 1 else ''}: {problems}")
+
+    def _make_profile(self) -> PipelineProfile:
+        """Return the profile, and record every run of the actor's schedule in it."""
+        directory = self.config.run_directory / "traces"
+        profile = PipelineProfile(self.actor.chunks[0].config, self.topology.pp, directory)
+        self.actor.recorder = profile.recorder
+        return profile
 
     def train(self) -> None:
         """Run to `trainer.max_steps` from the newest checkpoint.
@@ -177,9 +178,7 @@ class Trainer:
         metrics = {**batch.metrics, **self._mismatch(rollouts, mini_batches, step - 1), **updates}
         if self.profile:
             metrics |= self.profile.finish_step()
-        if self.utilization:
-            metrics |= self.utilization(rollouts.lengths.tolist(), self._clock["update"])
-        return metrics
+        return metrics | self.utilization(rollouts.lengths.tolist(), self._clock["update"])
 
     def score_rollouts(self, prompts: Sequence[Prompt], rollouts: Rollouts) -> Rollouts:
         """Return one response a prompt with its reward: the verifier's score, less DAPO's penalty for length."""

@@ -87,7 +87,7 @@ def make_rollouts(count: int, *, vocab: int = 250, seed: int = 0, longest: int =
 
 
 def make_task(directory: Path, *, seed: int = 0) -> Path:
-    """Make the quick start's task, with an untrained model: a random checkpoint with tokenizer, chat template and problem files."""
+    """Make the quick start's task: a random checkpoint with tokenizer, chat template and problem files."""
     quickstart = quickstart_script()
     torch.manual_seed(seed)
     directory.mkdir(parents=True, exist_ok=True)

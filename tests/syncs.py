@@ -1,4 +1,4 @@
-"""Operations that would make the host wait for a GPU, counted on the CPU: reads of numbers, and shapes that depend on them."""
+"""Operations that make the host wait for a GPU, counted on the CPU: reads of numbers, data-dependent shapes."""
 
 from __future__ import annotations
 

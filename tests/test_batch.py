@@ -10,15 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.batch import (
-    MicroBatch,
-    Rollouts,
-    TrainBatch,
-    micro_batch_order,
-    pack,
-    plan_micro_batches,
-    zigzag_positions,
-)
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack, zigzag_positions
+from megatron_fipo.shapes.micro_batches import micro_batch_order, plan_micro_batches
 
 TOKEN = st.integers(1, 999)
 RESPONSE = st.fixed_dictionaries(

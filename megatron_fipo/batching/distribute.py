@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
 from megatron_fipo.config import Config
 from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.exchange import exchange
 from megatron_fipo.parallel.topology import Topology
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 Plan = list[list[list[int]]]  # of one mini-batch: replica -> micro-batch -> response ids
 

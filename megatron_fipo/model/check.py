@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_fipo.config import Config
 from megatron_fipo.model.architecture import Architecture, architecture, load_hf_config
-from megatron_fipo.model.layout import layout_problems
+from megatron_fipo.shapes.layout import layout_problems
 
 
 def check_model(config: Config) -> Architecture:

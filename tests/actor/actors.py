@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.convert.export import export_weights
 from megatron_fipo.model.architecture import load_hf_config
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.rollout import HFEngine
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 from tests.policies import make_config
 
 Gradients = dict[str, torch.Tensor]

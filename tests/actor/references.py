@@ -1,4 +1,4 @@
-"""Reference results of `transformers` for the same checkpoint and responses, one sequence at a time, in this process."""
+"""Results of `transformers` for the same checkpoint and responses, one sequence at a time, in this process."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_which_checkpoints_stay(
 
 
 def test_a_checkpoint_goes_by_losing_its_name(tmp_path: Path) -> None:
-    """A checkpoint to be deleted is out of sight before the first file goes; a damaged checkpoint is nobody's to delete."""
+    """A checkpoint loses its name before its first file is deleted; a damaged checkpoint is never deleted."""
     for step in (1, 2, 3):
         _checkpoint(tmp_path, step)
     (tmp_path / "step_1" / files.MARKER).unlink()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
 from megatron_fipo.convert.export import export_weights
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 from tests.policies import make_config, make_qwen2, make_rollouts
 from tests.ranks import run_ranks
 

@@ -230,8 +230,8 @@ def test_a_time_limit_that_was_raised(slurm: Path, tmp_path: Path) -> None:
 
 
 def test_a_node_that_comes_back_without_the_model(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Input that was in order when an earlier attempt was running is not the user's fault: the job is requeued. In a first
-    attempt it is an error of the input."""
+    """Input that was there in an earlier attempt and is gone is not a user error: the job is requeued. In a first
+    attempt it is a user error."""
     run = tmp_path / "run"
     monkeypatch.setattr(os, "environ", {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
     with pytest.raises(ValueError, match="the model is not there"), launch.checked(run, 3):

@@ -51,7 +51,7 @@ def test_quotas(tools: Path) -> None:
 
 
 def test_checkpoints_that_will_be_there() -> None:
-    """Space is needed for the kept checkpoints and one more while it is written; never for more than are written at all."""
+    """Space is needed for the kept checkpoints and one that is being written; never for more than are written."""
     config = make_config(
         "unused", checkpoint={"keep_last": 2, "keep_every": 20, "every": 5}, trainer={"max_steps": 100}
     )

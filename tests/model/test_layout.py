@@ -22,10 +22,10 @@ from megatron_fipo.config import Config, ModelConfig, ParallelConfig
 from megatron_fipo.config.problems import layout_problems as world_problems
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.build import build_policy, transformer_config
-from megatron_fipo.model.layout import layout_problems, stage_layers
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.cost.model_shapes import shape_of
 from megatron_fipo.scaling.planner.legal_layouts import layout_problems as planner_problems
+from megatron_fipo.shapes.layout import layout_problems, stage_layers
 
 ARCH = Architecture(
     model_type="qwen2",

@@ -81,7 +81,7 @@ def test_megatron_caches_no_tables(tmp_path: Path) -> None:
 
 
 def _given_to_fused_kernels(path: Path) -> dict[str, object]:
-    """Return the rotation that a decoder of fused kernels gets of a micro-batch, and the one Megatron would have given it."""
+    """Return the rotation that a decoder of fused kernels gets, and the one that Megatron would have given it."""
     given: dict[str, Any] = {}
 
     def decoder(**arguments: Any) -> torch.Tensor:

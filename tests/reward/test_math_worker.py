@@ -1,4 +1,4 @@
-"""Conditions that the verifier's processes withstand: a job's signals, answers that fill the memory, time out, or are no text."""
+"""Faults that the verifier's processes withstand: signals, answers that fill memory, time out, or are not text."""
 
 from __future__ import annotations
 

@@ -91,4 +91,4 @@ def test_sweep(cluster: Cluster, tmp_path: Path) -> None:
     after = _rows(tmp_path)
     assert after.pop("2,1,2,2")["status"] == after.pop("4,1,4,1")["status"] == "ok", again.output()
     assert after == {layout: row for layout, row in rows.items() if layout in after}
-    assert again.output().count("is there already") == 5
+    assert again.output().count("already exists") == 5

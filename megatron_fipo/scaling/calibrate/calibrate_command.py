@@ -25,11 +25,12 @@ def calibrate(
     Starts one rank per GPU, or 2 on a CPU, unless torchrun or srun already did. A GPU that the planner knows keeps its
     data-sheet rates and gets measured efficiencies; any other machine becomes a GPU of its own in the file.
     """
-    from megatron_fipo import launch
-    from megatron_fipo.scaling.calibrate.rank import calibrate_rank
     from megatron_fipo.scaling.calibrate.request import Request
 
     request = Request(out, gpu, minutes, dtype)
     request.check()
+    from megatron_fipo import launch
+    from megatron_fipo.scaling.calibrate.rank import calibrate_rank
+
     ranks = launch.started_ranks() or launch.num_gpus() or 2
     launch.run(calibrate_rank, ParallelConfig(world_size=ranks), (request,))

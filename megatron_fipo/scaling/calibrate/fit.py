@@ -132,13 +132,13 @@ def entries(machine: Machine, m: Measurements) -> list[Entry]:
         found.append(Entry((*shares, "gemm_width"), gemm.half_width, "the same matmuls"))
         if m.attention:
             found.append(Entry((*shares, "attention"), _median(m.attention) / peak, _source(m.attention)))
-    for name, place, rates in (
+    for name, data_sheet_field, rates in (
         ("memory", "memory_bandwidth", m.memory),
         ("link", "link", m.link),
         ("network", "network", m.network),
     ):
         if rates:
-            peak = peaks.of((place,), max(r.value for r in rates), "the fastest measurement")
+            peak = peaks.of((data_sheet_field,), max(r.value for r in rates), "the fastest measurement")
             found.append(Entry((*shares, name), _median(rates) / peak, _source(rates)))
     if m.layer is not None:
         seconds, timing = m.layer

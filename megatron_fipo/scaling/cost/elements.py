@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.model.architecture import Architecture
-from megatron_fipo.model.layout import stage_layers
 from megatron_fipo.scaling.cost.flops import attention_weights, mlp_weights
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
+from megatron_fipo.shapes.architecture import Architecture
+from megatron_fipo.shapes.layout import stage_layers
 
 # Megatron's distributed optimizer aligns each tensor in its buffers, and pads each buffer so that it can be split
 # evenly; in elements.

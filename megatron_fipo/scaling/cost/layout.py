@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.layout import stage_layers
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
+from megatron_fipo.shapes.layout import stage_layers
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)

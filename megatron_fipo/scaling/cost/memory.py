@@ -12,15 +12,15 @@ p pipeline stages, v model chunks per stage, N tokens of a micro-batch on one co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.scaling.cost.elements import Elements, buffer_elements, matrix_elements, num_parameters
 from megatron_fipo.scaling.cost.hardware import Efficiency, Hardware, Software
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import ModelShape, shape_of
+from megatron_fipo.shapes.architecture import Architecture
 
 Kernels: TypeAlias = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
@@ -50,11 +50,12 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self))
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.head + self.reserve
 
     def with_reserve(self, efficiency: Efficiency) -> StageMemory:
         """Return the memory with the reserve of a GPU generation."""
-        return replace(self, reserve=efficiency.reserve_bytes + efficiency.reserve_share * self.total)
+        reserve = efficiency.reserve_bytes + efficiency.reserve_share * self.total
+        return StageMemory(self.parameters, self.gradients, self.optimizer, self.activations, self.head, reserve)
 
 
 @dataclass(frozen=True)
@@ -120,23 +121,24 @@ def estimated_memory(
     model: ModelShape,
     hardware: Hardware,
     layout: Layout,
-    stage: int,
     tokens: float,
     squares: float = 0.0,
     sharded_optimizer: bool = True,
-) -> StageMemory:
-    """Return the memory of a stage with its reserve, for any model and training code.
+) -> list[StageMemory]:
+    """Return the memory of each stage with its reserve, for any model and training code.
 
     Args:
         tokens: of the largest micro-batch over all context-parallel ranks.
         squares: of its sequences' lengths; matters only without flash attention.
         sharded_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1).
     """
-    context = layout.parallel.context
-    elements = matrix_elements(model, layout, stage, sharded_optimizer)
-    kept = kept_by_software(model, layout, hardware.software)
-    memory = stage_memory(model, layout, stage, tokens / context, elements, kept, squares / context)
-    return memory.with_reserve(hardware.efficiency)
+    context, kept = layout.parallel.context, kept_by_software(model, layout, hardware.software)
+    stages = []
+    for stage in range(layout.parallel.pipeline):
+        elements = matrix_elements(model, layout, stage, sharded_optimizer)
+        memory = stage_memory(model, layout, stage, tokens / context, elements, kept, squares / context)
+        stages.append(memory.with_reserve(hardware.efficiency))
+    return stages
 
 
 def training_memory(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.model.architecture import Architecture, Experts, architecture, load_hf_config
+from megatron_fipo.shapes.architecture import Architecture, Experts
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def find_model(name: str) -> ModelShape:
         ValueError: unknown name, or a checkpoint that the package cannot train.
     """
     if (Path(name) / "config.json").is_file():
+        from megatron_fipo.model.architecture import architecture, load_hf_config
+
         return shape_of(architecture(load_hf_config(name, {})))
     key = Path(name).name.lower()
     key = key.replace("meta-", "").replace("llama-3.1", "llama3").replace("llama-3", "llama3")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import torch
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
-from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, plan_micro_batches
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
 from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.model.check import check_model
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measure.specification import Loss, Measurement
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 _DEVIATION = 0.02  # standard deviation of random weights
 

@@ -117,10 +117,10 @@ class MeasuredRow:
 class _Fields:
     """Typed access to an object's fields; `problems` collects errors in optional fields."""
 
-    def __init__(self, content: Any, problems: list[str], place: str = "") -> None:
+    def __init__(self, content: Any, problems: list[str], prefix: str = "") -> None:
         if not isinstance(content, Mapping):
-            raise ValueError(f"{place or 'content'} must be a JSON object")
-        self.content, self.problems, self.place = content, problems, place
+            raise ValueError(f"{prefix or 'content'} must be a JSON object")
+        self.content, self.problems, self.prefix = content, problems, prefix
 
     def text(self, name: str) -> str:
         value = self.content.get(name)
@@ -144,7 +144,7 @@ class _Fields:
             return None
         number = _number(value)
         if number is None or (number < 0 and not sign) or abs(number) > _LARGEST:
-            self.problems.append(f"{self.place}{name} is {_shown(value)}")
+            self.problems.append(f"{self.prefix}{name} is {_shown(value)}")
             return None
         return number
 
@@ -155,7 +155,7 @@ class _Fields:
             return ()
         found = [_number(x) for x in value] if isinstance(value, list) else [None]
         if any(x is None or not 0 <= x <= _LARGEST for x in found):
-            self.problems.append(f"{self.place}{name} is {_shown(value)}")
+            self.problems.append(f"{self.prefix}{name} is {_shown(value)}")
         return tuple(x for x in found if x is not None and 0 <= x <= _LARGEST)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_fipo.atomic_file import write_atomically
-from megatron_fipo.batch import plan_micro_batches
 from megatron_fipo.machine.host import host
 from megatron_fipo.scaling.cost.flops import model_flops
 from megatron_fipo.scaling.cost.layout import Layout
@@ -28,6 +27,7 @@ from megatron_fipo.scaling.measure.specification import Measurement, model_name,
 from megatron_fipo.scaling.planner.legal_layouts import layout_problems
 from megatron_fipo.scaling.planner.planner import Planner
 from megatron_fipo.scaling.planner.run_inputs import engine_bytes, model_of
+from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 _MEASURED = (
     *("step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "loss_value"),
@@ -129,7 +129,7 @@ def _predicted(measurement: Measurement) -> dict[str, Any] | None:
         cost, tokens = planner.evaluate(layout).cost, planner.peak_tokens(layout)
     except ValueError:
         return None
-    stages = [estimated_memory(model, measurement.hardware, layout, i, tokens) for i in range(config.parallel.pipeline)]
+    stages = estimated_memory(model, measurement.hardware, layout, tokens)
     return {
         "seconds": cost.seconds,
         "bubble_fraction": cost.bubble_fraction,

@@ -185,7 +185,7 @@ def _skip(measurement: Measurement, row: dict[str, Any], first: bool) -> None:
             f"{tokens}: choose another --out, or measure again with --again"
         )
     if first:
-        typer.echo(f"{measurement.row_path} is there already: {row['status']}")
+        typer.echo(f"{measurement.row_path} already exists: {row['status']}")
     if row["status"] != FINISHED[0]:
         raise typer.Exit(NOT_MEASURED)
 
@@ -202,9 +202,9 @@ def _check_layout(measurement: Measurement) -> None:
 
 def _check_model(measurement: Measurement) -> None:
     """Raise ValueError on unsupported models, missing kernels, or a sequence longer than a micro-batch."""
-    from megatron_fipo.batch import plan_micro_batches
     from megatron_fipo.fused_kernels import check_context_parallelism
     from megatron_fipo.model.check import check_model
+    from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
     check_model(measurement.config)
     check_context_parallelism(measurement.config)

@@ -74,7 +74,7 @@ def _row_to_measure(number: int, config: Config, directory: Path, gpu: str, loss
     row = row_path(directory, measurement_name(config, gpu, run_command.loss_name(loss)))
     found = read_row(row)
     if found is not None and is_finished(found) and not again:
-        typer.echo(f"line {number}: {row} is there already: {found['status']}")
+        typer.echo(f"line {number}: {row} already exists: {found['status']}")
         return None
     row.unlink(missing_ok=True)
     shutil.rmtree(notes_of(row), ignore_errors=True)

@@ -12,9 +12,9 @@ from typing import get_args
 
 import numpy as np
 
-from megatron_fipo.batch import MicroBatchOrder, micro_batch_order, plan_micro_batches
 from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
+from megatron_fipo.shapes.micro_batches import MicroBatchOrder, micro_batch_order, plan_micro_batches
 
 Order = Callable[[Sequence[float], int], list[int]]  # loads and interleaved group size -> micro-batch indices
 Lengths = Callable[[np.random.Generator, int, int], np.ndarray]  # count and limit -> token lengths
@@ -110,11 +110,9 @@ def step_seconds(
     return max(_step(setting, costs, order(costs, setting.multiple), communication) for costs in replicas)
 
 
-def _step(
-    setting: Setting, costs: Sequence[float], places: Sequence[int], communication: Communication | None
-) -> float:
+def _step(setting: Setting, costs: Sequence[float], order: Sequence[int], communication: Communication | None) -> float:
     schedule = Schedule(setting.stages, len(costs), setting.chunks)
-    forward = np.asarray(costs)[list(places)] / schedule.virtual_stages / 3
+    forward = np.asarray(costs)[list(order)] / schedule.virtual_stages / 3
     return simulate(schedule, forward, 2 * forward, communication).step
 
 

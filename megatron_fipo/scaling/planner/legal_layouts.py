@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.model.layout import both_ends_interleaved, kv_heads_split
 from megatron_fipo.scaling.cost.layout import Layout, Recompute
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
+from megatron_fipo.shapes.layout import both_ends_interleaved, kv_heads_split
 
 _MOST_CHUNKS = 16  # per stage; more only adds messages
 _MOST_CONTEXT = 64

@@ -1,4 +1,4 @@
-"""Whether a layout fits into GPU memory, and the nearest changes with which it does."""
+"""Check of a layout against GPU memory, and the nearest changes with which it fits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fitting_changes(model: ModelShape, hardware: Hardware, layout: Layout, token
 
 def fullest_stage(model: ModelShape, hardware: Hardware, layout: Layout, tokens: float) -> tuple[int, StageMemory]:
     """Return the stage with the highest peak memory."""
-    stages = [estimated_memory(model, hardware, layout, i, tokens) for i in range(layout.parallel.pipeline)]
+    stages = estimated_memory(model, hardware, layout, tokens)
     stage = max(range(len(stages)), key=lambda i: stages[i].total)
     return stage, stages[stage]
 

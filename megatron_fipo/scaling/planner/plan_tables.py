@@ -76,14 +76,14 @@ def explain_tables(c: Candidate) -> list[Table]:
         values = [c.cost.stages[i][part] for i in shown]
         if any(abs(v) > 5e-4 for v in values):
             time.add_row(name, *(f"{v:.3f}" for v in values))
-    time.add_row("together", *(f"{sum(c.cost.stages[i].values()):.3f}" for i in shown))
+    time.add_row("total", *(f"{sum(c.cost.stages[i].values()):.3f}" for i in shown))
     time.add_row("old log-probabilities of the same sequences", *([""] * (len(shown) - 1)), f"{c.log_prob_seconds:.3f}")
     memory = Table(title=f"memory of stage {c.stage} on a GPU with {c.gpu_memory / 1e9:.1f} GB")
     memory.add_column("peak memory")
     memory.add_column("GB", justify="right")
     for part in c.memory.__dataclass_fields__:
         memory.add_row(part, f"{getattr(c.memory, part) / 1e9:.2f}")
-    memory.add_row("together", f"{c.memory.total / 1e9:.2f}")
+    memory.add_row("total", f"{c.memory.total / 1e9:.2f}")
     memory.add_row("free" if c.fits else "missing", f"{abs(c.spare) / 1e9:.2f}")
     return [time, memory]
 

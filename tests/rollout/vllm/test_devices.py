@@ -129,7 +129,7 @@ def test_environment_of_a_server() -> None:
 
 
 def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The devices that the parent sees say nothing of that node: its guard is given numbers, and all servers different ones."""
+    """The parent sees other devices than that node: its guard is given indices, and each server different ones."""
     monkeypatch.setattr(network, "resolve", lambda name: "10.0.0.2")
     config = _config("disaggregated", nodes=("node2",), gpus_per_node=8, tensor_parallel_size=4)
     found = [environment({"CUDA_VISIBLE_DEVICES": "3"}, p, "key", None) for p in plan_placements(config, 8, (), "host")]

@@ -1,4 +1,4 @@
-"""The parts of vLLM that this package uses are there, in the sources of both supported versions: the CPU's and the GPUs'.
+"""The parts of vLLM that this package uses exist in the sources of both supported versions, for CPUs and GPUs.
 
 Read without importing, so that what only GPUs can run is checked on any machine.
 """

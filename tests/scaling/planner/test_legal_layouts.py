@@ -9,13 +9,13 @@ import pytest
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.config.problems import layout_problems as world_problems
-from megatron_fipo.model.layout import layout_problems as model_problems
-from megatron_fipo.model.layout import stage_layers
 from megatron_fipo.scaling.cost.hardware import find_hardware
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, ModelShape
 from megatron_fipo.scaling.planner.legal_layouts import enumerate_layouts, layout_problems, uneven_stages
 from megatron_fipo.scaling.planner.memory_fit import memory_problem
+from megatron_fipo.shapes.layout import layout_problems as model_problems
+from megatron_fipo.shapes.layout import stage_layers
 from tests.scaling.shapes import SMALL
 
 MOE = dataclasses.replace(PUBLISHED["mixtral-8x7b"], num_layers=6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.model.architecture import Architecture
+from megatron_fipo.shapes.architecture import Architecture
 
 
 def layout_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
