@@ -203,6 +203,8 @@ class Attempt:
         """Record the first request to stop; Slurm sends several."""
         if self.first and not self._signalled:
             self._record("signalled")
+            if self.job is not None:  # an administrator may have lowered the time limit
+                self._end = self.job.current_end() or self._end
         self._signalled = True
 
     def finished(self) -> None:

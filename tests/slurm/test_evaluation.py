@@ -81,12 +81,6 @@ def evaluate(cluster: Cluster, task: Path) -> Iterator[Evaluate]:
         job.cancel()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def limited(evaluate: Evaluate, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """A job of 6 minutes, which is signalled in its second one or its third. Submitted first, since that takes long."""
-    return evaluate(tmp_path_factory.mktemp("limited") / "out", "waits_for_signal", "--time=6")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the same evaluation on two local ranks, without Slurm."""
@@ -143,11 +137,14 @@ def test_node_failures(evaluate: Evaluate, cluster: Cluster, undisturbed: Path, 
     assert _result(evaluation.out) == _result(undisturbed)
 
 
-def test_time_limit(limited: Evaluation, undisturbed: Path) -> None:
+def test_time_limit(evaluate: Evaluate, undisturbed: Path, tmp_path: Path) -> None:
     """Signalled by the script's own --signal in the middle of a chunk, a job keeps that chunk, too, goes back into the
     queue by itself, and draws the others: none twice, and the result is that of an undisturbed one, bit for bit."""
+    limited = evaluate(tmp_path / "out", "waits_for_signal")
+    limited.await_fault()
     job = limited.job
-    ended = job.wait(seconds=2 * SECONDS, restarts=1)
+    job.expire(minutes=3, seconds=SECONDS)
+    ended = job.wait(seconds=SECONDS)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.output()
     kept = BEFORE_FAULT + RANKS * CHUNK
     assert limited.judged() == {0: kept, 1: K * PROBLEMS - kept}

@@ -18,13 +18,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 Learned = list[dict[str, float]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stalled(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """A job of 3 minutes that cannot save when it is told to stop, and its run's directory; first, as it takes long."""
-    run = tmp_path_factory.mktemp("stalled") / "run"
-    return train(run, "stalls_the_disk", options=("--time=3", "--signal=USR1@60")), run
-
-
 def test_signal_after_a_requeue_of_slurm(
     each_cluster: Cluster, undisturbed: Learned, train: Train, tmp_path: Path
 ) -> None:
@@ -169,11 +162,14 @@ def test_a_server_that_fails_to_start_once(on_servers: Callable[[str], Job], tmp
     assert learned(tmp_path / "once") == learned(tmp_path / "never")
 
 
-def test_a_save_that_is_too_slow(stalled: tuple[Job, Path], undisturbed: Learned) -> None:
+def test_a_save_that_is_too_slow(undisturbed: Learned, train: Train, tmp_path: Path) -> None:
     """The time limit comes before the checkpoint is whole: the job is requeued all the same, a little before its end,
     goes on from the checkpoint before, and ends as if undisturbed."""
-    job, run = stalled
-    ended = job.wait(seconds=2 * SECONDS, restarts=1)
+    run = tmp_path / "run"
+    job = train(run, "stalls_the_disk", options=("--signal=USR1@120",))
+    await_fault(run, job)
+    job.expire(minutes=2, seconds=SECONDS)
+    ended = job.wait(seconds=SECONDS)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "resuming after step" in job.output()
     assert learned(run) == undisturbed

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SECONDS, Train, await_fault, learned
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def limited(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """A job of 3 minutes, and its run's directory. Submitted first, since its signal is long in coming."""
-    run = tmp_path_factory.mktemp("limited") / "run"
-    return train(run, "waits_for_signal", options=("--time=3", "--signal=USR1@60")), run
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
@@ -71,11 +64,13 @@ def test_cancelled_job_stays_cancelled(train: Train, cluster: Cluster, tmp_path:
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.output()
 
 
-def test_time_limit(limited: tuple[Job, Path], undisturbed: list[dict[str, float]]) -> None:
+def test_time_limit(undisturbed: list[dict[str, float]], train: Train, tmp_path: Path) -> None:
     """Signalled ahead of its time limit, in the middle of a step, a job makes a checkpoint, goes back into the queue
     by itself, and ends with the metrics of a run that nothing disturbed, bit for bit."""
-    job, run = limited
-    ended = job.wait(seconds=2 * SECONDS, restarts=1)
+    job = train(tmp_path / "run", "waits_for_signal", options=("--signal=USR1@300",))
+    await_fault(tmp_path / "run", job)
+    job.expire(minutes=5, seconds=SECONDS)
+    ended = job.wait(seconds=SECONDS)
     assert ended["JobState"] == "COMPLETED", job.output()
     assert f"job {job.number} is requeued" in job.output()
-    assert learned(run) == undisturbed
+    assert learned(tmp_path / "run") == undisturbed
