@@ -60,7 +60,15 @@ def test_odd_parts_are_unknown_and_named(name: str, value: Any) -> None:
     assert any(name in problem for problem in problems) or (name in ("predicted", "environment") and len(value) == 2)
 
 
-WRONG: dict[str, Any] = {"gpus": 0, "pipeline": "2", "tensor": 1.5, "status": "done", "model": None, "recompute": 3}
+WRONG: dict[str, Any] = {
+    "gpus": 0,
+    "pipeline": "2",
+    "tensor": 1.5,
+    "status": "done",
+    "model": None,
+    "recompute": 3,
+    "sequence": "yes",
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
