@@ -32,9 +32,7 @@ def _expand(part: str) -> Iterator[str]:
     endings = list(_expand(suffix))
     bounds = [_RANGE.fullmatch(numbers) for numbers in ranges.split(",")]
     if any(found is None for found in bounds):
-        raise ValueError(
-            f"{part!r} is not a list of hosts: expected numbers or ranges in brackets, as gpu[01-03,7]"
-        )
+        raise ValueError(f"{part!r} is not a list of hosts: expected numbers or ranges in brackets, as gpu[01-03,7]")
     runs = [(found[1], int(found[1]), int(found[2] or found[1])) for found in bounds if found]
     if sum(max(0, last - first + 1) for _, first, last in runs) * max(1, len(endings)) > _MOST_HOSTS:
         raise ValueError(f"{part!r} names more than {_MOST_HOSTS} hosts")
