@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
-import ssl
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -29,10 +27,10 @@ from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine import limits
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
-from megatron_fipo.rollout.vllm.control import address, authorization, explain
+from megatron_fipo.rollout.vllm.client_state import PendingRequest, ServerState, connection_pool
+from megatron_fipo.rollout.vllm.control import explain
 
 _MOST_ATTEMPTS = 8  # of one request; more would not help: the servers are not the cause
-_CONNECT_SECONDS = 60.0  # thousands of requests may begin at once; probes find a server that is gone
 _ABORT_SECONDS = 0.2  # between abort orders: a server ignores one for a request that it has not read yet
 
 
@@ -54,38 +52,6 @@ class ClientTimeouts:
     strikes: int = 3
     first: float = 0.2
     longest: float = 5.0
-
-
-@dataclass(eq=False)
-class _Server:
-    number: int
-    url: str
-    http: httpx.AsyncClient
-    usable: bool = False
-    busy: int = 0  # requests dispatched to it
-    outstanding: int = 0  # their tokens: prompts and limits of responses
-    strikes: int = 0
-    pause: float = 0.0
-    attempts: set[asyncio.Task[httpx.Response]] = field(default_factory=set)
-    probe_now: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(eq=False)
-class _Pending:
-    """Pending request: it waits for a server, is dispatched to one, or is paused."""
-
-    tokens: int
-    name: str = field(default_factory=lambda: secrets.token_hex(8))  # request ID on the servers
-    paused: bool = False
-    avoid: set[int] = field(default_factory=set)
-    waiting: asyncio.Future[_Server | None] | None = None
-
-    @property
-    def server(self) -> _Server | None:
-        future = self.waiting
-        if future is None or not future.done() or future.cancelled() or future.exception() is not None:
-            return None
-        return future.result()
 
 
 class _Lost(Exception):
@@ -128,11 +94,11 @@ class Client:
         # A pool for each server: a pool searches all of its connections whenever a request starts or ends.
         context = httpx.create_ssl_context()  # reads certificates, once
         self._servers = [
-            _Server(number, url, _pool(url, key, concurrency, context))
+            ServerState(number, url, connection_pool(url, key, concurrency, context))
             for number, (url, key) in enumerate(zip(urls, keys, strict=True))
         ]
-        self._waiting: deque[_Pending] = deque()
-        self._pending: WeakKeyDictionary[Future[Response], _Pending] = WeakKeyDictionary()
+        self._waiting: deque[PendingRequest] = deque()
+        self._pending: WeakKeyDictionary[Future[Response], PendingRequest] = WeakKeyDictionary()
         self._version: str | None = None
         self._usable_since = time.monotonic()  # the last time that any server was
         self._connections = connections or limits.connections_at_most(len(urls))
@@ -150,7 +116,7 @@ class Client:
         The future's exception is ValueError for a request that servers refuse (also for a wrong key), RuntimeError if
         no server can be used for `timeouts.wait` seconds or all attempts failed.
         """
-        pending = _Pending(len(request.prompt_ids) + sampling.max_tokens)
+        pending = PendingRequest(len(request.prompt_ids) + sampling.max_tokens)
         future = asyncio.run_coroutine_threadsafe(self._respond(pending, request, sampling), self._loop)
         self._pending[future] = pending
         return future
@@ -193,7 +159,7 @@ class Client:
 
     # A request
 
-    async def _respond(self, pending: _Pending, request: Request, sampling: Sampling) -> Response:
+    async def _respond(self, pending: PendingRequest, request: Request, sampling: Sampling) -> Response:
         body = payload(request, sampling, pending.name, self._seeded)
         problem = ""
         for _ in range(_MOST_ATTEMPTS):
@@ -222,7 +188,7 @@ class Client:
         raise RuntimeError(f"a request failed in {_MOST_ATTEMPTS} attempts; the last one, {problem}")
 
     @contextlib.asynccontextmanager
-    async def _some_server(self, pending: _Pending) -> AsyncIterator[_Server | None]:
+    async def _some_server(self, pending: PendingRequest) -> AsyncIterator[ServerState | None]:
         """Return the usable server with the fewest outstanding tokens, once one has capacity; None when paused."""
         if pending.paused:
             yield None
@@ -239,7 +205,7 @@ class Client:
                 server.outstanding -= pending.tokens
                 self._dispatch()
 
-    async def _attempt(self, server: _Server, body: dict[str, object]) -> httpx.Response:
+    async def _attempt(self, server: ServerState, body: dict[str, object]) -> httpx.Response:
         """Send one request.
 
         Raises:
@@ -279,14 +245,14 @@ class Client:
             if pending.waiting is not None and not pending.waiting.done():
                 pending.waiting.set_result(None)
         while left := [pending for future, pending in pending_requests.items() if not future.done()]:
-            names: dict[_Server, list[str]] = defaultdict(list)
+            names: dict[ServerState, list[str]] = defaultdict(list)
             for pending in left:
                 if pending.server is not None:
                     names[pending.server].append(pending.name)
             await asyncio.gather(*(self._abort(server, theirs) for server, theirs in names.items()))
             await asyncio.sleep(_ABORT_SECONDS if names else 0)
 
-    async def _abort(self, server: _Server, names: Sequence[str]) -> None:
+    async def _abort(self, server: ServerState, names: Sequence[str]) -> None:
         """Make the server answer these requests with their partial responses; `_watch` detects a lost server."""
         body = {"request_ids": engine_names(names)}
         with contextlib.suppress(httpx.HTTPError):
@@ -323,20 +289,20 @@ class Client:
     def _busy(self) -> int:
         return sum(server.busy for server in self._servers)
 
-    def _capacity(self, server: _Server) -> int:
+    def _capacity(self, server: ServerState) -> int:
         """Return the number of requests a server may have: one at a time after a failure."""
         return 1 if server.pause else self._concurrency
 
-    def _set_aside(self, server: _Server) -> None:
+    def _set_aside(self, server: ServerState) -> None:
         """Stop using a server until a probe finds the current weights; intervals between probes double."""
         server.usable = False
         self._probe_later(server)
         server.probe_now.set()
 
-    def _probe_later(self, server: _Server) -> None:
+    def _probe_later(self, server: ServerState) -> None:
         server.pause = min(max(2 * server.pause, self._timeouts.first), self._timeouts.longest)
 
-    async def _watch(self, server: _Server) -> None:
+    async def _watch(self, server: ServerState) -> None:
         while True:
             if server.usable:
                 with contextlib.suppress(TimeoutError):
@@ -348,7 +314,7 @@ class Client:
                 await self._probe(server)
                 self._fail_if_none_usable()
 
-    async def _probe(self, server: _Server) -> None:
+    async def _probe(self, server: ServerState) -> None:
         """Query its weight version: the answer comes from its engine, not from the API process."""
         try:
             answer = await server.http.get("/weight_info", timeout=self._timeouts.probe)
@@ -368,7 +334,7 @@ class Client:
         else:
             self._probe_later(server)
 
-    def _give_up(self, server: _Server) -> None:
+    def _give_up(self, server: ServerState) -> None:
         server.usable, server.strikes = False, 0
         for attempt in server.attempts:
             attempt.cancel()
@@ -389,19 +355,6 @@ class Client:
                         )
                     )
             self._waiting.clear()
-
-
-def _pool(url: str, key: str, concurrency: int, context: ssl.SSLContext) -> httpx.AsyncClient:
-    """Return the connections to one server: for its requests, a probe, and an abort."""
-    base, socket = address(url)
-    most = httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=4)
-    return httpx.AsyncClient(
-        base_url=base,
-        headers=authorization(key),
-        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-        transport=httpx.AsyncHTTPTransport(verify=context, uds=socket, limits=most, trust_env=False),
-        trust_env=False,
-    )
 
 
 def _out_of_files() -> str:
