@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import ranks
+from tests.support import ranks
 
 # Tests run beside each other's ranks on few cores, where a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fipo.checks import check_evaluation, check_run
 from megatron_fipo.config import Config
-from tests.policies import make_config, make_task
+from tests.support.policies import make_config, make_task
 
 
 @pytest.fixture

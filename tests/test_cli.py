@@ -15,7 +15,7 @@ import yaml
 from megatron_fipo import cli, launch
 from megatron_fipo.config import Config
 from megatron_fipo.run_log import RunLog, clear
-from tests.policies import make_task
+from tests.support.policies import make_task
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import load_config
-from tests.policies import make_task
+from tests.support.policies import make_task
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -24,8 +24,8 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import Score
 from megatron_fipo.trainer import Trainer
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -15,7 +15,7 @@ from megatron_fipo.checks import check_run
 from megatron_fipo.cli import main
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.data_check import show
-from tests.policies import make_config, make_task
+from tests.support.policies import make_config, make_task
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from megatron_fipo import doctor, fused_kernels
 from megatron_fipo.ops import extension
-from tests import installations
+from tests.support import installations
 
 PACKAGES = {"megatron-core", "transformers", "Transformer Engine", "nemo-aligner", "math-verify"}
 OPS = {"compiled ops", "CUDA kernels"}

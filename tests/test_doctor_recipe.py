@@ -13,8 +13,8 @@ import yaml
 
 from megatron_fipo import cli, doctor, launch
 from megatron_fipo.machine.space import Room
-from tests.installations import VERSION, install_transformer_engine
-from tests.policies import make_task
+from tests.support.installations import VERSION, install_transformer_engine
+from tests.support.policies import make_task
 
 ROOT = Path(__file__).parents[1]
 NEEDS_GPU = "model.transformer_engine=on needs a GPU: torch"

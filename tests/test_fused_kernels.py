@@ -15,7 +15,7 @@ import torch
 
 from megatron_fipo import fused_kernels
 from megatron_fipo.fused_kernels import TransformerEngine, find_transformer_engine, use_transformer_engine
-from tests.installations import BROKEN, VERSION, install_transformer_engine
+from tests.support.installations import BROKEN, VERSION, install_transformer_engine
 
 GPU = None  # no obstacle
 

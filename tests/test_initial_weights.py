@@ -13,8 +13,8 @@ import torch
 from megatron_fipo.config import Config
 from megatron_fipo.convert import huggingface
 from tests import test_continued_runs as runs
-from tests.policies import make_task
-from tests.ranks import run_ranks
+from tests.support.policies import make_task
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -15,8 +15,8 @@ from megatron_fipo.evaluation.store import Store, settings_of
 from megatron_fipo.model.stop_tokens import load_tokenizer
 from megatron_fipo.run_log import RunLog, began, clear
 from megatron_fipo.trainer import Trainer
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
 
 YESTERDAY = datetime(2026, 1, 1, 23, 59, 30)
 

@@ -16,9 +16,9 @@ from megatron_fipo.config import Config
 from megatron_fipo.metric_glossary import METRICS, entry_of
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.rollout import HFEngine
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
-from tests.rollout.streaming import BackgroundHF
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
+from tests.support.streaming import BackgroundHF
 
 # Metrics that the run below cannot log, and the code that does.
 ELSEWHERE = {

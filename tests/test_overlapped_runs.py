@@ -24,9 +24,9 @@ from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import HFEngine
 from megatron_fipo.trainer import Trainer
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
-from tests.rollout.streaming import BackgroundHF
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
+from tests.support.streaming import BackgroundHF
 
 pytestmark = pytest.mark.distributed
 

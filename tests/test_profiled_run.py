@@ -11,8 +11,8 @@ import pytest
 from megatron_fipo.cli import _train_rank
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import topology as topologies
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 TIMED = ("time/", "throughput/", "wall_seconds")

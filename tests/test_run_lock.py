@@ -13,7 +13,7 @@ import pytest
 
 from megatron_fipo import run_lock
 from megatron_fipo.run_lock import take
-from tests.ranks import context, fork
+from tests.support.ranks import context, fork
 
 
 def _hold(path: Path, environment: dict[str, str], held: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_fipo import run_lock, run_log
 from megatron_fipo.config import Config, load_config, to_yaml
 from megatron_fipo.run_log import RunLog
-from tests.ranks import context, fork
+from tests.support.ranks import context, fork
 
 
 def _config(directory: Path, *overrides: str) -> Config:

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from tests import durations
-from tests.launch.processes import alive, note_pid, pids
-from tests.ranks import run_ranks
+from tests.support.processes import alive, note_pid, pids
+from tests.support.ranks import run_ranks
 
 
 def _fail_on_one(directory: Path, how: str) -> None:

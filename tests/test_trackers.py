@@ -11,7 +11,7 @@ import pytest
 from megatron_fipo import trackers
 from megatron_fipo.config import Config
 from megatron_fipo.trackers import check_trackers, make_trackers
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 
 def _config(directory: Path, **trainer: object) -> Config:

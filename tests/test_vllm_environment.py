@@ -9,7 +9,7 @@ import pytest
 
 from megatron_fipo import doctor, vllm_environment
 from megatron_fipo.config import Config
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 
 @pytest.fixture

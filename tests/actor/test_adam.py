@@ -21,7 +21,7 @@ from megatron_fipo.actor.optimizer import (
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
-from tests.policies import make_config, make_qwen2
+from tests.support.policies import make_config, make_qwen2
 
 
 class FusedAdam(torch.optim.AdamW):

@@ -14,10 +14,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.actor.gradients import clip, finalize_gradients, squared_norm
 from megatron_fipo.parallel.cpu_backend import cuda_type_names
-from tests.actor.actors import actor_of, batch_of
-from tests.convert.families import make_checkpoint
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -14,9 +14,9 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import TrainBatch
 from megatron_fipo.rollout import Request, Response, Sampling
 from tests.actor import references
-from tests.actor.actors import actor_of, batch_of, weights_of
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of, weights_of
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 interface = pytest.importorskip("nemo_aligner.models.alignable_interface")
 

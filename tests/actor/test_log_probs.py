@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.actor import references
-from tests.actor.actors import actor_of, batch_of, in_order, weights_of
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of, in_order, weights_of
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

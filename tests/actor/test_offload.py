@@ -16,11 +16,11 @@ import torch
 from megatron_fipo.actor import offload
 from megatron_fipo.actor.offload import HostState, Slot
 from megatron_fipo.parallel import cpu_backend
-from tests.actor.actors import actor_of
-from tests.checkpoint.runs import update
 from tests.gpu.states import differing, everything
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of
+from tests.support.checkpoint_runs import update
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 VOCAB = 250
 

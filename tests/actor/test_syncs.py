@@ -14,12 +14,12 @@ import torch
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss, grpo_loss
-from tests.actor.actors import actor_of, batch_of
+from tests.actor.syncs import counted_syncs
 from tests.gpu.kernels import HeadAndLoss
-from tests.model.flash_emulation import flash_on_the_cpu
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
-from tests.syncs import counted_syncs
+from tests.support.actors import actor_of, batch_of
+from tests.support.flash_emulation import flash_on_the_cpu
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 # Read on the CPU alone: the compiled op's offsets are checked there.
 ON_THE_CPU_ONLY = {"packing.py _local_scalar_dense"}

@@ -11,9 +11,9 @@ import torch
 from megatron_fipo.actor.credit import token_credit
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.ops.reference import future_kl_loop
-from tests.actor.actors import actor_of, batch_of, in_order, per_micro_batch
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of, in_order, per_micro_batch
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -14,9 +14,9 @@ from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
 from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.parallel import device
 from tests.actor import references
-from tests.actor.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.algorithm import FIPOLossConfig, finalize, fipo_loss, grpo_loss, merge
 from megatron_fipo.config.loss import AGGREGATIONS
-from tests.algorithm.packed_batch import PackedBatch, random_batch
+from tests.support.packed_batch import PackedBatch, random_batch
 
 LENGTHS = [17, 1, 40, 0, 9, 33, 5, 26]
 CONFIG = FIPOLossConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0, half_life=8.0, dual_clip=4.0)

@@ -13,7 +13,7 @@ from megatron_fipo.algorithm import FIPOLossConfig, aggregate_tokens, all_reduce
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.config.loss import AGGREGATIONS
 from megatron_fipo.parallel import topology as topologies
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

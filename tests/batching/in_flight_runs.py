@@ -25,8 +25,8 @@ from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Sampling, derive_seed
 from tests.batching.scoring import build, scorer
-from tests.policies import make_config
-from tests.rollout.streaming import PausableStream, ScriptedStream, wait_until
+from tests.support.policies import make_config
+from tests.support.streaming import PausableStream, ScriptedStream, wait_until
 
 GROUP = 4
 LIMIT = 24  # max_response_tokens

@@ -10,8 +10,8 @@ import torch
 
 from megatron_fipo.batch import Rollouts
 from tests.batching.in_flight_runs import BATCHES, GROUP, PACES, RIGHT, TIMING, all_cases, partial_restored, restored
-from tests.policies import save_tokenizer
-from tests.ranks import run_ranks
+from tests.support.policies import save_tokenizer
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

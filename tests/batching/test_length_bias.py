@@ -18,9 +18,9 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Request, Sampling, derive_seed
 from tests.batching.scoring import scorer
-from tests.policies import make_config, save_tokenizer
-from tests.ranks import run_ranks
-from tests.rollout.streaming import ScriptedStream
+from tests.support.policies import make_config, save_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.streaming import ScriptedStream
 
 pytestmark = pytest.mark.distributed
 

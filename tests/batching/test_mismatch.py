@@ -11,8 +11,8 @@ from megatron_fipo.batch import Rollouts, TrainBatch, pack
 from megatron_fipo.batching.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
 from megatron_fipo.config import CorrectionConfig, RolloutConfig
 from megatron_fipo.parallel import topology as topologies
-from tests.policies import make_config
-from tests.ranks import run_ranks
+from tests.support.policies import make_config
+from tests.support.ranks import run_ranks
 
 
 def _rollouts(version: int) -> Rollouts:

@@ -20,8 +20,8 @@ from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Response, Sampling, derive_seed
 from tests.batching.scoring import build, scorer
-from tests.policies import make_config, save_tokenizer
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, save_tokenizer
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

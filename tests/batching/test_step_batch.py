@@ -14,7 +14,7 @@ from megatron_fipo.batching.step_batch import _response_metrics, response_rows
 from megatron_fipo.data import Prompt
 from megatron_fipo.reward import Score
 from tests.batching.scoring import scorer
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 CONFIG = make_config(
     "unused",

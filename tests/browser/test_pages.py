@@ -15,9 +15,9 @@ import pytest
 from megatron_fipo.config import to_yaml
 from megatron_fipo.report import credit
 from megatron_fipo.report.page import write_report
-from tests.report.rollouts import HOSTILE, hostile_text, write_rollouts
 from tests.report.test_compare import named_run
 from tests.report.test_report import CONFIG, rows_of
+from tests.support.saved_rollouts import HOSTILE, hostile_text, write_rollouts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="tests/browser/install.sh")
 pytestmark = pytest.mark.browser

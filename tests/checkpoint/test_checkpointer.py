@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from megatron_fipo.checkpoint import files, writing
 from megatron_fipo.convert.conversion import to_huggingface
-from tests.actor.actors import actor_of, weights_of
-from tests.checkpoint.runs import ASYNCHRONOUS, SYNCHRONOUS, TWO, differing, run_of, update, write_slowly
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, weights_of
+from tests.support.checkpoint_runs import ASYNCHRONOUS, SYNCHRONOUS, TWO, differing, run_of, update, write_slowly
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

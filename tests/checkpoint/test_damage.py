@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from megatron_fipo.checkpoint import Checkpointer, files, writing
-from tests.actor.actors import actor_of, weights_of
-from tests.checkpoint.runs import ASYNCHRONOUS, SYNCHRONOUS, differing
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, weights_of
+from tests.support.checkpoint_runs import ASYNCHRONOUS, SYNCHRONOUS, differing
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_fipo.checkpoint import retention
-from tests.checkpoint.runs import run_of, update, write_slowly
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.checkpoint_runs import run_of, update, write_slowly
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

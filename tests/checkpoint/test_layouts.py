@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.runs import ASYNCHRONOUS, SYNCHRONOUS, Sections, differing, load_and_train, train_and_save
-from tests.convert.families import make_checkpoint
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.checkpoint_runs import ASYNCHRONOUS, SYNCHRONOUS, Sections, differing, load_and_train, train_and_save
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -19,10 +19,10 @@ import torch
 from megatron_fipo.checkpoint import Checkpointer, staging, writing
 from megatron_fipo.checkpoint.staging import Staging
 from megatron_fipo.parallel import pinned
-from tests.actor.actors import actor_of, weights_of
-from tests.checkpoint.runs import ASYNCHRONOUS, differing, update
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, weights_of
+from tests.support.checkpoint_runs import ASYNCHRONOUS, differing, update
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 VOCAB = 250
 

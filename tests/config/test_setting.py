@@ -16,7 +16,7 @@ from megatron_fipo.config import Config, RolloutConfig, load, load_config
 from megatron_fipo.config.describe import default_text, describe, type_text
 from megatron_fipo.config.setting import range_problems, section, setting, settings, subsection
 from megatron_fipo.resume import differences
-from tests.docs.markdown import generator
+from tests.support.markdown import generator
 
 
 @section

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_fipo import cli
-from tests.convert.families import make_checkpoint
-from tests.policies import save_tokenizer
+from tests.support.families import make_checkpoint
+from tests.support.policies import save_tokenizer
 
 
 @pytest.fixture

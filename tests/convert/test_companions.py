@@ -16,8 +16,8 @@ from megatron_fipo.convert.companions import copy_companions, readable_config
 from megatron_fipo.convert.conversion import to_huggingface, to_megatron
 from megatron_fipo.convert.export import save_checkpoint
 from megatron_fipo.model.architecture import architecture, load_hf_config
-from tests.convert.families import FAMILIES, make_checkpoint
-from tests.policies import save_tokenizer
+from tests.support.families import FAMILIES, make_checkpoint
+from tests.support.policies import save_tokenizer
 
 Export = Callable[[Path, Path], dict[str, Any]]
 LINEAR = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}

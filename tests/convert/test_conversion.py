@@ -21,8 +21,8 @@ from megatron_fipo.convert.conversion import to_huggingface, to_megatron
 from megatron_fipo.convert.distributed import DistributedCheckpoint
 from megatron_fipo.convert.huggingface import INDEX, CheckpointWriter
 from megatron_fipo.convert.verify import verify
-from tests.convert.families import make_checkpoint
-from tests.ranks import run_ranks
+from tests.support.families import make_checkpoint
+from tests.support.ranks import run_ranks
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"

@@ -22,8 +22,8 @@ from megatron_fipo.model.architecture import architecture, load_hf_config
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
-from tests.policies import make_config, make_qwen2, save_tokenizer
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_qwen2, save_tokenizer
+from tests.support.ranks import run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"vocab": 251},

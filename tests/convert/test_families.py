@@ -16,9 +16,9 @@ from megatron_fipo.convert.load import load_weights
 from megatron_fipo.convert.verify import verify
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
-from tests.convert.families import FAMILIES, MOE, make_checkpoint
-from tests.policies import make_config
-from tests.ranks import run_ranks
+from tests.support.families import FAMILIES, MOE, make_checkpoint
+from tests.support.policies import make_config
+from tests.support.ranks import run_ranks
 
 Tensors = dict[str, torch.Tensor]
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from megatron_fipo.convert import tables
 from megatron_fipo.convert.conversion import read_architecture
 from megatron_fipo.convert.huggingface import Checkpoint
 from megatron_fipo.parallel import topology as topologies
-from tests.convert.families import FAMILIES, make_checkpoint
-from tests.ranks import run_ranks
+from tests.support.families import FAMILIES, make_checkpoint
+from tests.support.ranks import run_ranks
 
 pytest.importorskip("mbridge")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

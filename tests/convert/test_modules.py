@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_fipo.rollout import HFEngine
-from tests.convert.families import make_checkpoint
+from tests.support.families import make_checkpoint
 
 
 @pytest.mark.parametrize("family", ["qwen2_tied", "qwen3_moe", "mixtral"])

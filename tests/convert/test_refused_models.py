@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_fipo.model.architecture import Experts, architecture
-from tests.convert.families import FAMILIES
+from tests.support.families import FAMILIES
 
 _LLAMA3 = FAMILIES["llama3"]["rope_parameters"]
 

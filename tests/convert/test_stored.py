@@ -21,7 +21,7 @@ from megatron_fipo.convert.load import check_weights
 from megatron_fipo.convert.stored import StoredCheckpoint
 from megatron_fipo.convert.verify import verify
 from megatron_fipo.model.architecture import architecture, load_hf_config
-from tests.convert.families import make_checkpoint
+from tests.support.families import make_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"

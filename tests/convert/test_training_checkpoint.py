@@ -17,9 +17,9 @@ from megatron_fipo.actor import FIPOActor
 from megatron_fipo.convert.conversion import to_huggingface, to_megatron
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
-from tests.convert.families import make_checkpoint
-from tests.policies import make_config
-from tests.ranks import run_ranks
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_config
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 Tensors = dict[str, torch.Tensor]

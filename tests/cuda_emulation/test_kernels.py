@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_fipo.ops import extension
 from megatron_fipo.ops.reference import future_kl_loop
-from tests import logit_cases
-from tests.kernel_cases import check_loss, check_same_bits, check_shards, random_case
+from tests.support import logit_cases
+from tests.support.kernel_cases import check_loss, check_same_bits, check_shards, random_case
 
 pytestmark = pytest.mark.slow  # the build alone takes 15 s
 

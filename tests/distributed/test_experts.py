@@ -13,10 +13,10 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.convert.export import export_weights
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
-from tests.convert.families import make_checkpoint
 from tests.distributed.test_layouts import _moved_old_log_probs, _replica_batch
-from tests.policies import make_config, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_config, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -16,8 +16,8 @@ from megatron_fipo.convert.export import export_weights
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.shapes.micro_batches import plan_micro_batches
-from tests.policies import make_config, make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.convert.families import make_checkpoint
 from tests.distributed.test_layouts import Reference, _assert_same, _train
-from tests.policies import make_rollouts
-from tests.ranks import run_ranks
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import typer
 from megatron_fipo.cli import app
 from megatron_fipo.config import Config
 from megatron_fipo.config.setting import settings
-from tests.docs.markdown import ROOT
+from tests.support.markdown import ROOT
 
 _END = re.compile(r"[|&;<>()]+")
 _DICTIONARIES = ("model.overrides", "data.validation", "data.chat_template_kwargs")  # settings with keys of their own

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.docs.markdown import NAMES, PAGES, ROOT, anchors, blocks, generator, links, prose
+from tests.support.markdown import NAMES, PAGES, ROOT, anchors, blocks, generator, links, prose
 
 pages = generator()
 STATES = {"yes", "in part", "ran once", "written, not run"}

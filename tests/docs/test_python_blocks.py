@@ -17,9 +17,9 @@ import megatron_fipo.trainer
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.trainer import Trainer
-from tests.docs.markdown import NAMES, blocks
-from tests.policies import make_config, make_task, save_tokenizer
-from tests.ranks import run_ranks
+from tests.support.markdown import NAMES, blocks
+from tests.support.policies import make_config, make_task, save_tokenizer
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 WITH_PYTHON = [page for page in NAMES if any(block.language == "python" for block in blocks(page))]

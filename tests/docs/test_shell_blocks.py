@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.commands import commands, parse
-from tests.docs.markdown import NAMES, ROOT, Block, blocks, prose
+from tests.support.markdown import NAMES, ROOT, Block, blocks, prose
 
 LANGUAGES = {"bash", "python", "text", "yaml"}
 SHELL = [block for page in NAMES for block in blocks(page) if block.language == "bash"]

@@ -20,8 +20,8 @@ from megatron_fipo.evaluation import command
 from megatron_fipo.evaluation.evaluate import load_benchmarks
 from megatron_fipo.evaluation.store import Store, settings_of, weights_fingerprint
 from megatron_fipo.model.stop_tokens import load_tokenizer
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 K, PROBLEMS, CHUNK = 3, 6, 4
@@ -44,7 +44,7 @@ def _config(task: Path, **sections: dict[str, Any]) -> Config:
     changed: dict[str, dict[str, Any]] = {
         "data": {"train": f"{task}/train.parquet", "validation": f"{task}/validation.parquet", "max_prompt_tokens": 16},
         "rollout": {"max_response_tokens": 12, "batch_size": CHUNK},
-        "reward": {"function": "tests.evaluation.samples:counted", "overlong_buffer_tokens": 0},
+        "reward": {"function": "tests.support.samples:counted", "overlong_buffer_tokens": 0},
         "eval": {"samples": K, "max_problems": PROBLEMS, "top_p": 1.0},
     }
     merged = {name: {**changed.get(name, {}), **sections.get(name, {})} for name in {*changed, *sections}}

@@ -13,8 +13,8 @@ from megatron_fipo.evaluation import sampling
 from megatron_fipo.evaluation.sampling import SampleSpec, local_chunks, plan_samples, responses
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import Sampling
-from tests.policies import make_config
-from tests.rollout.streaming import ScriptedStream
+from tests.support.policies import make_config
+from tests.support.streaming import ScriptedStream
 
 SAMPLING = Sampling(1.0, 1.0, 0, 50, (9,))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.evaluation import Evaluation, summarize
 from megatron_fipo.evaluation.summary import powers_of_two
-from tests.evaluation.samples import samples
+from tests.support.samples import samples
 
 
 def test_by_hand() -> None:

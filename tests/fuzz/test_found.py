@@ -20,7 +20,7 @@ from megatron_fipo.rollout import Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, read
 from megatron_fipo.scaling.measure.row_reader import parse_row, read_rows
 from tests.fuzz.inputs import Deep
-from tests.report.studies import make_row
+from tests.support.studies import make_row
 
 DEEP = Deep()
 SAMPLING = Sampling(1.0, 1.0, 0, 4, (9,))

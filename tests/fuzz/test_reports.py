@@ -20,8 +20,8 @@ from megatron_fipo.report.parts import document, figure_text, table, terminal_te
 from megatron_fipo.report.scaling_page import write_scaling_report
 from megatron_fipo.run_log import RunLog
 from tests.fuzz.inputs import PAYLOAD, changed, json_values, numbers, refusal, texts
-from tests.report.studies import make_row, write_study
 from tests.report.test_report import metric_names, rows_of, summary_of
+from tests.support.studies import make_row, write_study
 
 pytestmark = pytest.mark.slow  # two minutes for all targets
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.rollout import Request, Sampling
-from tests.actor.actors import actor_of, batch_of, in_order
+from tests.support.actors import actor_of, batch_of, in_order
 
 
 class Found(NamedTuple):

@@ -20,7 +20,7 @@ from megatron_fipo.model.attention import PackedAttention, PackedSequences
 from megatron_fipo.model.rotation import rotate, rotation
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 from tests.actor import references
-from tests.actor.actors import actor_of
+from tests.support.actors import actor_of
 
 VOCAB, HIDDEN = 1000, 64
 ROPE: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import torch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.checkpoint import Checkpointer, writing
 from megatron_fipo.config import CheckpointConfig
-from tests.actor.actors import actor_of, weights_of
-from tests.checkpoint.runs import update
+from tests.support.actors import actor_of, weights_of
+from tests.support.checkpoint_runs import update
 
 VOCAB = 250
 SYNCHRONOUS = CheckpointConfig(asynchronous=False, keep_last=100)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.gpu.world import needs_gpu
-from tests.policies import make_task
+from tests.support.policies import make_task
 
 pytestmark = [*needs_gpu, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_fipo.ops import extension
-from tests.kernel_cases import check_loss, check_same_bits, check_shards, loss_op, random_case
+from tests.support.kernel_cases import check_loss, check_same_bits, check_shards, loss_op, random_case
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.convert.families import make_checkpoint
 from tests.gpu import wire
 from tests.gpu.generation import generated_and_trained
 from tests.gpu.kernels import HeadAndLoss, attend, attend_by_definition, experts, experts_by_definition
@@ -29,7 +28,8 @@ from tests.gpu.updates import (
     update_without_waiting,
 )
 from tests.gpu.world import GPUS, one_rank
-from tests.policies import make_qwen2
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_qwen2
 
 pytestmark = pytest.mark.skipif(GPUS > 0, reason="the GPU's own tests do the same there")
 LENGTHS = [1, 33, 128, 7, 1]

@@ -10,10 +10,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.fused_kernels import compile_activation
-from tests import logit_cases
 from tests.gpu.kernels import HIDDEN, ROPE, VOCAB, HeadAndLoss, attend, attend_by_definition, rotated_both_ways, swiglu
 from tests.gpu.updates import relative_error
 from tests.gpu.world import needs_gpu, one_rank
+from tests.support import logit_cases
 
 pytestmark = needs_gpu
 FIFTY = [1, *(5 + 37 * i % 400 for i in range(48)), 1]  # all but the ends different

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.convert.families import make_checkpoint
 from tests.gpu.layouts import Sections, on_layout
 from tests.gpu.updates import Trained, reference, relative_errors
 from tests.gpu.world import GPUS, needs_transformer_engine
-from tests.policies import make_qwen2
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_qwen2
 
 FLOAT32 = {"dtype": "float32", "transformer_engine": "off"}
 ENGINE = {"dtype": "bfloat16", "transformer_engine": "on"}

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_fipo.launch import preflight
 from megatron_fipo.machine import gpus
-from tests.launch.processes import free_port
-from tests.ranks import fork
+from tests.support.processes import free_port
+from tests.support.ranks import fork
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.profiling.pipeline_recorder import PipelineRecorder
-from tests.launch.processes import free_port
+from tests.support.processes import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -27,7 +27,7 @@ from tests.gpu.states import (
 )
 from tests.gpu.updates import repeated_gradients
 from tests.gpu.world import LAYERS, needs_gpu, one_rank
-from tests.policies import make_qwen2
+from tests.support.policies import make_qwen2
 
 pytestmark = needs_gpu
 DISTRIBUTED: dict[str, dict[str, Any]] = {
@@ -135,8 +135,8 @@ def test_deterministic_resumption_repeats(path: Path, tmp_path: Path, layers: st
 def test_resumption_starts_from_what_was_saved(path: Path, tmp_path: Path) -> None:
     """Without run.deterministic too: the state that is loaded is the saved one, bit for bit."""
     from megatron_fipo.checkpoint import Checkpointer
-    from tests.actor.actors import actor_of
-    from tests.checkpoint.runs import update
+    from tests.support.actors import actor_of
+    from tests.support.checkpoint_runs import update
 
     with actor_of(path, **DISTRIBUTED) as actor:
         update(actor, 0, 250)

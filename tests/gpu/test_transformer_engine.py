@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.convert.families import make_checkpoint
 from tests.gpu.kernels import experts, experts_by_definition
 from tests.gpu.updates import Trained, first_log_ratio, reference, relative_error, relative_errors, trained
 from tests.gpu.world import needs_gpu, needs_transformer_engine, one_rank
-from tests.policies import make_qwen2
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_qwen2
 
 pytestmark = [*needs_gpu, needs_transformer_engine]
 # An error may be this many times that of torch's layers, and this much more.

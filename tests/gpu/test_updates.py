@@ -22,7 +22,7 @@ from tests.gpu.updates import (
     update_without_waiting,
 )
 from tests.gpu.world import LAYERS, needs_gpu, one_rank
-from tests.policies import make_qwen2
+from tests.support.policies import make_qwen2
 
 pytestmark = needs_gpu
 MIB = 1 << 20

@@ -19,8 +19,8 @@ from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
 from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.convert.modules import published_parameters
 from tests.actor import references
-from tests.actor.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
-from tests.policies import make_rollouts
+from tests.support.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
+from tests.support.policies import make_rollouts
 
 Tensors = dict[str, torch.Tensor]
 COUNT, UPDATES = 8, 3

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_fipo import launch
 from megatron_fipo.launch import supervisor
-from tests.launch.processes import TWO_RANKS, alive, command, free_port, pids, poll, sleep
+from tests.support.processes import TWO_RANKS, alive, command, free_port, pids, poll, sleep
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.launch import preflight
 from megatron_fipo.launch.rank_task import Requirements
 from megatron_fipo.machine import limits
-from tests.launch.processes import free_port
-from tests.ranks import fork
+from tests.support.processes import free_port
+from tests.support.ranks import fork
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo import launch
-from tests.launch.processes import TWO_RANKS, alive, command, pids, poll, sleep, stop_when_asked
+from tests.support.processes import TWO_RANKS, alive, command, pids, poll, sleep, stop_when_asked
 
 pytestmark = pytest.mark.distributed
 

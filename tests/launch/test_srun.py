@@ -22,7 +22,7 @@ from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
 from megatron_fipo.launch.failure import Kind
 from megatron_fipo.machine.host import host
-from tests.launch.processes import alive, note_pid, pids, poll, sleep, srun, stop_when_asked
+from tests.support.processes import alive, note_pid, pids, poll, sleep, srun, stop_when_asked
 
 pytestmark = pytest.mark.distributed
 

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_fipo.launch import requirements
 from megatron_fipo.machine import limits
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 NUM_SERVERS, NUM_REQUESTS = 32, 2048

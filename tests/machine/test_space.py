@@ -12,7 +12,7 @@ from megatron_fipo.checkpoint import files
 from megatron_fipo.machine import space
 from megatron_fipo.machine.space import Room
 from megatron_fipo.scaling.planner import checkpoint_space as needs
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 Disk = namedtuple("Disk", ["total", "used", "free"])
 USER = "{}  600  1000  2000  0  5  0  0  0"

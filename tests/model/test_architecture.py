@@ -12,7 +12,7 @@ import pytest
 from megatron_fipo.model.architecture import architecture, load_hf_config
 from megatron_fipo.model.rope import in_both_spellings
 from megatron_fipo.model.stop_tokens import load_tokenizer
-from tests.policies import make_qwen2
+from tests.support.policies import make_qwen2
 
 
 @pytest.fixture(scope="module")

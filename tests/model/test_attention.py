@@ -14,7 +14,7 @@ from megatron_fipo.model import attention
 from megatron_fipo.model.attention import PackedSequences, flash, flash_takes
 from tests.gpu.kernels import attend, attend_by_definition
 from tests.gpu.updates import relative_error
-from tests.model.flash_emulation import flash_on_the_cpu
+from tests.support.flash_emulation import flash_on_the_cpu
 
 LENGTHS = [[1], [1, 1, 130], [5, 1, 77, 12]]
 

@@ -15,7 +15,7 @@ from megatron_fipo.model.check import check_model
 from megatron_fipo.model.policy import kernel_max_seqlen
 from tests.gpu.kernels import swiglu
 from tests.gpu.updates import relative_error
-from tests.policies import make_config, make_qwen2, make_task
+from tests.support.policies import make_config, make_qwen2, make_task
 
 
 def _context_parallel(size: int, transformer_engine: str = "off") -> Config:

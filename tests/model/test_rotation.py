@@ -10,10 +10,10 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_fipo.batch import MicroBatch, pack, zigzag_positions
-from tests.actor.actors import actor_of, batch_of
 from tests.gpu.kernels import ROPE, rotated_both_ways
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 LENGTHS = [[1], [1, 1, 1], [300, 212], [5, 1, 77, 1], [700]]
 ALIGNED = [[4], [4, 4, 8], [300, 212], [8, 4, 96]]  # to twice the context-parallel ranks

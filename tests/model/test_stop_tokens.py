@@ -15,7 +15,7 @@ from megatron_fipo.evaluation.evaluate import _scored
 from megatron_fipo.model.stop_tokens import declared_stop_tokens, stop_token_ids, without_stop_token
 from megatron_fipo.reward import Score
 from megatron_fipo.rollout import Response
-from tests.policies import save_tokenizer
+from tests.support.policies import save_tokenizer
 
 
 def _checkpoint(directory: Path, config: Any = None, generation: Any = None) -> Path:

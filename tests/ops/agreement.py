@@ -7,7 +7,7 @@ side of a threshold a ratio is on. N: packed tokens, S: sequences.
 import torch
 
 from megatron_fipo.algorithm import FIPOLossConfig, Mean, fipo_loss
-from tests.algorithm.packed_batch import PackedBatch, random_batch
+from tests.support.packed_batch import PackedBatch, random_batch
 
 CONFIG = FIPOLossConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0)
 LENGTHS = [17, 1, 40, 0, 9, 33, 64, 5, 26, 0, 300]

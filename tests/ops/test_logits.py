@@ -11,7 +11,7 @@ import torch
 
 from megatron_fipo.ops import extension, logits
 from megatron_fipo.ops.logits import RowTerms, empty_logits, logit_gradient, logit_statistics
-from tests import logit_cases as cases
+from tests.support import logit_cases as cases
 
 COLUMNS = (1, 3, 16, 17, 2047, 2048, 2049, 6001)
 compiled = pytest.mark.skipif(not extension.is_built(), reason="the extension is not built")
@@ -96,7 +96,7 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
 def test_every_instruction_set(isa: str) -> None:
     """Each instruction set passes the same cases."""
     program = (
-        "import torch; from tests import logit_cases as c\n"
+        "import torch; from tests.support import logit_cases as c\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         f"    [c.check_case(c.make_case(5, n, dtype, 0.7, seed=n)) for n in {COLUMNS}]\n"
         "c.check_special_values()"

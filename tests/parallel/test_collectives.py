@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_fipo.parallel.collectives import broadcast, gather, gather_to_first
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

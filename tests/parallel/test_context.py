@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.parallel.context import gather_tokens
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SIZE = 11
 PLACES = ([7, 0, 3, 10], [9, 1, 2, 4, 5, 6, 8])  # of two ranks: not in order, not equally many

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.parallel.exchange import all_gather, exchange
-from tests.policies import make_rollouts
-from tests.ranks import run_ranks
+from tests.support.policies import make_rollouts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_fipo.parallel.garbage import collected_by_hand
-from tests.actor.actors import actor_of
-from tests.checkpoint.runs import update
-from tests.policies import make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of
+from tests.support.checkpoint_runs import update
+from tests.support.policies import make_qwen2
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.interrupt import Interrupted
-from tests.ranks import context, fork, run_ranks
+from tests.support.ranks import context, fork, run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -15,9 +15,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.parallel import known_shapes
 from megatron_fipo.parallel.known_shapes import KnownShapes
-from tests.actor.actors import actor_of, batch_of, gradients_of, weights_of
-from tests.policies import make_qwen2, make_rollouts
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of, gradients_of, weights_of
+from tests.support.policies import make_qwen2, make_rollouts
+from tests.support.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2, "world_size": 2},

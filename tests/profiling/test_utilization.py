@@ -11,8 +11,8 @@ from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.profiling import utilization
 from megatron_fipo.profiling.utilization import Utilization
-from tests.policies import make_config, make_qwen2
-from tests.ranks import run_ranks
+from tests.support.policies import make_config, make_qwen2
+from tests.support.ranks import run_ranks
 
 LENGTHS = [[10, 30], [20]]  # of two replicas
 

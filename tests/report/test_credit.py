@@ -17,9 +17,9 @@ from megatron_fipo.config import to_yaml
 from megatron_fipo.report import credit
 from megatron_fipo.report.history import read_run
 from megatron_fipo.report.page import write_report
-from tests.policies import save_tokenizer
-from tests.report.rollouts import HOSTILE, hostile_text, write_rollouts
 from tests.report.test_report import CONFIG, rows_of, write_run
+from tests.support.policies import save_tokenizer
+from tests.support.saved_rollouts import HOSTILE, hostile_text, write_rollouts
 
 
 @pytest.fixture

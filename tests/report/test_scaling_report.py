@@ -21,7 +21,7 @@ from megatron_fipo.report import scaling_findings as findings
 from megatron_fipo.report.scaling_page import write_scaling_report
 from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES
 from megatron_fipo.scaling.measure.row_reader import MeasuredRow, parse_row
-from tests.report.studies import lost, make_row, write_study
+from tests.support.studies import lost, make_row, write_study
 
 ALL = ("bubble", "causes", "losses", "mfu", "predicted_memory", "predicted_time", "scaling")
 

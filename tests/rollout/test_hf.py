@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import HFEngine, Request, Response, Sampling
-from tests.policies import make_qwen2
+from tests.support.policies import make_qwen2
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 STOP = (17, 42)

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.trainer import Trainer
-from tests.policies import make_config, make_task
-from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT, Cluster, Job, obstacle
+from tests.support.policies import make_config, make_task
+from tests.support.ranks import run_ranks
 
 Train = Callable[..., Job]
 SECONDS = 600.0  # for a job to end: a rank starts in 10 seconds of one core, and other tests may want the cores

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tests.rollout.vllm.fake_server import FakeServer
+from tests.support.fake_server import FakeServer
 
 if __name__ == "__main__":
     model, path = (Path(sys.argv[sys.argv.index(option) + 1]) for option in ("--model", "--uds"))

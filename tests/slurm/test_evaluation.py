@@ -14,10 +14,10 @@ import pytest
 
 from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.evaluation import command
-from tests.policies import make_config
-from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT, Cluster, Job
 from tests.slurm.conftest import SECONDS
+from tests.support.policies import make_config
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import to_yaml
-from tests.policies import make_config, make_qwen2
 from tests.slurm.cluster import ROOT, Cluster, Job
+from tests.support.policies import make_config, make_qwen2
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from tests.support.policies import tiny_qwen2
 
 VOCABULARY = 250
 
@@ -14,20 +16,8 @@ VOCABULARY = 250
 def make_model(directory: Path, *, seed: int = 0, tied: bool = False) -> PreTrainedModel:
     """Random weights, float32, with heads of 32 dimensions, the fewest that vLLM's CPU kernels take."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=128,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=tied,
-            initializer_range=0.15,
-        )
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    model = Qwen2ForCausalLM(tiny_qwen2(**sizes, tie_word_embeddings=tied))
     model.save_pretrained(directory)
     return model.eval()
 

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
-from tests.rollout.streaming import wait_until
-from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
+from tests.support.fake_server import KEY, FakeServer, tokens_for
+from tests.support.streaming import wait_until
 
 SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
 QUICK = ClientTimeouts(deadline=20.0, wait=5.0, probe=0.2, strikes=2, first=0.02, longest=0.2)

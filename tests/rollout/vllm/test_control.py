@@ -12,7 +12,7 @@ import torch
 from megatron_fipo.rollout.vllm import update
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.transport import FileTransport
-from tests.rollout.vllm.fake_server import KEY, FakeServer
+from tests.support.fake_server import KEY, FakeServer
 
 SECONDS = 30.0
 UPDATE_ROUTES = (

@@ -17,7 +17,7 @@ from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
 from megatron_fipo.rollout.vllm.process import WORKER, Placement, arguments, environment, plan_placements
 from megatron_fipo.rollout.vllm.worker.fipo_guard import choose_devices
 from megatron_fipo.vllm_environment import Installed
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 EIGHT = tuple("01234567")
 UUIDS = ("GPU-5f1c", "GPU-77aa", "GPU-0b2d", "MIG-9e01")

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import Request, Sampling, VLLMEngine
 from megatron_fipo.rollout.vllm.client import ClientTimeouts
-from tests.policies import make_config
-from tests.ranks import run_ranks
-from tests.rollout.vllm.fake_server import KEY, FakeServer, tokens_for
+from tests.support.fake_server import KEY, FakeServer, tokens_for
+from tests.support.policies import make_config
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

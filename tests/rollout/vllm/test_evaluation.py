@@ -20,7 +20,7 @@ import pytest
 
 from megatron_fipo.config import to_yaml
 from megatron_fipo.evaluation.store import Store
-from tests.policies import make_config, make_task, quickstart_script
+from tests.support.policies import make_config, make_task, quickstart_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -120,7 +120,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run={"directory": str(home / "run")},
         data={"train": "unused", "validation": str(home / "problems.parquet"), "max_prompt_tokens": 16},
         rollout={"max_response_tokens": 16, "batch_size": 32, "server": {"max_num_seqs": 8}},
-        reward={"function": "tests.evaluation.samples:counted_parity", "overlong_buffer_tokens": 0},
+        reward={"function": "tests.support.samples:counted_parity", "overlong_buffer_tokens": 0},
         eval={"samples": 1, "temperature": 0.0, "top_p": 1.0},
     )
     (home / "config.yaml").write_text(to_yaml(settings))

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_fipo.machine import limits
 from megatron_fipo.rollout.vllm.process import Placement, ServerProcess
-from tests.ranks import context, fork
+from tests.support.ranks import context, fork
 
 # Like vLLM's: a front, an engine and a worker, of which only the front listens. They write their numbers to a file.
 SERVER = """

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from megatron_fipo.rollout import Request, Response, Sampling, VLLMEngine
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError, address
-from tests.policies import make_config
 from tests.rollout.vllm.models import VOCABULARY, log_probs, make_model, weights_of
+from tests.support.policies import make_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 

@@ -13,8 +13,8 @@ from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.rollout.vllm import supervisor as supervisors
 from megatron_fipo.rollout.vllm.process import Placement
 from megatron_fipo.rollout.vllm.supervisor import Supervisor
-from tests.rollout.streaming import wait_until
-from tests.rollout.vllm.fake_server import KEY, FakeServer
+from tests.support.fake_server import KEY, FakeServer
+from tests.support.streaming import wait_until
 
 
 class Process:

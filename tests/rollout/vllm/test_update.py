@@ -20,7 +20,7 @@ from megatron_fipo.rollout.vllm.buckets import buckets
 from megatron_fipo.rollout.vllm.control import UNFINISHED, Control, ControlError
 from megatron_fipo.rollout.vllm.transport import BroadcastTransport, FileTransport, IPCTransport, own_directory
 from megatron_fipo.rollout.vllm.worker import fipo_wire
-from tests.rollout.vllm.fake_server import KEY, FakeServer
+from tests.support.fake_server import KEY, FakeServer
 
 ROUTES = [
     *("/pause", "/update_weight_version", "/init_weight_transfer_engine", "/start_weight_update"),

@@ -20,8 +20,8 @@ from megatron_fipo.scaling.cost.sequence_lengths import parse_lengths
 from megatron_fipo.scaling.cost.step_cost import CostModel
 from megatron_fipo.scaling.cost.workload import equal_batch
 from megatron_fipo.scaling.planner.planner import Planner
-from tests.ranks import run_ranks
 from tests.scaling.shapes import SMALL, layout
+from tests.support.ranks import run_ranks
 
 TINY = Sizes(
     matmuls=((16, 32), (32, 32)), widths=(8, 32), heads=2, head_dim=8, lengths=(16, 32), elements=1 << 12,

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.memory import training_memory
-from tests.actor.actors import actor_of, batch_of
-from tests.convert.families import make_checkpoint
-from tests.policies import make_config
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of, batch_of
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_config, tiny_qwen2
+from tests.support.ranks import run_ranks
 
 TOKENS, MICRO_BATCHES = 512, 8
 
@@ -92,9 +92,7 @@ def _measure(path: str, sections: dict[str, Any]) -> tuple[int, int]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small ones whose widths differ in every axis."""
     qwen2 = tmp_path_factory.mktemp("qwen2")
-    sizes = {"hidden_size": 64, "intermediate_size": 208, "num_hidden_layers": 4, "vocab_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}
-    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(qwen2)
+    Qwen2ForCausalLM(tiny_qwen2(intermediate_size=208, vocab_size=512, head_dim=20)).save_pretrained(qwen2)
     return {"qwen2": qwen2, "qwen3": make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3")}
 
 

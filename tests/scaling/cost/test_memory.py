@@ -23,10 +23,10 @@ from megatron_fipo.scaling.cost.memory import (
     training_memory,
 )
 from megatron_fipo.scaling.cost.model_shapes import find_model, shape_of
-from tests.actor.actors import actor_of
-from tests.convert.families import make_checkpoint
-from tests.policies import make_config, make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of
+from tests.support.families import make_checkpoint
+from tests.support.policies import make_config, make_qwen2
+from tests.support.ranks import run_ranks
 
 _QWEN = {"vocab_size": 152064, "tie_word_embeddings": False}
 QWEN_32B = architecture(

@@ -12,7 +12,7 @@ from megatron_fipo.cli import app
 from megatron_fipo.config import ParallelConfig, to_yaml
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.measure.plan_lines import SlurmJob, lines_to_measure, run_line
-from tests.policies import make_config, make_qwen2
+from tests.support.policies import make_config, make_qwen2
 
 ENVIRONMENT = {
     "SLURM_JOB_ID": "7",

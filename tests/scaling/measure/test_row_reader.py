@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.scaling.measure.row_reader import parse_row, read_rows
-from tests.report.studies import lost, make_row, write_study
+from tests.support.studies import lost, make_row, write_study
 
 
 def test_numbers_are_those_of_the_file() -> None:

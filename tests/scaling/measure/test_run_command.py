@@ -28,9 +28,9 @@ from megatron_fipo.scaling.measure.rank import measure_rank
 from megatron_fipo.scaling.measure.row_writer import prepare_notes, write_finished_row
 from megatron_fipo.scaling.measure.run_command import measure
 from megatron_fipo.scaling.measure.specification import Loss, Measurement, read_row
-from tests.actor.actors import actor_of
-from tests.policies import make_config, make_qwen2
-from tests.ranks import run_ranks
+from tests.support.actors import actor_of
+from tests.support.policies import make_config, make_qwen2
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 LENGTHS = Sequences((9, 60, 33, 120, 71, 14, 90, 45), response_share=0.8)

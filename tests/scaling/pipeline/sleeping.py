@@ -19,7 +19,7 @@ from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.profiling.pipeline_recorder import PipelineProfile, PipelineRecorder
 from megatron_fipo.scaling.pipeline.schedule import Kind, Pass
 from megatron_fipo.scaling.pipeline.timeline import Timeline
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 
 class _Sleep(torch.autograd.Function):

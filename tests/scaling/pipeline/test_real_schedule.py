@@ -12,8 +12,8 @@ import pytest
 from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline import Timeline
-from tests.ranks import run_ranks
 from tests.scaling.pipeline.sleeping import Case, profile_sleeping, run_sleeping
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -20,7 +20,7 @@ from megatron_fipo.scaling.measure.specification import Measurement, measurement
 from megatron_fipo.scaling.planner import plan_tables
 from megatron_fipo.scaling.planner.plan_csv import plan_line, read_plan
 from megatron_fipo.scaling.planner.planner import Planner
-from tests.policies import make_config, make_qwen2
+from tests.support.policies import make_config, make_qwen2
 
 PARALLEL = ParallelConfig(world_size=8, tensor=2, pipeline=4, sequence=True, first_stage_layers=5, last_stage_layers=3)
 EVEN = {"first_stage_layers": None, "last_stage_layers": None}

@@ -17,23 +17,27 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 
 
+def tiny_qwen2(**changes: Any) -> Qwen2Config:
+    """Return the config of a tiny Qwen2, whose weights are large enough that logits differ between tokens."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 250,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "initializer_range": 0.15,
+    }
+    return Qwen2Config(**{**sizes, **changes})
+
+
 def make_qwen2(directory: Path, *, layers: int = 4, vocab: int = 250, tied: bool = False, seed: int = 0) -> Path:
-    """A random Qwen2 checkpoint, float32, with weights large enough that logits differ between tokens."""
+    """Write a random Qwen2 checkpoint, float32."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=tied,
-            initializer_range=0.15,
-        )
-    )
+    model = Qwen2ForCausalLM(tiny_qwen2(num_hidden_layers=layers, vocab_size=vocab, tie_word_embeddings=tied))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):
@@ -108,7 +112,7 @@ def save_tokenizer(directory: Path) -> Any:
 @functools.cache
 def quickstart_script() -> Any:
     """examples/quickstart/make_task.py as a module."""
-    path = Path(__file__).parents[1] / "examples" / "quickstart" / "make_task.py"
+    path = Path(__file__).parents[2] / "examples" / "quickstart" / "make_task.py"
     spec = importlib.util.spec_from_file_location("quickstart_make_task", path)
     assert spec is not None
     assert spec.loader is not None

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_fipo import cli, launch
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
-from tests.ranks import fork
+from tests.support.ranks import fork
 
 TWO_RANKS = ParallelConfig(world_size=2, threads_per_rank=1)
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Run a function on several ranks of this machine, over gloo, and give back what each returned.
 
-Ranks are forked from one server process that has imported `tests.preload`, so a world of 4 starts in a tenth of a
-second. Every rank is ended when the call returns, whatever happened.
+Ranks are forked from one server process that has imported `tests.support.preload`, so a world of 4 starts in a tenth of
+a second. Every rank is ended when the call returns, whatever happened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ context = multiprocessing.get_context("forkserver")
 
 def start_fork_server() -> None:
     """Start the process that others are forked from, unless it runs already."""
-    context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload(["tests.support.preload"])
     forkserver.ensure_running()
 
 

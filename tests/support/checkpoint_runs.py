@@ -17,8 +17,8 @@ from megatron_fipo.actor.optimizer import ParameterState
 from megatron_fipo.checkpoint import Checkpointer, writing
 from megatron_fipo.config import CheckpointConfig
 from megatron_fipo.convert.export import export_weights
-from tests.actor.actors import actor_of, batch_of, weights_of
-from tests.policies import make_rollouts
+from tests.support.actors import actor_of, batch_of, weights_of
+from tests.support.policies import make_rollouts
 
 Tensors = dict[str, torch.Tensor]
 Sections = dict[str, dict[str, Any]]

@@ -17,7 +17,7 @@ from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.rollout import HFEngine
 from megatron_fipo.shapes.micro_batches import plan_micro_batches
-from tests.policies import make_config
+from tests.support.policies import make_config
 
 Gradients = dict[str, torch.Tensor]
 
