@@ -22,7 +22,6 @@ from datetime import datetime
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_fipo.actor import FIPOActor, GradientError
 from megatron_fipo.actor.credit import token_credit
@@ -41,7 +40,7 @@ from megatron_fipo.evaluation import Evaluation, evaluate, load_benchmarks
 from megatron_fipo.exit_codes import note_running
 from megatron_fipo.model.architecture import load_hf_config
 from megatron_fipo.model.check import check_model
-from megatron_fipo.model.stop_tokens import stop_token_ids
+from megatron_fipo.model.stop_tokens import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.collectives import broadcast
@@ -82,9 +81,7 @@ class Trainer:
         hf_config.dtype = getattr(torch, config.model.dtype)  # of what is exported, whatever was read
         self.hf_config = hf_config
         self.topology = topologies.initialize(config.parallel, config.run.seed)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            config.model.hf_path, local_files_only=True, trust_remote_code=False
-        )
+        self.tokenizer = load_tokenizer(config.model.hf_path)
         self.stop_token_ids = stop_token_ids(config.model.hf_path, self.tokenizer, config.model.overrides)
         self.began = broadcast(datetime.now() if starts_over(config) else began(config.run_directory))
         self.prompts = load_prompts(

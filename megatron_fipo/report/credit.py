@@ -10,6 +10,7 @@ Letters: T tokens of a response.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -72,12 +73,13 @@ def write_credit_page(run: Run, name: str) -> Path | None:
 
 def _token_text(run: Run) -> Text:
     """Return a function from token id to text, using the run's tokenizer if it can be loaded."""
-    from transformers import AutoTokenizer
+    from megatron_fipo.model.stop_tokens import has_tokenizer, load_tokenizer  # not at the top: imports transformers
 
     for path in (run.directory / "policy", run.setting("model.hf_path")):
-        if path and (Path(path) / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            return lambda token: str(tokenizer.decode([token]))
+        if path and has_tokenizer(Path(path)):
+            with contextlib.suppress(ValueError):
+                tokenizer = load_tokenizer(path)
+                return lambda token: str(tokenizer.decode([token]))
     return lambda token: f"⟨{token}⟩"
 
 

@@ -153,7 +153,7 @@ def _losses(measurements: list[Measurement]) -> list[float]:
 
 def test_too_big_is_a_row(model: Path, tmp_path: Path) -> None:
     """A rank whose allocator is refused memory ends the run with code 3 and a row that says so, which stays."""
-    asked = _measurement(model, tmp_path, memory_bytes=3e6)
+    asked = _measurement(model, tmp_path, memory_bytes=12e6)
     with pytest.raises(typer.Exit) as ended:
         measure(asked, lengths_given=True, planned=False, again=False)
     row = read_row(asked.row_path)
