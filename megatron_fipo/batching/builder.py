@@ -22,6 +22,7 @@ from megatron_fipo.batching.source import GroupSource, NumberedPrompts, Score, r
 from megatron_fipo.batching.step_batch import StepBatch, no_rollouts, response_rows, step_batch
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptStream
+from megatron_fipo.former_names import current_metrics
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.rollout import RolloutEngine, Sampling
 from megatron_fipo.rollout.protocol import PausingEngine, StreamingEngine
@@ -236,8 +237,9 @@ class BatchBuilder:
             surplus = self._local([part.get("surplus", part) for part in kept_rollouts])
             groups = surplus.ids // self.config.rollout.group_size
             self._rollouts = {int(g): surplus.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
-        if state.get("settled"):
-            self._prefetched = StepBatch(self._local([part["settled"] for part in kept_rollouts]), **state["settled"])
+        if full := state.get("settled"):
+            rollouts = self._local([part["settled"] for part in kept_rollouts])
+            self._prefetched = StepBatch(rollouts, full["groups"], current_metrics(full["metrics"]))
         self.source.load_state_dict(kept_rollouts, self._local_prompts())
 
     def _local(self, parts: Sequence[dict[str, Any]]) -> Rollouts:

@@ -18,20 +18,18 @@ from megatron_fipo.batching import BatchBuilder, StepBatch, make_batch_builder
 from megatron_fipo.batching.in_flight import InFlightSource
 from megatron_fipo.batching.rounds import RoundSource
 from megatron_fipo.config import RewardConfig
-from megatron_fipo.data import Prompt, PromptSet, PromptStream
+from megatron_fipo.data import PromptStream
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Sampling, derive_seed
-from tests.batching.scoring import build, scorer
+from tests.batching.scoring import RIGHT, build, digit_prompts, scorer
 from tests.support.policies import make_config
 from tests.support.streaming import PausableStream, ScriptedStream, wait_until
 
 GROUP = 4
 LIMIT = 24  # max_response_tokens
-# How many of a prompt's four responses are right; prompts in file order, taken unshuffled.
-RIGHT = [4, 2, 0, 1, 3, 4, 2, 0, 2, 1]
 INFORMATIVE = [g for g in range(60) if 0 < RIGHT[g % len(RIGHT)] < GROUP]
 BATCHES = [INFORMATIVE[at : at + 4] for at in range(0, 16, 4)]
 TIMING = ("sampling/cancelled_", "sampling/continued_")
@@ -64,15 +62,6 @@ class Script:
         return [*tokens, self.stop]
 
 
-def _prompts(tokenizer: Any) -> PromptSet:
-    prompts = []
-    for i in range(len(RIGHT)):
-        messages = [{"role": "user", "content": f"{i}?"}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        prompts.append(Prompt(i, messages, list(ids), "digits", str(i)))
-    return PromptSet(tuple(prompts), len(RIGHT), len(RIGHT), 0)
-
-
 def make_builder(path: Path, world: int, order: str = "first", slots: int = 8, **rollout: Any) -> BatchBuilder:
     config = make_config(
         path,
@@ -85,7 +74,7 @@ def make_builder(path: Path, world: int, order: str = "first", slots: int = 8, *
     script = Script(tokenizer)
     kind = PausableStream if config.rollout.partial else ScriptedStream
     engine = kind(script, script.stop, order, slots)
-    stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
+    stream = PromptStream(digit_prompts(tokenizer), config.run.seed, shuffle=False)
     reward = make_reward(RewardConfig(function="exact"))
     score = scorer(config, reward, tokenizer, (script.stop,))
     return make_batch_builder(config, topology, engine, score, stream, (script.stop,))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_fipo.batch import Rollouts
-from tests.batching.in_flight_runs import BATCHES, GROUP, PACES, RIGHT, TIMING, all_cases, partial_restored, restored
+from tests.batching.in_flight_runs import BATCHES, GROUP, PACES, TIMING, all_cases, partial_restored, restored
+from tests.batching.scoring import RIGHT
 from tests.support.policies import save_tokenizer
 from tests.support.ranks import run_ranks
 

@@ -15,11 +15,11 @@ from megatron_fipo.algorithm.dynamic_sampling import DynamicSamplingExhausted
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching import BatchBuilder, StepBatch, make_batch_builder
 from megatron_fipo.config import RewardConfig
-from megatron_fipo.data import Prompt, PromptSet, PromptStream
+from megatron_fipo.data import PromptStream
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Response, Sampling, derive_seed
-from tests.batching.scoring import build, scorer
+from tests.batching.scoring import RIGHT, build, digit_prompts, scorer
 from tests.support.policies import make_config, save_tokenizer
 from tests.support.ranks import run_ranks
 
@@ -27,19 +27,7 @@ pytestmark = pytest.mark.distributed
 
 GROUP = 4
 LIMIT = 16  # max_response_tokens
-# How many of a prompt's four responses are right; prompts in file order, taken unshuffled.
-RIGHT = [4, 2, 0, 1, 3, 4, 2, 0, 2, 1]
 INFORMATIVE = [g for g in range(36) if 0 < RIGHT[g % len(RIGHT)] < GROUP]
-
-
-def _prompts(tokenizer: Any) -> PromptSet:
-    """Problem i asks for `i`, in the chat template's words."""
-    prompts = []
-    for i in range(len(RIGHT)):
-        messages = [{"role": "user", "content": f"{i}?"}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        prompts.append(Prompt(i, messages, list(ids), "digits", str(i)))
-    return PromptSet(tuple(prompts), len(RIGHT), len(RIGHT), 0)
 
 
 class ScriptedEngine:
@@ -90,7 +78,7 @@ def _builder(path: Path, world: int, **rollout: Any) -> BatchBuilder:
     )
     topology = topologies.initialize(config.parallel, seed=1)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    stream = PromptStream(_prompts(tokenizer), config.run.seed, shuffle=False)
+    stream = PromptStream(digit_prompts(tokenizer), config.run.seed, shuffle=False)
     engine, reward = ScriptedEngine(tokenizer), make_reward(RewardConfig(function="exact"))
     stops = (tokenizer.eos_token_id,)
     return make_batch_builder(config, topology, engine, scorer(config, reward, tokenizer, stops), stream, stops)
