@@ -32,12 +32,43 @@ LAYOUTS = {
     "dp2": {"world_size": 2},
 }
 UNTRAINED = ("time/", "throughput/", "eval/")
-Layouts = Callable[[str], list[dict[str, torch.Tensor]]]
 COLUMNS = [
     *("id", "prompt", "response", "response_tokens", "rollout_log_probs", "weight_versions"),
     *("reward", "accuracy", "failure", "advantage", "truncated"),
     *("old_log_probs", "new_log_probs", "future_kl", "influence_weights"),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """Directory of a run that has ended, and the policy's weights on each rank."""
+
+    directory: Path
+    weights: list[dict[str, torch.Tensor]]
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return the metrics of each step."""
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+    def rollouts(self, step: int) -> list[dict[str, Any]]:
+        """Return the saved responses of a step, by id."""
+        rows = pq.read_table(self.directory / "rollouts" / f"step_{step}.parquet").to_pylist()
+        return sorted(rows, key=lambda row: row["id"])
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.directory / "summary.json").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class OneRank:
+    """Results of one rank: a run, the metrics of a dry run, and the error of a run with infinite advantages."""
+
+    weights: dict[str, torch.Tensor]
+    dry_run: dict[str, float]
+    error: str
+
+
+RunOf = Callable[[str], FinishedRun]
 
 
 def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
@@ -74,7 +105,7 @@ def _train(config: Config) -> dict[str, torch.Tensor]:
         topologies.destroy()
 
 
-def _one_rank(config: Config, dry: Config, broken: Config) -> dict[str, Any]:
+def _one_rank(config: Config, dry: Config, broken: Config) -> OneRank:
     """A run, a dry run, and a run whose advantages are infinite in step 2."""
     weights = _train(config)
     trainer = Trainer(dry, write=False)
@@ -94,7 +125,7 @@ def _one_rank(config: Config, dry: Config, broken: Config) -> dict[str, Any]:
         trainer.train()
     trainer.close()
     topologies.destroy()
-    return {"weights": weights, "dry": metrics, "error": str(error.value)}
+    return OneRank(weights, metrics, str(error.value))
 
 
 @pytest.fixture(scope="module")
@@ -113,40 +144,40 @@ def config(task: Path, runs: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def one_rank(task: Path, runs: Path, config: Config) -> dict[str, Any]:
+def one_rank(task: Path, runs: Path, config: Config) -> OneRank:
     return run_ranks(_one_rank, 1, config, _config(task, runs / "dry"), _config(task, runs / "broken"))[0]
 
 
 @pytest.fixture(scope="module")
-def on_layout(task: Path, runs: Path) -> Layouts:
-    """Runs the layout of this name, once, in `runs / name`; the weights on each rank."""
+def finished(one_rank: OneRank, runs: Path) -> FinishedRun:
+    return FinishedRun(runs / "one", [one_rank.weights])
+
+
+@pytest.fixture(scope="module")
+def run_of(task: Path, runs: Path, finished: FinishedRun) -> RunOf:
+    """run_of(name): the run on one rank, or the one on the layout of this name, which is made once."""
 
     @functools.cache
-    def run(name: str) -> list[dict[str, torch.Tensor]]:
-        return run_ranks(_train, LAYOUTS[name]["world_size"], _config(task, runs / name, LAYOUTS[name]))
+    def run(name: str) -> FinishedRun:
+        if name == "one":
+            return finished
+        weights = run_ranks(_train, LAYOUTS[name]["world_size"], _config(task, runs / name, LAYOUTS[name]))
+        return FinishedRun(runs / name, weights)
 
     return run
 
 
-def _rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _rollouts(run: Path, step: int) -> list[dict[str, Any]]:
-    return sorted(pq.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist(), key=lambda row: row["id"])
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_the_same_run(name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts) -> None:
+def test_layout_gives_the_same_run(name: str, finished: FinishedRun, run_of: RunOf) -> None:
     """A layout samples the same responses, logs the same metrics and ends with the same weights as one rank.
 
     What comes out of sampling is equal. What comes out of the policy differs by rounding: 1e-4 of a log-probability
     after the updates; the ratios' quantiles are read from bins 0.4 % wide, and one token of about a hundred may
     cross a clip.
     """
-    weights = on_layout(name)
+    run = run_of(name)
     for step in (1, 2):
-        for row, expected in zip(_rollouts(runs / name, step), _rollouts(runs / "one", step), strict=True):
+        for row, expected in zip(run.rollouts(step), finished.rollouts(step), strict=True):
             for column in ("id", "prompt", "response_tokens", "reward", "accuracy", "truncated"):
                 assert row[column] == expected[column], (step, column)
             assert row["advantage"] == pytest.approx(expected["advantage"], abs=1e-6)
@@ -154,37 +185,35 @@ def test_layout_gives_the_same_run(name: str, runs: Path, one_rank: dict[str, An
             for column in ("old_log_probs", "new_log_probs", "influence_weights"):
                 assert row[column] == pytest.approx(expected[column], abs=5e-4), (step, column)
             assert row["future_kl"] == pytest.approx(expected["future_kl"], abs=5e-3)  # a sum over the response
-    for row, expected in zip(_rows(runs / name), _rows(runs / "one"), strict=True):
+    for row, expected in zip(run.rows(), finished.rows(), strict=True):
         assert row.keys() == expected.keys()
         for metric in (m for m in expected if not m.startswith(UNTRAINED) and m != "wall_seconds"):
             tolerance = 0.01 if "fraction" in metric else 1e-4
             assert row[metric] == pytest.approx(expected[metric], rel=5e-3, abs=tolerance), metric
-    for mine in weights:
-        for parameter, weight in one_rank["weights"].items():
-            torch.testing.assert_close(mine[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: p + m)
+    for local in run.weights:
+        for parameter, weight in finished.weights[0].items():
+            torch.testing.assert_close(
+                weights[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: p + m
+            )
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
-def test_old_log_probs_are_the_first_update_s_own(
-    name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts
-) -> None:
+def test_old_log_probs_are_the_first_update_s_own(name: str, run_of: RunOf) -> None:
     """Before the first update of every step, no log-ratio differs from 0 by a single bit."""
-    if name != "one":
-        on_layout(name)
-    rows = _rows(runs / name)
+    rows = run_of(name).rows()
     assert len(rows) == 2
     assert [row["policy/first_log_ratio_abs_max"] for row in rows] == [0.0, 0.0]
     assert all(row["policy/log_ratio_abs_max"] > 1e-3 for row in rows)
 
 
-def test_saved_config_is_the_run_s(config: Config, runs: Path, one_rank: dict[str, Any]) -> None:
+def test_saved_config_is_the_run_s(config: Config, finished: FinishedRun) -> None:
     """config.yaml reloads to the very config."""
-    assert load_config(runs / "one" / "config.yaml") == config
+    assert load_config(finished.directory / "config.yaml") == config
 
 
-def test_metrics_rows(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_metrics_rows(finished: FinishedRun) -> None:
     """One row a step, of finite numbers, with what a user of the recipe watches; 2 mini-batches x 2 epochs updates."""
-    rows = _rows(runs / "one")
+    rows = finished.rows()
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values())
@@ -199,23 +228,23 @@ def test_metrics_rows(runs: Path, one_rank: dict[str, Any]) -> None:
         assert row["throughput/tokens_per_second"] == row["throughput/tokens_per_second_per_rank"] > 0
     watched = {"policy/influence_weight", "policy/entropy", "policy/grad_norm", "policy/approx_kl", "sampling/rounds"}
     assert watched | {"response_length/median", "advantage/length_weighted_mean", "reward/mean"} <= rows[0].keys()
-    assert list((runs / "one" / "tensorboard").glob("events*"))
+    assert list((finished.directory / "tensorboard").glob("events*"))
 
 
-def test_evaluation_keys_only_where_evaluated(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_evaluation_keys_only_where_evaluated(finished: FinishedRun) -> None:
     """Rows of steps without an evaluation have no eval/ key; the last step has."""
-    first, last = _rows(runs / "one")
+    first, last = finished.rows()
     assert not [key for key in first if key.startswith("eval/") or key == "time/eval"]
     assert {"eval/avg@k", "eval/cons@k", "eval/pass@k", "time/eval"} <= last.keys()
 
 
-def test_rollouts_file(task: Path, runs: Path, one_rank: dict[str, Any]) -> None:
+def test_rollouts_file(task: Path, finished: FinishedRun) -> None:
     """A row a trained response: its tokens decode to its text, its length counts, its advantage is the group's."""
     tokenizer = AutoTokenizer.from_pretrained(task)
     for step in (1, 2):
-        table = pq.read_table(runs / "one" / "rollouts" / f"step_{step}.parquet")
+        table = pq.read_table(finished.directory / "rollouts" / f"step_{step}.parquet")
         assert table.column_names == COLUMNS
-        rows = _rollouts(runs / "one", step)
+        rows = finished.rollouts(step)
         assert len(rows) == 16
         for row in rows:
             tokens = row["response_tokens"]
@@ -237,14 +266,10 @@ def test_rollouts_file(task: Path, runs: Path, one_rank: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
-def test_saved_credit_follows_from_the_saved_log_probs(
-    name: str, runs: Path, one_rank: dict[str, Any], on_layout: Layouts
-) -> None:
+def test_saved_credit_follows_from_the_saved_log_probs(name: str, run_of: RunOf) -> None:
     """Future-KL by its definition, token by token, and the clipped weight, are what the file says the loss used."""
-    if name != "one":
-        on_layout(name)
-    weights = []
-    for row in (row for step in (1, 2) for row in _rollouts(runs / name, step)):
+    run, weights = run_of(name), []
+    for row in (row for step in (1, 2) for row in run.rollouts(step)):
         new, old = torch.tensor(row["new_log_probs"]), torch.tensor(row["old_log_probs"])
         regular = new - old <= math.log(10.0)
         expected = future_kl_loop(new - old, regular, torch.tensor([0, len(new)]), half_life=32.0)
@@ -257,50 +282,50 @@ def test_saved_credit_follows_from_the_saved_log_probs(
     assert 0.05 < (everything > 1.001).float().mean() < 0.95
 
 
-def test_summary(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_summary(finished: FinishedRun) -> None:
     """summary.json holds both evaluations; the last one is the last row's."""
-    summary = json.loads((runs / "one" / "summary.json").read_text())
+    summary = finished.summary()
     assert summary["steps"] == 2
     assert summary["wall_seconds"] > 0
     assert summary["before"].keys() == {"avg@k", "cons@k", "pass@k"}
-    assert summary["after"] == {name: _rows(runs / "one")[-1][f"eval/{name}"] for name in summary["after"]}
+    assert summary["after"] == {name: finished.rows()[-1][f"eval/{name}"] for name in summary["after"]}
     assert (summary["evaluation"]["before"]["samples"], summary["evaluation"]["before"]["problems"]) == (2, 4)
 
 
-def test_evaluated_samples_are_kept(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_evaluated_samples_are_kept(finished: FinishedRun) -> None:
     """evaluation/step_N.parquet has every response of the evaluations before and after, which give their scores."""
-    tables = sorted(path.name for path in (runs / "one" / "evaluation").iterdir())
+    tables = sorted(path.name for path in (finished.directory / "evaluation").iterdir())
     assert tables == ["step_0.parquet", "step_2.parquet"]
-    summary = json.loads((runs / "one" / "summary.json").read_text())
+    summary = finished.summary()
     for table, when in zip(tables, ("before", "after"), strict=True):
-        rows = pq.read_table(runs / "one" / "evaluation" / table).to_pylist()
+        rows = pq.read_table(finished.directory / "evaluation" / table).to_pylist()
         assert [(row["problem"], row["number"]) for row in rows] == [(p, k) for p in range(4) for k in range(2)]
         assert sum(row["accuracy"] for row in rows) / len(rows) == summary[when]["avg@k"]
         assert {row["answer_class"] == 0 for row in rows if row["accuracy"]} <= {True}
 
 
-def test_exported_policy(task: Path, runs: Path, one_rank: dict[str, Any]) -> None:
+def test_exported_policy(task: Path, finished: FinishedRun) -> None:
     """policy/ loads in transformers with its tokenizer and holds the trained weights bit for bit."""
-    model = AutoModelForCausalLM.from_pretrained(runs / "one" / "policy", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(finished.directory / "policy", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(task, dtype=torch.float32).state_dict()
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, one_rank["weights"][name])
+        assert torch.equal(weight, finished.weights[0][name])
         assert not torch.equal(weight, base[name])
-    tokenizer = AutoTokenizer.from_pretrained(runs / "one" / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(finished.directory / "policy")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(task).get_vocab()
     assert tokenizer.chat_template
 
 
-def test_dry_run_writes_nothing(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_dry_run_writes_nothing(runs: Path, one_rank: OneRank) -> None:
     """A dry run makes its updates, sees log-ratios of 0 first, and leaves no directory."""
-    assert one_rank["dry"]["policy/first_log_ratio_abs_max"] == 0.0
-    assert one_rank["dry"]["policy/grad_norm"] > 0
+    assert one_rank.dry_run["policy/first_log_ratio_abs_max"] == 0.0
+    assert one_rank.dry_run["policy/grad_norm"] > 0
     assert not (runs / "dry").exists()
 
 
-def test_non_finite_loss_names_the_step(runs: Path, one_rank: dict[str, Any]) -> None:
+def test_non_finite_loss_names_the_step(runs: Path, one_rank: OneRank) -> None:
     """Infinite advantages in step 2 end the run there, say where, and leave the batch and the row of step 1."""
-    message = one_rank["error"]
+    message = one_rank.error
     dump = runs / "broken" / "failed_step_2" / "rank_0.pt"
     assert message.startswith("step 2, epoch 1, mini-batch 2 of 2: 2 updates in a row had a gradient norm")
     assert message.endswith(f"the batch is in {dump}")
@@ -308,5 +333,5 @@ def test_non_finite_loss_names_the_step(runs: Path, one_rank: dict[str, Any]) ->
     advantages = torch.cat([m["advantages"] for m in micro_batches])
     assert len(advantages) == 8
     assert not advantages.isfinite().any()
-    assert [row["step"] for row in _rows(runs / "broken")] == [1]
+    assert [row["step"] for row in FinishedRun(runs / "broken", []).rows()] == [1]
     assert not (runs / "broken" / "summary.json").exists()
