@@ -192,9 +192,7 @@ def test_layout_gives_the_same_run(name: str, finished: FinishedRun, run_of: Run
             assert row[metric] == pytest.approx(expected[metric], rel=5e-3, abs=tolerance), metric
     for local in run.weights:
         for parameter, weight in finished.weights[0].items():
-            torch.testing.assert_close(
-                weights[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: p + m
-            )
+            torch.testing.assert_close(local[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: p + m)
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])

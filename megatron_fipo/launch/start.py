@@ -84,26 +84,27 @@ def run(
     progress = progress or partial(training_progress, run_directory or Path())
     attempt = Attempt(run_directory, max_requeues, first, alone, progress)
     attempt.begin()
-    _supervise(spec, attempt, required)
+    with (
+        _logs(run_directory) as logs,
+        tempfile.TemporaryDirectory(prefix="megatron-fipo-") as errors,
+        Supervisor(attempt, Path(errors)) as supervisor,
+    ):
+        supervisor.start(_tasks(spec, required, logs, Path(errors), alone))
+        supervisor.wait()
 
 
-def _supervise(spec: RunSpec, attempt: Attempt, required: Mapping[str, str]) -> None:
-    """Start this process's ranks, with `required` in their environment, and wait for their end; raises as `run`."""
-    with _logs(spec.run_directory) as logs, tempfile.TemporaryDirectory(prefix="megatron-fipo-") as temporary:
-        directory = Path(temporary)
-        tasks = [
-            RankTask(
-                spec,
-                {**environment, **required},
-                log=logs / f"rank_{environment['RANK']}.log",
-                error=directory / f"rank_{environment['RANK']}.json",
-                store=directory / "store" if attempt.alone else None,
-            )
-            for environment in _ranks(spec.parallel)
-        ]
-        with Supervisor(attempt, directory) as supervisor:
-            supervisor.start(tasks)
-            supervisor.wait()
+def _tasks(spec: RunSpec, required: Mapping[str, str], logs: Path, errors: Path, alone: bool) -> list[RankTask]:
+    """Return the tasks of this process's ranks, with `required` in their environment."""
+    return [
+        RankTask(
+            spec,
+            {**environment, **required},
+            log=logs / f"rank_{environment['RANK']}.log",
+            error=errors / f"rank_{environment['RANK']}.json",
+            store=errors / "store" if alone else None,
+        )
+        for environment in _ranks(spec.parallel)
+    ]
 
 
 def _check_process(parallel: ParallelConfig, requirements: Requirements, first: bool) -> None:
