@@ -55,7 +55,7 @@ _METRICS = """\
 
 `metrics.jsonl` in the run's directory has one JSON object a step; TensorBoard and Weights & Biases get the same
 numbers. A `policy/` metric is the mean over the step's updates, or the extremum for `_min` and `_max`; `updates` and
-`skipped_updates` are counts. Loss tokens are the response tokens that are trained on. What has no data is 0; a value
+`skipped_updates` are counts. Loss tokens are the response tokens that are trained on. A metric without data is 0; a value
 that is not finite is `null`.
 
 The optional metrics say when they are logged. `{...}` stands for a name or a number."""
@@ -122,9 +122,8 @@ def _literals(setting: Setting) -> set[str]:
 
 
 def _escaped(text: str) -> str:
-    for character in "<*":
-        text = text.replace(character, "\\" + character)
-    return text
+    """Return text without Markdown's emphasis or HTML's tags; a backslash would not do for them on the site."""
+    return text.replace("<", "&lt;").replace("*", "\\*")
 
 
 def metrics() -> str:
