@@ -55,8 +55,8 @@ _METRICS = """\
 
 `metrics.jsonl` in the run's directory has one JSON object a step; TensorBoard and Weights & Biases get the same
 numbers. A `policy/` metric is the mean over the step's updates, or the extremum for `_min` and `_max`; `updates` and
-`skipped_updates` are counts. Loss tokens are the response tokens that are trained on. A metric without data is 0; a value
-that is not finite is `null`.
+`skipped_updates` are counts. Loss tokens are the response tokens that are trained on. A metric without data is 0, and a
+value that is not finite is `null`.
 
 The optional metrics say when they are logged. `{...}` stands for a name or a number."""
 

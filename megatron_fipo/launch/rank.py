@@ -43,7 +43,8 @@ def main(task: RankTask) -> None:
     log = _open_log(task)
     interrupt.install()
     try:
-        run(task.spec, task.store)
+        with _process_group(task.spec, task.store):
+            task.spec.entry(*task.spec.args)
     except Interrupted:
         sys.exit(RUN_AGAIN)
     except BaseException as error:
@@ -58,29 +59,25 @@ def run_under_torchrun(spec: RunSpec) -> None:
     interrupt.install()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     try:
-        run(spec)
+        with _process_group(spec):
+            spec.entry(*spec.args)
     except Exception:
         time.sleep(1)  # with its connections open, no other rank fails before torchrun has noticed this one
         raise
 
 
-def run(spec: RunSpec, store: Path | None = None) -> None:
-    """Call `spec.entry(*spec.args)` inside an initialized default process group; the environment names this rank.
+@contextmanager
+def _process_group(spec: RunSpec, store: Path | None = None) -> Iterator[None]:
+    """Set up threads, device and the default process group; the environment names this rank.
 
     Args:
         store: see `RankTask.store`.
 
     Raises:
-        Interrupted: `entry` has stopped on request.
+        Interrupted: the body has stopped on request.
     """
     _set_threads(spec.parallel)
     device.set_up(preflight.device_index() if torch.cuda.is_available() else None, spec.deterministic)
-    with _process_group(spec, store):
-        spec.entry(*spec.args)
-
-
-@contextmanager
-def _process_group(spec: RunSpec, store: Path | None) -> Iterator[None]:
     network.prepare_gloo()
     preflight.connect(
         timedelta(minutes=spec.parallel.timeout_minutes),
