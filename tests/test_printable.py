@@ -25,7 +25,7 @@ from megatron_fipo.run_log import RunLog
     ],
 )
 def test_control_characters_are_named(text: object, shown: str) -> None:
-    """As Python writes them; a tab is a space, and line feeds stay."""
+    """Control characters are shown as Python writes them; a tab is a space, and line feeds stay."""
     assert printable(text) == shown
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: one process at a time, earlier settings, nothing beyond links."""
+"""Files that a run leaves in its directory: one process at a time, earlier settings, nothing beyond links."""
 
 from __future__ import annotations
 

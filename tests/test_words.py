@@ -112,3 +112,18 @@ def test_former_terms_are_recognized(term: str, line: str) -> None:
 def test_other_uses_stay(line: str) -> None:
     """Ordinary uses of the same words are not hits."""
     assert not any(re.search(former, line) for former in TERMS.values())
+
+
+def test_docstrings_say_what_the_thing_is_or_does() -> None:
+    """No docstring of the project begins with "Of", "What", "Those" or "As"."""
+    riddle = re.compile(r'^\s*r?"""(?:Of|What|Those|As) ')
+    files = [
+        p for folder in ("megatron_fipo", "tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*files, ROOT / "setup.py", ROOT / "docs" / "pages.py"]
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if riddle.match(line)
+    ]
+    assert not found, "\n".join(found)

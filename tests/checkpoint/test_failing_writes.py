@@ -161,7 +161,7 @@ def _kill_the_writer(path: Path, directory: Path) -> Any:
 
 
 def test_a_writer_that_is_killed(path: Path, tmp_path: Path) -> None:
-    """As the kernel does where memory is short: a warning, and no checkpoint."""
+    """A writer killed by the kernel, where memory is short, is a warning, and no checkpoint."""
     (warning,) = run_ranks(_kill_the_writer, 2, path, tmp_path)[0]
     assert "the process that wrote it was killed (rank 1)" in warning
     assert os.listdir(tmp_path) == []

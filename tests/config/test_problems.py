@@ -171,7 +171,7 @@ def test_micro_batch_holds_the_longest_sequence_after_alignment(file: Path) -> N
 
 
 def test_all_problems_are_listed_at_once(file: Path) -> None:
-    """What must be set, then values out of range, then what does not fit together."""
+    """Problems come in this order: settings that must be set, values out of range, contradictions."""
     file.write_text(
         yaml.safe_dump(
             {

@@ -127,7 +127,7 @@ def test_ranges(changes: dict[str, Any], problem: str | None) -> None:
 
 
 def test_types_and_defaults_in_words() -> None:
-    """As docs/configuration.md has them."""
+    """Settings are described as in docs/configuration.md."""
     assert {s.name: (type_text(s), default_text(s)) for s in settings(Example)} == {
         "word": ("text", '"a"'),
         "choice": ("a or b", '"a"'),
@@ -152,7 +152,7 @@ def test_mappings_are_not_shared() -> None:
 
 
 def test_descriptions() -> None:
-    """Of the sections, of a section with those in it, and the nearest name of an unknown one."""
+    """Describe the sections, a section with its subsections, and the nearest name of an unknown one."""
     names = [line.split()[0] for line in describe()]
     assert names[:7] == ["run", "model", "parallel", "data", "rollout", "rollout.server", "rollout.correction"]
     lines = describe("rollout")

@@ -57,7 +57,7 @@ def test_pbs(code: int, again: bool, site: Path) -> None:
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (75, True)])
 def test_flux(code: int, again: bool, site: Path) -> None:
-    """As many nodes as the instance has, eight tasks each; the same job again after exit code 75."""
+    """The job uses all nodes of the instance, eight tasks each; the same job again after exit code 75."""
     found, (run, *submitted) = _run("flux.sh", code, site, "a.yaml")
     assert found == code
     assert run.startswith("run --nodes=2 --tasks-per-node=8 --gpus-per-node=8 --exclusive --signal=SIGUSR1@20m ")

@@ -61,7 +61,7 @@ def test_local_ranks_know_their_place(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_that_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they do where there is a GPU, instead of being forked from a server."""
+    """Ranks start as on a machine with a GPU, instead of being forked from a server."""
     monkeypatch.setattr(supervisor, "_start_method", lambda: "spawn")
     launch.run(_record, TWO_RANKS, (tmp_path,))
     assert [found["rank"] for found in _recorded(tmp_path)] == [0, 1]

@@ -208,7 +208,7 @@ def test_time_to_come() -> None:
 
 
 def test_ranks_with_the_same_gpu() -> None:
-    """As where each of several local ranks sees one GPU, and it is the same: refused, with the ranks named."""
+    """Several local ranks that all see the same single GPU are refused, with the ranks named."""
     facts = [preflight.Facts(r, "n0", {}, None, gpu=gpu) for r, gpu in enumerate(["aaaa", "bbbb", "aaaa"])]
     with pytest.raises(ValueError, match=r"^ranks 0, 2 on n0 have the same GPU, aaaa: start at most as many ranks"):
         preflight._check(facts, None)

@@ -78,7 +78,7 @@ def test_nothing_to_save(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_every_process(tmp_path: Path) -> None:
-    """As Slurm sends it: the fork server and its like live on, the ranks, which get it twice, stop once, and the
+    """A signal like Slurm's: the fork server and its like live on, the ranks, which get it twice, stop once, and the
     command's exit code is 75."""
     with command(stop_when_asked, tmp_path) as process:
         assert poll(lambda: len(pids(tmp_path)) == 2, 90)

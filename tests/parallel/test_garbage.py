@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 
 @pytest.fixture(autouse=True)
 def _imports_stay_frozen() -> Iterator[None]:
-    """As conftest.py has left them."""
+    """Freeze imports again, as conftest.py has done."""
     yield
     gc.collect()
     gc.freeze()
@@ -84,7 +84,7 @@ def _steps(path: Path, count: int) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """As many tensors, of as many bytes, live after the sixth step as after the second, but for one scalar at most."""
+    """The sixth step leaves as many tensors and bytes alive as the second, but for one scalar at most."""
     (found,) = run_ranks(_steps, 1, make_qwen2(tmp_path, layers=1, vocab=250), 6)
     assert found["unasked"] == 0
     counts, sizes = zip(*found["tensors"][1:], strict=True)

@@ -207,7 +207,7 @@ def test_findings_are_on_the_page(tmp_path):
 
 
 def test_figures_of_several_runs_have_the_usual_size(tmp_path):
-    """As of one run: 960 x 615 pixels, for every figure that has data."""
+    """Figures are like those of one run: 960 x 615 pixels, for every figure that has data."""
     series = series_of([named_run(tmp_path / name, rows_of(9)) for name in ("x", "y")])
     drawn = {name: draw_together(spec, series) for name, spec in SPECS.items()}
     assert {Image.open(io.BytesIO(png)).size for png in drawn.values()} == {(960, 615)}

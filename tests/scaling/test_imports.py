@@ -1,4 +1,4 @@
-"""What `megatron-fipo scaling` imports: a plan on a login node waits neither for torch nor for Megatron."""
+"""Imports of `megatron-fipo scaling`: a plan on a login node waits neither for torch nor for Megatron."""
 
 from __future__ import annotations
 

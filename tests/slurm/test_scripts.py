@@ -90,7 +90,7 @@ def test_sweep_passes_srun_its_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["bare", "container"])
 def test_site_file_gives_srun_its_options(variant: str, tmp_path: Path) -> None:
-    """As it stands it adds none; with the container's lines switched on, they reach srun as separate words."""
+    """Unchanged, it adds no arguments; with the container's lines switched on, they reach srun as separate words."""
     text = (ROOT / "slurm" / "site.env").read_text()
     if variant == "container":
         text = re.sub(
@@ -161,7 +161,7 @@ def ranks(each_cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str,
 @pytest.mark.slurm
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != SWEEP])
 def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[str, str]]]) -> None:
-    """As many ranks as asked for, eight a node, each with its node's GPUs in sight, its cores and the arguments."""
+    """The job has the requested ranks, eight a node, each with its node's GPUs, its cores and the arguments."""
     nodes = int(_asked(script, "nodes"))
     started = ranks(script, "a b.yaml", "run.name=c")
     on_a_node = 1 if script == "convert.sh" else 8

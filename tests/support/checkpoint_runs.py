@@ -108,7 +108,7 @@ class CheckpointedActor:
         self.checkpointer = Checkpointer(directory, config, actor, actor.topology, self.warnings.append)
 
     def poll_to_the_end(self) -> int:
-        """As training does once a step; how often it took."""
+        """Poll until the write ends, as training does once a step; return the number of polls."""
         for count in range(1, 1000):
             self.checkpointer.poll()
             if not self.checkpointer.in_progress:

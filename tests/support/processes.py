@@ -141,7 +141,7 @@ def sleep(directory: Path) -> None:
 
 
 def stop_when_asked(directory: Path) -> None:
-    """As the trainer does."""
+    """Poll for a stop as the trainer does."""
     note_pid(directory)
     for _ in range(600):
         if interrupt.agreed():

@@ -27,7 +27,7 @@ def load_model(directory: Path) -> PreTrainedModel:
 
 
 def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """As the actor exports them: each published tensor once."""
+    """Yield weights as the actor exports them: each published tensor once."""
     yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 

@@ -45,7 +45,7 @@ def make_engine(urls: list[str], directory: Path, key: str = KEY) -> VLLMEngine:
 
 
 def weights(taken: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As the actor exports them: taking the next tensor is a collective."""
+    """Yield weights as the actor exports them: taking the next tensor is a collective."""
     for name in "abc":
         dist.barrier()
         taken.append(name)

@@ -22,7 +22,7 @@ from megatron_fipo.scaling.cost.hardware import local_hardware, name_of
     ],
 )
 def test_names_of_devices(device: str, memory: float, name: str | None) -> None:
-    """As drivers print them; a kind that the planner does not know is none."""
+    """GPUs are recognized by the names that drivers print; an unknown kind is None."""
     assert name_of(device, memory) == name
 
 

@@ -25,7 +25,7 @@ COLUMNS = "gpus,tensor,pipeline,virtual_pipeline,context,expert,first_stage_laye
 
 @pytest.mark.parametrize(("ranks", "nodes", "per_node"), [(1, 1, 1), (4, 1, 4), (8, 1, 8), (12, 2, 8), (16, 2, 8)])
 def test_srun_gets_the_layout_s_ranks(ranks: int, nodes: int, per_node: int) -> None:
-    """As many tasks as ranks, on as few nodes as hold them, each with the job's cores."""
+    """A step has one task per rank, on the fewest nodes that hold them, each with the job's cores."""
     job = SlurmJob.of(ENVIRONMENT)
     assert job is not None
     assert job.problem(ranks) is None

@@ -202,7 +202,7 @@ def test_killed_rank_leaves_a_row(model: Path, tmp_path: Path) -> None:
 
 
 def _pid_of_rank(asked: Measurement, rank: int, process: subprocess.Popen[bytes]) -> int:
-    """As soon as it has finished a step."""
+    """Return the process ID of a rank, once it has finished a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         note = read_row(asked.notes / f"rank_{rank}.json")

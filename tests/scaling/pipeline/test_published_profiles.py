@@ -54,6 +54,6 @@ def test_bubble_of_typical_stages(replay: Any) -> None:
 
 @pytest.mark.slow
 def test_benchmark_ends_with_json() -> None:
-    """As every benchmark does."""
+    """The last line is JSON, as of every benchmark."""
     lines = subprocess.run([sys.executable, str(PATH)], check=True, stdout=subprocess.PIPE, text=True).stdout
     assert json.loads(lines.splitlines()[-1])["megatron_rows"] == 11

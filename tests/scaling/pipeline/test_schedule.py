@@ -43,7 +43,7 @@ def test_interleaved_order_is_megatrons(p: int, m: int, v: int, group: int) -> N
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_warm_up_is_megatrons(schedule: Schedule) -> None:
-    """As many forwards come before the first backward as Megatron counts, and the first of the 1F1B phase."""
+    """Warm-up has the number of forwards that Megatron counts, plus the first one of the 1F1B phase."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
     p, m, v = schedule.stages, schedule.micro_batches, schedule.chunks
