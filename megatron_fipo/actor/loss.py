@@ -35,10 +35,10 @@ class PolicyLoss:
         """
         log_probs, entropy = output.unbind()
         assert micro_batch.old_log_probs is not None
-        mask = self._mine(micro_batch.loss_mask, micro_batch)
+        mask = self._local(micro_batch.loss_mask, micro_batch)
         sharded = self.topology.cp.size() > 1
         loss_function = fipo_loss if self.algorithm.loss == "fipo" else grpo_loss
-        old = self._mine(micro_batch.old_log_probs, micro_batch)
+        old = self._local(micro_batch.old_log_probs, micro_batch)
         advantages = micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages
         out = loss_function(
             log_probs,
@@ -47,7 +47,7 @@ class PolicyLoss:
             mask,
             micro_batch.segment_offsets,
             self.config,
-            None if micro_batch.token_weights is None else self._mine(micro_batch.token_weights, micro_batch),
+            None if micro_batch.token_weights is None else self._local(micro_batch.token_weights, micro_batch),
             group=self.topology.cp if sharded else None,
             layout="zigzag",
         )
@@ -62,7 +62,7 @@ class PolicyLoss:
             bonus = aggregate_tokens(entropy, mask, micro_batch.segment_offsets, out, self.config)
             loss_sum = loss_sum - self.algorithm.entropy_coefficient * bonus
         if micro_batch.reference_log_probs is not None:
-            shift = self._mine(micro_batch.reference_log_probs, micro_batch) - log_probs
+            shift = self._local(micro_batch.reference_log_probs, micro_batch) - log_probs
             penalty = shift.exp() - shift - 1  # k3: unbiased for KL(policy || reference), never negative
             total = aggregate_tokens(penalty, mask, micro_batch.segment_offsets, out, self.config)
             loss_sum = loss_sum + self.algorithm.kl_coefficient * total
@@ -78,6 +78,6 @@ class PolicyLoss:
         index = torch.cat([micro_batch.response_index + kind * size for kind in range(len(kinds))])
         return gather_tokens(torch.cat(kinds), index, len(kinds) * size, self.topology.cp).view(len(kinds), size)
 
-    def _mine(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    def _local(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """[R] -> [R_local]: the positions that this context-parallel rank holds."""
         return values if self.topology.cp.size() == 1 else values[micro_batch.response_index]

@@ -19,7 +19,7 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.in_flight import InFlightSource
 from megatron_fipo.batching.rounds import RoundSource
 from megatron_fipo.batching.source import GroupSource, NumberedPrompts, Score, round_size
-from megatron_fipo.batching.step_batch import StepBatch, no_rollouts, response_rows, step_batch
+from megatron_fipo.batching.step_batch import StepBatch, by_group, no_rollouts, response_rows, step_batch
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptStream
 from megatron_fipo.former_names import current_metrics
@@ -235,8 +235,7 @@ class BatchBuilder:
         if self._surplus and self.source.holds_responses:
             # Before sources shared this class, a part was the surplus itself.
             surplus = self._local([part.get("surplus", part) for part in kept_rollouts])
-            groups = surplus.ids // self.config.rollout.group_size
-            self._rollouts = {int(g): surplus.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
+            self._rollouts = by_group(surplus, self.config.rollout.group_size)
         if full := state.get("settled"):
             rollouts = self._local([part["settled"] for part in kept_rollouts])
             self._prefetched = StepBatch(rollouts, full["groups"], current_metrics(full["metrics"]))

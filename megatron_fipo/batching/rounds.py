@@ -13,7 +13,7 @@ import torch
 
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score, round_size
-from megatron_fipo.batching.step_batch import response_rows
+from megatron_fipo.batching.step_batch import by_group, response_rows
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
 from megatron_fipo.parallel.collectives import gather
@@ -56,13 +56,9 @@ class RoundSource:
         local = [next(self._prompts) for group in groups if group % replicas == replica]
         rollouts = self._generate([(group * size + i, prompt) for group, prompt in local for i in range(size)])
         rollouts = rollouts.select(rollouts.ids.argsort())  # in the order in which a checkpoint gives them back
-        group_of = rollouts.ids // size
         rows = torch.cat(gather(response_rows(rollouts), self.topology.dp))
         rows = rows[rows[:, 0].argsort()]
-        return FinishedGroups(
-            dict(zip(groups, rows.split(size), strict=True)),
-            {group: rollouts.select((group_of == group).nonzero().squeeze(1)) for group, _ in local},
-        )
+        return FinishedGroups(dict(zip(groups, rows.split(size), strict=True)), by_group(rollouts, size))
 
     def _generate(self, wanted: Sequence[tuple[int, Prompt]]) -> Rollouts:
         """Return scored responses to this replica's (id, prompt) pairs, on every rank; each generates a share."""

@@ -61,6 +61,12 @@ def no_rollouts() -> Rollouts:
     return Rollouts.from_responses([], [], [], [], [])
 
 
+def by_group(rollouts: Rollouts, group_size: int) -> dict[int, Rollouts]:
+    """Return the responses of each group, in their order."""
+    groups = rollouts.ids // group_size
+    return {int(g): rollouts.select((groups == g).nonzero().squeeze(1)) for g in groups.unique()}
+
+
 def step_batch(
     accepted: AcceptedGroups[int], rollouts: Rollouts, rows: torch.Tensor, metrics: dict[str, float]
 ) -> StepBatch:

@@ -23,5 +23,5 @@ def _calls() -> Iterator[tuple[str, ast.Call]]:
 def test_remote_code_is_refused() -> None:
     """Every caller says `trust_remote_code=False`: without it transformers asks at the terminal."""
     given = [(file, {k.arg: ast.unparse(k.value) for k in call.keywords}) for file, call in _calls()]
-    assert {"model/architecture.py", "model/stop_tokens.py"} <= {file for file, _ in given}
+    assert {file for file, _ in given} == {"convert/logits.py", "model/architecture.py", "model/stop_tokens.py"}
     assert [file for file, keywords in given if keywords.get("trust_remote_code") != "False"] == []
