@@ -18,7 +18,7 @@ from megatron_fipo.algorithm import DynamicSampling, informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.in_flight import InFlightSource
 from megatron_fipo.batching.rounds import RoundSource
-from megatron_fipo.batching.source import GroupSource, NumberedPrompts, Score, round_size
+from megatron_fipo.batching.source import GroupSource, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import StepBatch, by_group, no_rollouts, response_rows, step_batch
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptStream
@@ -133,7 +133,7 @@ class BatchBuilder:
         rollout = self.config.rollout
         self._sampling = DynamicSampling(
             rollout.prompts_per_step,
-            round_size(rollout),
+            rollout.round_size,
             rollout.max_rounds,
             rollout.when_exhausted,
             filter_groups=rollout.dynamic_sampling,

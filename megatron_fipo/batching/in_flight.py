@@ -18,7 +18,7 @@ from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.background import Discarded, Group, GroupSampler, Target
 from megatron_fipo.batching.saved_groups import packed, unpacked
-from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score, round_size
+from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import response_rows
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import interrupt
@@ -79,7 +79,7 @@ class InFlightSource:
         self._too_old = 0
         if self._sampler is not None:
             # Until the first poll a replica knows of itself only, and samples its share.
-            size = round_size(rollout)
+            size = rollout.round_size
             self._target = Target(
                 window=-(-size // replicas),
                 enough=-(-self._enough // replicas),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score, round_size
+from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import by_group, response_rows
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
@@ -36,7 +36,7 @@ class RoundSource:
         self.engine = engine
         self.score = score
         self.sampling = sampling
-        self.unit = round_size(config.rollout)
+        self.unit = config.rollout.round_size
 
     def start(
         self, prompts: NumberedPrompts, first: int, version: int, oldest_version: int, grace_seconds: float

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.config import RolloutConfig
 from megatron_fipo.data import Prompt
 
 Score = Callable[[Sequence[Prompt], Rollouts], Rollouts]  # responses, one a prompt, with their rewards
@@ -84,8 +83,3 @@ class GroupSource(Protocol):
 
     def close(self) -> None:
         """Cancel all requests in flight."""
-
-
-def round_size(rollout: RolloutConfig) -> int:
-    """Return the number of prompts of a generation round."""
-    return rollout.prompts_per_round or rollout.prompts_per_step

@@ -177,6 +177,11 @@ class RolloutConfig:
     correction: CorrectionConfig = subsection(CorrectionConfig)
 
     @property
+    def round_size(self) -> int:
+        """Number of prompts of a generation round."""
+        return self.prompts_per_round or self.prompts_per_step
+
+    @property
     def overlaps(self) -> bool:
         """Whether a batch is generated while the previous one is trained."""
         return self.max_staleness > 0 and self.server.placement != "colocated"

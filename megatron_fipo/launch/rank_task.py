@@ -134,7 +134,7 @@ def open_files(config: Config) -> int:
         servers = max(1, ranks // server.tensor_parallel_size)
     else:
         servers = server.count or 1
-    prompts = -(-(rollout.prompts_per_round or rollout.prompts_per_step) // config.parallel.data)
+    prompts = -(-rollout.round_size // config.parallel.data)
     requests = min(prompts * rollout.group_size, servers * server.max_num_seqs)
     return limits.open_files_needed(requests, servers, ranks)
 

@@ -189,7 +189,7 @@ class Attempt:
         if self.job is None or not self.first or self._directory is None:
             return False
         if self._end is None:  # Slurm before 23.02 does not set it
-            self._end = self.job.current_end() or math.inf
+            self._end = self.job.current_end() or self.job.end or math.inf
         if time.time() < self._end - _MARGIN_SECONDS:
             return False
         self._end = self.job.current_end() or self._end  # an administrator may have raised the time limit
@@ -203,8 +203,7 @@ class Attempt:
         """Record the first request to stop; Slurm sends several."""
         if self.first and not self._signalled:
             self._record("signalled")
-            if self.job is not None:  # an administrator may have lowered the time limit
-                self._end = self.job.current_end() or self._end
+            self._end = None  # asked for again, after the ranks have the signal: the time limit may have been lowered
         self._signalled = True
 
     def finished(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_fipo.launch import requeue
-from megatron_fipo.launch.attempts import Event, Record
+from megatron_fipo.launch.attempts import Event, Progress, Record
 from megatron_fipo.launch.failure import Kind
 from megatron_fipo.launch.requeue import Decision, decide
 from megatron_fipo.launch.slurm import Job
@@ -143,3 +145,26 @@ def test_input_that_was_in_order_before() -> None:
     assert not requeue.has_run_before(running, Job("8", restarts=2))
     assert not requeue.has_run_before(running, Job("7", restarts=0))
     assert not requeue.has_run_before(running, None)
+
+
+@pytest.mark.parametrize(("seconds", "expires"), [(30, True), (None, False)], ids=["lowered", "no_answer"])
+def test_a_time_limit_that_was_lowered(
+    seconds: float | None, expires: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm is asked for the end again after its signal, not while the signal is on its way to the ranks; without an
+    answer the end that the job began with holds."""
+    now, asked = time.time(), []
+
+    def current_end(job: Job) -> float | None:
+        asked.append(job.number)
+        return None if seconds is None else now + seconds
+
+    monkeypatch.setattr(Job, "current_end", current_end)
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 3600))
+    attempt = requeue.Attempt(tmp_path, 1, first=True, alone=True, progress=lambda: Progress(0))
+    assert not attempt.is_expiring()
+    attempt.signalled()
+    assert asked == []
+    assert attempt.is_expiring() is expires
+    assert asked
