@@ -26,6 +26,7 @@ from megatron_fipo.reward import Score
 from megatron_fipo.trainer import Trainer
 from tests.support.policies import make_config, make_task
 from tests.support.ranks import run_ranks
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
@@ -359,7 +360,7 @@ def test_evaluated_by_the_command(weights: str, task: Path, undisturbed: Undistu
         [sys.executable, "-m", "megatron_fipo.cli", "eval", str(file), checkpoint, "--out", str(out)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         cwd=Path(__file__).parents[1],
         check=False,
     )

@@ -14,6 +14,7 @@ import pytest
 from megatron_fipo import run_lock
 from megatron_fipo.run_lock import take
 from tests.support.ranks import context, fork
+from tests.support.waiting import PATIENCE
 
 
 def _hold(path: Path, environment: dict[str, str], held: object) -> None:
@@ -30,7 +31,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / ".lock"
     mine, theirs = context.Pipe()
     process = fork(_hold, path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0", "SLURMD_NODENAME": "node5"}, theirs)
-    assert mine.poll(60)
+    assert mine.poll(PATIENCE)
     assert mine.recv()
     yield path
     process.kill()
@@ -50,7 +51,7 @@ def test_a_later_attempt_of_the_same_job(held: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in held.parent.iterdir()] == [".lock"]
     theirs, mine = context.Pipe()
     other = fork(_refused, held, mine)
-    assert theirs.poll(60)
+    assert theirs.poll(PATIENCE)
     assert "job 7, restart 1, process " in theirs.recv()
     other.join()
     holder = json.loads(held.read_text())

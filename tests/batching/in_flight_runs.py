@@ -26,7 +26,8 @@ from megatron_fipo.reward import make_reward
 from megatron_fipo.rollout import Request, Sampling, derive_seed
 from tests.batching.scoring import RIGHT, build, digit_prompts, scorer
 from tests.support.policies import make_config
-from tests.support.streaming import PausableStream, ScriptedStream, wait_until
+from tests.support.streaming import PausableStream, ScriptedStream
+from tests.support.waiting import wait_until
 
 GROUP = 4
 LIMIT = 24  # max_response_tokens

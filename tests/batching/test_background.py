@@ -15,7 +15,7 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.background import Group, GroupSampler, Target
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout import Request, Response, Sampling
-from tests.support.streaming import wait_until
+from tests.support.waiting import wait_until
 
 SAMPLING = Sampling(1.0, 1.0, 0, 5, (0,))
 

@@ -24,6 +24,7 @@ from tests.support.actors import actor_of, weights_of
 from tests.support.checkpoint_runs import ASYNCHRONOUS, SYNCHRONOUS, differing
 from tests.support.policies import make_qwen2
 from tests.support.ranks import run_ranks
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -281,11 +282,8 @@ def test_writers_die_with_their_ranks(path: Path, tmp_path: Path) -> None:
         run_ranks(_die_while_writing, 2, path, tmp_path)
     writers = [int(file.read_text()) for file in tmp_path.glob("writer_*")]
     try:
-        deadline = time.monotonic() + 60.0
-        while not all(map(_gone, writers)) and time.monotonic() < deadline:
-            time.sleep(0.01)
         assert len(writers) == 2
-        assert [pid for pid in writers if not _gone(pid)] == []
+        wait_until(lambda: all(map(_gone, writers)))
     finally:
         for writer in writers:
             with contextlib.suppress(ProcessLookupError):

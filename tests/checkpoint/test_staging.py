@@ -7,7 +7,6 @@ with forked processes, and given to the next one who asks as soon as the tensor 
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.support.actors import actor_of, weights_of
 from tests.support.checkpoint_runs import ASYNCHRONOUS, differing, update
 from tests.support.policies import make_qwen2
 from tests.support.ranks import run_ranks
+from tests.support.waiting import wait_until
 
 VOCAB = 250
 
@@ -73,7 +73,7 @@ def _save_beside_pinning(path: Path, directory: Path, kind: type[Staging]) -> An
             update(actor, step, VOCAB)
             saved.append(weights_of(actor))
             begin = directory.parent / f"begin_{step}"
-            writing._write_files = lambda *args, begin=begin: (_wait_for(begin), write(*args))[1]
+            writing._write_files = lambda *args, begin=begin: (wait_until(begin.exists), write(*args))[1]
             checkpointer.save(step, {})
             taken.append(cache.overwrite_free())
             update(actor, 10 + step, VOCAB)
@@ -85,13 +85,6 @@ def _save_beside_pinning(path: Path, directory: Path, kind: type[Staging]) -> An
             loaded.append(weights_of(actor))
         checkpointer.close()
     return [differing(a, b) for a, b in zip(saved, loaded, strict=True)], taken
-
-
-def _wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

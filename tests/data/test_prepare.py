@@ -11,6 +11,7 @@ import pytest
 
 from megatron_fipo.data import load_prompts, prepare
 from tests.data.problems import character_tokenizer, row, write, write_as_dapo_math
+from tests.support.waiting import PATIENCE
 
 
 def contents(path):
@@ -82,7 +83,7 @@ def test_memory_does_not_grow_with_the_repeats(tmp_path):
         "before = peak(); done = prepare(*sys.argv[1:]); print(done.num_unique, peak() - before)"
     )
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out.parquet")]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     num_unique, growth = map(int, output.split())
     assert num_unique == 2000
     assert growth < 100e6

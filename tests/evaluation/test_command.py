@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megatron_fipo.evaluation.store import Store, settings_of, weights_fingerpri
 from megatron_fipo.model.stop_tokens import load_tokenizer
 from tests.support.policies import make_config, make_task
 from tests.support.ranks import run_ranks
+from tests.support.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 K, PROBLEMS, CHUNK = 3, 6, 4
@@ -230,11 +230,8 @@ def test_killed_in_the_middle(task: Path, tmp_path: Path, counts: Path) -> None:
     out = tmp_path / "out"
     with _start(file, out, FIPO_TEST_HANG_AT="4") as process:
         try:
-            deadline = time.monotonic() + 240
-            while len(list(out.glob("samples/[!.]*.parquet"))) < 3:
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.05)
+            wait_until(lambda: process.poll() is not None or len(list(out.glob("samples/[!.]*.parquet"))) >= 3)
+            assert process.poll() is None
         finally:
             process.send_signal(signal.SIGKILL)
     counts.unlink()
@@ -257,6 +254,6 @@ def _start(file: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
 
 def _command(file: Path, out: Path) -> dict[str, Any]:
     with _start(file, out) as process:
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1])

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from megatron_fipo import launch
 from megatron_fipo.launch import supervisor
-from tests.support.processes import TWO_RANKS, alive, command, free_port, pids, poll, sleep
+from tests.support.processes import TWO_RANKS, alive, await_pids, command, free_port, pids, sleep
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ def test_a_killed_rank_is_the_cause(tmp_path: Path) -> None:
     with pytest.raises(launch.RankFailure, match=r"^rank 1 on .* failed first: it was ended by SIGKILL"):
         launch.run(_die_while_the_other_waits, TWO_RANKS, (tmp_path,))
     (child,) = pids(tmp_path)
-    assert poll(lambda: not alive(child), 60)
+    wait_until(lambda: not alive(child))
 
 
 def _hang_on_one() -> None:
@@ -226,11 +227,10 @@ def test_a_supervisor_is_light() -> None:
 def test_no_rank_outlives_a_killed_command(tmp_path: Path) -> None:
     """The ranks of a command that was killed outright end, too."""
     with command(sleep, tmp_path) as process:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 90)
-        ranks = pids(tmp_path)
+        ranks = await_pids(tmp_path, process)
         assert all(map(alive, ranks))
         process.kill()
-        assert poll(lambda: not any(map(alive, ranks)), 20)
+        wait_until(lambda: not any(map(alive, ranks)))
 
 
 def test_under_torchrun_this_process_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

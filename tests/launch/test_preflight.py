@@ -23,6 +23,7 @@ from megatron_fipo.launch.rank_task import Requirements
 from megatron_fipo.machine import limits
 from tests.support.processes import free_port
 from tests.support.ranks import fork
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +40,7 @@ def _run(act: Callable[[int, Path], None], directory: Path, world_size: int = 2,
         ranks.append(fork(_rank, {**shared, **own}, act, directory))
     try:
         for process in ranks:
-            process.join(timeout=150)
+            process.join(timeout=PATIENCE)
         return [(directory / f"{rank}.txt").read_text() for rank in range(started)]
     finally:
         for process in ranks:

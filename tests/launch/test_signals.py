@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo import launch
-from tests.support.processes import TWO_RANKS, alive, command, pids, poll, sleep, stop_when_asked
+from tests.support.processes import TWO_RANKS, alive, await_pids, command, pids, sleep, stop_when_asked
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
@@ -81,13 +82,13 @@ def test_a_signal_to_every_process(tmp_path: Path) -> None:
     """A signal like Slurm's: the fork server and its like live on, the ranks, which get it twice, stop once, and the
     command's exit code is 75."""
     with command(stop_when_asked, tmp_path) as process:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 90)
+        await_pids(tmp_path, process)
         everyone = _session(process.pid)
         assert len(everyone) >= 5  # the command, Python's resource tracker, the fork server, two ranks
         for number in (signal.SIGUSR1, signal.SIGTERM):
             for pid in everyone:
                 os.kill(pid, number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
 
 

@@ -22,7 +22,8 @@ from megatron_fipo.launch import attempts
 from megatron_fipo.launch.attempts import Record
 from megatron_fipo.launch.failure import Kind
 from megatron_fipo.machine.host import host
-from tests.support.processes import alive, note_pid, pids, poll, sleep, srun, stop_when_asked
+from tests.support.processes import alive, await_pids, note_pid, pids, sleep, srun, stop_when_asked
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +72,7 @@ def test_the_cause_and_nothing_else(slurm: Path, tmp_path: Path) -> None:
     """The failed rank's supervisor shows its traceback and does not requeue what would fail again; the other, whose
     rank only lost its peer, adds nothing."""
     with srun(_raise_on_one, tmp_path) as (other, failed):
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         code, output = failed.end()
         assert code == 1
         assert output.startswith("rank 1 on node1 failed first: RuntimeError: boom\nTraceback")
@@ -93,7 +94,7 @@ def _refuse_on_one(directory: Path) -> None:
 def test_the_exit_code_is_that_of_the_cause(slurm: Path, tmp_path: Path) -> None:
     """On all tasks, in whatever order they end, and though srun ends the others when one has: srun's is one of them."""
     with srun(_refuse_on_one, tmp_path) as supervisors:
-        assert poll(lambda: ("failed", "node1") in _events(tmp_path), 60)
+        wait_until(lambda: ("failed", "node1") in _events(tmp_path))
         while any(s.process.is_alive() for s in supervisors):
             for supervisor in supervisors:
                 if supervisor.process.is_alive():
@@ -125,7 +126,7 @@ def test_a_lost_process_is_worth_another_attempt(slurm: Path, tmp_path: Path) ->
 def test_a_lost_node(slurm: Path, tmp_path: Path) -> None:
     """Nobody is left to say why: after a while the lost connection itself is the cause, and the job is requeued."""
     with srun(stop_when_asked, tmp_path) as (left, lost):
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         lost.process.kill()
         code, output = left.end()
     assert code == 75
@@ -148,7 +149,7 @@ def test_an_interrupted_job(state: str, says: str, requeues: int, slurm: Path, t
     end after that, since Slurm may end all when one has. All exit codes are 75."""
     (slurm / "job").write_text(f"JobId=7 {state}")
     with srun(stop_when_asked, tmp_path) as supervisors:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         for supervisor in supervisors:
             os.kill(supervisor.process.pid, signal.SIGUSR1)
         other, _ = supervisors[1].end()
@@ -165,7 +166,7 @@ def test_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     and the exit code is 75 all the same."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with srun(stop_when_asked, tmp_path) as supervisors:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         os.kill(supervisors[1].process.pid, signal.SIGTERM)
         codes = [s.end() for s in supervisors]
     assert [code for code, _ in codes] == [75, 75]
@@ -179,7 +180,7 @@ def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", str(tmp_path))
     marker = tmp_path / "marker"
     with srun(stop_when_asked, tmp_path, MEGATRON_FIPO_REQUEUE=str(marker)) as supervisors:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         assert not marker.exists()
         os.kill(supervisors[1].process.pid, signal.SIGTERM)
         codes = [s.end() for s in supervisors]
@@ -215,7 +216,7 @@ def test_a_save_that_is_too_slow_for_the_time_limit(told: bool, slurm: Path, tmp
 def test_ranks_that_have_resumed(slurm: Path, tmp_path: Path) -> None:
     """They tell their supervisors, and the first of those records it: what fails later is no failed start."""
     with srun(_save_too_slowly, tmp_path) as supervisors:
-        assert poll(lambda: ("running", "node0") in _events(tmp_path), 60)
+        wait_until(lambda: ("running", "node0") in _events(tmp_path))
         for supervisor in supervisors:
             os.kill(supervisor.process.pid, signal.SIGKILL)
     assert [event for event, _ in _events(tmp_path)] == ["start", "running"]
@@ -290,7 +291,7 @@ def test_a_job_submitted_anew_counts_anew(slurm: Path, tmp_path: Path) -> None:
 def test_a_failure_elsewhere_ends_a_rank_at_once(kind: Kind, code: int, slurm: Path, tmp_path: Path) -> None:
     """The record of a failure of this attempt is enough, whatever the rank is waiting for; exit codes are the same."""
     with srun(sleep, tmp_path) as supervisors:
-        assert poll(lambda: len(pids(tmp_path)) == 2, 60)
+        await_pids(tmp_path)
         attempts.append(tmp_path / "run" / "attempts.jsonl", Record("failed", 1, "7", launch="0", kind=kind))
         assert [s.end()[0] for s in supervisors] == [code, code]
     assert not any(map(alive, pids(tmp_path)))

@@ -19,6 +19,7 @@ import pytest
 from megatron_fipo.launch import requirements
 from megatron_fipo.machine import limits
 from tests.support.policies import make_config
+from tests.support.waiting import PATIENCE
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 NUM_SERVERS, NUM_REQUESTS = 32, 2048
@@ -131,7 +132,7 @@ def test_2048_requests(hard: int, gate: int, least: int, most: int, room_for_ser
     is set aside. A higher hard limit has them all in flight at once; otherwise as many as fit, and the rest wait."""
     with serving(gate) as servers:
         command = [sys.executable, "-c", CLIENT, str(hard), str(NUM_REQUESTS), *map(str, servers.ports)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.stdout == "all responses\n", done.stderr[-3000:]
     assert servers.asked.total() == NUM_REQUESTS
     assert set(servers.asked) == set(servers.ports)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.interrupt import Interrupted
 from tests.support.ranks import context, fork, run_ranks
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +89,7 @@ def _signalled_while_noting() -> bool:
 
 def test_a_signal_while_another_is_noted() -> None:
     """Comes to no harm: Slurm's and the supervisor's may be microseconds apart."""
-    assert run_ranks(_signalled_while_noting, 1, timeout=60) == [True]
+    assert run_ranks(_signalled_while_noting, 1) == [True]
 
 
 def _start_a_child_and_be_signalled() -> tuple[bool, int | None]:
@@ -127,7 +128,7 @@ def test_a_signal_that_was_held_back() -> None:
     received, seen = context.Pipe(duplex=False)
     process = fork(_signalled_while_it_starts, seen)
     try:
-        assert received.poll(60)
+        assert received.poll(PATIENCE)
         assert received.recv() == (False, True)
     finally:
         process.kill()

@@ -11,6 +11,7 @@ import pytest
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.reward import Score, make_reward, math
 from megatron_fipo.reward.math import extract_answer
+from tests.support.waiting import PATIENCE
 
 TIMEOUT = 4.0  # a busy machine takes a second for an easy answer
 
@@ -206,5 +207,5 @@ def test_workers_do_not_outlive_a_killed_parent():
         children = psutil.Process(parent.pid).children()
         assert len(children) == 2
         parent.kill()
-    gone, alive = psutil.wait_procs(children, timeout=60)
+    gone, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert (len(gone), alive) == (2, [])

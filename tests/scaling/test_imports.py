@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from tests.support.waiting import PATIENCE
+
 HEAVY = ("torch", "megatron", "transformers", "matplotlib")
 RUN = """
 import json, sys
@@ -24,5 +26,5 @@ HELP = [["scaling", command, "--help"] for command in ("plan", "run", "sweep", "
 def test_help_and_plan_are_light() -> None:
     """Help of each command, and a plan of a published model, end without torch, Megatron and transformers."""
     command = [sys.executable, "-c", RUN, json.dumps([*HELP, PLAN])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
     assert set(json.loads(done.stdout.splitlines()[-1])) & set(HEAVY) == set()

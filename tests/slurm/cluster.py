@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.waiting import PATIENCE
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -27,7 +29,7 @@ GPUS, CORES, MEGABYTES = 8, 96, 1_000_000
 NODES = 16
 NETWORK, CONTROLLER = "10.77.0", "10.77.0.254"
 OPEN_FILES = 1024  # the soft limit of whoever submits a job, which the job's tasks inherit
-COMMAND_SECONDS = 30  # for one call of a Slurm command
+COMMAND_SECONDS = 120  # for one call of a Slurm command
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 # cred_expire: a requeued job waits that long, 120 s by default. MinJobAge: ended jobs can be asked for their state.
@@ -75,7 +77,7 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=batch Nodes=ALL Default=YES OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
-PartitionName=preemptible Nodes=ALL OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=60
+PartitionName=preemptible Nodes=ALL OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=300
 """
 NODE = (
     "NodeName={name} NodeAddr={address} State=UNKNOWN "
@@ -189,7 +191,7 @@ class Cluster:
     def boot(self, node: str, lacks: Path | None = None) -> None:
         """Start a node that crashed, and wait until it can take jobs; `lacks`: a directory that it finds empty."""
         self._tell(f"start {node} {lacks or ''}")
-        self.wait_for([node], ("idle", "allocated"), 60.0)
+        self.wait_for([node], ("idle", "allocated"), PATIENCE)
 
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
@@ -231,7 +233,7 @@ class Job:
         text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, states: Sequence[str] = ENDED, seconds: float = 120.0, restarts: int = 0) -> dict[str, str]:
+    def wait(self, states: Sequence[str] = ENDED, seconds: float = PATIENCE, restarts: int = 0) -> dict[str, str]:
         """Return Slurm's record of it, as soon as it is in one of these states after at least so many restarts.
 
         Raises:
@@ -273,7 +275,7 @@ class Job:
     def cancel(self) -> None:
         """End it, if it has not ended, and wait for that."""
         self.cluster.run("scancel", self.number)
-        self.wait(seconds=60.0)
+        self.wait()
 
 
 def _write_files(directory: Path, nodes: Sequence[str], newer: bool) -> None:

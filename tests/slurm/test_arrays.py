@@ -108,7 +108,7 @@ def test_a_recipe_as_an_array(cluster: Cluster, tmp_path: Path) -> None:
     )
     for task in "12":
         job = Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log")
-        assert job.wait(seconds=60.0)["JobState"] == "COMPLETED", job.output()
+        assert job.wait()["JobState"] == "COMPLETED", job.output()
         arguments = f"train --recipe examples/fipo_7b.yaml run.name=x-{task} --seed={task}"
         lines = [line for line in job.output().splitlines() if line.startswith("[")]
         assert sorted(json.loads(line) for line in lines) == [["0", arguments], ["1", arguments]]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.slurm.cluster import ROOT, obstacle
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -25,13 +24,6 @@ cluster.run("sbatch", "--output=/dev/null", "--wrap=srun sleep 600")
 print(cluster.directory, flush=True)
 time.sleep(600)
 """
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} within {seconds} s"
-        time.sleep(0.1)
 
 
 def _processes_of(directory: str) -> list[psutil.Process]:
@@ -55,9 +47,9 @@ def test_nothing_outlives_its_owner(number: signal.Signals) -> None:
     try:
         assert owner.stdout is not None
         directory = owner.stdout.readline().strip()
-        _wait_until(lambda: any("sleep" in p.name() for p in _processes_of(directory)), 20.0, "the job runs")
+        wait_until(lambda: any("sleep" in p.name() for p in _processes_of(directory)), lambda: "the job does not run")
     finally:
         owner.send_signal(number)
         owner.wait()
-    _wait_until(lambda: not _processes_of(directory), 10.0, "no process is left")
-    _wait_until(lambda: not Path(directory).exists(), 10.0, "no file is left")
+    wait_until(lambda: not _processes_of(directory), lambda: "a process is left")
+    wait_until(lambda: not Path(directory).exists(), lambda: "a file is left")

@@ -149,7 +149,7 @@ def ranks(each_cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str,
         job = each_cluster.submit(
             f"slurm/{script}", *arguments, log=tmp_path / f"{script}.log", options=options, FIPO_SITE=str(site)
         )
-        assert job.wait(seconds=60.0)["JobState"] == "COMPLETED", job.output()
+        assert job.wait()["JobState"] == "COMPLETED", job.output()
         # srun also says that this cluster binds no task to cores.
         lines = [line for line in job.output().splitlines() if ": {" in line]
         found = [json.loads(line.split(": ", 1)[1]) for line in lines]

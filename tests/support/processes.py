@@ -23,6 +23,7 @@ from megatron_fipo import cli, launch
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
 from tests.support.ranks import fork
+from tests.support.waiting import PATIENCE, wait_until
 
 TWO_RANKS = ParallelConfig(world_size=2, threads_per_rank=1)
 ROOT = Path(__file__).parents[2]
@@ -35,9 +36,9 @@ def command(entry: Callable[..., None], directory: Path) -> Iterator[subprocess.
     When the block is left, neither the process is alive nor a rank that noted its number.
     """
     code = (
-        "from pathlib import Path; from tests.launch import processes;"
+        f"from pathlib import Path; from {__name__} import launch_and_exit;"
         f"from {entry.__module__} import {entry.__name__} as entry;"
-        f"processes.launch_and_exit(entry, Path({str(directory)!r}))"
+        f"launch_and_exit(entry, Path({str(directory)!r}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -69,7 +70,7 @@ class Supervisor:
     process: Any
     output: Path
 
-    def end(self, seconds: float = 150) -> tuple[int | None, str]:
+    def end(self, seconds: float = PATIENCE) -> tuple[int | None, str]:
         """Its exit code (None: still at work) and what it printed."""
         self.process.join(timeout=seconds)
         return self.process.exitcode, self.output.read_text()
@@ -135,6 +136,21 @@ def pids(directory: Path) -> list[int]:
     return [int(f.read_text()) for f in sorted(directory.glob("[0-9]*.pid"))]
 
 
+def await_pids(directory: Path, process: subprocess.Popen[str] | None = None) -> list[int]:
+    """Return the process IDs of both ranks once they are ready.
+
+    Args:
+        process: the command that starts them; if it ends before, its output is the error.
+    """
+
+    def ready() -> bool:
+        assert process is None or process.poll() is None, "".join(process.communicate())
+        return len(pids(directory)) == 2
+
+    wait_until(ready)
+    return pids(directory)
+
+
 def sleep(directory: Path) -> None:
     note_pid(directory)
     time.sleep(600)
@@ -143,17 +159,10 @@ def sleep(directory: Path) -> None:
 def stop_when_asked(directory: Path) -> None:
     """Poll for a stop as the trainer does."""
     note_pid(directory)
-    for _ in range(600):
+    for _ in range(6000):
         if interrupt.agreed():
             raise interrupt.Interrupted
         time.sleep(0.1)
-
-
-def poll(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def alive(pid: int) -> bool:

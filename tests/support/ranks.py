@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tests.support.waiting import PATIENCE
+
 context = multiprocessing.get_context("forkserver")
 
 
@@ -39,7 +41,7 @@ def fork(function: Callable[..., None], *args: Any, daemon: bool = True) -> Any:
     return process
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 150.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
     """`[function(*args) on rank r]` for r in 0..world_size-1, inside an initialized default process group.
 
     Raises:
@@ -77,7 +79,9 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(f"{directory}/store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=100))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE)
+        )
         result = function(*args)
         dist.barrier()
         torch.save(result, f"{directory}/{rank}.pt")

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_fipo.evaluation import Sample
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.reward import Score, dapo
+from tests.support.waiting import PATIENCE
 
 
 def samples(*problems: str, benchmark: str = "b", truth: str = "r") -> list[Sample]:
@@ -64,6 +65,6 @@ def _count(num_responses: int) -> None:
     if calls == os.environ.get("FIPO_TEST_ASK_AT"):
         interrupt._request(signal.SIGTERM, None)
     if calls == os.environ.get("FIPO_TEST_WAIT_AT"):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not interrupt.requested() and time.monotonic() < deadline:
             time.sleep(0.05)

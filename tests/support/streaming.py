@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -173,10 +172,3 @@ class BackgroundHF:
         for (_, _, future), r in zip(chunk, responses, strict=True):
             if future.set_running_or_notify_cancel():
                 future.set_result(Response(r.token_ids, r.log_probs, r.truncated, (version,)))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)

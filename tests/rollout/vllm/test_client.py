@@ -12,7 +12,7 @@ import pytest
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from tests.support.fake_server import KEY, FakeServer, tokens_for
-from tests.support.streaming import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
 QUICK = ClientTimeouts(deadline=20.0, wait=5.0, probe=0.2, strikes=2, first=0.02, longest=0.2)
@@ -70,7 +70,7 @@ def draw_all(client: Client, count: int) -> None:
     """Each response is the one of its own seed."""
     futures = [client.submit(request, SAMPLING) for request in requests(count)]
     for request, future in zip(requests(count), futures, strict=True):
-        response = future.result(timeout=120)
+        response = future.result(timeout=PATIENCE)
         assert response.token_ids == tokens_for(request.seed, list(request.prompt_ids))
         assert response.log_probs == [-t / 100 for t in response.token_ids]
         assert response.truncated == (response.token_ids[-1] != 99)
@@ -92,7 +92,7 @@ def test_spread_by_outstanding_tokens(servers: list[FakeServer], connect: MakeCl
     servers[1].delay = 0.0
     wait_until(lambda: sent(servers) == [0, 96])
     servers[0].delay = 0.0
-    wait(futures, timeout=120)
+    wait(futures, timeout=PATIENCE)
     assert sent(servers) == [4, 96]
     assert max(server.most for server in servers) == 4
 
@@ -147,7 +147,7 @@ def test_hung_server(servers: list[FakeServer], connect: MakeClient) -> None:
     client = connect(on_hung=hung.append)
     futures = [client.submit(request, SAMPLING) for request in requests(40)]
     servers[0].hung = True
-    wait(futures, timeout=120)
+    wait(futures, timeout=PATIENCE)
     assert [f.result(timeout=0).token_ids for f in futures] == [
         tokens_for(r.seed, list(r.prompt_ids)) for r in requests(40)
     ]
@@ -240,7 +240,7 @@ def test_cancel(servers: list[FakeServer], connect: MakeClient) -> None:
     for future in futures:
         future.cancel()
     with pytest.raises(CancelledError):
-        futures[0].result(timeout=5)
+        futures[0].result(timeout=PATIENCE)
     for server in servers:
         server.delay = 0.0
     draw_all(client, 10)  # within 30 seconds, the time that it waits for each response
@@ -257,7 +257,7 @@ def test_pause(servers: list[FakeServer], connect: MakeClient) -> None:
     """The tokens so far come back at once: a whole response, the beginning of one, or nothing."""
     client, other = connect(concurrency=2), connect()
     finished = client.submit(requests(1)[0], SAMPLING)
-    finished.result(timeout=5)
+    finished.result(timeout=PATIENCE)
     for server in servers:
         server.delay = 120.0
     wanted = requests(20)[1:]
@@ -280,7 +280,7 @@ def test_pause(servers: list[FakeServer], connect: MakeClient) -> None:
     assert not of_another_rank.done()
     for server in servers:
         server.delay = 0.0
-    assert not of_another_rank.result(timeout=30).unfinished
+    assert not of_another_rank.result(timeout=PATIENCE).unfinished
     draw_all(client, 10)
 
 

@@ -19,6 +19,7 @@ import pytest
 from megatron_fipo.machine import limits
 from megatron_fipo.rollout.vllm.process import Placement, ServerProcess
 from tests.support.ranks import context, fork
+from tests.support.waiting import PATIENCE, wait_until
 
 # Like vLLM's: a front, an engine and a worker, of which only the front listens. They write their numbers to a file.
 SERVER = """
@@ -57,7 +58,7 @@ class FakeVLLM(ServerProcess):
 
 def processes(pids: Path, count: int = 3) -> list[int]:
     """The server's, once there are as many."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         found = [int(line) for line in pids.read_text().split()] if pids.exists() else []
         if len(found) >= count:
@@ -73,13 +74,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def all_end(pids: list[int], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(alive(pid) for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
+def await_end(pids: list[int]) -> None:
+    wait_until(lambda: not any(map(alive, pids)))
 
 
 @pytest.fixture
@@ -112,12 +108,12 @@ def test_owner_is_killed(tmp_path: Path, how: str) -> None:
     owner = fork(_own, tmp_path, how, started)
     child = owner.pid
     try:
-        assert received.poll(60)
+        assert received.poll(PATIENCE)
         guard, child, _ = received.recv()
         found = processes(tmp_path / "pids")
         assert all(map(alive, [guard, child, *found]))
         owner.kill()
-        assert all_end([guard, *found])
+        await_end([guard, *found])
         assert not (tmp_path / "weights").exists()
     finally:
         owner.kill()
@@ -138,7 +134,7 @@ def test_any_process_is_killed(server: FakeVLLM, victim: str) -> None:
     found = processes(server.pids)
     inner = _inner_guard(server)
     os.kill({"outer guard": server.pid, "inner guard": inner, "front": found[0]}[victim], signal.SIGKILL)
-    assert all_end([server.pid or inner, inner, *found])
+    await_end([server.pid or inner, inner, *found])
 
 
 @pytest.mark.slow
@@ -149,15 +145,15 @@ def test_stopped_processes_end(server: FakeVLLM) -> None:
     for pid in (*found, outer):
         os.kill(pid, signal.SIGSTOP)
     server.kill()
-    assert all_end([outer, inner, *found])
+    await_end([outer, inner, *found])
 
 
 def connected(address: Any, family: int = socket.AF_INET) -> socket.socket:
     """A connection to a server, once it listens."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         made = socket.socket(family)
-        made.settimeout(60)
+        made.settimeout(PATIENCE)
         try:
             made.connect(address)
             made.sendall(b"hello")
@@ -188,12 +184,12 @@ def test_sockets_go_with_the_owner(tmp_path: Path) -> None:
     received, started = context.Pipe(duplex=False)
     owner = fork(_own, tmp_path, "alone", started)
     try:
-        assert received.poll(60)
+        assert received.poll(PATIENCE)
         guard, _, url = received.recv()
         path = Path(url.removeprefix("unix:"))
         connected(str(path), socket.AF_UNIX).close()
         owner.kill()
-        assert all_end([guard])
+        await_end([guard])
         assert not path.parent.exists()
     finally:
         owner.kill()
@@ -239,10 +235,7 @@ def test_relayed_connections_end_on_both_sides(remote: FakeVLLM) -> None:
     its clients' connections."""
     connected(_address(remote)).close()
     closed = Path(f"{remote.pids}.closed")
-    deadline = time.monotonic() + 60
-    while not closed.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert closed.exists()
+    wait_until(closed.exists)
     front = processes(remote.pids)[0]
     path = Path(Path(f"/proc/{front}/cmdline").read_text().split("\0")[-2])
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -250,7 +243,7 @@ def test_relayed_connections_end_on_both_sides(remote: FakeVLLM) -> None:
     os.kill(front, signal.SIGKILL)
     assert client.recv(1) == b""
     client.close()
-    assert all_end([remote.pid or front])
+    await_end([remote.pid or front])
     assert not path.parent.exists()
 
 

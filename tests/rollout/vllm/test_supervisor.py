@@ -14,7 +14,7 @@ from megatron_fipo.rollout.vllm import supervisor as supervisors
 from megatron_fipo.rollout.vllm.process import Placement
 from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from tests.support.fake_server import KEY, FakeServer
-from tests.support.streaming import wait_until
+from tests.support.waiting import wait_until
 
 
 class Process:

@@ -20,6 +20,7 @@ from megatron_fipo.config import Config, ModelConfig, RolloutConfig, ServerConfi
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm import answer, control, engine, process, transport, update
 from megatron_fipo.vllm_environment import Installed, interpreter
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -32,7 +33,9 @@ Source = Callable[[str], str]  # a file's text, by its path in the package, or b
 
 def _installed() -> Source:
     command = "import importlib.util; print(importlib.util.find_spec('vllm').origin)"
-    found = subprocess.run([interpreter(None), "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run(
+        [interpreter(None), "-c", command], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
     package = Path(found.stdout.strip()).parent
     return lambda path: next(p for place in path.split("|") if (p := package / place).exists()).read_text()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.scaling.cost.hardware import hardware_files
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 ALL = ROOT / "benchmarks" / "data" / "published_throughput.csv"
@@ -26,7 +27,7 @@ def _run(*arguments: str) -> tuple[dict[str, Any], str]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout

@@ -31,6 +31,7 @@ from megatron_fipo.scaling.measure.specification import Loss, Measurement, read_
 from tests.support.actors import actor_of
 from tests.support.policies import make_config, make_qwen2
 from tests.support.ranks import run_ranks
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 LENGTHS = Sequences((9, 60, 33, 120, 71, 14, 90, 45), response_share=0.8)
@@ -182,7 +183,7 @@ def test_killed_rank_leaves_a_row(model: Path, tmp_path: Path) -> None:
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             os.kill(_pid_of_rank(asked, 1, process), signal.SIGKILL)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=PATIENCE)
         finally:
             process.kill()
     row = read_row(asked.row_path)
@@ -203,7 +204,7 @@ def test_killed_rank_leaves_a_row(model: Path, tmp_path: Path) -> None:
 
 def _pid_of_rank(asked: Measurement, rank: int, process: subprocess.Popen[bytes]) -> int:
     """Return the process ID of a rank, once it has finished a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         note = read_row(asked.notes / f"rank_{rank}.json")
         if note is not None and note["done"] > 0:
