@@ -60,8 +60,8 @@ def train(
     settings = with_seed(load_config(*_config_and_overrides(config, overrides or [], recipe)), seed)
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
         with launch.checked(settings.run_directory, settings.resume.max_requeues):
-            _check(settings, dry_run)
-    if dry_run and (obstacle := _obstacle_to_update(settings)):
+            _warn(launch.in_own_process(_check, settings, dry_run))
+    if dry_run and (obstacle := launch.in_own_process(_obstacle_to_update, settings)):
         if launch.is_first_process():
             typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
         return
@@ -102,24 +102,22 @@ def evaluate(
     Finished samples are kept: the same command resumes. More samples, problems or benchmarks are added to them.
     """
     from megatron_fipo import launch
-    from megatron_fipo.checks import check_evaluation
-    from megatron_fipo.evaluation import command
-    from megatron_fipo.evaluation.store import Store
 
     settings = with_seed(load_config(config, [_checkpoint_setting(text) for text in overrides or ()]), seed)
     if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
-    directory = out or command.default_directory(settings)
+    directory = out or settings.evaluation_directory
 
     def progress() -> launch.Progress:
+        from megatron_fipo.evaluation.store import Store
+
         return launch.Progress(Store(directory).count(), "samples")
 
     if launch.is_first_process():
         with launch.checked(directory, settings.resume.max_requeues, progress):
-            _warn(check_evaluation(settings))
-            command.check(settings, directory)
+            _warn(launch.in_own_process(_check_evaluation, settings, directory))
     launch.run(
-        command.run,
+        _evaluate_rank,
         settings.parallel,
         (settings, directory),
         run_directory=directory,
@@ -128,6 +126,16 @@ def evaluate(
         deterministic=settings.run.deterministic,
         requirements=launch.requirements(settings, _benchmarks(settings)),
     )
+
+
+def _check_evaluation(config: Config, directory: Path) -> list[str]:
+    """Return warnings."""
+    from megatron_fipo.checks import check_evaluation
+    from megatron_fipo.evaluation import command
+
+    warnings = check_evaluation(config)
+    command.check(config, directory)
+    return warnings
 
 
 def _benchmarks(config: Config) -> dict[str, str]:
@@ -154,7 +162,8 @@ def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path
     return Path(config), overrides
 
 
-def _check(config: Config, dry_run: bool) -> None:
+def _check(config: Config, dry_run: bool) -> list[str]:
+    """Return warnings."""
     from megatron_fipo.checks import check_run
     from megatron_fipo.resume import check_directory
     from megatron_fipo.scaling.cost.hardware import local_hardware
@@ -167,7 +176,7 @@ def _check(config: Config, dry_run: bool) -> None:
     if not dry_run:
         check_directory(config)
         warnings += check_space(config)
-    _warn(warnings)
+    return warnings
 
 
 def _obstacle_to_update(config: Config) -> str | None:
@@ -296,6 +305,12 @@ def _train_rank(config: Config) -> None:
         trainer.train()
     finally:
         trainer.close()
+
+
+def _evaluate_rank(config: Config, directory: Path) -> None:
+    from megatron_fipo.evaluation import command
+
+    command.run(config, directory)
 
 
 def _dry_run_rank(config: Config) -> None:

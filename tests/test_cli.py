@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -327,3 +328,22 @@ def test_eval_refuses(task: Path, command: Command, arguments: list[str], says: 
     outcome = command("eval", "config.yaml", *arguments)
     assert outcome.code == 2
     assert says in outcome.stderr
+
+
+LIGHT = """
+import sys
+from megatron_fipo.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print({"torch", "megatron", "transformers"} & {*sys.modules})
+"""
+
+
+@pytest.mark.slow
+def test_the_command_stays_light(task: Path) -> None:
+    """What checks and ranks import, they import in processes of their own. (Starts a server and a rank: slow.)"""
+    arguments = ["train", "config.yaml", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr

@@ -57,6 +57,11 @@ class ModelConfig:
         resume="free",
     )
 
+    @property
+    def weights(self) -> str:
+        """Return the path of the weights that the policy begins with."""
+        return self.megatron_path or self.hf_path
+
     def chunk_tokens(self, on_gpu: bool) -> int:
         """Return `lm_head_chunk_tokens`, or the device's default.
 
@@ -335,6 +340,11 @@ class Config:
     @property
     def run_directory(self) -> Path:
         return Path(self.run.directory or f"runs/{self.run.name}")
+
+    @property
+    def evaluation_directory(self) -> Path:
+        """Return the default output directory of `megatron-fipo eval`: in the run's, with the checkpoint's name."""
+        return self.run_directory / "evaluation" / Path(self.model.weights).resolve().name
 
     @property
     def updates_per_step(self) -> int:

@@ -36,16 +36,6 @@ from megatron_fipo.rollout import RolloutEngine, make_engine
 _REPORT_SECONDS = 10.0
 
 
-def weights_of(config: Config) -> str:
-    """Return the path of the evaluated weights."""
-    return config.model.megatron_path or config.model.hf_path
-
-
-def default_directory(config: Config) -> Path:
-    """Return the default output directory: named after the checkpoint, in the run's directory."""
-    return config.run_directory / "evaluation" / Path(weights_of(config)).resolve().name
-
-
 def check(config: Config, out: Path) -> None:
     """Check, before any rank starts, that the evaluation can use `out`.
 
@@ -78,9 +68,9 @@ def run(config: Config, out: Path) -> None:
     dist.barrier()  # all ranks have read the directory before any adds to it
     result, samples = _evaluate(config, benchmarks, tokenizer, store, finished)
     if dist.get_rank() == 0:
-        store.finish(result, samples, benchmarks, weights_of(config))
+        store.finish(result, samples, benchmarks, config.model.weights)
         show(result, next(iter(benchmarks)))
-        print(json.dumps({"weights": weights_of(config), "out": str(out), **asdict(result), **result.scores()}))
+        print(json.dumps({"weights": config.model.weights, "out": str(out), **asdict(result), **result.scores()}))
 
 
 def _evaluate(

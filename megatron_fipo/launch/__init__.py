@@ -8,7 +8,7 @@ from megatron_fipo.exit_codes import Interrupted, RankFailure
 from megatron_fipo.launch.attempts import Progress
 from megatron_fipo.launch.launchers import is_first_process, started_ranks
 from megatron_fipo.launch.rank_task import Requirements, requirements
-from megatron_fipo.launch.start import DETERMINISTIC_ENVIRONMENT, checked, num_gpus, run
+from megatron_fipo.launch.start import DETERMINISTIC_ENVIRONMENT, checked, in_own_process, num_gpus, run
 
 __all__ = [
     "DETERMINISTIC_ENVIRONMENT",
@@ -17,6 +17,7 @@ __all__ = [
     "RankFailure",
     "Requirements",
     "checked",
+    "in_own_process",
     "is_first_process",
     "num_gpus",
     "requirements",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.exit_codes import FAILED, RUN_AGAIN, RUNNING, RUNNING_FILE, Interrupted, MachineFailure
-from megatron_fipo.launch import preflight, slurm
+from megatron_fipo.launch import child, preflight, slurm
 from megatron_fipo.launch.failure import Failure, kind_of
 from megatron_fipo.launch.rank_task import RankTask, RunSpec
 from megatron_fipo.machine import network
@@ -34,10 +32,10 @@ _REPORTED_SECONDS = 60.0  # the supervisor polls ten times a second
 
 def main(task: RankTask) -> None:
     """Run a task in a process that a supervisor has started."""
-    os.setpgid(0, 0)  # Ctrl-C goes to the supervisor alone, which can end a rank together with its child processes
+    child.lead_process_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    _die_with_supervisor()
+    child.die_with_parent()
     os.environ.update(task.environment)
     os.environ[RUNNING_FILE] = str(task.error.with_name(RUNNING))
     log = _open_log(task)
@@ -127,18 +125,3 @@ def _report(error: BaseException, task: RankTask, log: TextIO) -> None:
     message = f"{type(error).__name__}: {error}"
     blamed = error.hosts if isinstance(error, MachineFailure) else ()
     Failure(task.rank, host(), kind_of(error), message, text, blamed).write(task.error)
-
-
-def _die_with_supervisor() -> None:
-    """Kill this rank and its child processes when its supervisor dies, even by SIGKILL.
-
-    The kernel's parent-death signal does not help: a rank's parent is the fork server, which lives as long as any rank.
-    """
-    supervisor = multiprocessing.parent_process()
-    assert supervisor is not None
-
-    def wait() -> None:
-        supervisor.join()
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, name="die-with-supervisor", daemon=True).start()

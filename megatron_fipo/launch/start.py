@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.exit_codes import RankFailure
-from megatron_fipo.launch import attempts, launchers, slurm
+from megatron_fipo.launch import attempts, launchers, processes, slurm
 from megatron_fipo.launch.attempts import Progress, training_progress
 from megatron_fipo.launch.failure import Failure
 from megatron_fipo.launch.rank_task import NOTHING, RankTask, Requirements, RunSpec
@@ -29,6 +29,8 @@ DETERMINISTIC_ENVIRONMENT = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     "NCCL_ALGO": "^NVLS",  # sums inside the switch have no fixed order
 }
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _ALTERNATIVES = {"CUBLAS_WORKSPACE_CONFIG": (":16:8",)}  # as deterministic, with less memory
 
 
@@ -122,6 +124,17 @@ def _prepare_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if slurm.job(os.environ) is not None:
         os.environ.update(caches.node_local(os.environ))
+
+
+def in_own_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Return `function(*args, **kwargs)`, called where the heavy packages are: this process is to stay without them.
+
+    Under torchrun this process is a rank itself, and calls it; otherwise see `processes.call`.
+    """
+    _prepare_process()
+    if launchers.is_torchrun(os.environ):
+        return function(*args, **kwargs)
+    return processes.call(function, *args, **kwargs)
 
 
 @contextmanager

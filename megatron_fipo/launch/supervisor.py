@@ -6,31 +6,29 @@ Under srun a supervisor has one rank, otherwise all of them. It imports neither 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_fipo.exit_codes import RUN_AGAIN, RUNNING, Interrupted
+from megatron_fipo.launch import processes
 from megatron_fipo.launch.failure import Failure, of_exit
 from megatron_fipo.launch.rank_task import RankTask
 from megatron_fipo.launch.requeue import Attempt
-from megatron_fipo.machine import gpus
 
 _POLL_SECONDS = 0.1
 _PRIMARY_SECONDS = 10.0  # a lost connection is reported after the failure that may have caused it
 _DUMP_SECONDS = 0.5  # for Python's stacks to be written
 _TWICE_SECONDS = 0.2  # two SIGINT in less are one Ctrl-C, delivered twice
 _LOG_TAIL = 1 << 18  # bytes
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def _start_rank(task: RankTask) -> None:
@@ -53,7 +51,7 @@ class Supervisor:
         self._interrupts: list[float] = []  # times of Ctrl-C
 
     def __enter__(self) -> Supervisor:
-        self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, self._receive) for number in processes.SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,9 +66,8 @@ class Supervisor:
 
     def start(self, tasks: Sequence[RankTask]) -> None:
         """Start a process for each task; rank 0's output is copied to this process's."""
-        context: Any = multiprocessing.get_context(_start_method())
-        multiprocessing.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
-        with _signals_blocked():
+        context = processes.context()
+        with processes.signals_blocked():
             for task in tasks:
                 task.log.parent.mkdir(parents=True, exist_ok=True)
                 shown = [context.Pipe(duplex=False) for _ in range(2 if task.rank == 0 else 0)]
@@ -187,11 +184,10 @@ class Supervisor:
     def _kill(self, rank: int) -> None:
         """Kill a rank and its child processes, which are in its process group."""
         process = self._ranks[rank]
-        if process.exitcode not in (0, RUN_AGAIN):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # it may not have had its group yet
-        process.join()
+        if process.exitcode in (0, RUN_AGAIN):
+            process.join()
+        else:
+            processes.end(process)
 
     def _copy(self, source: connection.Connection, stream: int, log: Path) -> None:
         thread = threading.Thread(target=_copy_output, args=(source, stream, log), name="copy-output", daemon=True)
@@ -232,31 +228,6 @@ def _write(file: int, data: bytes) -> None:
             data = data[os.write(file, data) :]
 
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block the signals while processes are started inside.
-
-    Slurm signals every process of a job, which would kill the fork server and Python's resource tracker. A rank
-    unblocks them when it is ready, and then receives those that came meanwhile.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # which unblocks some of them in this process
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _signal(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _start_method() -> str:
-    """Return the start method of ranks.
-
-    Without a GPU they are forked from a server that has imported the heavy packages once. CUDA does not survive a fork,
-    so with a GPU every rank is spawned.
-    """
-    return "spawn" if gpus.has_gpu() else "forkserver"

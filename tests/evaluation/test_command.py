@@ -216,7 +216,7 @@ def test_evaluation_of_an_earlier_release_is_continued(task: Path, tmp_path: Pat
 def test_default_directory(task: Path) -> None:
     """Named for the checkpoint, inside the run's directory."""
     config = _config(task, run={"name": "x"}, model={"megatron_path": "runs/x/checkpoints/step_40/"})
-    assert command.default_directory(config) == Path("runs/x/evaluation/step_40")
+    assert config.evaluation_directory == Path("runs/x/evaluation/step_40")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo import launch
-from megatron_fipo.launch import supervisor
+from megatron_fipo.launch import processes, supervisor
 from tests.support.processes import TWO_RANKS, alive, await_pids, command, free_port, pids, sleep
 from tests.support.waiting import wait_until
 
@@ -63,7 +63,7 @@ def test_local_ranks_know_their_place(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_ranks_that_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks start as on a machine with a GPU, instead of being forked from a server."""
-    monkeypatch.setattr(supervisor, "_start_method", lambda: "spawn")
+    monkeypatch.setattr(processes, "start_method", lambda: "spawn")
     launch.run(_record, TWO_RANKS, (tmp_path,))
     assert [found["rank"] for found in _recorded(tmp_path)] == [0, 1]
 

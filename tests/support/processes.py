@@ -107,7 +107,7 @@ def _srun_task(environment: dict[str, str], entry: Callable[..., None], director
     with output.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    launch.supervisor._start_method = lambda: "fork"  # everything is imported here already
+    launch.processes.start_method = lambda: "fork"  # everything is imported here already
     launch_and_exit(entry, directory)
 
 
