@@ -60,7 +60,7 @@ def parity(responses, ground_truths, data_sources):
     return [1.0 if sum(map(ord, response)) % 2 == 0 else -1.0 for response in responses]
 """
 ENDED_BY_REQUEST = 75  # exit code that requests a restart
-ATTEMPT_LIMIT = 300.0  # seconds
+ATTEMPT_LIMIT = 900.0  # seconds; a busy machine takes minutes for an attempt that takes 20 s on an idle one
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,6 @@ def test_random_pairs(reward: RewardFunction, cases: list[Case]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_thousand_random_pairs(reward: RewardFunction) -> None:
-    """None misjudged, none undecided."""
-    _check(reward, [_case(seed) for seed in range(10_000)])
+def test_two_thousand_random_pairs(reward: RewardFunction) -> None:
+    """None misjudged, none undecided; with `--hypothesis-profile=search` ten thousand, six minutes of a core."""
+    _check(reward, [_case(seed) for seed in range(2_000 if settings().derandomize else 10_000)])
