@@ -22,7 +22,10 @@ SIZE = 4  # responses of a group
 GROUPS = [3, 5, 8, 9, 12]  # of an incomplete batch: one mini-batch is left with a single group's number of responses
 WORLDS = (1, 2, 3)
 # Replica -> mini-batch -> micro-batch -> response ids, as they were before mini-batches could be mixed.
-GROUPS_DEALT: list[list[list[list[int]]]] = []
+GROUPS_DEALT = [
+    [[[13, 15, 14, 23]], [[36, 33], [35, 38]], [[49, 50]]],
+    [[[22, 12, 21, 20]], [[32, 34], [39, 37]], [[48, 51]]],
+]
 
 
 def _config(order: str, *, size: int = SIZE, prompts: int = 2, seed: int = 1, world: int = 1) -> Config:
