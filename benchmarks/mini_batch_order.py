@@ -1,4 +1,4 @@
-"""What Future-KL sees with mixed mini-batches and with whole groups, on the quick start's first step.
+"""Future-KL with mixed mini-batches and with whole groups, on the quick start's first step.
 
     python benchmarks/mini_batch_order.py BASE_MODEL [--seeds 3] [--updates 4 8]
 

@@ -41,14 +41,13 @@ def test_weights_are_permuted_within_a_sign(tokens: list[tuple[float, float]], s
 
 
 def test_permutation_is_random() -> None:
-    """Of 10,000 tokens of a sign about one stays in its place, where they go is no pattern, and seeds differ."""
+    """About one of a sign's 10,000 tokens keeps its weight; signs and seeds have unrelated permutations."""
     weights, strata = torch.arange(20_000.0), torch.ones(20_000)
     strata[::2] = -1
     permuted = permute_weights(weights, strata, SEED)
     assert ((permuted - weights) % 2 == 0).all()
     assert (permuted == weights).sum() < 12
     assert abs(torch.corrcoef(torch.stack([weights, permuted]))[0, 1]) < 0.03
-    # Both signs' permutations, and those of two seeds, have nothing to do with each other.
     assert (permuted[::2] == permuted[1::2] - 1).sum() < 12
     assert (permute_weights(weights, strata, SEED + 1) == permuted).sum() < 12
 
