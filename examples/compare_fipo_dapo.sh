@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
 seeds=3 out=runs/compare
-variants=fipo,dapo,half_life_8,half_life_128,half_life_256,clip_0.8_1.2,clip_1.0_1.4,no_clip,no_filter,no_overlong_penalty,mini_batch_4,mini_batch_16
+variants=fipo,dapo,placebo,half_life_8,half_life_128,half_life_256,clip_0.8_1.2,clip_1.0_1.4,no_clip,no_filter,no_overlong_penalty,mini_batch_4,mini_batch_16
 while getopts "s:v:o:" option; do
   case $option in
     s) seeds=$OPTARG ;;
@@ -25,6 +25,7 @@ settings_of() { # settings of a variant, one per line
   case $1 in
     fipo) ;;
     dapo) echo algorithm.loss=grpo ;;
+    placebo) echo algorithm.influence=placebo ;; # FIPO's weights on other tokens
     half_life_*) echo "algorithm.half_life=${1##*_}" ;;
     clip_*_*) local bounds=${1#clip_} && echo "algorithm.influence_clip=[${bounds/_/,}]" ;;
     no_clip) echo algorithm.influence_clip=null ;;

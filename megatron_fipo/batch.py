@@ -147,6 +147,7 @@ class MicroBatch:
     Loss inputs (whole, the same on every rank of a replica):
         loss_mask: [R] bool; response_offsets: [S + 1] int64; advantages: [S] float32.
         rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
+        influence_weights: [R] float32, permuted ones (`algorithm.influence=placebo`) or None.
         sequence_index: [S] int64, rows of the replica's Rollouts.
     """
 
@@ -166,6 +167,7 @@ class MicroBatch:
     old_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
+    influence_weights: torch.Tensor | None = None
 
     @property
     def max_seqlen(self) -> int:

@@ -94,7 +94,8 @@ METRICS: dict[str, str] = {
     "policy/positive_ratio_max": "largest importance ratio of tokens with a positive advantage",
     **_ratio_quantiles("positive", "a positive"),
     "policy/positive_ratio_below_1e3": f"{_TOKENS} with a positive advantage and a ratio below 0.001",
-    "policy/future_kl": "mean Future-KL S_t, nats (`algorithm.loss=fipo` only, as all that follows)",
+    "policy/future_kl": "mean Future-KL S_t, nats (`algorithm.loss=fipo` only, as all that follows; of a placebo, "
+    "FIPO's own, before weights are permuted)",
     "policy/future_kl_min": "smallest Future-KL, nats",
     "policy/future_kl_max": "largest Future-KL, nats",
     "policy/influence_weight": "mean influence weight f_t, after clipping",

@@ -8,7 +8,8 @@ With rollout.max_staleness the engine gets new weights before the old log-probab
 next batch while this one is trained.
 
 A step is finished or it never was: the same command resumes from the newest checkpoint, exactly (run_state).
-FIPO differs from DAPO in the loss alone: `algorithm.loss`.
+FIPO differs from DAPO in the loss alone: `algorithm.loss`. Its placebo (`algorithm.influence`) computes the weights of
+a mini-batch in a forward pass before the update, and permutes them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_fipo.batch import Rollouts, TrainBatch
 from megatron_fipo.batching import StepBatch, make_batch_builder
 from megatron_fipo.batching.distribute import distribute
 from megatron_fipo.batching.mismatch import mismatch_warning, rollout_mismatch, with_importance_weights
+from megatron_fipo.batching.placebo import with_placebo_weights
 from megatron_fipo.batching.random_rollouts import random_rollouts
 from megatron_fipo.batching.step_batch import batch_metrics, score_responses
 from megatron_fipo.config import Config
@@ -50,7 +52,7 @@ from megatron_fipo.profiling.pipeline_recorder import PipelineProfile
 from megatron_fipo.profiling.utilization import Utilization
 from megatron_fipo.resume import replaces_weights, starts_over
 from megatron_fipo.reward import make_reward
-from megatron_fipo.rollout import make_engine
+from megatron_fipo.rollout import derive_seed, make_engine
 from megatron_fipo.run_log import RunLog, began
 from megatron_fipo.run_state import RunState
 
@@ -161,14 +163,14 @@ class Trainer:
             batch = self._sample(is_last=step == config.trainer.max_steps)  # scored by `score_rollouts`, then filtered
         self.state.checkpointer.poll()  # what was written meanwhile counts from here on, not only after this step
         batch = self.with_advantages(batch, policy_version=step - 1)
-        rollouts, mini_batches = distribute(batch.rollouts, batch.groups, config, self.topology, self.actor.pack)
+        rollouts, mini_batches = distribute(batch.rollouts, batch.groups, step, config, self.topology, self.actor.pack)
         with self.actor.training():
             with self._timed("old_log_probs"):
                 mini_batches = self._with_old_log_probs(mini_batches)
             if interrupt.agreed():
                 raise Interrupted
             with self._timed("update"):
-                updates, tokens = self._update_policy(step, mini_batches)
+                updates, tokens = self._update_policy(step, rollouts, mini_batches)
         if config.rollout.save:
             credit = token_credit(rollouts, mini_batches, tokens, config.algorithm.loss) if tokens else {}
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
@@ -246,9 +248,9 @@ class Trainer:
         """Run one optimizer step on random responses of up to the full length, to check that it fits; write nothing."""
         groups = range(self.config.trainer.mini_batch_prompts)
         rollouts = random_rollouts(groups, self.prompts.prompts, self.hf_config.vocab_size, self.config, self.topology)
-        _, batches = distribute(rollouts, groups, self.config, self.topology, self.actor.pack)
+        rollouts, batches = distribute(rollouts, groups, 1, self.config, self.topology, self.actor.pack)
         with self.actor.training():
-            return self._update_policy(1, self._with_old_log_probs(batches))[0]
+            return self._update_policy(1, rollouts, self._with_old_log_probs(batches))[0]
 
     def export_policy(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<run>/policy`."""
@@ -289,16 +291,20 @@ class Trainer:
         return mismatch
 
     def _update_policy(
-        self, step: int, batches: Sequence[TrainBatch]
+        self, step: int, rollouts: Rollouts, batches: Sequence[TrainBatch]
     ) -> tuple[dict[str, float], list[list[torch.Tensor]]]:
         """Make all updates of a step. The first one must see log-ratios of 0: the old log-probabilities are its own.
 
         Returns metrics and, if the actor records them, the tokens' values in the last epoch's update on each batch.
+
+        Args:
+            rollouts: the responses of the batches.
         """
         seen: list[dict[str, float]] = []
         tokens: list[list[torch.Tensor]] = []
         for epoch in range(self.config.trainer.epochs_per_batch):
             for number, batch in enumerate(batches):
+                batch = self._with_influence_weights(batch, rollouts, step, epoch, number)
                 try:
                     with self.actor.training_step():
                         _, metrics = self.actor.get_loss_and_metrics(batch, forward_only=False)
@@ -318,6 +324,15 @@ class Trainer:
                 "Future-KL amplifies such noise (kernels that are not deterministic?)"
             )
         return {"policy/first_log_ratio_abs_max": first_shift, **summarize_updates(seen)}, tokens
+
+    def _with_influence_weights(
+        self, batch: TrainBatch, rollouts: Rollouts, step: int, epoch: int, number: int
+    ) -> TrainBatch:
+        """Return the mini-batch with the placebo's weights; FIPO's own are computed in the loss."""
+        if self.config.algorithm.influence == "fipo":
+            return batch
+        seed = derive_seed(self.config.run.seed, "placebo", step, epoch, number)
+        return with_placebo_weights(batch, self.actor.influence(batch), rollouts, seed, self.topology)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

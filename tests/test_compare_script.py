@@ -47,23 +47,24 @@ def _compare(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str
 @pytest.mark.timeout(900)
 def test_every_variant_with_every_seed(checkout: Path) -> None:
     """Runs have their variant's settings, the report a line for each variant; a second call trains nothing again."""
-    arguments = ("-s", "2", "-v", "dapo,no_filter", *SMALL)
+    arguments = ("-s", "2", "-v", "dapo,placebo,no_filter", *SMALL)
     first = _compare(checkout, *arguments)
     assert first.returncode == 0, first.stderr
     runs = checkout / "runs" / "compare"
-    names = [f"{variant}-seed{seed}" for seed in (1, 2) for variant in ("dapo", "no_filter")]
+    names = [f"{variant}-seed{seed}" for seed in (1, 2) for variant in ("dapo", "placebo", "no_filter")]
     configs = {name: load_config(str(runs / name / "config.yaml")) for name in names}
-    assert [config.run.seed for config in configs.values()] == [1, 1, 2, 2]
-    assert [config.algorithm.loss for config in configs.values()] == ["grpo", "fipo"] * 2
-    assert [config.algorithm.dual_clip for config in configs.values()] == [10.0, 1e8] * 2
+    assert [config.run.seed for config in configs.values()] == [1, 1, 1, 2, 2, 2]
+    assert [config.algorithm.loss for config in configs.values()] == ["grpo", "fipo", "fipo"] * 2
+    assert [config.algorithm.influence for config in configs.values()] == ["fipo", "placebo", "fipo"] * 2
+    assert [config.algorithm.dual_clip for config in configs.values()] == [10.0, 10.0, 1e8] * 2
     lines = [line.split() for line in first.stdout.splitlines()]
-    assert [line[0] for line in lines if line[1:3] == ["2", "1"]] == ["dapo", "no_filter"]  # of 2 runs and 1 step
+    assert [line[0] for line in lines if line[1:3] == ["2", "1"]] == ["dapo", "placebo", "no_filter"]  # of 2 runs and 1 step
     assert (runs / "report.html").is_file()
     written = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
     again = _compare(checkout, *arguments)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")} == written
-    assert len(written) == 4
+    assert len(written) == 6
 
 
 @pytest.mark.parametrize(

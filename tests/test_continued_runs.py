@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -200,6 +201,42 @@ def test_interrupted_run_goes_on_to_the_bit(
     how, weights = _run(config)
     assert how == "finished"
     _assert_same_run(tmp_path / "run", weights, undisturbed(layout))
+
+
+def test_mini_batches_are_mixed(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The runs of this module mix their responses. With whole groups, the same responses have the same advantages and
+    old log-probabilities, but are trained in other updates.
+
+    Step 1 has learning rate 0, so that step 2 begins with the same weights in both.
+    """
+    directory, _ = undisturbed("one")
+    config = _config(task, tmp_path / "run", steps=2)
+    assert config.trainer.mini_batch_order == "mixed"
+    groups = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, mini_batch_order="groups"))
+    assert _run(groups)[0] == "finished"
+    mixed, whole = (
+        sorted(pq.read_table(run / "rollouts" / "step_2.parquet").to_pylist(), key=lambda row: row["id"])
+        for run in (directory, tmp_path / "run")
+    )
+    for column in ("id", "response_tokens", "reward", "advantage"):
+        assert [row[column] for row in mixed] == [row[column] for row in whole]
+    for row, whole_row in zip(mixed, whole, strict=True):
+        assert row["old_log_probs"] == pytest.approx(whole_row["old_log_probs"], abs=1e-5)
+    new, other = (np.concatenate([row["new_log_probs"] for row in rows]) for rows in (mixed, whole))
+    assert np.abs(new - other).max() > 1e-3
+
+
+def test_interrupted_placebo_goes_on_to_the_bit(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The permutations of the remaining steps are those of the uninterrupted run, whose weights are not FIPO's."""
+    placebo = {"algorithm": {"influence": "placebo"}}
+    ended, expected = _run(_config(task, tmp_path / "expected", "dp2", **placebo))
+    assert ended == "finished"
+    assert _run(_config(task, tmp_path / "run", "dp2", **placebo), "update 3")[0] == "interrupted after step 3"
+    how, weights = _run(_config(task, tmp_path / "run", "dp2", **placebo))
+    assert how == "finished"
+    _assert_same_run(tmp_path / "run", weights, (tmp_path / "expected", expected))
+    _, fipo = undisturbed("dp2")
+    assert any(not torch.equal(weight, fipo[name]) for name, weight in weights.items())
 
 
 def test_exhausted_run_goes_on(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:

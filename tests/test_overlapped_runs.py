@@ -187,9 +187,9 @@ def _weights_of_batches(config: Config) -> tuple[Weights, list[list[dict[str, to
     seen: list[list[dict[str, torch.Tensor]]] = []
     update = trainer._update_policy
 
-    def noted(step: int, batches: Any) -> Any:
+    def noted(step: int, rollouts: Any, batches: Any) -> Any:
         seen.append([vars(m) for b in batches for m in b.micro_batches])
-        return update(step, batches)
+        return update(step, rollouts, batches)
 
     trainer._update_policy = noted  # type: ignore[method-assign]
     try:

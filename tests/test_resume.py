@@ -55,7 +55,9 @@ def test_layout_and_housekeeping_may_change(run: Path, override: str) -> None:
         ("algorithm.loss=grpo", "algorithm.loss: fipo -> grpo"),
         ("algorithm.influence_clip=null", r"algorithm.influence_clip: \(1.0, 1.2\) -> None"),
         ("optimizer.lr=1e-5", "optimizer.lr: 1e-06 -> 1e-05"),
+        ("algorithm.influence=placebo", "algorithm.influence: fipo -> placebo"),
         ("trainer.mini_batch_prompts=128", "trainer.mini_batch_prompts: 64 -> 128"),
+        ("trainer.mini_batch_order=groups", "trainer.mini_batch_order: mixed -> groups"),
         ("rollout.temperature=0.9", "rollout.temperature: 1.0 -> 0.9"),
         ("reward.function=exact", "reward.function: dapo -> exact"),
     ],
@@ -79,6 +81,17 @@ def test_a_setting_that_is_newer_than_the_run(run: Path) -> None:
     assert changes(run / "config.yaml", _config(run, "optimizer.spike_threshold=3.0")) == [
         "optimizer.spike_threshold: None -> 3.0"
     ]
+
+
+def test_a_run_older_than_the_order_of_mini_batches(run: Path) -> None:
+    """It had whole groups: it resumes with them, and without them the message says what would change."""
+    saved = (run / "config.yaml").read_text()
+    key = "  mini_batch_order: mixed\n"
+    assert key in saved
+    (run / "config.yaml").write_text(saved.replace(key, ""))
+    check_directory(_config(run, "trainer.mini_batch_order=groups"))
+    with pytest.raises(ValueError, match=r"trainer\.mini_batch_order: groups -> mixed"):
+        check_directory(_config(run))
 
 
 def test_a_run_whose_settings_were_renamed(run: Path) -> None:

@@ -80,7 +80,9 @@ class FIPOActor(AlignableGenerativeInterface):
         self.arch = arch
         self.topology = topology
         self.engine = engine
-        self.loss: Loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
+        policy_loss = PolicyLoss(config.algorithm, loss_config(config.algorithm, config.rollout), topology)
+        self.loss: Loss = policy_loss
+        self._influence = policy_loss.influence
         self._reads = read
         self.chunks = self._make_chunks()
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
@@ -150,12 +152,7 @@ class FIPOActor(AlignableGenerativeInterface):
         `[K, R]` float32 for each micro-batch, on every rank of the replica.
         """
         assert self._record is not None, "there was no update whose tokens were recorded"
-        sizes = [m.num_response_positions for m in batch.micro_batches]
-        shape = len(RECORDED[self.config.algorithm.loss]), sum(sizes)
-        flat = torch.cat(self._record, dim=1) if self._record else torch.empty(shape, device=self.topology.device)
-        if self.topology.pp.size() > 1:
-            dist.broadcast(flat, self.topology.last_stage_rank, group=self.topology.pp)
-        return list(flat.float().cpu().split(sizes, dim=1))
+        return self._on_every_stage(self._record, batch, len(RECORDED[self.config.algorithm.loss]))
 
     # Validation has nothing to prepare: the loss is the same, without gradients.
 
@@ -209,11 +206,17 @@ class FIPOActor(AlignableGenerativeInterface):
         """
         with torch.no_grad():
             outputs = self._run(batch.micro_batches, self._log_prob_step, forward_only=True)
-        sizes = [m.num_response_positions for m in batch.micro_batches]
-        flat = torch.cat(outputs) if outputs else torch.empty(sum(sizes), device=self.topology.device)
-        if self.topology.pp.size() > 1:
-            dist.broadcast(flat, self.topology.last_stage_rank, group=self.topology.pp)
-        return list(flat.cpu().split(sizes))
+        return [values[0] for values in self._on_every_stage(outputs, batch, kinds=1)]
+
+    def influence(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """Return FIPO's influence weights under the current weights, and each position's stratum of the placebo.
+
+        `[2, R]` float32 for each micro-batch (see `PolicyLoss.influence`), on every rank of the replica: those that
+        an update on the batch would use, at the cost of its forward pass.
+        """
+        with torch.no_grad():
+            outputs = self._run(batch.micro_batches, self._influence_step, forward_only=True)
+        return self._on_every_stage(outputs, batch, kinds=2)
 
     def get_inference_log_probs(
         self, response_tokens: torch.Tensor, forward_micro_batch_size: int | None = None
@@ -292,7 +295,7 @@ class FIPOActor(AlignableGenerativeInterface):
 
     def _run(self, micro_batches: Sequence[MicroBatch], step: Any, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; on the last stage, what `step` reported of each."""
-        collect_only = step == self._log_prob_step
+        collect_only = step != self._loss_step
         iterators = [iter(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
         messages = self._messages(micro_batches)
@@ -329,9 +332,25 @@ class FIPOActor(AlignableGenerativeInterface):
         def log_probs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return gather_tokens(
                 output[0], micro_batch.response_index, micro_batch.num_response_positions, self.topology.cp
-            )
+            )[None]
 
         return model(micro_batch), log_probs
+
+    def _influence_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(micro_batches).to(self.topology.device)
+
+        def influence(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return self._influence(output, micro_batch)
+
+        return model(micro_batch), influence
+
+    def _on_every_stage(self, outputs: list[torch.Tensor], batch: TrainBatch, kinds: int) -> list[torch.Tensor]:
+        """Return the last stage's [K, R] of each micro-batch as float32 on the host. Broadcast over the pipeline."""
+        sizes = [m.num_response_positions for m in batch.micro_batches]
+        flat = torch.cat(outputs, dim=1) if outputs else torch.empty(kinds, sum(sizes), device=self.topology.device)
+        if self.topology.pp.size() > 1:
+            dist.broadcast(flat, self.topology.last_stage_rank, group=self.topology.pp)
+        return list(flat.float().cpu().split(sizes, dim=1))
 
     def _from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
         """Broadcast over the pipeline group."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from megatron_fipo.algorithm import FIPOLossConfig, LossOutput, aggregate_tokens, fipo_loss, grpo_loss
+from megatron_fipo.algorithm import FIPOLossConfig, LossOutput, aggregate_tokens, fipo_loss, grpo_loss, placebo_loss
 from megatron_fipo.algorithm.loss_metrics import clip_side_metrics
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch
@@ -36,26 +38,12 @@ class PolicyLoss:
         log_probs, entropy = output.unbind()
         assert micro_batch.old_log_probs is not None
         mask = self._local(micro_batch.loss_mask, micro_batch)
-        sharded = self.topology.cp.size() > 1
-        loss_function = fipo_loss if self.algorithm.loss == "fipo" else grpo_loss
-        old = self._local(micro_batch.old_log_probs, micro_batch)
-        advantages = micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages
-        out = loss_function(
-            log_probs,
-            old,
-            advantages,
-            mask,
-            micro_batch.segment_offsets,
-            self.config,
-            None if micro_batch.token_weights is None else self._local(micro_batch.token_weights, micro_batch),
-            group=self.topology.cp if sharded else None,
-            layout="zigzag",
-        )
+        out = self._loss_output(log_probs, micro_batch)
         if record is not None:
             record.append(self._token_values(log_probs, out, micro_batch))
-        by_token = advantages.repeat_interleave(micro_batch.segment_offsets.diff(), output_size=log_probs.numel())
         clip = self.config.clip_ratio_low, self.config.clip_ratio_high
-        sides = clip_side_metrics(log_probs.detach() - old, by_token, mask, *clip)
+        log_ratio = log_probs.detach() - self._local(micro_batch.old_log_probs, micro_batch)
+        sides = clip_side_metrics(log_ratio, self._advantage_of_tokens(micro_batch), mask, *clip)
         metrics = {**out.metrics, **sides, "entropy": mean_where(entropy, mask)}
         loss_sum = out.loss_sum
         if self.algorithm.entropy_coefficient:
@@ -69,14 +57,68 @@ class PolicyLoss:
             metrics["reference_kl"] = mean_where(penalty, mask)
         return loss_sum, out.denominator.int(), metrics
 
+    def influence(self, output: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """Return FIPO's influence weights and the strata of `permute_weights`: `[2, R]`, on all context ranks.
+
+        `output` as for the loss. Collective over the context-parallel group.
+        """
+        out = self._loss_output(output[0].detach(), micro_batch, fipo_loss)
+        vetoed = self._of_tokens(out.vetoed, micro_batch)
+        signs = self._advantage_of_tokens(micro_batch).sign()
+        in_loss = self._local(micro_batch.loss_mask, micro_batch) & ~vetoed
+        return self._gathered([out.influence_weights, torch.where(in_loss, signs, 0.0)], micro_batch)
+
+    def _loss_output(
+        self, log_probs: torch.Tensor, micro_batch: MicroBatch, loss_function: Callable[..., LossOutput] | None = None
+    ) -> LossOutput:
+        """Compute the loss of `algorithm`, or the given one, of this rank's segments."""
+        assert micro_batch.old_log_probs is not None
+        sharded = self.topology.cp.size() > 1
+        return (loss_function or self._loss_function(micro_batch))(
+            log_probs,
+            self._local(micro_batch.old_log_probs, micro_batch),
+            micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages,
+            self._local(micro_batch.loss_mask, micro_batch),
+            micro_batch.segment_offsets,
+            self.config,
+            None if micro_batch.token_weights is None else self._local(micro_batch.token_weights, micro_batch),
+            group=self.topology.cp if sharded else None,
+            layout="zigzag",
+        )
+
+    def _loss_function(self, micro_batch: MicroBatch) -> Callable[..., LossOutput]:
+        if self.algorithm.loss == "grpo":
+            return grpo_loss
+        if self.algorithm.influence == "fipo":
+            return fipo_loss
+        if micro_batch.influence_weights is None:
+            raise ValueError("algorithm.influence=placebo requires a micro-batch with permuted influence weights")
+        return partial(placebo_loss, influence_weights=self._local(micro_batch.influence_weights, micro_batch))
+
     def _token_values(self, log_probs: torch.Tensor, out: LossOutput, micro_batch: MicroBatch) -> torch.Tensor:
         """[K, R]: of all positions on every context-parallel rank. One all-reduce."""
         kinds = [log_probs.detach()]
         if self.algorithm.loss == "fipo":
             kinds += [out.future_kl, out.influence_weights]
+        return self._gathered(kinds, micro_batch)
+
+    def _gathered(self, kinds: Sequence[torch.Tensor], micro_batch: MicroBatch) -> torch.Tensor:
+        """K x [R_local] -> [K, R]: the positions of all context-parallel ranks."""
         size = micro_batch.num_response_positions
         index = torch.cat([micro_batch.response_index + kind * size for kind in range(len(kinds))])
-        return gather_tokens(torch.cat(kinds), index, len(kinds) * size, self.topology.cp).view(len(kinds), size)
+        return gather_tokens(torch.cat(list(kinds)), index, len(kinds) * size, self.topology.cp).view(len(kinds), size)
+
+    def _advantage_of_tokens(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """[R_local]: each token's advantage."""
+        sharded = self.topology.cp.size() > 1
+        return self._of_tokens(
+            micro_batch.advantages.repeat_interleave(2) if sharded else micro_batch.advantages, micro_batch
+        )
+
+    def _of_tokens(self, of_segments: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """[S * K] -> [R_local]: each token has its segment's value."""
+        sizes = micro_batch.segment_offsets.diff()
+        return of_segments.repeat_interleave(sizes, output_size=micro_batch.targets.numel())
 
     def _local(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """[R] -> [R_local]: the positions that this context-parallel rank holds."""

@@ -15,6 +15,7 @@ from megatron_fipo.algorithm.loss_config import FIPOLossConfig, loss_config
 from megatron_fipo.algorithm.loss_output import LossOutput
 from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
 from megatron_fipo.algorithm.overlong import overlong_penalty
+from megatron_fipo.algorithm.placebo import permute_weights, placebo_loss
 
 __all__ = [
     "AcceptedGroups",
@@ -37,5 +38,7 @@ __all__ = [
     "merge",
     "mismatch_metrics",
     "overlong_penalty",
+    "permute_weights",
+    "placebo_loss",
     "truncated_importance_weights",
 ]

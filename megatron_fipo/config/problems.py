@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
         *_optimizer(config),
         *_pass_k(config),
         *loss_problems(config.algorithm, "algorithm."),
+        *_influence(config),
         *_servers(config),
         *_staleness(config.rollout),
         *_verification(config),
@@ -121,6 +122,15 @@ def _batch_sizes(c: Config) -> list[str]:
 def _optimizer(c: Config) -> list[str]:
     if c.optimizer.offload_state and not c.optimizer.distributed:
         return ["optimizer.offload_state=true requires optimizer.distributed=true, which owns the state that it moves"]
+    return []
+
+
+def _influence(c: Config) -> list[str]:
+    if c.algorithm.influence == "placebo" and c.algorithm.loss != "fipo":
+        return [
+            f"algorithm.influence=placebo requires algorithm.loss=fipo, whose weights it permutes, not "
+            f"{c.algorithm.loss}"
+        ]
     return []
 
 

@@ -1,4 +1,7 @@
-"""Former names of settings. A saved configuration of an old run is read through them; a user's file must be edited."""
+"""Former names and defaults of settings: an old run's saved configuration is read through them.
+
+A user's file must have the current names, and gets the current defaults.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ RENAMED = {
     "rollout.importance_sampling_cap": "rollout.correction.importance_sampling_cap",
     "rollout.mismatch_warning": "rollout.correction.mismatch_warning",
 }
+# Values of a setting in runs that are older than it, where its default differs.
+FORMER_DEFAULTS = {"trainer.mini_batch_order": "groups"}
 _INTERPOLATION = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
@@ -47,25 +52,34 @@ def check_names(given: dict[Any, Any]) -> None:
 
 
 def with_current_names(saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the settings of an old run under their current names; `saved` is changed.
+    """Return a run's saved settings under their current names, with former defaults; `saved` is changed.
 
     Raises:
-        ValueError: a setting has both names.
+        ValueError: a setting has both names, or a section is no mapping.
     """
     for old, new in RENAMED.items():
         parent = _parent(saved, old)
         if parent is None:
             continue
-        *sections, name = new.split(".")
-        node: Any = saved
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{new.rpartition('.')[0]} must be a mapping, not {node!r}")
-        if name in node:
+        section, name = _section(saved, new)
+        if name in section:
             raise ValueError(f"{old} is now {new}, and both are given; remove {old}")
-        node[name] = parent.pop(old.rpartition(".")[2])
+        section[name] = parent.pop(old.rpartition(".")[2])
+    for dotted, value in FORMER_DEFAULTS.items():
+        section, name = _section(saved, dotted)
+        section.setdefault(name, value)
     return saved
+
+
+def _section(saved: dict[Any, Any], dotted: str) -> tuple[dict[Any, Any], str]:
+    """Return the mapping of a setting, made if there is none, and the setting's name in it."""
+    *sections, name = dotted.split(".")
+    node: Any = saved
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"{dotted.rpartition('.')[0]} must be a mapping, not {node!r}")
+    return node, name
 
 
 def _parent(given: Any, dotted: str) -> dict[Any, Any] | None:

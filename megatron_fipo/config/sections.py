@@ -187,6 +187,12 @@ class AlgorithmConfig(LossConfig):
     loss: Literal["fipo", "grpo"] = setting(
         "fipo", "grpo: DAPO/GRPO, the same loss with influence weight 1", resume="fixed"
     )
+    influence: Literal["fipo", "placebo"] = setting(
+        "fipo",
+        "placebo: FIPO's influence weights, permuted among a mini-batch's tokens of equal advantage sign; a control of "
+        "the credit assignment, which costs one more forward pass",
+        resume="fixed",
+    )
     kl_coefficient: float = setting(
         0.0, "Coefficient of the KL penalty towards the initial policy (k3 estimator)", resume="fixed", at_least=0
     )
@@ -230,6 +236,12 @@ class TrainerConfig:
         "Groups per optimizer update; rollout.prompts_per_step / this = updates per step",
         resume="fixed",
         at_least=1,
+    )
+    mini_batch_order: Literal["mixed", "groups"] = setting(
+        "mixed",
+        "mixed: a batch's responses are shuffled, seeded by run.seed and the step, before they are cut into "
+        "mini-batches. groups: whole groups, in prompt order",
+        resume="fixed",
     )
     epochs_per_batch: int = setting(1, "Passes over a training batch", resume="fixed", at_least=1)
     tokens_per_micro_batch: int = setting(

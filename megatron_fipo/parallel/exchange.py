@@ -1,4 +1,4 @@
-"""Exchange of rollouts between ranks: packed tensors as bytes, with one all-to-all."""
+"""Exchange of rollouts, as bytes with one all-to-all, and of tensors between ranks."""
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ def exchange(parts: Sequence[Rollouts], group: dist.ProcessGroup, device: torch.
 def all_gather(rollouts: Rollouts, group: dist.ProcessGroup, device: torch.device) -> Rollouts:
     """Return all ranks' rollouts, in rank order, on every rank of `group`."""
     return Rollouts.concatenate(exchange([rollouts] * group.size(), group, device))
+
+
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> list[torch.Tensor]:
+    """Return every rank's `[N, ...]` on the host, in rank order, on every rank of `group`; N may differ, the rest not.
+
+    Two all-gathers: of the sizes, and of the values, padded to the largest.
+    """
+    if group.size() == 1:
+        return [rows]
+    sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device), group=group)
+    counts = [int(size) for size in sizes]
+    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded, group=group)
+    return [values[:count].cpu() for values, count in zip(everyone, counts, strict=True)]
 
 
 def _to_bytes(rollouts: Rollouts) -> bytes:

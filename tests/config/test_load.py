@@ -120,6 +120,8 @@ def test_wrong_type_names_the_key(file: Path, override: str) -> None:
     [
         ("trainer.max_steps=many", "trainer.max_steps: expected integer >= 1, got 'many'"),
         ("algorithm.loss=ppo", "algorithm.loss: expected fipo or grpo, got 'ppo'"),
+        ("trainer.mini_batch_order=random", "trainer.mini_batch_order: expected mixed or groups, got 'random'"),
+        ("algorithm.influence=null", "algorithm.influence: expected fipo or placebo, got null"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected two numbers in [0, 1), got [0.9]"),
         ("rollout.server=4", "rollout.server: expected a mapping of settings, got 4"),
         ("run.name=null", "run.name: expected text, got null"),

@@ -63,6 +63,10 @@ def test_layout_that_contradicts_itself(file: Path, overrides: list[str], says: 
         (["rollout.temperature=0"], "rollout.temperature = 0.0 must be greater than 0"),
         (["optimizer.lr=-1e-6"], "optimizer.lr = -1e-06 must be at least 0"),
         (["trainer.mini_batch_prompts=0"], "trainer.mini_batch_prompts = 0 must be at least 1"),
+        (
+            ["algorithm.influence=placebo", "algorithm.loss=grpo"],
+            "algorithm.influence=placebo requires algorithm.loss=fipo, whose weights it permutes, not grpo",
+        ),
     ],
 )
 def test_illegal_value_shows_its_arithmetic(file: Path, overrides: list[str], says: str) -> None:

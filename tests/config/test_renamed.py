@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.config.renamed import RENAMED, with_current_names
+from megatron_fipo.config.renamed import FORMER_DEFAULTS, RENAMED, with_current_names
 from megatron_fipo.config.setting import settings
 from megatron_fipo.report.history import read_run
 from tests.config.refusals import REQUIRED
@@ -70,6 +70,28 @@ def test_both_names_contradict_each_other() -> None:
         with_current_names({"rollout": {"num_servers": 1, "server": {"count": 2}}})
     with pytest.raises(ValueError, match=r"rollout\.server must be a mapping, not 3"):
         with_current_names({"rollout": {"num_servers": 1, "server": 3}})
+
+
+def test_former_defaults_are_other_values_of_settings() -> None:
+    """Each is legal, and not what a new run gets."""
+    known = {s.name: s for s in settings(Config)}
+    for name, value in FORMER_DEFAULTS.items():
+        assert known[name].problem(value) is None
+        assert known[name].default != value
+
+
+def test_a_run_older_than_a_setting_has_its_former_default(tmp_path: Path) -> None:
+    """In the saved settings of a run that lack it; not where they have it, and not in a user's file."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    saved, other = tmp_path / "config.yaml", tmp_path / "mine.yaml"
+    for path in (saved, other):
+        path.write_text(yaml.safe_dump(REQUIRED))
+    assert load_config(saved).trainer.mini_batch_order == "groups"
+    assert load_config(saved, ["trainer.mini_batch_order=mixed"]).trainer.mini_batch_order == "mixed"
+    assert load_config(other).trainer.mini_batch_order == "mixed"
+    assert read_run(tmp_path).setting("trainer.mini_batch_order") == "groups"
+    saved.write_text(yaml.safe_dump({**REQUIRED, "trainer": {"mini_batch_order": "mixed"}}))
+    assert load_config(saved).trainer.mini_batch_order == "mixed"
 
 
 def test_reports_read_old_runs(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ PAPER: dict[str, dict[str, dict[str, Any]]] = {
         },
         "optimizer": {"lr": 1e-6, "warmup": 10, "warmup_unit": "step", "betas": (0.9, 0.999), "eps": 1e-8}
         | {"weight_decay": 0.1, "grad_clip": 1.0},
-        "trainer": {"mini_batch_prompts": 64, "epochs_per_batch": 1},
+        "trainer": {"mini_batch_prompts": 64, "mini_batch_order": "mixed", "epochs_per_batch": 1},
         "data": {"max_prompt_tokens": 2048},
         "reward": {"function": "dapo", "overlong_buffer_tokens": 4096, "overlong_penalty_factor": 1.0},
         "eval": {"every": 5, "samples": 32, "temperature": 1.0, "top_p": 0.7},
@@ -63,13 +63,13 @@ PAPER: dict[str, dict[str, dict[str, Any]]] = {
     "dapo_32b": {
         "rollout": {"prompts_per_step": 512, "group_size": 16, "prompts_per_round": 3 * 512, "max_rounds": 10},
         "algorithm": {"loss": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "dual_clip": 10},
-        "trainer": {"mini_batch_prompts": 32},
+        "trainer": {"mini_batch_prompts": 32, "mini_batch_order": "mixed"},
     },
     "fipo_7b": {
         "rollout": {"prompts_per_step": 512, "group_size": 32, "prompts_per_round": 4 * 512}
         | {"max_response_tokens": 10240},
         "algorithm": {"half_life": 32, "influence_clip": (0.8, 1.2), "safety_threshold": 3, "dual_clip": 10},
-        "trainer": {"mini_batch_prompts": 64},
+        "trainer": {"mini_batch_prompts": 64, "mini_batch_order": "mixed"},
         "data": {"max_prompt_tokens": 2048},
         "reward": {"overlong_buffer_tokens": 2048},
         "model": {"overrides": {"max_position_embeddings": 32768}},

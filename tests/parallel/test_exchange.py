@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.parallel.exchange import all_gather, exchange
+from megatron_fipo.parallel.exchange import all_gather, all_gather_rows, exchange
 from tests.support.policies import make_rollouts
 from tests.support.ranks import run_ranks
 
@@ -70,3 +70,19 @@ def test_all_gather() -> None:
     expected = Rollouts.concatenate([make_rollouts(1, seed=0), make_rollouts(7, seed=2)])
     for gathered in run_ranks(_all_gather, 3):
         _assert_equal(gathered, expected)
+
+
+def _rows(rank: int) -> torch.Tensor:
+    """Return 3, 0 and 9 rows of a rank's own numbers."""
+    return torch.arange(2.0 * [3, 0, 9][rank]).view(-1, 2) + 100 * rank
+
+
+def _all_gather_rows() -> list[torch.Tensor]:
+    return all_gather_rows(_rows(dist.get_rank()), dist.group.WORLD, CPU)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_all_gather_rows(world: int) -> None:
+    """Everybody's rows in rank order on every rank, however many each has."""
+    for gathered in run_ranks(_all_gather_rows, world):
+        assert [torch.equal(rows, _rows(rank)) for rank, rows in enumerate(gathered)] == [True] * world

@@ -111,8 +111,13 @@ def measured_config(config: Config, loss: Loss, longest: int | None = None) -> C
             config's maximum.
 
     Raises:
-        ValueError: the layout is illegal for any model.
+        ValueError: the layout is illegal for any model, or the loss needs more than the measured update.
     """
+    if loss == "fipo" and config.algorithm.influence == "placebo":
+        raise ValueError(
+            "algorithm.influence=placebo adds a forward pass to each update, which is not measured: set "
+            "algorithm.influence=fipo"
+        )
     if longest is not None:
         config = replace(
             config,
