@@ -72,9 +72,8 @@ Weights & Biases show the steps before under the former names.
 _TITLES = {
     "": "The row",
     "sampling": "Sampling",
-    "reward": "Rewards of all generated responses",
-    "response_length": "Lengths of all generated responses",
-    "batch": "The training batch",
+    "batch": "The training batch: rewards and lengths of what is trained on",
+    "generated": "All generated responses, dropped groups included",
     "advantage": "Advantages",
     "mismatch": "Rollout engine against trainer",
     "policy": "Updates",
@@ -137,6 +136,7 @@ def metrics() -> str:
         parts += [f"| `{name}` | {METRICS[name].replace('|', chr(92) + '|')} |" for name in names]
     parts += [_FORMER, *(f"| `{old}` | `{new}` |" for old, new in former_names.METRICS.items())]
     parts += [f"| `eval/length/{old}` | `eval/length/{new}` |" for old, new in former_names.LENGTHS.items()]
+    parts += ["| `eval/cons@k` in a row without `eval/cons_answered@k` | `eval/cons_answered@k` |"]
     return "\n".join(parts) + "\n"
 
 

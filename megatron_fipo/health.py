@@ -14,6 +14,7 @@ from typing import Literal
 
 Row = Mapping[str, float]
 
+MISMATCH_RULE = "The engine drifts from the trainer"
 _QUIET = 10  # steps without the rule after which it is a new finding
 _BASELINE = 20  # steps that define the usual values
 
@@ -51,10 +52,16 @@ class Finding:
 
 
 class Watch:
-    """Takes the rows of a run in the order of their steps."""
+    """Takes the rows of a run in the order of their steps.
+
+    Attributes:
+        findings: all so far, in the order in which they began.
+        holding: names of the rules that hold at the newest step.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.findings: list[Finding] = []
+        self.holding: set[str] = set()
         self._limits = limits
         self._rows: list[Row] = []
         self._latest: dict[str, int] = {}  # rule -> index of its latest finding
@@ -65,10 +72,12 @@ class Watch:
         watched = {n: v for n in _WATCHED if (v := row.get(n)) is not None and v == v}
         self._rows.append(watched)
         begun = []
+        self.holding = set()
         for rule in RULES:
             seen = rule.holds(self._rows, self._limits)
             if seen is None:
                 continue
+            self.holding.add(rule.name)
             index = self._latest.get(rule.name)
             if index is not None and step - self.findings[index].last <= _QUIET:
                 self.findings[index] = replace(self.findings[index], last=step)
@@ -131,7 +140,7 @@ def _usual(rows: Sequence[Row], name: str) -> float:
 
 def _entropy(rows: Sequence[Row], limits: Limits) -> str | None:
     first, last = _mean(rows[:5], "policy/entropy"), _mean(rows[-5:], "policy/entropy")
-    accuracy = _mean(rows[-5:], "reward/accuracy")
+    accuracy = _mean(rows[-5:], "generated/accuracy")
     if len(rows) < 10 or first is None or last is None or accuracy is None:
         return None
     if last >= 0.05 * first or accuracy >= 0.9:  # low entropy is expected once the task is solved
@@ -143,12 +152,12 @@ def _stagnation(rows: Sequence[Row], limits: Limits) -> str | None:
     if len(rows) < _BASELINE:
         return None
     recent = rows[-_BASELINE:]
-    q75, limit = _mean(recent, "response_length/q75"), limits.max_response_tokens - limits.overlong_buffer_tokens
-    older = _mean(recent[: _BASELINE // 2], "response_length/mean")
-    newer = _mean(recent[_BASELINE // 2 :], "response_length/mean")
+    q75, limit = _mean(recent, "batch/response_length/q75"), limits.max_response_tokens - limits.overlong_buffer_tokens
+    older = _mean(recent[: _BASELINE // 2], "batch/response_length/mean")
+    newer = _mean(recent[_BASELINE // 2 :], "batch/response_length/mean")
     if q75 is None or older is None or newer is None or q75 < limit or newer > 1.02 * older:
         return None
-    return f"a quarter of the responses is longer than {limit} tokens, and the mean stays at {newer:.0f}"
+    return f"a quarter of the training batch is longer than {limit} tokens, and its mean stays at {newer:.0f}"
 
 
 def _all_equal(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -186,7 +195,7 @@ def _later_share(row: Row) -> float:
 
 
 def _undecided(rows: Sequence[Row], limits: Limits) -> str | None:
-    late, failed = (rows[-1].get(f"reward/verifier_{name}", 0.0) for name in ("timeouts", "errors"))
+    late, failed = (rows[-1].get(f"generated/verifier_{name}", 0.0) for name in ("timeouts", "errors"))
     if not late + failed:
         return None
     return f"{late:.0f} answers ran into the time limit, {failed:.0f} into the memory limit or an error"
@@ -236,7 +245,7 @@ RULES = (
         _all_equal,
     ),
     Rule(
-        "The engine drifts from the trainer",
+        MISMATCH_RULE,
         "Log-probabilities of the same weights should differ by rounding only; Future-KL adds such noise up over "
         "some half-lives. Stale weights, or precision. (Threefold and 0.001 nats: our choice.)",
         "choice",
@@ -263,7 +272,7 @@ RULES = (
 _WATCHED = (
     *("policy/influence_weight_min", "policy/influence_weight_max", "policy/future_kl_min", "policy/future_kl_max"),
     *("policy/lr", "policy/updates", "policy/dual_clip_fraction", "policy/approx_kl", "policy/entropy"),
-    *("policy/influence_clip_fraction_upper", "reward/accuracy", "response_length/q75", "response_length/mean"),
+    *("policy/influence_clip_fraction_upper", "batch/response_length/q75", "batch/response_length/mean"),
     *("sampling/prompts_generated", "sampling/all_correct", "sampling/all_incorrect"),
-    *("mismatch/abs_mean", "reward/verifier_timeouts", "reward/verifier_errors"),
+    *("mismatch/abs_mean", "generated/accuracy", "generated/verifier_timeouts", "generated/verifier_errors"),
 )

@@ -19,7 +19,7 @@ _PARTS = {
     "benchmark": r".+",
     "j": r"\d+",
     "stage": r"\d+",
-    "quantity": r"(?:avg|cons|pass)@(?:k|\d+)",
+    "quantity": r"(?:avg|cons|cons_answered|pass)@(?:k|\d+)",
 }
 
 
@@ -30,10 +30,29 @@ def _ratio_quantiles(sign: str, side: str) -> dict[str, str]:
     }
 
 
+def _responses(population: str) -> dict[str, str]:
+    """Return the figures that are logged of both populations."""
+    return {
+        f"{population}/{name}": text
+        for name, text in {
+            "reward": "mean reward, penalty for length included",
+            "accuracy": "share of correct responses",
+            "truncated": "share of responses that reached `rollout.max_response_tokens`",
+            "response_length/mean": "mean response length, tokens",
+            "response_length/min": "shortest response, tokens",
+            "response_length/q25": "25% quantile of the response length, tokens",
+            "response_length/median": "median response length, tokens",
+            "response_length/q75": "75% quantile of the response length, tokens",
+            "response_length/max": "longest response, tokens",
+            "response_length/correct": "mean length of correct responses, tokens; 0 if there are none",
+            "response_length/incorrect": "mean length of incorrect responses, tokens; 0 if there are none",
+        }.items()
+    }
+
+
 METRICS: dict[str, str] = {
     "step": "number of the training step",
     "wall_seconds": "seconds since the run began, over all attempts",
-    # What sampling gave: all generated responses, dropped groups included.
     "sampling/rounds": "generation rounds that the batch took; with servers, prompts over `rollout.prompts_per_round`",
     "sampling/prompts_generated": "prompts whose groups were generated and scored",
     "sampling/all_correct": "groups dropped since every response is correct",
@@ -43,25 +62,15 @@ METRICS: dict[str, str] = {
     "sampling/cancelled_tokens": "servers: tokens of finished responses in those groups",
     "sampling/continued_groups": "servers: groups kept for a later batch",
     "sampling/groups_too_old": "servers: kept groups discarded because their weights exceed `rollout.max_staleness`",
-    "reward/mean": "mean reward, penalty for length included",
-    "reward/accuracy": "share of correct responses",
-    "reward/verifier_timeouts": "answers that the verifier did not decide in time; they count as incorrect",
-    "reward/verifier_errors": "answers on which the verifier failed; they count as incorrect",
-    "response_length/mean": "mean response length, tokens",
-    "response_length/min": "shortest response, tokens",
-    "response_length/q25": "25% quantile of the response length, tokens",
-    "response_length/median": "median response length, tokens",
-    "response_length/q75": "75% quantile of the response length, tokens",
-    "response_length/max": "longest response, tokens",
-    "response_length/correct": "mean length of correct responses, tokens; 0 if there are none",
-    "response_length/incorrect": "mean length of incorrect responses, tokens; 0 if there are none",
-    "response_length/truncated": "share of responses that reached `rollout.max_response_tokens`",
-    # The batch that is trained on.
-    "batch/reward": "mean reward of the training batch",
-    "batch/response_length": "mean response length of the training batch, tokens",
+    # The batch that is trained on: the paper's curves.
     "batch/responses": "responses in the training batch",
+    **_responses("batch"),
     "batch/staleness": "mean steps by which the sampling weights are behind, over tokens",
     "batch/staleness_max": "the same, of the oldest token",
+    # What sampling gave, groups included that dynamic sampling dropped.
+    **_responses("generated"),
+    "generated/verifier_timeouts": "answers that the verifier did not decide in time; they count as incorrect",
+    "generated/verifier_errors": "answers on which the verifier failed; they count as incorrect",
     "advantage/length_weighted_mean": "mean advantage, each response weighted by its length",
     "mismatch/abs_mean": "mean |log-probability of the trainer - of the engine|, nats a token",
     "mismatch/abs_max": "the largest such difference, nats",
@@ -72,8 +81,10 @@ METRICS: dict[str, str] = {
     # The updates of a step.
     "policy/loss": "loss",
     "policy/approx_kl": "mean of old minus new log-probability, nats a token: the k1 estimate of the policy's KL",
-    "policy/entropy": "mean entropy of the next-token distribution, nats",
-    "policy/reference_kl": "with `algorithm.kl_coefficient`: k3 estimate of the KL to the initial policy, nats a token",
+    "policy/entropy": "mean entropy of the next-token distribution, nats; of the policies before each of the updates",
+    "policy/first_entropy": "the same before the step's first update, over its first mini-batch",
+    "policy/reference_kl": "with `algorithm.kl_coefficient`: k3 estimate of KL(policy || initial policy), nats a "
+    "token; log-ratios are clamped to `algorithm.log_ratio_clamp`",
     "policy/grad_norm": "norm of the gradient before clipping",
     "policy/lr": "learning rate",
     "policy/updates": "optimizer updates of the step",
@@ -125,7 +136,10 @@ METRICS: dict[str, str] = {
     "pipeline/bubble_fraction/communication": "its part in which messages are on their way",
     # Evaluations, in the rows of steps that have one.
     "eval/avg@k": "mean accuracy of all samples",
-    "eval/cons@k": "expected share of problems whose most frequent answer is correct",
+    "eval/cons@k": "expected share of problems whose most frequent answer is correct; no answer votes as one that is "
+    "incorrect",
+    "eval/cons_answered@k": "the same where responses without an answer do not vote",
+    "eval/answered": "share of responses with an answer",
     "eval/pass@k": "share of problems with at least one correct sample",
     "eval/pass@{j}": "unbiased estimate of the same with j samples (`eval.pass_k`)",
     "eval/{quantity}/low": "lower end of the 95% bootstrap interval of a score",

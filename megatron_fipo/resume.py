@@ -21,7 +21,7 @@ class Progress:
     Attributes:
         step: finished steps.
         before, after: the first and the newest evaluation.
-        best: the highest validation avg@k so far.
+        best: the highest validation avg@k so far, of `checkpoint.best_on` if that is set.
         unlogged: metrics of `step` whose evaluation and record are still missing.
         seconds: wall seconds over all attempts.
     """
@@ -33,11 +33,12 @@ class Progress:
     unlogged: dict[str, float] | None = None
     seconds: float = 0.0
 
-    def evaluated(self, result: Evaluation | None) -> Progress:
-        """Return the progress with one more evaluation."""
+    def evaluated(self, result: Evaluation | None, best_on: str | None = None) -> Progress:
+        """Return the progress with one more evaluation; `best_on`: see `checkpoint.best_on`."""
         if result is None:
             return self
-        best = result.avg if self.best is None else max(self.best, result.avg)
+        score = (result if best_on is None else result.benchmarks[best_on]).avg
+        best = score if self.best is None else max(self.best, score)
         return replace(self, before=self.before or result, after=result, best=best)
 
     def state_dict(self) -> dict[str, Any]:

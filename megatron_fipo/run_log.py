@@ -36,7 +36,7 @@ from megatron_fipo.data import Prompt
 from megatron_fipo.evaluation import Evaluation, Sample
 from megatron_fipo.evaluation.sample import full_table
 from megatron_fipo.former_names import current_metrics
-from megatron_fipo.health import Limits, Watch
+from megatron_fipo.health import MISMATCH_RULE, Limits, Watch
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.printable import printable
 from megatron_fipo.trackers import Tracker, make_trackers
@@ -170,21 +170,25 @@ class RunLog:
             os.fsync(self._metrics.fileno())  # a checkpoint that counts this row may come to the disk before it does
         for tracker in self._trackers:
             tracker.log(step, metrics)
+        begun = self._health.update({"step": step, **metrics})
         self.console.print(self._line(step, metrics, seconds))
-        for finding in self._health.update({"step": step, **metrics}):
+        for finding in begun:
             self.warn(finding.text)
 
     def _line(self, step: int, m: dict[str, float], seconds: float) -> str:
+        """Return the progress line: reward and length of the training batch, accuracy of all generated responses."""
         last = self.config.trainer.max_steps
         left = seconds / step * (last - step)
         hours = left * self.config.parallel.world_size / 3600
         weight = f"  f {m['policy/influence_weight']:.3f}" if "policy/influence_weight" in m else ""
-        accuracy = f"{m['reward/accuracy']:.3f}" if "reward/accuracy" in m else "-"
-        length = f"{m['response_length/mean']:.0f}" if "response_length/mean" in m else "-"
+        reward = f"{m['batch/reward']:.3f}" if "batch/reward" in m else "-"
+        length = f"{m['batch/response_length/mean']:.0f}" if "batch/response_length/mean" in m else "-"
+        accuracy = f"{m['generated/accuracy']:.3f}" if "generated/accuracy" in m else "-"
+        mismatch = f"  mismatch {m['mismatch/abs_mean']:.2g}" if MISMATCH_RULE in self._health.holding else ""
         return (
-            f"step {step:>{len(str(last))}}/{last}  accuracy {accuracy}  length {length}"
+            f"step {step:>{len(str(last))}}/{last}  reward {reward}  length {length}  accuracy {accuracy}"
             f"  kl {m['policy/approx_kl']:.1e}{weight}  clip {m['policy/ppo_clip_fraction']:.3f}"
-            f"  grad {m['policy/grad_norm']:.2f}  {m['time/step']:.1f} s"
+            f"  grad {m['policy/grad_norm']:.2f}{mismatch}  {m['time/step']:.1f} s"
             f"  left {_clock(left)} = {hours:.1f} device-hours"
         )
 
@@ -276,9 +280,11 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
 def _scores_line(e: Evaluation) -> str:
     """Scores, of Avg@k with the ends of its 95 % interval."""
     between = "  [{:.3f}, {:.3f}]".format(*e.intervals["avg@k"]) if e.intervals else ""
+    cons = "-" if e.cons is None else f"{e.cons:.3f}"
+    answered = "" if e.answered is None else f"  answered {e.answered:.0%}"
     return (
-        f"avg@{e.samples} {e.avg:.3f}{between}  cons@{e.samples} {e.cons:.3f}  "
-        f"pass@{e.samples} {e.pass_:.3f}  length {e.length:.0f}  ({e.problems} problems)"
+        f"avg@{e.samples} {e.avg:.3f}{between}  cons@{e.samples} {cons}  pass@{e.samples} {e.pass_:.3f}"
+        f"{answered}  length {e.length:.0f}  ({e.problems} problems)"
     )
 
 

@@ -121,7 +121,8 @@ class RunState:
         self.checkpointer.poll()
         if self.is_last or is_best or is_due(progress.step, config.checkpoint.every):
             self.drain()
-            self.save(score=scores.get("eval/avg@k"))
+            best_on = config.checkpoint.best_on
+            self.save(score=scores.get(f"eval/{best_on}/avg@k" if best_on else "eval/avg@k"))
 
     @property
     def is_last(self) -> bool:

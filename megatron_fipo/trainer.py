@@ -227,7 +227,7 @@ class Trainer:
             self.state.drain()
             started = time.monotonic()
             result = self.validate(progress.step)
-            progress = progress.evaluated(result)
+            progress = progress.evaluated(result, self.config.checkpoint.best_on)
             scores = {**result.metrics(), "time/eval": time.monotonic() - started} if result else {}
         self.state.record(progress, scores)
 
@@ -318,12 +318,13 @@ class Trainer:
                 skipped = float(update.skipped)
                 seen.append({**metrics, "grad_norm": update.grad_norm, "lr": update.lr, "skipped_updates": skipped})
         first_shift = seen[0]["log_ratio_abs_max"]
+        before = {"policy/first_log_ratio_abs_max": first_shift, "policy/first_entropy": seen[0]["entropy"]}
         if first_shift > _FIRST_SHIFT_WARNING:
             self.log.warn(
                 f"the first mini-batch of step {step} has a log-ratio of {first_shift:.3g} nats before any update; "
                 "Future-KL amplifies such noise (kernels that are not deterministic?)"
             )
-        return {"policy/first_log_ratio_abs_max": first_shift, **summarize_updates(seen)}, tokens
+        return {**before, **summarize_updates(seen)}, tokens
 
     def _with_influence_weights(
         self, batch: TrainBatch, rollouts: Rollouts, step: int, epoch: int, number: int
@@ -342,7 +343,7 @@ class Trainer:
 
     def _throughput(self, metrics: dict[str, float]) -> dict[str, float]:
         """Return the seconds of each phase, and trained response tokens a second and rank."""
-        tokens = metrics["batch/responses"] * metrics["batch/response_length"]
+        tokens = metrics["batch/responses"] * metrics["batch/response_length/mean"]
         return {
             **{f"time/{phase}": seconds for phase, seconds in self._clock.items()},
             "throughput/tokens_per_second": tokens / self._clock["step"],

@@ -30,9 +30,9 @@ def healthy(steps: int = 60) -> list[Row]:
             "policy/dual_clip_fraction": 1e-6 * (step % 3),
             "policy/approx_kl": 2e-4 * (-1) ** step,
             "policy/entropy": 0.7 - 0.01 * step,
-            "reward/accuracy": 0.2 + 0.01 * step,
-            "response_length/mean": 300.0 + 5 * step,
-            "response_length/q75": 500.0 + 4 * step,
+            "generated/accuracy": 0.2 + 0.01 * step,
+            "batch/response_length/mean": 300.0 + 5 * step,
+            "batch/response_length/q75": 500.0 + 4 * step,
             "sampling/prompts_generated": 32.0,
             "sampling/all_correct": 0.4 * step,
             "sampling/all_incorrect": 2.0,
@@ -59,7 +59,7 @@ def no_entropy(rows: list[Row]) -> None:
 
 def stagnation(rows: list[Row]) -> None:
     for row in rows[20:]:
-        row |= {"response_length/q75": 950.0, "response_length/mean": 700.0}
+        row |= {"batch/response_length/q75": 950.0, "batch/response_length/mean": 700.0}
 
 
 def equal_groups(rows: list[Row]) -> None:
@@ -78,7 +78,7 @@ def at_bound(rows: list[Row]) -> None:
 
 
 def undecided(rows: list[Row]) -> None:
-    rows[12] |= {"reward/verifier_timeouts": 2.0, "reward/verifier_errors": 1.0}
+    rows[12] |= {"generated/verifier_timeouts": 2.0, "generated/verifier_errors": 1.0}
 
 
 FAULTS = {
@@ -138,8 +138,8 @@ def test_a_rule_begins_once() -> None:
     """While a rule holds, or pauses for up to ten steps, it is one finding; after that it begins anew."""
     rows = healthy(200)
     for row in rows:
-        row |= {"policy/entropy": 0.5, "reward/accuracy": 0.5, "sampling/all_correct": 2.0}
-        row |= {"response_length/q75": 500.0}
+        row |= {"policy/entropy": 0.5, "generated/accuracy": 0.5, "sampling/all_correct": 2.0}
+        row |= {"batch/response_length/q75": 500.0}
     for row in [*rows[50:60], *rows[65:80], *rows[120:150]]:
         row |= {"sampling/all_correct": 30.0}
     watch = Watch(LIMITS)
@@ -159,6 +159,25 @@ def test_missing_and_empty_metrics_are_no_fault() -> None:
 def _line(row: Row) -> Row:
     """A row with what the log's line shows."""
     return {**row, "policy/ppo_clip_fraction": 0.0, "policy/grad_norm": 1.0, "time/step": 1.0}
+
+
+def test_mismatch_is_in_the_line_while_its_rule_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line has the batch's reward and length, the accuracy of what is generated, and from step 33 the mismatch."""
+    rows = healthy(40)
+    for row in rows:
+        row["batch/reward"] = -0.25
+    mismatch(rows)
+    config = Config(run=RunConfig(directory=str(tmp_path)), rollout=RolloutConfig(max_response_tokens=1000, save=False))
+    log = RunLog(config, rank=0)
+    log.open(0, 0.0)
+    for row in rows:
+        log.step(int(row["step"]), {n: v for n, v in _line(row).items() if n != "step"})
+    log.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines[0].startswith("step   1/100  reward -0.250  length 305  accuracy 0.210  kl -2.0e-04")
+    shown = [line for line in lines if "mismatch" in line]
+    assert shown == lines[32:]
+    assert all("  grad 1.00  mismatch 0.02  1.0 s" in line for line in shown)
 
 
 def test_training_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

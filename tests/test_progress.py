@@ -27,3 +27,15 @@ def test_progress_of_evaluations() -> None:
     progress = Progress().evaluated(EVALUATION).evaluated(better).evaluated(worse)
     assert (progress.before, progress.after, progress.best) == (EVALUATION, worse, 0.6)
     assert progress.evaluated(None) is progress
+
+
+def test_best_of_the_selecting_benchmark() -> None:
+    """With checkpoint.best_on the best score is that benchmark's, whatever the overall one does."""
+
+    def scored(overall: float, select: float) -> Evaluation:
+        benchmarks = {"a": replace(EVALUATION, avg=overall), "s": replace(EVALUATION, avg=select)}
+        return replace(EVALUATION, avg=overall, benchmarks=benchmarks)
+
+    progress = Progress().evaluated(scored(0.9, 0.2), "s").evaluated(scored(0.1, 0.3), "s")
+    assert progress.best == 0.3
+    assert progress.evaluated(scored(0.95, 0.25), "s").best == 0.3

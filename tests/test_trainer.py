@@ -7,9 +7,12 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -225,7 +228,9 @@ def test_metrics_rows(finished: FinishedRun) -> None:
         assert 0 < row["time/rollout"] + row["time/old_log_probs"] + row["time/update"] <= row["time/step"]
         assert row["throughput/tokens_per_second"] == row["throughput/tokens_per_second_per_rank"] > 0
     watched = {"policy/influence_weight", "policy/entropy", "policy/grad_norm", "policy/approx_kl", "sampling/rounds"}
-    assert watched | {"response_length/median", "advantage/length_weighted_mean", "reward/mean"} <= rows[0].keys()
+    assert (
+        watched | {"batch/response_length/median", "advantage/length_weighted_mean", "batch/reward"} <= rows[0].keys()
+    )
     assert list((finished.directory / "tensorboard").glob("events*"))
 
 
@@ -233,7 +238,14 @@ def test_evaluation_keys_only_where_evaluated(finished: FinishedRun) -> None:
     """Rows of steps without an evaluation have no eval/ key; the last step has."""
     first, last = finished.rows()
     assert not [key for key in first if key.startswith("eval/") or key == "time/eval"]
-    assert {"eval/avg@k", "eval/cons@k", "eval/pass@k", "time/eval"} <= last.keys()
+    assert {
+        "eval/avg@k",
+        "eval/cons@k",
+        "eval/cons_answered@k",
+        "eval/answered",
+        "eval/pass@k",
+        "time/eval",
+    } <= last.keys()
 
 
 def test_rollouts_file(task: Path, finished: FinishedRun) -> None:
@@ -263,6 +275,31 @@ def test_rollouts_file(task: Path, finished: FinishedRun) -> None:
             assert 0 < sum(row["accuracy"] for row in group) < 4
 
 
+def test_batch_figures_are_of_the_saved_responses(finished: FinishedRun) -> None:
+    """batch/ in a step's row is what numpy makes of the responses that it trained on."""
+    for step, row in enumerate(finished.rows(), start=1):
+        saved = finished.rollouts(step)
+        lengths = np.array([len(response["response_tokens"]) for response in saved])
+        found = [row[f"batch/response_length/{name}"] for name in ("min", "q25", "median", "q75", "max")]
+        assert found == pytest.approx(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
+        assert row["batch/response_length/mean"] == pytest.approx(lengths.mean())
+        for name in ("reward", "accuracy", "truncated"):
+            assert row[f"batch/{name}"] == pytest.approx(np.mean([response[name] for response in saved]))
+
+
+def test_entropy_before_the_updates() -> None:
+    """It is that of the first update's forward pass; policy/entropy is the mean over all of them."""
+    entropies = iter([2.0, 1.0, 0.5, 0.5])
+    metrics: Any = lambda batch, forward_only: (0.0, {"entropy": next(entropies), "log_ratio_abs_max": 0.0})  # noqa: E731
+    update = SimpleNamespace(skipped=False, grad_norm=1.0, lr=0.1)
+    actor = SimpleNamespace(training_step=nullcontext, get_loss_and_metrics=metrics, last_update=update, records=False)
+    config = make_config("unused", trainer={"epochs_per_batch": 2})
+    trainer: Any = SimpleNamespace(config=config, actor=actor)
+    batches: Any = [None, None]
+    summary, _ = Trainer._update_policy(trainer, 1, batches)
+    assert (summary["policy/first_entropy"], summary["policy/entropy"]) == (2.0, 1.0)
+
+
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
 def test_saved_credit_follows_from_the_saved_log_probs(name: str, run_of: RunOf) -> None:
     """Future-KL by its definition, token by token, and the clipped weight, are what the file says the loss used."""
@@ -285,7 +322,7 @@ def test_summary(finished: FinishedRun) -> None:
     summary = finished.summary()
     assert summary["steps"] == 2
     assert summary["wall_seconds"] > 0
-    assert summary["before"].keys() == {"avg@k", "cons@k", "pass@k"}
+    assert summary["before"].keys() == {"avg@k", "cons@k", "cons_answered@k", "pass@k"}
     assert summary["after"] == {name: finished.rows()[-1][f"eval/{name}"] for name in summary["after"]}
     assert (summary["evaluation"]["before"]["samples"], summary["evaluation"]["before"]["problems"]) == (2, 4)
 

@@ -22,6 +22,7 @@ TERMS = {
     r"|\b(?:responses?|tokens?|samples?|batch(?:es)?) (?:is|are|was|were) drawn\b|\bdrawn (?:anew|ahead)\b",
     "all_correct, all_incorrect, correct, incorrect": r"all_(?:right|wrong)\b"
     r"|\blength/(?:right|wrong)|\b(?:right|wrong)_median\b",
+    "generated/reward, ...": r"\breward/(?:mean|accuracy|verifier_)",
     "approx_kl": r"\bpolicy_kl\b|\bkPolicyKl\b",
     "mismatch/abs_mean, ...": r"\brollout_mismatch_(?:abs|k1|k3|outside_fraction|ratio)",
     "metadata": r"\btold\b",

@@ -50,8 +50,11 @@ class PolicyLoss:
             bonus = aggregate_tokens(entropy, mask, micro_batch.segment_offsets, out, self.config)
             loss_sum = loss_sum - self.algorithm.entropy_coefficient * bonus
         if micro_batch.reference_log_probs is not None:
+            # k3: never negative, and its value is unbiased for KL(policy || reference). Its gradient is not: on average
+            # over the policy's tokens it is that of KL(reference || policy). Beyond the clamp it is 0.
             shift = self._local(micro_batch.reference_log_probs, micro_batch) - log_probs
-            penalty = shift.exp() - shift - 1  # k3: unbiased for KL(policy || reference), never negative
+            shift = shift.clamp(-self.config.log_ratio_clamp, self.config.log_ratio_clamp)
+            penalty = shift.exp() - shift - 1
             total = aggregate_tokens(penalty, mask, micro_batch.segment_offsets, out, self.config)
             loss_sum = loss_sum + self.algorithm.kl_coefficient * total
             metrics["reference_kl"] = mean_where(penalty, mask)

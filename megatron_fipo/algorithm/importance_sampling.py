@@ -22,7 +22,7 @@ def truncated_importance_weights(
     rollout_log_probs: Tensor,
     loss_mask: Tensor,
     cu_seqlens: Tensor,
-    level: Literal["token", "sequence"],
+    level: Literal["token", "sequence", "geometric"],
     cap: float,
 ) -> Tensor:
     """Return weights that correct the loss for the rollout engine's sampling: min(exp(d), cap), without overflow.
@@ -32,7 +32,8 @@ def truncated_importance_weights(
         rollout_log_probs: [N], the engine's.
         loss_mask: [N] bool or 0/1; masked positions may have any value.
         cu_seqlens: [S+1] integer offsets.
-        level: "token": d of each token; "sequence": the sum of d over the sequence's loss tokens, for all of them.
+        level: "token": d of each token. "sequence": for all loss tokens of a sequence, the sum of their d; over
+            thousands of tokens exp of it tends to 0 or the cap. "geometric": their mean.
         cap: largest weight, > 0.
 
     Returns:
@@ -41,16 +42,18 @@ def truncated_importance_weights(
     Raises:
         ValueError: mismatched shapes or offsets, an unknown level, an invalid cap.
     """
-    if level not in ("token", "sequence"):
-        raise ValueError(f"importance sampling level {level!r} must be 'token' or 'sequence'")
+    if level not in ("token", "sequence", "geometric"):
+        raise ValueError(f"importance sampling level {level!r} must be 'token', 'sequence' or 'geometric'")
     if not 0 < cap < math.inf:
         raise ValueError(f"importance sampling cap = {cap} must be finite and positive")
     ops.check_offsets(cu_seqlens, old_log_probs.numel())
     log_ratio, mask = _log_ratio(old_log_probs, rollout_log_probs, loss_mask)
-    if level == "sequence":
+    if level != "token":
         sequence = ops.sequence_ids(cu_seqlens, log_ratio.numel())
-        sums = log_ratio.new_zeros(cu_seqlens.numel() - 1).index_add(0, sequence, log_ratio)  # [S]
-        log_ratio = sums[sequence]
+        empty = log_ratio.new_zeros(cu_seqlens.numel() - 1)  # [S]
+        sums = empty.index_add(0, sequence, log_ratio)
+        tokens = empty.index_add(0, sequence, mask.to(empty.dtype)).clamp(min=1)
+        log_ratio = (sums / tokens if level == "geometric" else sums)[sequence]
     weights = log_ratio.clamp(max=math.log(cap)).exp().clamp(max=cap)  # exp(ln cap) may round to above cap
     return torch.where(mask, weights, 1.0).to(old_log_probs.dtype)
 

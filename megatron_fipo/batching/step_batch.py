@@ -13,6 +13,7 @@ from megatron_fipo.algorithm import AcceptedGroups, length_weighted_mean_advanta
 from megatron_fipo.batch import FAILURES, Rollouts
 from megatron_fipo.data import Prompt
 from megatron_fipo.model.stop_tokens import without_stop_token
+from megatron_fipo.parallel.collectives import gather
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.reward import RewardFunction
 
@@ -83,52 +84,61 @@ def step_batch(
         "sampling/all_correct": float(accepted.dropped_all_correct),
         "sampling/all_incorrect": float(accepted.dropped_all_incorrect),
         "sampling/surplus_groups": float(len(accepted.surplus)),
-        **(_response_metrics(rows) if len(rows) else {}),
+        **(_response_metrics(rows, "generated") | _verifier_failures(rows) if len(rows) else {}),
         **metrics,
     }
     return StepBatch(rollouts, accepted.groups, figures)
 
 
-def _response_metrics(rows: torch.Tensor) -> dict[str, float]:
-    """Return rewards and lengths of all sampled responses, dropped groups included."""
-    _, reward, accuracy, length, truncated, _, failure = rows.unbind(1)
+def _response_metrics(rows: torch.Tensor, population: str) -> dict[str, float]:
+    """Return rewards and lengths of one or more responses by the name of their population.
+
+    Args:
+        rows: `response_rows` in the order of their ids, so that sums do not depend on who generated them.
+        population: "generated", with dropped groups, or "batch", what is trained on.
+    """
+    _, reward, accuracy, length, truncated, _, _ = rows.unbind(1)
     quantiles = torch.quantile(length, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
     correct, incorrect = length[accuracy > 0], length[accuracy <= 0]
-    return {
-        "reward/mean": float(reward.mean()),
-        "reward/accuracy": float(accuracy.mean()),
-        **{f"reward/verifier_{name}s": float((failure == i).sum()) for i, name in enumerate(FAILURES) if name},
+    figures = {
+        "reward": float(reward.mean()),
+        "accuracy": float(accuracy.mean()),
+        "truncated": float(truncated.mean()),
         "response_length/mean": float(length.mean()),
         **{f"response_length/{n}": q for n, q in zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True)},
         "response_length/correct": float(correct.mean()) if len(correct) else 0.0,
         "response_length/incorrect": float(incorrect.mean()) if len(incorrect) else 0.0,
-        "response_length/truncated": float(truncated.mean()),
     }
+    return {f"{population}/{name}": value for name, value in figures.items()}
+
+
+def _verifier_failures(rows: torch.Tensor) -> dict[str, float]:
+    return {f"generated/verifier_{name}s": float((rows[:, 6] == i).sum()) for i, name in enumerate(FAILURES) if name}
 
 
 def batch_metrics(rollouts: Rollouts, policy_version: int, topology: Topology) -> dict[str, float]:
     """Return figures of the training batch over all replicas. Collective over the data-parallel group.
 
+    Quantiles are exact: they are of all responses of the batch, the same for every number of replicas.
+
     Args:
-        rollouts: this replica's share, with rewards and advantages.
+        rollouts: this replica's share, with rewards and advantages; all shares together are not empty.
         policy_version: version of the weights that the batch is to train. Staleness counts a step's updates as one.
     """
+    rows = torch.cat(gather(response_rows(rollouts), topology.dp))
+    rows = rows[rows[:, 0].argsort()]
     weighted = length_weighted_mean_advantage(rollouts.advantages, rollouts.response_lengths)
     staleness = (policy_version - rollouts.weight_versions[rollouts.loss_mask]).double()
-    parts = (
-        *(weighted.sum, weighted.count, rollouts.rewards.double().sum(), rollouts.response_lengths.double().sum()),
-        *(torch.tensor(float(len(rollouts))), staleness.sum(), torch.tensor(float(len(staleness)))),
-    )
+    parts = (weighted.sum, weighted.count, staleness.sum(), torch.tensor(float(len(staleness))))
     sums = torch.stack(parts).to(topology.device)
     dist.all_reduce(sums, group=topology.dp)
     oldest = torch.cat([staleness, staleness.new_zeros(1)]).max().to(topology.device)
     dist.all_reduce(oldest, dist.ReduceOp.MAX, group=topology.dp)
-    advantage, weight, reward, length, count, stale, tokens = sums.tolist()
+    advantage, weight, stale, tokens = sums.tolist()
     return {
         "advantage/length_weighted_mean": advantage / max(weight, 1),
-        "batch/reward": reward / max(count, 1),
-        "batch/response_length": length / max(count, 1),
-        "batch/responses": count,
+        "batch/responses": float(len(rows)),
+        **_response_metrics(rows, "batch"),
         "batch/staleness": stale / max(tokens, 1),
         "batch/staleness_max": float(oldest),
     }

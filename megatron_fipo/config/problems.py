@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
         *_batch_sizes(config),
         *_optimizer(config),
         *_pass_k(config),
+        *_best_on(config),
         *loss_problems(config.algorithm, "algorithm."),
         *_influence(config),
         *_servers(config),
@@ -137,6 +138,25 @@ def _influence(c: Config) -> list[str]:
 def _pass_k(c: Config) -> list[str]:
     above = [j for j in c.eval.pass_k or () if j > c.eval.samples]
     return [f"eval.pass_k: {above} must be at most eval.samples = {c.eval.samples}"] if above else []
+
+
+def _best_on(c: Config) -> list[str]:
+    """Return why the best checkpoint cannot be selected on checkpoint.best_on."""
+    name = c.checkpoint.best_on
+    if name is None or _benchmarks(c.data):
+        return []
+    names = [str(benchmark) for benchmark in c.data.benchmarks]
+    if name not in names:
+        there = f"has {', '.join(names)}" if names else "is not set"
+        return [f"checkpoint.best_on = {name!r} must be the name of a benchmark, but data.validation {there}"]
+    if len(names) == 1:
+        return [
+            f"checkpoint.best_on = {name!r} is the only benchmark of data.validation, and would leave none to report: "
+            "add another, {name: file, name: file}, or set checkpoint.best_on=null"
+        ]
+    if not c.checkpoint.keep_best:
+        return [f"checkpoint.best_on = {name!r} requires checkpoint.keep_best=true: no checkpoint is selected without"]
+    return []
 
 
 def _servers(c: Config) -> list[str]:

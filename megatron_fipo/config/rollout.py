@@ -75,7 +75,10 @@ class ServerConfig:
         resume="free",
     )
     verify_weights: int = setting(
-        0, "Compare checksums of all weights in every Nth update; 0: never", resume="free", at_least=0
+        20,
+        "Compare checksums of all weights on both sides in the first update and in every Nth after it; 0: never",
+        resume="free",
+        at_least=0,
     )
     request_timeout_seconds: float = setting(
         3600.0,
@@ -103,9 +106,11 @@ class ServerConfig:
 class CorrectionConfig:
     """Correction for the difference between rollout and trainer log-probabilities."""
 
-    importance_sampling: Literal["auto", "none", "token", "sequence"] = setting(
+    importance_sampling: Literal["auto", "none", "token", "sequence", "geometric"] = setting(
         "auto",
-        "Level of truncated importance weights, trainer over rollout probabilities. auto: token if "
+        "Level of truncated importance weights, trainer over rollout probabilities: each token's ratio, the product of "
+        "a sequence's ratios, or their geometric mean. The cap bounds weights only above: over thousands of tokens a "
+        "product is often near 0, and removes long responses; the geometric mean does not. auto: token if "
         "rollout.max_staleness > 0, else none",
         resume="fixed",
     )
@@ -187,7 +192,7 @@ class RolloutConfig:
         return self.max_staleness > 0 and self.server.placement != "colocated"
 
     @property
-    def importance_sampling_level(self) -> Literal["none", "token", "sequence"]:
+    def importance_sampling_level(self) -> Literal["none", "token", "sequence", "geometric"]:
         """Level of importance weights, with "auto" resolved."""
         level = self.correction.importance_sampling
         if level == "auto":

@@ -194,7 +194,11 @@ class AlgorithmConfig(LossConfig):
         resume="fixed",
     )
     kl_coefficient: float = setting(
-        0.0, "Coefficient of the KL penalty towards the initial policy (k3 estimator)", resume="fixed", at_least=0
+        0.0,
+        "Coefficient of the KL penalty towards the initial policy: the k3 estimate of KL(policy || initial), whose "
+        "gradient is on average that of KL(initial || policy)",
+        resume="fixed",
+        at_least=0,
     )
     entropy_coefficient: float = setting(0.0, "Coefficient of the entropy bonus", resume="fixed")
 
@@ -211,7 +215,12 @@ class OptimizerConfig:
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "Betas of AdamW", resume="fixed", at_least=0, below=1)
     eps: float = setting(1e-8, "Epsilon of AdamW", resume="fixed", above=0)
-    weight_decay: float = setting(0.1, "Weight decay of AdamW", resume="fixed", at_least=0)
+    weight_decay: float = setting(
+        0.1,
+        "Weight decay of AdamW. Biases and norms have none, as usual in Megatron and unlike verl's FSDP trainer",
+        resume="fixed",
+        at_least=0,
+    )
     grad_clip: float = setting(1.0, "Largest norm of an update's gradient; 0: no clip", resume="fixed", at_least=0)
     distributed: bool = setting(True, "Shard optimizer state over data-parallel ranks", resume="free")
     offload_state: bool = setting(
@@ -302,7 +311,18 @@ class CheckpointConfig:
     keep_every: int = setting(
         0, "Keep checkpoints at multiples of this many steps permanently; 0: none", resume="free", at_least=0
     )
-    keep_best: bool = setting(True, "Keep the checkpoint with the highest validation avg@k", resume="free")
+    keep_best: bool = setting(
+        True,
+        "Keep the checkpoint with the highest validation avg@k. The highest of many evaluations is biased upwards: do "
+        "not report it, or select on other problems (best_on)",
+        resume="free",
+    )
+    best_on: str | None = setting(
+        None,
+        "keep_best: name of the benchmark of data.validation that selects. It is left out of the overall scores, which "
+        "are those of the other benchmarks. null: the overall avg@k selects",
+        resume="fixed",
+    )
 
 
 @section

@@ -34,14 +34,17 @@ def pass_at(k: int, samples: int, correct: Sequence[int]) -> Floats:
     return 1.0 - missed
 
 
-def consensus(votes: Sequence[int | None]) -> float:
+def consensus(votes: Sequence[int | None], answered: bool = False) -> float:
     """Return the probability that a majority vote is correct.
 
-    Each vote is the class of an answer; class `CORRECT` is that of correct answers, None is no vote. If several classes
-    have the most votes, one of them is chosen at random: with the correct one among t, the value is 1 / t. The result
-    depends neither on the order of the samples nor on which of two equal answers comes first.
+    Each vote is the class of an answer; class `CORRECT` is that of correct answers, None is no answer. If several
+    classes have the most votes, one of them is chosen at random: with the correct one among t, the value is 1 / t. The
+    result depends neither on the order of the samples nor on which of two equal answers comes first.
+
+    Args:
+        answered: False: responses without an answer vote, together, as one incorrect class. True: they do not vote.
     """
-    counts = Counter(vote for vote in votes if vote is not None)
+    counts = Counter(vote for vote in votes if vote is not None or not answered)
     most = max(counts.values(), default=0)
     winners = [vote for vote, count in counts.items() if count == most]
     return 1.0 / len(winners) if CORRECT in winners else 0.0

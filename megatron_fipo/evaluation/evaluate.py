@@ -80,7 +80,8 @@ def evaluate(
 
     known |= {sample.key: sample for part in gather_to_first(unless_interrupted(generate)) for sample in part}
     samples = _with_classes([known[d.key] for d in specs] if rank == 0 else [], reward)
-    result = summarize(samples, config.eval.pass_k, config.run.seed) if rank == 0 else None
+    selection = config.checkpoint.best_on
+    result = summarize(samples, config.eval.pass_k, config.run.seed, selection) if rank == 0 else None
     return broadcast(result), samples
 
 

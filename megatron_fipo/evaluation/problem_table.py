@@ -22,8 +22,8 @@ def problem_table(samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[P
 
 
 def _row(answers: Sequence[Sample], prompt: Prompt) -> dict[str, Any]:
-    votes = Counter(s.answer_class for s in answers if s.answer_class is not None)
-    winner, most = votes.most_common(1)[0] if votes else (None, 0)
+    votes = Counter(s.answer_class for s in answers)  # None: no answer, which votes too
+    winner, most = votes.most_common(1)[0]
     return {
         "benchmark": answers[0].benchmark,
         "problem": answers[0].problem,
@@ -32,9 +32,10 @@ def _row(answers: Sequence[Sample], prompt: Prompt) -> dict[str, Any]:
         "samples": len(answers),
         "correct": sum(s.accuracy > 0 for s in answers),
         "cons": consensus([s.answer_class for s in answers]),
-        "majority": next((s.answer for s in answers if s.answer_class == winner), None) if votes else None,
+        "cons_answered": consensus([s.answer_class for s in answers], answered=True),
+        "majority": next(s.answer for s in answers if s.answer_class == winner),  # null: no answer
         "majority_votes": most,
-        "different_answers": len(votes),
+        "different_answers": len(votes.keys() - {None}),
         "without_answer": sum(s.answer is None for s in answers),
         "length": sum(s.length for s in answers) / len(answers),
         "truncated": sum(s.truncated for s in answers),

@@ -1,7 +1,7 @@
 """Summary of an evaluation: Avg@k, Cons@k and Pass@k with confidence intervals, and response lengths.
 
 With several benchmarks, scores and their intervals are means over benchmarks, whatever their sizes; lengths are over
-all samples.
+all samples. The benchmark that selects the best checkpoint has its own scores and is no part of the means.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_fipo.evaluation.estimators import Floats, consensus, interval, pass_at, resampled_means
 from megatron_fipo.evaluation.sample import Sample
-from megatron_fipo.former_names import current_lengths
+from megatron_fipo.former_names import current_evaluation, current_lengths
 
 _QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9, "max": 1.0}
 
@@ -28,7 +28,8 @@ class Evaluation:
 
     Attributes:
         avg: mean accuracy of all samples.
-        cons: expected share of problems whose most frequent answer is correct, with ties broken at random.
+        cons: expected share of problems whose most frequent answer is correct, with ties broken at random; no answer
+            counts as one incorrect answer. None in the evaluation of an earlier release.
         pass_: share of problems with at least one correct sample.
         length: mean response length, tokens.
         truncated: share of responses that reached the length limit.
@@ -37,12 +38,14 @@ class Evaluation:
         lengths: quantiles of the response length; mean and median of correct and of incorrect responses, if any.
         benchmarks: metrics of each benchmark if there are several.
         verifier_failures: reason -> number of answers that the verifier could not decide; they count as incorrect.
+        cons_answered: `cons` of the samples with an answer alone; 0 for a problem without any.
+        answered: share of samples with an answer. None in the evaluation of an earlier release.
     """
 
     samples: int
     problems: int
     avg: float
-    cons: float
+    cons: float | None
     pass_: float
     length: float
     truncated: float
@@ -51,9 +54,13 @@ class Evaluation:
     lengths: Mapping[str, float] = field(default_factory=dict)
     benchmarks: Mapping[str, Evaluation] = field(default_factory=dict)
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
+    cons_answered: float | None = None
+    answered: float | None = None
 
     def scores(self) -> dict[str, float]:
-        return {"avg@k": self.avg, "cons@k": self.cons, "pass@k": self.pass_}
+        """Return the scores that are known by their names."""
+        values = {"avg@k": self.avg, "cons@k": self.cons, "cons_answered@k": self.cons_answered, "pass@k": self.pass_}
+        return {name: value for name, value in values.items() if value is not None}
 
     def metrics(self) -> dict[str, float]:
         """Return all metrics by their names in metrics.jsonl; `eval/<benchmark>/...` if there are several."""
@@ -64,6 +71,8 @@ class Evaluation:
 
     def _figures(self) -> Iterator[tuple[str, float]]:
         yield from {**self.scores(), **self.pass_at, "length": self.length, "truncated": self.truncated}.items()
+        if self.answered is not None:
+            yield "answered", self.answered
         yield from ((f"length/{name}", value) for name, value in self.lengths.items())
         yield from ((f"verifier_{name}s", float(count)) for name, count in self.verifier_failures.items())
         for name, (low, high) in self.intervals.items():
@@ -73,6 +82,7 @@ class Evaluation:
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Evaluation:
         """Rebuild from `dataclasses.asdict`, also after a JSON round trip or from an earlier release's metrics."""
+        state = current_evaluation(state)
         nested: dict[str, Any] = {
             "lengths": current_lengths(state.get("lengths", {})),
             "intervals": {name: tuple(ends) for name, ends in state.get("intervals", {}).items()},
@@ -81,12 +91,15 @@ class Evaluation:
         return Evaluation(**{**state, **nested})
 
 
-def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, seed: int = 0) -> Evaluation:
+def summarize(
+    samples: Sequence[Sample], pass_k: Sequence[int] | None = None, seed: int = 0, selection: str | None = None
+) -> Evaluation:
     """Return the metrics of a finished evaluation; samples may be in any order.
 
     Args:
         pass_k: the j of each `pass@j`; None: the powers of two up to k, and k.
         seed: seed of the bootstrap.
+        selection: benchmark that selects the best checkpoint, left out of what is over all benchmarks.
 
     Raises:
         ValueError: problems with different numbers of samples, no samples, or a j above k.
@@ -97,7 +110,7 @@ def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, se
         raise ValueError(f"all problems must have the same number of samples, got {sorted(counts)}")
     k = counts.pop()
     wanted = powers_of_two(k) if pass_k is None else sorted(set(pass_k))
-    names = ["avg@k", "cons@k", "pass@k", *(f"pass@{j}" for j in wanted)]
+    names = ["avg@k", "cons@k", "cons_answered@k", "pass@k", *(f"pass@{j}" for j in wanted)]
     figures = {name: _scores_by_problem(problems, k, wanted) for name, problems in parts.items()}
     resampled = {name: resampled_means(values, (seed, crc32(name.encode()))) for name, values in figures.items()}
     each = {
@@ -108,10 +121,11 @@ def summarize(samples: Sequence[Sample], pass_k: Sequence[int] | None = None, se
     }
     if len(each) == 1:
         return next(iter(each.values()))
-    means = np.mean([values.mean(0) for values in figures.values()], axis=0)
-    together = np.mean(list(resampled.values()), axis=0)
-    total = sum(len(problems) for problems in parts.values())
-    return _evaluation(samples, k, total, names, means, together, each)
+    reported = [name for name in parts if name != selection]
+    means = np.mean([figures[name].mean(0) for name in reported], axis=0)
+    together = np.mean([resampled[name] for name in reported], axis=0)
+    total = sum(len(parts[name]) for name in reported)
+    return _evaluation([s for s in samples if s.benchmark != selection], k, total, names, means, together, each)
 
 
 def powers_of_two(k: int) -> list[int]:
@@ -128,11 +142,12 @@ def _by_benchmark(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
 
 
 def _scores_by_problem(problems: Sequence[Sequence[Sample]], k: int, wanted: Sequence[int]) -> Floats:
-    """Return [P, M]: each problem's accuracy, consensus, pass@k and every further pass@j."""
+    """Return [P, M]: each problem's accuracy, consensus, consensus of answers, pass@k and every further pass@j."""
     correct = [sum(s.accuracy > 0 for s in answers) for answers in problems]
     columns = [
         np.array([sum(s.accuracy for s in answers) / k for answers in problems]),
         np.array([consensus([s.answer_class for s in answers]) for answers in problems]),
+        np.array([consensus([s.answer_class for s in answers], answered=True) for answers in problems]),
         *(pass_at(j, k, correct) for j in (k, *wanted)),
     ]
     return np.stack(columns, axis=1)
@@ -149,7 +164,7 @@ def _evaluation(
 ) -> Evaluation:
     scores = dict(zip(names, means.tolist(), strict=True))
     ends = zip(*interval(resampled).tolist(), strict=True)
-    avg, cons, pass_ = (scores.pop(name) for name in names[:3])
+    avg, cons, cons_answered, pass_ = (scores.pop(name) for name in names[:4])
     return Evaluation(
         samples=k,
         problems=problems,
@@ -163,6 +178,8 @@ def _evaluation(
         lengths=_lengths(samples),
         benchmarks=benchmarks or {},
         verifier_failures=dict(Counter(s.failure for s in samples if s.failure)),
+        cons_answered=cons_answered,
+        answered=sum(s.answer is not None for s in samples) / len(samples),
     )
 
 

@@ -35,7 +35,9 @@ OUTCOME = (
         "evaluation",
         "Evaluation",
         "Evaluation scores; dotted: before training. avg@k should rise first. pass@k far above a flat avg@k "
-        "means that the policy can solve the problems but rarely does.",
+        "means that the policy can solve the problems but rarely does. In cons@k no answer votes as one incorrect "
+        "answer; below it, the vote among the responses with an answer, and their share. The highest of many "
+        "evaluations is biased upwards.",
         (
             Lines(
                 "score",
@@ -45,64 +47,100 @@ OUTCOME = (
                     Line("eval/pass@k", "pass@k", GREEN, before_after=True),
                 ),
             ),
+            Lines(
+                "share",
+                (
+                    Line("eval/cons_answered@k", "cons@k of answers", ORANGE),
+                    Line("eval/answered", "with an answer", PURPLE),
+                ),
+            ),
             Lines("mean length, tokens", (Line("eval/length"),)),
         ),
     ),
     FigureSpec(
         "reward",
         "Reward and accuracy",
-        "Over all generated responses, including dropped groups. If reward falls while accuracy rises, the cause is "
-        "the overlong penalty.",
-        (Lines("mean reward", (Line("reward/mean"),)), Lines("accuracy", (Line("reward/accuracy", color=GREEN),))),
-    ),
-    FigureSpec(
-        "accuracy_length",
-        "Accuracy against length",
-        "One dot per step, with a linear fit. Dots moving right and up: longer reasoning pays off. Right but "
-        "not up: length without benefit.",
-        (Scatter("response_length/mean", "mean response length, tokens", "reward/accuracy", "accuracy"),),
-    ),
-    FigureSpec(
-        "evaluation_length",
-        "Evaluation score against length",
-        "One dot per evaluation: shows whether longer validation responses are better.",
-        (Scatter("eval/length", "mean response length, tokens", "eval/avg@k", "avg@k"),),
-    ),
-)
-
-RESPONSES = (
-    FigureSpec(
-        "response_length",
-        "Response length",
-        "FIPO's mean should keep growing where DAPO's levels off. A median at the limit means truncation; "
-        "a sudden drop means collapse.",
+        "Of the training batch, as in the paper, and of all generated responses, including dropped groups. Dynamic "
+        "sampling drops what is solved always or never, which holds the batch's accuracy in between: the other one "
+        "tells how much is solved. If reward falls while accuracy rises, the cause is the overlong penalty.",
         (
             Lines(
-                "tokens",
-                (
-                    Line("response_length/mean", "mean", ORANGE),
-                    Line("response_length/median", "median", DEEP),
-                ),
-                (
-                    Band("response_length/min", "response_length/max", "min to max", PALE, 0.3),
-                    Band("response_length/q25", "response_length/q75", "q25 to q75", MIDDLE, 0.35),
-                ),
+                "mean reward",
+                (Line("batch/reward", "training batch", BLUE), Line("generated/reward", "all generated", PALE)),
+            ),
+            Lines(
+                "accuracy",
+                (Line("batch/accuracy", "training batch", GREEN), Line("generated/accuracy", "all generated", PALE)),
             ),
         ),
     ),
     FigureSpec(
+        "score_length",
+        "Evaluation score against training length",
+        "As the paper's Figure 3f, validation mean@32 against response length: one dot per evaluation, against the "
+        "mean length of the training batch of its step, with a linear fit. Dots moving right and up: longer reasoning "
+        "pays off. Right but not up: length without benefit.",
+        (Scatter("batch/response_length/mean", "mean response length of the batch, tokens", "eval/avg@k", "avg@k"),),
+    ),
+    FigureSpec(
+        "evaluation_length",
+        "Evaluation score against its length",
+        "One dot per evaluation: shows whether longer validation responses are better.",
+        (Scatter("eval/length", "mean response length, tokens", "eval/avg@k", "avg@k"),),
+    ),
+    FigureSpec(
+        "accuracy_length",
+        "Accuracy against length, all generated responses",
+        "One dot per step, with a linear fit: accuracy and length on the training problems, dropped groups included.",
+        (Scatter("generated/response_length/mean", "mean response length, tokens", "generated/accuracy", "accuracy"),),
+    ),
+)
+
+
+def _length_lines(population: str) -> Lines:
+    name = f"{population}/response_length"
+    return Lines(
+        "tokens",
+        (Line(f"{name}/mean", "mean", ORANGE), Line(f"{name}/median", "median", DEEP)),
+        (
+            Band(f"{name}/min", f"{name}/max", "min to max", PALE, 0.3),
+            Band(f"{name}/q25", f"{name}/q75", "q25 to q75", MIDDLE, 0.35),
+        ),
+    )
+
+
+RESPONSES = (
+    FigureSpec(
+        "response_length",
+        "Response length of the training batch",
+        "What is trained on, after dynamic sampling: the paper's curves. In its 32B runs FIPO's mean keeps growing "
+        "where DAPO's levels off; in its 7B runs both stay near 1,200 tokens. A median at the limit means truncation; "
+        "a sudden drop means collapse.",
+        (_length_lines("batch"),),
+    ),
+    FigureSpec(
+        "generated_length",
+        "Response length of all generated responses",
+        "Dropped groups included: those whose responses are all correct are usually short, those all incorrect long.",
+        (_length_lines("generated"),),
+    ),
+    FigureSpec(
         "correct_and_incorrect",
         "Correct and incorrect responses",
-        "Incorrect responses are usually longer. If the truncated share grows, increase the response limit.",
+        "Incorrect responses are usually longer. With dynamic sampling, every problem of the training batch has both "
+        "kinds. If the truncated share grows, increase the response limit.",
         (
             Lines(
-                "mean length, tokens",
+                "mean length in the training batch, tokens",
                 (
-                    Line("response_length/correct", "correct", GREEN, zero_is_no_data=True),
-                    Line("response_length/incorrect", "incorrect", RED, zero_is_no_data=True),
+                    Line("batch/response_length/correct", "correct", GREEN, zero_is_no_data=True),
+                    Line("batch/response_length/incorrect", "incorrect", RED, zero_is_no_data=True),
                 ),
             ),
-            Lines("truncated, share of responses", (Line("response_length/truncated", color=PURPLE),)),
+            Lines(
+                "truncated, share of responses",
+                (Line("batch/truncated", "training batch", PURPLE), Line("generated/truncated", "all generated", PALE)),
+            ),
         ),
     ),
     FigureSpec(
@@ -152,8 +190,17 @@ POLICY = (
     FigureSpec(
         "entropy",
         "Entropy",
-        "A drop to 0 ends exploration; a steady rise with falling reward means the policy is degenerating.",
-        (Lines("nats per token", (Line("policy/entropy", color=GREEN),)),),
+        "Mean over a step's updates, each of the policy that it changes; and of the policy before the first of them. A "
+        "drop to 0 ends exploration; a steady rise with falling reward means the policy is degenerating.",
+        (
+            Lines(
+                "nats per token",
+                (
+                    Line("policy/entropy", "all updates", GREEN),
+                    Line("policy/first_entropy", "before the first", PALE),
+                ),
+            ),
+        ),
     ),
     FigureSpec(
         "grad_norm",
@@ -293,11 +340,12 @@ MACHINE = (
     ),
 )
 
-# Published on AIME 2024, shares of problems (arXiv 2603.19835): the mean of 32 samples at the end of training, and for
-# R1-Zero-32B and o1-mini the values that the paper compares with.
+# Published on AIME 2024, shares of problems (arXiv 2603.19835): the mean of 32 samples at the end of training at 32B,
+# and for R1-Zero-32B and o1-mini the values that the paper compares with. Its 7B scores, DAPO 0.36 and FIPO 0.40, are
+# peaks, with which the end of a curve cannot be compared.
 AIME_2024 = (
-    Reference("eval/avg@k", "DAPO", 0.50),
-    Reference("eval/avg@k", "FIPO", 0.56),
+    Reference("eval/avg@k", "DAPO-32B", 0.50),
+    Reference("eval/avg@k", "FIPO-32B", 0.56),
     Reference("eval/avg@k", "R1-Zero-32B", 0.47),
     Reference("eval/avg@k", "o1-mini", 0.56),
 )

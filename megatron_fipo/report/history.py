@@ -196,8 +196,8 @@ def _scores(summary: Mapping[str, Any], when: str) -> Row:
     """Return the `before` or `after` evaluation of a summary, with the names of a row; {} if absent."""
     scores = summary.get(when) or {}
     details = (summary.get("evaluation") or {}).get(when) or {}
-    lengths = {name: details[name] for name in ("length", "truncated") if name in details}
-    return {f"eval/{name}": value for name, value in {**lengths, **scores}.items()}
+    further = {name: details[name] for name in ("length", "truncated", "answered") if details.get(name) is not None}
+    return current_metrics({f"eval/{name}": value for name, value in {**further, **scores}.items()})
 
 
 def _with_measured_evaluations(rows: list[Row], before: Row) -> list[Row]:

@@ -18,15 +18,19 @@ class _Metric(NamedTuple):
     format: str
     short: str = ""  # column title; "": the label
     evaluation: bool = True
+    compared: bool = True  # a column of the comparison
 
 
 _METRICS = (
     _Metric("eval/avg@k", "avg@{k}", ".3f"),
     _Metric("eval/cons@k", "cons@{k}", ".3f"),
+    _Metric("eval/cons_answered@k", "cons_answered@{k}", ".3f", compared=False),
+    _Metric("eval/answered", "responses with an answer", ".3f", compared=False),
     _Metric("eval/pass@k", "pass@{k}", ".3f"),
     _Metric("eval/length", "mean response length", ".0f", "length"),
-    _Metric("reward/accuracy", "training accuracy", ".3f", "accuracy", evaluation=False),
-    _Metric("response_length/mean", "training response length", ".0f", "length", evaluation=False),
+    _Metric("batch/reward", "training reward", ".3f", "reward", evaluation=False),
+    _Metric("batch/response_length/mean", "training response length", ".0f", "length", evaluation=False),
+    _Metric("generated/accuracy", "generated accuracy", ".3f", "accuracy", evaluation=False),
 )
 
 
@@ -48,7 +52,7 @@ def comparison(series: Sequence[Series]) -> Table:
     Shows evaluation scores, or training metrics if no run was evaluated. Steps: of the shortest run.
     """
     runs = [run for one in series for run in one.runs]
-    known = [m for m in _METRICS if any(_value(run, m, last=True) is not None for run in runs)]
+    known = [m for m in _METRICS if m.compared and any(_value(run, m, last=True) is not None for run in runs)]
     shown = [m for m in known if m.evaluation] or known
     first = shown[:1]
     labels = [(m.short or m.label).format(k=_samples(runs)) for m in shown]

@@ -26,9 +26,24 @@ def test_sequence_level():
     torch.testing.assert_close(weights, torch.tensor([math.exp(-0.5), math.exp(-0.5), 1.0, 2.0, 2.0]))
 
 
+def test_geometric_level():
+    """Each loss token has min(exp(mean of d over its sequence's loss tokens), cap)."""
+    weights = truncated_importance_weights(OLD, ROLLOUT, MASK, CU_SEQLENS, "geometric", 2.0)
+    torch.testing.assert_close(weights, torch.tensor([math.exp(-0.25), math.exp(-0.25), 1.0, 2.0, 2.0]))
+
+
+def test_long_sequences_keep_their_weight_at_the_geometric_level():
+    """10,000 tokens that differ by 0.01 nats each: the product of their ratios is exp(-100), their mean exp(-0.01)."""
+    old, offsets = torch.full((10_000,), -1.01), torch.tensor([0, 10_000])
+    arguments = (old, torch.full_like(old, -1.0), torch.ones_like(old), offsets)
+    product, mean = (truncated_importance_weights(*arguments, level, 2.0) for level in ("sequence", "geometric"))
+    torch.testing.assert_close(product, torch.full_like(old, math.exp(-100)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean, torch.full_like(old, math.exp(-0.01)))
+
+
 def test_same_log_probs():
     """Where trainer and engine agree every weight is exactly 1 and every mismatch figure 0, every ratio 1."""
-    for level in ("token", "sequence"):
+    for level in ("token", "sequence", "geometric"):
         weights = truncated_importance_weights(OLD, OLD, MASK, CU_SEQLENS, level, 2.0)
         assert (weights == 1).all()
     figures = finalize(mismatch_metrics(OLD, OLD, MASK))
@@ -55,7 +70,7 @@ def test_mismatch_metrics():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"level": "batch"}, "'batch' must be 'token' or 'sequence'"),
+        ({"level": "batch"}, "'batch' must be 'token', 'sequence' or 'geometric'"),
         ({"cap": 0.0}, "cap = 0.0"),
         ({"rollout_log_probs": ROLLOUT[:4]}, r"rollout_log_probs must be \[5\]"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "from 0 to the 5 packed tokens"),

@@ -69,8 +69,8 @@ def test_figures_are_of_the_prompts_that_were_passed(results: dict[int, list[dic
     assert (metrics["sampling/all_correct"], metrics["sampling/all_incorrect"]) == (1, 2)
     lengths = [(7 * g + 5 * i) % 14 + 9 for g in range(7, 14) for i in range(GROUP)]
     lengths += [3]  # the wrong answer to problem 9 is 10, a digit longer
-    assert metrics["response_length/mean"] == pytest.approx(sum(lengths) / (7 * GROUP))
-    assert metrics["reward/accuracy"] == pytest.approx(sum(RIGHT[g % 10] for g in range(7, 14)) / (7 * GROUP))
+    assert metrics["generated/response_length/mean"] == pytest.approx(sum(lengths) / (7 * GROUP))
+    assert metrics["generated/accuracy"] == pytest.approx(sum(RIGHT[g % 10] for g in range(7, 14)) / (7 * GROUP))
 
 
 def test_each_replica_draws_its_own(results: dict[int, list[dict[str, Any]]]) -> None:

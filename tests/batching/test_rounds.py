@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -189,7 +190,7 @@ def test_kept_surplus_opens_the_next_step(results: dict[int, list[dict[str, Any]
     assert [g for step in steps for g in step.groups] == INFORMATIVE[:12]
     assert [step.metrics["sampling/rounds"] for step in steps] == [1, 0, 1]
     assert [step.metrics["sampling/surplus_groups"] for step in steps] == [6, 2, 9]
-    assert "reward/mean" not in steps[1].metrics
+    assert "generated/reward" not in steps[1].metrics
     assert list(results[1][0]["keep"]["held"]) == INFORMATIVE[12:]
 
 
@@ -276,15 +277,20 @@ def test_stop_token_is_trained_on_and_the_prompt_is_not(
 
 
 def test_metrics_of_all_generated_responses(results: dict[int, list[dict[str, Any]]]) -> None:
-    """reward/ and response_length/ count dropped groups too, batch/ only what is trained on."""
+    """generated/ counts dropped groups too, batch/ only what is trained on."""
     metrics = results[1][0]["drop"]["steps"][0].metrics
     right = RIGHT[:8]
-    assert metrics["reward/accuracy"] == pytest.approx(sum(right) / 32)
+    assert metrics["generated/accuracy"] == pytest.approx(sum(right) / 32)
     penalties = 8 * (0.25 + 0.75) + 0.25  # one response is 16 tokens long instead of 15
-    assert metrics["reward/mean"] == pytest.approx((2 * sum(right) - 32 - penalties) / 32)
-    assert metrics["response_length/mean"] == pytest.approx((8 * 48 + 1) / 32)
-    assert (metrics["response_length/min"], metrics["response_length/max"]) == (9, 16)
-    assert metrics["response_length/truncated"] == pytest.approx(1 / 32)
+    assert metrics["generated/reward"] == pytest.approx((2 * sum(right) - 32 - penalties) / 32)
+    assert metrics["generated/response_length/mean"] == pytest.approx((8 * 48 + 1) / 32)
+    assert (metrics["generated/response_length/min"], metrics["generated/response_length/max"]) == (9, 16)
+    assert metrics["generated/truncated"] == pytest.approx(1 / 32)
     assert metrics["batch/responses"] == 16
-    assert metrics["batch/response_length"] == pytest.approx((4 * 48 + 1) / 16)
+    assert metrics["batch/response_length/mean"] == pytest.approx((4 * 48 + 1) / 16)
+    lengths = sorted([9, 11, 13, 15] * 3 + [9, 11, 13, 16])
+    quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).tolist()
+    assert [metrics[f"batch/response_length/{q}"] for q in ("min", "q25", "median", "q75", "max")] == quantiles
+    assert metrics["batch/accuracy"] == (2 + 1 + 3 + 2) / 16
+    assert metrics["batch/truncated"] == 1 / 16
     assert metrics["batch/reward"] == pytest.approx((2 * (2 + 1 + 3 + 2) - 16 - 4 - 0.25) / 16)

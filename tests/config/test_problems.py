@@ -257,6 +257,25 @@ def test_illegal_benchmarks(file: Path, override: str, says: str) -> None:
     assert says in problem
 
 
+TWO = "data.validation={a: v.parquet, b: w.parquet}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "checkpoint.best_on = 'b' must be the name of a benchmark, but data.validation is not set"),
+        (["data.validation=[x/v.parquet, w.parquet]"], "must be the name of a benchmark, but data.validation has v, w"),
+        (["data.validation={b: v.parquet}"], "checkpoint.best_on = 'b' is the only benchmark of data.validation"),
+        ([TWO, "checkpoint.keep_best=false"], "checkpoint.best_on = 'b' requires checkpoint.keep_best=true"),
+    ],
+)
+def test_selection_that_cannot_be(file: Path, overrides: list[str], says: str) -> None:
+    """The best checkpoint is selected on a benchmark that there is, beside one that is reported."""
+    (problem,) = refused(file, *overrides, "checkpoint.best_on=b")
+    assert says in problem
+    assert load_config(file, [TWO, "checkpoint.best_on=b"]).checkpoint.best_on == "b"
+
+
 def test_servers_on_this_machine(file: Path) -> None:
     """They may be named by the path of their Unix socket, from the root."""
     config = load_config(file, ["rollout.engine=vllm", "rollout.server.urls=['unix:/run/x/socket']"])

@@ -107,8 +107,8 @@ def test_a_step_with_the_engine_of_the_page(tmp_path: Path) -> None:
     )
     run_ranks(_train_a_step, 1, config, str(tmp_path))
     (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert row["response_length/min"] == row["response_length/max"] == 12
-    assert row["response_length/truncated"] == 1
+    assert row["batch/response_length/min"] == row["batch/response_length/max"] == 12
+    assert row["batch/truncated"] == 1
     assert row["policy/first_log_ratio_abs_max"] == 0
     assert row["policy/updates"] == 2
     assert row["mismatch/abs_mean"] > 0.1

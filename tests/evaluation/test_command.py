@@ -87,6 +87,8 @@ def test_tables(task: Path, tmp_path: Path) -> None:
     assert summary["length"] == sum(r["length"] for r in rows) / len(rows)
     assert summary["pass@k"] == sum(p["correct"] > 0 for p in problems) / PROBLEMS
     assert summary["cons@k"] == pytest.approx(sum(p["cons"] for p in problems) / PROBLEMS)
+    assert summary["cons_answered@k"] == pytest.approx(sum(p["cons_answered"] for p in problems) / PROBLEMS)
+    assert summary["answered"] == 1 - sum(p["without_answer"] for p in problems) / len(rows)
     assert (summary["samples"], summary["problems"]) == (K, PROBLEMS)
 
 

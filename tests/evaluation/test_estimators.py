@@ -61,8 +61,11 @@ def test_pass_needs_k_samples(k: int) -> None:
         ([1, 0], 1 / 2),  # whatever came first
         ([1, 0, 2], 1 / 3),
         ([1, 2, 0, 0], 1.0),  # a plurality is enough
-        ([None, None, None, 0], 1.0),  # no answer is no vote
-        ([None, None, 1, 0], 1 / 2),
+        ([None, None, None, 0], 0.0),  # no answer is one incorrect answer
+        ([None, None, 1, 0], 0.0),
+        ([None, None, 0, 0], 1 / 2),
+        ([None, 1, 0], 1 / 3),
+        ([None, None, 0, 0, 0], 1.0),
         ([1, 1, 2, 2], 0.0),
         ([None, None], 0.0),
         ([], 0.0),
@@ -73,17 +76,31 @@ def test_consensus_by_hand(votes: list[int | None], expected: float) -> None:
     assert consensus(votes) == expected
 
 
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [
+        ([None, None, None, 0], 1.0),
+        ([None, None, 1, 0], 1 / 2),
+        ([None, None, 1, 1, 0], 0.0),
+        ([None, None], 0.0),
+    ],
+)
+def test_consensus_of_answers_by_hand(votes: list[int | None], expected: float) -> None:
+    """Where responses without an answer do not vote."""
+    assert consensus(votes, answered=True) == expected
+
+
 @given(st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=6))
 def test_consensus_is_the_mean_over_orders(votes: list[int | None]) -> None:
     """Return what `first answer wins` gives, averaged over every order of the samples."""
     orders = list(itertools.permutations(votes))
     wins = sum(_first_wins(order) == 0 for order in orders)
     assert consensus(votes) == pytest.approx(float(Fraction(wins, len(orders))))
+    assert consensus(votes, answered=True) == consensus([vote for vote in votes if vote is not None])
 
 
 def _first_wins(votes: tuple[int | None, ...]) -> int | None:
-    counts = Counter(vote for vote in votes if vote is not None)
-    return counts.most_common(1)[0][0] if counts else None
+    return Counter(votes).most_common(1)[0][0]
 
 
 def test_interval_of_two_problems() -> None:

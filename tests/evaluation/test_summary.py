@@ -27,6 +27,18 @@ def test_by_hand() -> None:
     assert e.intervals["cons@k"] == (0.0, 1.0)
     assert e.intervals["avg@k"] == pytest.approx((1 / 3, 2 / 3))
     assert e.benchmarks == {}
+    assert (e.cons_answered, e.answered) == (0.5, 1.0)
+
+
+def test_responses_without_an_answer() -> None:
+    """Three problems of four: their votes with and without the missing answers, and the share of answers."""
+    e = summarize(samples("r...", "rx..", "rr.."))
+    assert e.cons == pytest.approx((0 + 0 + 1 / 2) / 3)
+    assert e.cons_answered == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert e.answered == pytest.approx(5 / 12)
+    assert e.metrics()["eval/cons_answered@k"] == e.cons_answered
+    assert e.metrics()["eval/answered"] == e.answered
+    assert e.intervals["cons_answered@k"] == (0.5, 1.0)
 
 
 def test_order_of_arrival_does_not_matter() -> None:
@@ -41,6 +53,7 @@ def test_equals_the_loop(words: list[str]) -> None:
     result = summarize(samples(*words))
     assert result.avg == pytest.approx("".join(words).count("r") / len("".join(words)))
     assert result.cons == pytest.approx(sum(map(_chance, words)) / len(words))
+    assert result.cons_answered == pytest.approx(sum(_chance(w.replace(".", "")) for w in words) / len(words))
     assert result.pass_ == pytest.approx(sum("r" in w for w in words) / len(words))
     assert result.pass_ + 1e-12 >= max(result.avg, result.cons)
     assert result.pass_at["pass@1"] == pytest.approx(result.avg)
@@ -51,7 +64,7 @@ def test_equals_the_loop(words: list[str]) -> None:
 
 
 def _chance(word: str) -> float:
-    votes = Counter(word.replace(".", ""))
+    votes = Counter(word)
     winners = [a for a, n in votes.items() if n == max(votes.values())]
     return ("r" in winners) / max(len(winners), 1)
 
@@ -68,6 +81,18 @@ def test_several_benchmarks() -> None:
     assert both.benchmarks == alone
     # The small one is 1 in every resample; the large one's mean is a third of the draws of its first problem.
     assert both.intervals["pass@k"] == pytest.approx((0.5, 1.0))
+
+
+def test_selection_is_not_reported() -> None:
+    """The benchmark that selects has its own scores; scores, intervals, lengths and counts of all leave it out."""
+    first, second, select = samples("rr", benchmark="a"), samples("rx", benchmark="b"), samples("xx", benchmark="s")
+    chosen = summarize([*first, *second, *select], selection="s")
+    reported = summarize([*first, *second])
+    assert chosen.benchmarks == {"a": summarize(first), "b": summarize(second), "s": summarize(select)}
+    assert replace(chosen, benchmarks={}) == replace(reported, benchmarks={})
+    assert (chosen.avg, chosen.problems) == (0.75, 2)
+    alone = summarize([*first, *select], selection="s")
+    assert replace(alone, benchmarks={}) == summarize(first)
 
 
 @pytest.mark.parametrize(("words", "counts"), [(["rr", "r"], r"\[1, 2\]"), ([], r"\[\]")])
@@ -88,11 +113,12 @@ def test_wanted_passes() -> None:
 def test_names_of_the_figures() -> None:
     """Metrics are named as in summary.json and metrics.jsonl; a single benchmark's name is not part of them."""
     result = summarize(samples("rx"), pass_k=())
-    scores = {"avg@k": 0.5, "cons@k": 0.5, "pass@k": 1.0}
+    scores = {"avg@k": 0.5, "cons@k": 0.5, "cons_answered@k": 0.5, "pass@k": 1.0}
     assert result.scores() == scores
     assert result.metrics() == {
         **{f"eval/{name}": value for name, value in scores.items()},
         **{f"eval/{name}/{end}": value for name, value in scores.items() for end in ("low", "high")},
+        "eval/answered": 1.0,
         "eval/length": 15.0,
         "eval/truncated": 0.5,
         **{f"eval/length/{name}": value for name, value in result.lengths.items()},

@@ -19,7 +19,15 @@ from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.memory import training_memory
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("fipo_32b", "dapo_32b", "fipo_7b")
+SCRIPTS = {  # recipe -> the batch script that takes it
+    "fipo_32b": "fipo_32b",
+    "dapo_32b": "dapo_32b",
+    "dapo_32b_mini_batch_64": "dapo_32b",
+    "fipo_7b": "fipo_7b",
+    "dapo_7b": "fipo_7b",
+}
+RECIPES = tuple(SCRIPTS)
+UPDATES = {"fipo_32b": 8, "dapo_32b": 16, "dapo_32b_mini_batch_64": 8, "fipo_7b": 8, "dapo_7b": 16}  # a step
 # config.json as published, without what nothing here reads
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -53,7 +61,12 @@ PAPER: dict[str, dict[str, dict[str, Any]]] = {
         },
         "optimizer": {"lr": 1e-6, "warmup": 10, "warmup_unit": "step", "betas": (0.9, 0.999), "eps": 1e-8}
         | {"weight_decay": 0.1, "grad_clip": 1.0},
-        "trainer": {"mini_batch_prompts": 64, "mini_batch_order": "mixed", "epochs_per_batch": 1},
+        "trainer": {
+            "mini_batch_prompts": 64,
+            "mini_batch_order": "mixed",
+            "epochs_per_batch": 1,
+            "max_steps": 600,
+        },
         "data": {"max_prompt_tokens": 2048},
         "reward": {"function": "dapo", "overlong_buffer_tokens": 4096, "overlong_penalty_factor": 1.0},
         "eval": {"every": 5, "samples": 32, "temperature": 1.0, "top_p": 0.7},
@@ -63,7 +76,12 @@ PAPER: dict[str, dict[str, dict[str, Any]]] = {
     "dapo_32b": {
         "rollout": {"prompts_per_step": 512, "group_size": 16, "prompts_per_round": 3 * 512, "max_rounds": 10},
         "algorithm": {"loss": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "dual_clip": 10},
-        "trainer": {"mini_batch_prompts": 32, "mini_batch_order": "mixed"},
+        "trainer": {"mini_batch_prompts": 32, "mini_batch_order": "mixed", "max_steps": 600},
+    },
+    "dapo_32b_mini_batch_64": {
+        "rollout": {"prompts_per_step": 512, "group_size": 16},
+        "algorithm": {"loss": "grpo", "dual_clip": 10, "max_dual_clipped_tokens": 1},
+        "trainer": {"mini_batch_prompts": 64, "mini_batch_order": "mixed"},
     },
     "fipo_7b": {
         "rollout": {"prompts_per_step": 512, "group_size": 32, "prompts_per_round": 4 * 512}
@@ -73,6 +91,12 @@ PAPER: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"max_prompt_tokens": 2048},
         "reward": {"overlong_buffer_tokens": 2048},
         "model": {"overrides": {"max_position_embeddings": 32768}},
+    },
+    "dapo_7b": {
+        "rollout": {"prompts_per_step": 512, "group_size": 16, "max_response_tokens": 8192},
+        "algorithm": {"loss": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "dual_clip": 10},
+        "trainer": {"mini_batch_prompts": 32},
+        "reward": {"overlong_buffer_tokens": 4096},
     },
 }
 
@@ -123,7 +147,7 @@ def test_model_fits_the_layout(models, name):
         norm_eps=arch.norm_eps,
     )
     loss_config(config.algorithm, config.rollout)
-    assert config.updates_per_step == {"fipo_32b": 8, "dapo_32b": 16, "fipo_7b": 8}[name]
+    assert config.updates_per_step == UPDATES[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -134,23 +158,39 @@ def test_an_update_fits_into_80_gb(name):
     assert max(training_memory(arch, config, stage).total for stage in range(config.parallel.pipeline)) < 70e9
 
 
-def test_dapo_is_fipos_recipe_but_the_loss():
-    """The two 32B recipes differ in the loss, and in two sizes that are DAPO's own."""
-    fipo, dapo = (dataclasses.asdict(recipe(name)) for name in ("fipo_32b", "dapo_32b"))
-    different = {f"{s}.{key}" for s, section in fipo.items() for key in section if section[key] != dapo[s][key]}
-    assert different == {
-        *("run.name", "algorithm.loss", "algorithm.max_dual_clipped_tokens"),
-        *("trainer.mini_batch_prompts", "rollout.prompts_per_round"),
-    }
+OWN_SIZES = {"trainer.mini_batch_prompts", "rollout.prompts_per_round", "algorithm.max_dual_clipped_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("fipo", "dapo", "sizes"),
+    [
+        ("fipo_32b", "dapo_32b", OWN_SIZES),
+        ("fipo_32b", "dapo_32b_mini_batch_64", set()),
+        (
+            *("fipo_7b", "dapo_7b"),
+            OWN_SIZES
+            | {"rollout.group_size", "rollout.max_response_tokens", "reward.overlong_buffer_tokens"}
+            | {"trainer.tokens_per_micro_batch"},
+        ),
+    ],
+)
+def test_dapo_is_fipos_recipe_but_the_loss(fipo, dapo, sizes):
+    """Each baseline differs from FIPO in the loss, and the paper's in sizes that are DAPO's own."""
+    ours, theirs = (dataclasses.asdict(recipe(name)) for name in (fipo, dapo))
+    different = {f"{s}.{key}" for s, section in ours.items() for key in section if section[key] != theirs[s][key]}
+    future_kl = {"algorithm.influence_clip", "algorithm.safety_threshold"}  # without meaning for loss=grpo
+    assert different - future_kl == {"run.name", "algorithm.loss"} | sizes
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_batch_script_asks_for_the_recipes_gpus(name):
-    """Nodes x tasks a node are parallel.world_size, and the script's default is the recipe."""
-    script = (ROOT / "slurm" / f"{name}.sh").read_text()
+    """Nodes x tasks a node are parallel.world_size; the script's default is the recipe, or the recipe names it."""
+    script = (ROOT / "slurm" / f"{SCRIPTS[name]}.sh").read_text()
     nodes, tasks = (int(re.search(rf"#SBATCH --{key}=(\d+)", script)[1]) for key in ("nodes", "ntasks-per-node"))
     assert nodes * tasks == recipe(name).parallel.world_size
-    assert f"examples/{name}.yaml" in script
+    line = f"#   sbatch --job-name={recipe(name).run.name} slurm/{SCRIPTS[name]}.sh examples/{name}.yaml"
+    own = f"--recipe examples/{name}.yaml" in script
+    assert own or line in (ROOT / "examples" / f"{name}.yaml").read_text().splitlines()
 
 
 def test_readme_shows_what_memory_prints(monkeypatch, capsys):

@@ -78,11 +78,11 @@ def test_lines_are_the_metrics_file_s(tmp_path):
     runs = [named_run(tmp_path / name, rows_of(n)) for name, n in (("x", 7), ("y", 12))]
     series = series_of(runs)
     axes = Figure().subplots()
-    _draw_panel(SPECS["entropy"].panels[0], axes, series)
+    _draw_panel(SPECS["approx_kl"].panels[0], axes, series)
     assert len({one.color for one in series}) == 2
     for line, one, run in zip(axes.get_lines(), series, runs, strict=True):
         rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-        np.testing.assert_array_equal(line.get_ydata(), [row["policy/entropy"] for row in rows])
+        np.testing.assert_array_equal(line.get_ydata(), [row["policy/approx_kl"] for row in rows])
         assert line.get_color() == one.color
 
 
@@ -143,7 +143,12 @@ def test_published_levels_on_aime_2024_only(tmp_path, path, levels):
     assert len(published(run)) == levels
     plain = draw(SPECS["evaluation"], History.from_rows(run.rows))
     assert (draw(SPECS["evaluation"], History.from_rows(run.rows), published(run)) != plain) == bool(levels)
-    assert {r.label: r.level for r in AIME_2024} == {"DAPO": 0.5, "FIPO": 0.56, "R1-Zero-32B": 0.47, "o1-mini": 0.56}
+    assert {r.label: r.level for r in AIME_2024} == {
+        "DAPO-32B": 0.5,
+        "FIPO-32B": 0.56,
+        "R1-Zero-32B": 0.47,
+        "o1-mini": 0.56,
+    }
 
 
 def test_fitted_line():

@@ -23,8 +23,20 @@ STEPS = 30
 FORMER = {
     "sampling/all_correct": "sampling/groups_all_right",
     "sampling/all_incorrect": "sampling/groups_all_wrong",
-    "response_length/correct": "response_length/right",
-    "response_length/incorrect": "response_length/wrong",
+    "generated/reward": "reward/mean",
+    "generated/accuracy": "reward/accuracy",
+    "generated/verifier_timeouts": "reward/verifier_timeouts",
+    "generated/verifier_errors": "reward/verifier_errors",
+    "generated/response_length/mean": "response_length/mean",
+    "generated/response_length/min": "response_length/min",
+    "generated/response_length/q25": "response_length/q25",
+    "generated/response_length/median": "response_length/median",
+    "generated/response_length/q75": "response_length/q75",
+    "generated/response_length/max": "response_length/max",
+    "generated/response_length/correct": "response_length/correct",
+    "generated/response_length/incorrect": "response_length/incorrect",
+    "generated/truncated": "response_length/truncated",
+    "batch/response_length/mean": "batch/response_length",
     "policy/approx_kl": "policy/policy_kl",
     "mismatch/abs_mean": "mismatch/rollout_mismatch_abs",
     "mismatch/abs_max": "mismatch/rollout_mismatch_abs_max",
@@ -32,16 +44,24 @@ FORMER = {
     "mismatch/k3": "mismatch/rollout_mismatch_k3",
     "mismatch/outside_fraction": "mismatch/rollout_mismatch_outside_fraction",
     "mismatch/ratio_p999": "mismatch/rollout_mismatch_ratio_p999",
+    "eval/cons_answered@k": "eval/cons@k",  # where no metric has the new name: answers alone voted
+    "eval/cons_answered@k/low": "eval/cons@k/low",
+    "eval/aime24/cons_answered@k": "eval/aime24/cons@k",
     "eval/length/correct": "eval/length/right",
     "eval/length/incorrect_median": "eval/length/wrong_median",
     "eval/aime24/length/incorrect": "eval/aime24/length/wrong",
     "eval/aime24/length/correct_median": "eval/aime24/length/right_median",
 }
+OLDER = {  # names of still earlier releases
+    "generated/response_length/correct": "response_length/right",
+    "generated/response_length/incorrect": "response_length/wrong",
+}
+NEW = ("eval/cons@k", "eval/answered")  # what an earlier release did not log
 
 
 def _rows() -> list[dict[str, float]]:
     """Return rows with every renamed metric, in which rules about two of them hold."""
-    rows = rows_of(STEPS)
+    rows = [{name: value for name, value in row.items() if name not in NEW} for row in rows_of(STEPS)]
     for row in rows:
         row |= {name: 0.5 + row["step"] / 64 + n / 1024 for n, name in enumerate(FORMER) if "eval/" not in name}
         row |= {"sampling/prompts_generated": 4.0, "sampling/all_correct": 3.0, "sampling/all_incorrect": 1.0}
@@ -55,30 +75,45 @@ def _formerly(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{FORMER.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def _write(directory: Path, rows: list[dict[str, float]]) -> Path:
-    return write_run(directory, rows, summary_of(BEFORE, AFTER))
+def _write(directory: Path, rows: list[dict[str, float]], consensus: str = "cons_answered@k") -> Path:
+    """`consensus`: its name in the summary."""
+    scores = [{"avg@k": s["avg@k"], consensus: s["cons_answered@k"], "pass@k": s["pass@k"]} for s in (BEFORE, AFTER)]
+    return write_run(directory, rows, summary_of(*scores))
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Path]:
     """Return a run by the current names, by the former ones, and one that another release resumed."""
     rows, former = _rows(), _formerly(_rows())
-    kinds = {"new": rows, "old": former, "both": [*former[:12], *rows[12:]]}
-    return {kind: _write(tmp_path / kind, content) for kind, content in kinds.items()}
+    return {
+        "new": _write(tmp_path / "new", rows),
+        "old": _write(tmp_path / "old", former, "cons@k"),
+        "both": _write(tmp_path / "both", [*former[:12], *rows[12:]]),
+    }
 
 
 def test_former_names_have_entries() -> None:
     """Each is replaced by a metric of the glossary, and no former name is one."""
-    old = list(FORMER.values())
-    assert former_names.current_metrics(dict.fromkeys(old, 1.0)) == dict.fromkeys(FORMER, 1.0)
-    assert set(former_names.METRICS) <= set(old)
+    for names in (FORMER, OLDER):
+        assert former_names.current_metrics(dict.fromkeys(names.values(), 1.0)) == dict.fromkeys(names, 1.0)
+    assert set(former_names.METRICS) <= {*FORMER.values(), *OLDER.values()}
     assert [new for new in FORMER if entry_of(new) is None] == []
     assert [name for name in former_names.METRICS if entry_of(name) is not None] == []
 
 
 def test_current_names_stay() -> None:
     """Names that only resemble a former one are not changed."""
-    names = [*FORMER, "eval/right", "right", "eval/length", "eval/length/median", "policy/policy_kl_max"]
+    names = [
+        *FORMER,
+        *NEW,
+        "eval/cons@k/low",
+        "eval/aime24/cons@k",
+        "eval/right",
+        "right",
+        "eval/length",
+        "eval/length/median",
+        "policy/policy_kl_max",
+    ]
     assert list(former_names.current_metrics(dict.fromkeys(names, 0.0))) == names
 
 
@@ -139,9 +174,10 @@ def test_resumed_run_has_one_set_of_names(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_checkpoint_of_an_earlier_release() -> None:
-    """Lengths of its evaluations, also of each benchmark, and the metrics of its unlogged step get current names."""
+    """Lengths and consensus of its evaluations and the metrics of its unlogged step get current names."""
     figures: dict[str, Any] = {"samples": 2, "problems": 1, "avg": 0.5, "cons": 0.5, "pass_": 1.0, "length": 15.0}
     figures |= {"truncated": 0.0, "lengths": {"q10": 11.0, "right": 10.0, "wrong_median": 20.0}}
+    figures |= {"intervals": {"avg@k": [0.25, 0.75], "cons@k": [0.0, 1.0]}}
     state = Progress(step=3).state_dict() | {"before": figures | {"benchmarks": {"a": figures, "b": figures}}}
     progress = Progress.from_state_dict(state | {"unlogged": {"policy/policy_kl": 0.5, "policy/loss": 1.0}})
     assert progress.unlogged == {"policy/approx_kl": 0.5, "policy/loss": 1.0}
@@ -149,4 +185,8 @@ def test_checkpoint_of_an_earlier_release() -> None:
     lengths = {"q10": 11.0, "correct": 10.0, "incorrect_median": 20.0}
     assert isinstance(progress.before, Evaluation)
     assert progress.before.lengths == lengths
+    assert progress.before.scores() == {"avg@k": 0.5, "cons_answered@k": 0.5, "pass@k": 1.0}
+    assert progress.before.intervals == {"avg@k": (0.25, 0.75), "cons_answered@k": (0.0, 1.0)}
+    assert (progress.before.cons, progress.before.answered) == (None, None)
+    assert "eval/answered" not in progress.before.metrics()
     assert [part.lengths for part in progress.before.benchmarks.values()] == [lengths, lengths]

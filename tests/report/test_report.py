@@ -31,7 +31,8 @@ def metric_names():
     lines = [x for p in panels for x in (*getattr(p, "lines", ()), *getattr(p, "parts", ()), *getattr(p, "extra", ()))]
     bands = [band for p in panels for band in getattr(p, "bands", ())]
     names = {line.metric for line in lines} | {n for band in bands for n in (band.low, band.high)}
-    return sorted(names | {"time/step", "response_length/mean", "reward/accuracy"})
+    names |= {name for p in panels for name in (getattr(p, "x", "time/step"), getattr(p, "y", "time/step"))}
+    return sorted(names)
 
 
 def rows_of(steps, without=()):
@@ -42,7 +43,8 @@ def rows_of(steps, without=()):
     for step in range(1, steps + 1):
         row = {"step": step, "wall_seconds": 6.0 * step, **dict(zip(names, random.random(len(names)), strict=True))}
         if step % 5 == 0:
-            row |= {"eval/avg@k": 0.4, "eval/cons@k": 0.5, "eval/pass@k": 0.75, "eval/length": 300.0, "time/eval": 2.0}
+            row |= {"eval/avg@k": 0.4, "eval/cons@k": 0.5, "eval/cons_answered@k": 0.625, "eval/pass@k": 0.75}
+            row |= {"eval/answered": 0.9375, "eval/length": 300.0, "time/eval": 2.0}
         rows.append(row)
     return rows
 
@@ -66,8 +68,8 @@ def summary_of(before, after, length_before=100.0, length_after=300.0):
     }
 
 
-BEFORE = {"avg@k": 0.125, "cons@k": 0.25, "pass@k": 0.5}
-AFTER = {"avg@k": 0.4, "cons@k": 0.5, "pass@k": 0.75}
+BEFORE = {"avg@k": 0.125, "cons@k": 0.25, "cons_answered@k": 0.375, "pass@k": 0.5}
+AFTER = {"avg@k": 0.4, "cons@k": 0.5, "cons_answered@k": 0.625, "pass@k": 0.75}
 
 
 def table_line(text, name):
@@ -78,14 +80,17 @@ def table_line(text, name):
 def test_table_of_a_finished_run(tmp_path):
     """The table holds the summary's scores and the first and last row's numbers, with their differences."""
     rows = rows_of(10)
-    rows[0] |= {"reward/accuracy": 0.2, "response_length/mean": 120.0}
-    rows[-1] |= {"reward/accuracy": 0.7, "response_length/mean": 420.0}
+    rows[0] |= {"generated/accuracy": 0.2, "batch/response_length/mean": 120.0, "batch/reward": -0.5}
+    rows[-1] |= {"generated/accuracy": 0.7, "batch/response_length/mean": 420.0, "batch/reward": 0.25}
     text = write_report(write_run(tmp_path / "run", rows, summary_of(BEFORE, AFTER)))
     assert table_line(text, "avg@8") == ["0.125", "0.400", "+0.275"]
     assert table_line(text, "cons@8") == ["0.250", "0.500", "+0.250"]
     assert table_line(text, "pass@8") == ["0.500", "0.750", "+0.250"]
     assert table_line(text, "mean response length") == ["100", "300", "+200"]
-    assert table_line(text, "training accuracy") == ["0.200", "0.700", "+0.500"]
+    assert table_line(text, "cons_answered@8") == ["0.375", "0.625", "+0.250"]
+    assert table_line(text, "responses with an answer") == ["-", "0.938", "-"]
+    assert table_line(text, "training reward") == ["-0.500", "0.250", "+0.750"]
+    assert table_line(text, "generated accuracy") == ["0.200", "0.700", "+0.500"]
     assert table_line(text, "training response length") == ["120", "420", "+300"]
     assert "10 steps in 1.5 minutes" in text
     assert text.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
@@ -105,7 +110,7 @@ def test_run_without_validation(tmp_path):
     rows = [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows_of(4)]
     text = write_report(write_run(tmp_path, rows, summary_of(None, None) | {"evaluation": None}))
     assert "avg@" not in text
-    assert table_line(text, "training accuracy")[1] == f"{rows[-1]['reward/accuracy']:.3f}"
+    assert table_line(text, "generated accuracy")[1] == f"{rows[-1]['generated/accuracy']:.3f}"
     assert not (tmp_path / "figures" / "evaluation.png").exists()
 
 
@@ -234,8 +239,8 @@ def test_torn_last_line_is_tolerated(tmp_path):
     [
         ('{"step": 2, "reward/mea', "line 2: invalid JSON"),
         ("[1, 2]", "line 2: not a JSON object with a step"),
-        ('{"reward/mean": 1.0}', "line 2: not a JSON object with a step"),
-        ('{"step": 2, "reward/mean": "high"}', "line 2: reward/mean = high must be a number"),
+        ('{"batch/reward": 1.0}', "line 2: not a JSON object with a step"),
+        ('{"step": 2, "batch/reward": "high"}', "line 2: batch/reward = high must be a number"),
         ('{"step": null}', "line 2: not a JSON object with a step"),
         ('{"step": 1e999}', "line 2: step = inf must be a non-negative integer"),
         ('{"step": 2.5}', "line 2: step = 2.5 must be a non-negative integer"),
@@ -278,9 +283,9 @@ def test_damaged_summary(tmp_path):
 
 def test_steps_of_a_resumed_run(tmp_path):
     """For a step that a resumed run repeated, the last row counts, in the order of steps."""
-    rows = [{"step": s, "reward/accuracy": a} for s, a in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35))]
+    rows = [{"step": s, "generated/accuracy": a} for s, a in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35))]
     run = read_run(write_run(tmp_path, rows))
-    assert [(r["step"], r["reward/accuracy"]) for r in run.rows] == [(1, 0.1), (2, 0.25), (3, 0.35)]
+    assert [(r["step"], r["generated/accuracy"]) for r in run.rows] == [(1, 0.1), (2, 0.25), (3, 0.35)]
 
 
 def test_running_mean():

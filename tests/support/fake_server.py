@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "right"
+LOADED = b'{"results": [{"compared": 0, "received": 0, "different": []}]}'  # no parameter differs from what was sent
 
 
 class FakeServer:
@@ -28,7 +29,7 @@ class FakeServer:
         vocabulary: size of the one that its tokens are from.
         asked: how often each seed was requested (None: no seed); `answered` how often a response was sent.
         most: the most responses it drew at the same time.
-        bodies: what control routes answer instead of `{}`, as it goes over the wire.
+        bodies: what control routes answer instead of `{}`, as it goes over the wire; /collective_rpc answers `LOADED`.
         sleeping: what /is_sleeping answers; routes do not change it.
         key: what requests must show; `shown` counts what they did show.
     """
@@ -46,7 +47,7 @@ class FakeServer:
         self.most = self.busy = 0
         self.controls: list[tuple[str, Any]] = []
         self.refuses: str | None = None  # a control route that answers 500
-        self.bodies: dict[str, bytes] = {}
+        self.bodies: dict[str, bytes] = {"/collective_rpc": LOADED}
         self.sleeping = False
         self.lock = threading.Lock()
         self.aborted: dict[str, threading.Event] = {}  # of requests under way

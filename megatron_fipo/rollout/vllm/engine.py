@@ -70,6 +70,7 @@ class VLLMEngine:
         self.updates = 0  # number of the newest weights
         self.compared = (0, 0)  # parameters that the last checked update compared on a server, and tensors it received
         self.supervisor = Supervisor([], server.start_timeout_seconds, self._reload)
+        self._repeats_check = False  # since a server failed in the last checked update
         self._timeouts = timeouts or ClientTimeouts(server.request_timeout_seconds, server.start_timeout_seconds)
         self._client: Client | None = None
         self._vocabulary = vocabulary
@@ -91,7 +92,6 @@ class VLLMEngine:
         incarnations = self._everywhere(self._awake(dict(zip(self._owned, self.supervisor.hold(), strict=True))))
         self.updates += 1
         version = version_name(self._run, self.updates)
-        every = self.config.rollout.server.verify_weights
         send = update.Update(
             self._transport,
             version,
@@ -100,7 +100,7 @@ class VLLMEngine:
                 for s in self._transport.feeds
                 if (incarnation := incarnations[s]) is not None
             },
-            checked=bool(every) and self.updates % every == 0,
+            checked=self._repeats_check or is_checked(self.updates, self.config.rollout.server.verify_weights),
         )
         send.run(weights, self.config.rollout.server.weight_bucket_mb << 20)
         self._conclude(send, version, incarnations)
@@ -110,6 +110,8 @@ class VLLMEngine:
         newest = self._transport.newest if isinstance(self._transport, FileTransport) else None
         reports = gather((send.failures, send.problem, send.compared, newest))
         failures = {server: reason for failed, *_ in reports for server, reason in failed.items()}
+        if send.checked:
+            self._repeats_check = bool(failures)
         problem = next((problem for _, problem, *_ in reports if problem), None)
         self.compared = max(compared for _, _, compared, _ in reports)
         self._newest = reports[0][3]
@@ -334,3 +336,8 @@ class VLLMEngine:
         """
         incarnations = {server: incarnation for part in gather(local) for server, incarnation in part.items()}
         return [incarnations.get(server, 1) for server in range(len(self._controls))]
+
+
+def is_checked(number: int, every: int) -> bool:
+    """Return whether checksums are compared in the update with this number, from 1; 0 for `every`: never."""
+    return every > 0 and (number - 1) % every == 0

@@ -38,10 +38,10 @@ class Update:
         self.failures: dict[int, str] = {}
         self.problem: str | None = None  # of this rank, so that no server got the weights
         self.compared = (0, 0)  # parameters compared on one server, tensors received there
+        self.checked = checked
         self._transport = transport
         self._version = version
         self._targets = dict(targets)
-        self._checked = checked
 
     def run(self, weights: Iterator[tuple[str, torch.Tensor]], limit: int) -> None:
         """Send everything, in buckets of `limit` bytes.
@@ -83,13 +83,13 @@ class Update:
         if self.problem is not None:
             return None
         try:
-            return self._transport.stage(self._version, number, bucket, self._checked)
+            return self._transport.stage(self._version, number, bucket, self.checked)
         except OSError as error:
             self.problem = f"weights could not be written: {error}"
             return None
 
     def _complete(self, control: Control) -> None:
-        self.compared = complete(control, self._version, self._checked)
+        self.compared = complete(control, self._version, self.checked)
 
 
 def begin(control: Control) -> None:
@@ -119,7 +119,7 @@ def complete(control: Control, version: str, checked: bool) -> tuple[int, int]:
 
 
 def reload(control: Control, version: str, metadata: list[dict[str, Any]]) -> None:
-    """Load a version into a restarted server, from the files in `metadata`.
+    """Load a version into a restarted server, from the files in `metadata`; checked where those have checksums.
 
     Raises:
         ControlError: it did not take them.
@@ -129,4 +129,4 @@ def reload(control: Control, version: str, metadata: list[dict[str, Any]]) -> No
     control.post("/start_weight_update", timeout=_SECONDS)
     for update_info in metadata:
         control.post("/update_weights", {"update_info": update_info}, timeout=TRANSFER_SECONDS)
-    complete(control, version, checked=False)
+    complete(control, version, checked=all(update_info["checksums"] for update_info in metadata))

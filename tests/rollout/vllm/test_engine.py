@@ -17,6 +17,9 @@ import torch.distributed as dist
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import Request, Sampling, VLLMEngine
 from megatron_fipo.rollout.vllm.client import ClientTimeouts
+from megatron_fipo.rollout.vllm.control import UNFINISHED
+from megatron_fipo.rollout.vllm.engine import is_checked
+from megatron_fipo.rollout.vllm.worker import fipo_wire
 from tests.support.fake_server import KEY, FakeServer, tokens_for
 from tests.support.policies import make_config
 from tests.support.ranks import run_ranks
@@ -91,6 +94,33 @@ def test_two_ranks(servers: list[FakeServer], tmp_path: Path) -> None:
     for server in servers:
         assert [route for route, _ in server.controls].count("/finish_weight_update") == 2
     assert [f.name for f in (tmp_path / "weights").iterdir()] == ["mine.txt"]
+
+
+def test_proof_of_weights(servers: list[FakeServer], tmp_path: Path) -> None:
+    """By default the first update carries checksums and asks what was loaded, the second one does not."""
+    run_ranks(_draw_twice, 2, [s.url for s in servers], tmp_path)
+    for server in servers:
+        told = [body["update_info"]["checksums"] for route, body in server.controls if route == "/update_weights"]
+        assert told == [[fipo_wire.checksum(torch.zeros(5))] * 3, []]
+        assert [body for route, body in server.controls if route == "/collective_rpc"] == [{"method": "fipo_loaded"}]
+
+
+def test_a_server_of_other_weights_gets_no_requests(servers: list[FakeServer], tmp_path: Path) -> None:
+    """It computes with something else than it received: the other samples everything, and every update is checked."""
+    servers[0].bodies["/collective_rpc"] = b'{"results": [{"compared": 3, "received": 3, "different": ["a"]}]}'
+    drawn = run_ranks(_draw_twice, 2, [s.url for s in servers], tmp_path)
+    for rank in range(2):
+        assert drawn[rank] == [_expected(rank, 1), _expected(rank, 2)]
+    assert [server.asked.total() for server in servers] == [0, 80]
+    assert servers[0].version == UNFINISHED
+    for server in servers:
+        assert [route for route, _ in server.controls].count("/collective_rpc") == 2
+
+
+@pytest.mark.parametrize(("every", "checked"), [(20, [1, 21, 41]), (1, [*range(1, 42)]), (0, [])])
+def test_which_updates_are_checked(every: int, checked: list[int]) -> None:
+    """The first and every Nth after it; 0: none."""
+    assert [number for number in range(1, 42) if is_checked(number, every)] == checked
 
 
 def test_server_that_takes_no_weights(servers: list[FakeServer], tmp_path: Path) -> None:

@@ -116,6 +116,22 @@ def test_newest_version_stays(servers: list[FakeServer], targets: Any, tmp_path:
     assert not (tmp_path / "weights").exists()
 
 
+def test_restarted_server_is_checked(servers: list[FakeServer], targets: Any, tmp_path: Path) -> None:
+    """A version that went out with checksums is proved on a restarted server too, and is not in force without."""
+    transport = FileTransport(tmp_path / "weights", 0, 2)
+    update.Update(transport, "run-2", targets, checked=True).run(iter(tensors().items()), 500)
+    assert transport.newest is not None
+    servers[1].controls.clear()
+    update.reload(targets[1][0], *transport.newest)
+    assert [route for route, _ in servers[1].controls] == [*ROUTES[:7], "/collective_rpc", *ROUTES[7:]]
+    sums = [fipo_wire.checksum(tensor) for tensor in tensors().values()]
+    assert [s for told in files_told(servers[1]) for s in told["checksums"]] == sums
+    servers[1].bodies["/collective_rpc"] = b'{"results": [{"compared": 3, "received": 3, "different": ["c"]}]}'
+    with pytest.raises(ControlError, match="does not compute with the weights it got: c"):
+        update.reload(targets[1][0], *transport.newest)
+    assert servers[1].version == UNFINISHED
+
+
 @pytest.mark.parametrize("route", sorted(set(ROUTES)))
 def test_failing_server(servers: list[FakeServer], targets: Any, tmp_path: Path, route: str) -> None:
     """Wherever a server fails it is named and never carries the new version; the other one gets everything."""
@@ -247,6 +263,18 @@ def test_checksum_sees_every_bit_and_place() -> None:
     assert fipo_wire.checksum(tensor.T.contiguous().T) == expected
     assert fipo_wire.checksum(torch.zeros(8)) != fipo_wire.checksum(torch.zeros(9))
     assert 0 <= expected + 2**63 < 2**64
+
+
+def test_checksum_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors larger than a piece have the checksum that they have at once, whatever is left for the last piece."""
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randint(0, 255, (size,), generator=generator).to(torch.uint8) for size in (0, 1, 63, 64, 65, 128, 517)
+    ]
+    at_once = [fipo_wire.checksum(tensor) for tensor in given]
+    monkeypatch.setattr(fipo_wire, "_PIECE_CPU", 64)
+    assert [fipo_wire.checksum(tensor) for tensor in given] == at_once
+    assert len(set(at_once)) == len(at_once)
 
 
 def test_broadcasts_listen_on_one_address() -> None:

@@ -17,20 +17,29 @@ import torch.distributed as dist
 
 ALIGNMENT = 16  # bytes
 _BACKLOG = 2048
+# Bytes of which a checksum is computed at a time, multiples of 8: few kernels on a GPU, temporaries in a CPU's cache.
+_PIECE, _PIECE_CPU = 1 << 26, 1 << 18
 # Constants of splitmix64's finalizer, as int64: a one-to-one map in which each bit of a word changes half of the rest.
 _STEP, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Return 64 bits that depend on every byte and its position, the same on every device; computed on the tensor's."""
+    """Return 64 bits that depend on every byte and its position, the same on every device; computed on the tensor's.
+
+    It takes a few times a piece of memory, whatever the size of the tensor.
+    """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    padded = torch.nn.functional.pad(data, (0, -data.numel() % 8))
-    words = padded.view(torch.int64)
-    positions = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    mixed = words + positions * _STEP  # int64 arithmetic wraps
-    mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
-    mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
-    return int((mixed ^ _shifted(mixed, 31)).sum().item())
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    size = _PIECE_CPU if data.device.type == "cpu" else _PIECE
+    for start in range(0, data.numel(), size):
+        piece = data[start : start + size]
+        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        positions = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64) + start // 8
+        mixed = words + positions * _STEP  # int64 arithmetic wraps
+        mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
+        mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
+        total += (mixed ^ _shifted(mixed, 31)).sum()
+    return int(total.item())
 
 
 def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
