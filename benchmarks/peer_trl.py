@@ -34,7 +34,10 @@ from small_policy import show
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "quickstart.yaml"
-PACKAGES = ("trl==1.16.0", f"transformers=={transformers.__version__}", "accelerate==1.15.0", "datasets==5.2.0", "pyarrow")
+PACKAGES = (
+    *("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "pyarrow"),
+    f"transformers=={transformers.__version__}",
+)
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 WARM_UP = 2  # first steps of a run that do not count
 EQUAL = (

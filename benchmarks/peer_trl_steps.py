@@ -58,6 +58,7 @@ def main() -> None:
             output_dir=directory,
             use_cpu=True,
             ddp_backend="gloo",
+            ddp_find_unused_parameters=False,
             bf16=False,
             gradient_checkpointing=False,
             per_device_train_batch_size=responses // updates // options["ranks"],
