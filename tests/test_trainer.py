@@ -102,6 +102,8 @@ def _train(config: Config) -> dict[str, torch.Tensor]:
     trainer = Trainer(config)
     try:
         trainer.train()
+        # The evaluation before and the first step sample with the same weights; each step's new ones are given once.
+        assert trainer.engine.held_version == config.trainer.max_steps + 1
         return {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
     finally:
         trainer.close()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fipo.actor.credit import RECORDED
+from megatron_fipo.actor.digest import digest
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
@@ -29,7 +30,7 @@ from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.convert.policy import load_policy
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
-from megatron_fipo.parallel.collectives import broadcast
+from megatron_fipo.parallel.collectives import any_rank, broadcast
 from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.known_shapes import KnownShapes
 from megatron_fipo.parallel.topology import Topology
@@ -37,6 +38,9 @@ from megatron_fipo.parallel.topology import Topology
 
 class Engine(Protocol):
     """Rollout engine that `infer` generates with."""
+
+    @property
+    def held_version(self) -> int: ...
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None: ...
 
@@ -88,6 +92,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
+        self._given: tuple[int, int] | None = None  # engine's version and digest of the weights that it was given last
         self.recorder: Recorder = _unrecorded
         self.records = config.rollout.save and config.rollout.save_credit
         self._record: list[torch.Tensor] | None = None  # last stage: [K, R] of each micro-batch of the last update
@@ -179,7 +184,7 @@ class FIPOActor(AlignableGenerativeInterface):
         if self.config.optimizer.offload_state:
             self.offload_adam_states()
         if self.engine is not None:
-            self.engine.load_weights(self.export_weights())
+            self._give_weights(self.engine)
 
     def finish_inference(self) -> None:
         """After generation: the engine's device memory back, if it shares the device; training mode."""
@@ -276,6 +281,17 @@ class FIPOActor(AlignableGenerativeInterface):
             yield
         finally:
             self.finish_inference()
+
+    def _give_weights(self, engine: Engine) -> None:
+        """Give the engine the current weights, unless it has them already.
+
+        Weights are compared by their bits, on every rank those that it holds, so that no change can be missed, whoever
+        made it; and the engine says whether it still has what it was given.
+        """
+        current = digest(parameter for _, parameter in named_parameters(self.chunks))
+        if any_rank(engine.held_version == 0 or (engine.held_version, current) != self._given):
+            engine.load_weights(self.export_weights())
+            self._given = engine.held_version, current
 
     # Shared
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether the flag is set on any rank of the group (None: the default group), equal on all. Collective."""
+    value = torch.tensor(float(flag))
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return bool(value.item())
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_fipo.exit_codes import Interrupted
+from megatron_fipo.parallel.collectives import any_rank
 
 __all__ = ["SIGNALS", "Interrupted", "agreed", "install", "requested", "shielded", "unless_interrupted"]
 
@@ -60,10 +60,7 @@ def agreed(group: dist.ProcessGroup | None = None) -> bool:
     Early ranks wait here while others generate. They use gloo on the CPU: NCCL would occupy a GPU on which a
     colocated server may still generate, and its timeout is shorter.
     """
-    group = group or dist.group.WORLD
-    flag = torch.tensor(float(requested()))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
+    return any_rank(requested(), group)
 
 
 def unless_interrupted(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

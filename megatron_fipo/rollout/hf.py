@@ -1,7 +1,10 @@
-"""The embedded engine: `transformers` generation with a KV cache, in the trainer's own process.
+"""The embedded engine: a `transformers` model with a KV cache, in the trainer's own process.
 
 Every rank of a replica holds a whole copy of the model and generates a share of the replica's requests, which suits
 models that fit beside the trainer many times over.
+
+Letters: B requests of a batch, U different prompts among them, P tokens of the longest prompt, R rows (requests that
+are still generated), V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,25 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessorList,
-    PretrainedConfig,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_fipo.convert.modules import published_parameters
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel.device import nondeterministic_allowed
+from megatron_fipo.rollout.attention import use_grouped_attention
+from megatron_fipo.rollout.kv_cache import growing_cache
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.sampler import SeededSampler
 
-_PAD = 0  # any id: padded positions are masked, and what follows a stop token is cut off
+_PAD = 0  # any id: padded positions are masked
+_COMPACTED_BELOW = 0.75  # share of unfinished rows from which on the finished ones are taken out of the batch
 
 
 class HFEngine:
@@ -39,6 +35,9 @@ class HFEngine:
         self.batch_size = batch_size
         self.device = device
         self.model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(device).eval()
+        use_grouped_attention(self.model)
+        self.held_version = 0
+        self._loads = 0
         self._parameters = published_parameters(self.model)
 
     @torch.no_grad()
@@ -48,6 +47,8 @@ class HFEngine:
         Raises:
             ValueError: the tensors are not exactly the model's.
         """
+        self.held_version = 0  # until all are there
+        self._loads += 1
         missing = set(self._parameters)
         for name, tensor in weights:
             if name not in self._parameters:
@@ -59,6 +60,7 @@ class HFEngine:
             missing.discard(name)
         if missing:
             raise ValueError(f"the rollout model got no weights for {', '.join(sorted(missing)[:5])}")
+        self.held_version = self._loads
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
@@ -80,57 +82,96 @@ class HFEngine:
         del self.model, self._parameters
 
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        prompt_ids, attention_mask = _left_pad([r.prompt_ids for r in requests], self.device)
-        width = prompt_ids.shape[1]
-        sampler = SeededSampler([r.seed for r in requests], sampling.max_tokens, width, sampling.temperature == 0)
-        tokens = self.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=attention_mask,
-            logits_processor=LogitsProcessorList([*_warpers(sampling), sampler]),
-            stopping_criteria=StoppingCriteriaList([_WhenInterrupted()]),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_tokens,
-                do_sample=False,  # the sampler leaves one token
-                eos_token_id=list(sampling.stop_token_ids),
-                pad_token_id=_PAD,
-            ),
-        )[:, width:].cpu()
-        if interrupt.requested():
-            raise interrupt.Interrupted
-        log_probs = torch.stack(sampler.log_probs, dim=1)  # [B, generated]
-        stops = torch.isin(tokens, torch.tensor(sampling.stop_token_ids))
-        return [_cut(*row, sampling.max_tokens) for row in zip(tokens, log_probs, stops, strict=True)]
+        """Sample one token for all rows at a time; rows that have ended leave the batch now and then."""
+        sampler = SeededSampler([r.seed for r in requests], sampling, self.device)
+        batch = _Batch(self.model, requests, sampling.max_tokens, self.device)
+        stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
+        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.int64, device=self.device)
+        log_probs = torch.zeros(tokens.shape, device=self.device)
+        for step in range(sampling.max_tokens):
+            if interrupt.requested():
+                raise interrupt.Interrupted
+            chosen, chosen_log_probs = sampler(batch.logits, step, batch.requests)
+            tokens[batch.requests, step] = chosen
+            log_probs[batch.requests, step] = chosen_log_probs
+            batch.unfinished &= ~torch.isin(chosen, stops)
+            left = int(batch.unfinished.sum())
+            if left == 0 or step + 1 == sampling.max_tokens:
+                break
+            if left <= _COMPACTED_BELOW * len(chosen):
+                chosen = chosen[batch.drop_finished()]
+            batch.append(chosen)
+        return _responses(tokens.cpu(), log_probs.cpu(), stops.cpu())
 
 
-class _WhenInterrupted(StoppingCriteria):
-    """Ends generation at the next token once this rank is asked to stop."""
+class _Batch:
+    """Rows that are generated together, with their KV cache. A prompt of several requests is computed once.
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), interrupt.requested(), device=input_ids.device)
+    Attributes:
+        requests: `[R]` index of each row's request.
+        unfinished: `[R]`; all True until the caller changes it.
+        logits: `[R, V]` of the next token.
+    """
 
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], max_tokens: int, device: torch.device
+    ) -> None:
+        self._model = model
+        self._cache = growing_cache(model.config)
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
+        prompt_ids, prompt_mask = _left_pad(list(numbers), device)
+        positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(prompt_ids, positions, prompt_mask)
+        prompts = torch.tensor([numbers[tuple(r.prompt_ids)] for r in requests], device=device)
+        self.requests = torch.arange(len(requests), device=device)
+        self.unfinished = torch.ones(len(requests), dtype=torch.bool, device=device)
+        self.logits = logits[prompts]
+        self._cache.batch_select_indices(prompts)
+        self._positions = positions[prompts, -1:]  # [R, 1] of the newest token
+        self._width = prompt_ids.shape[1]  # tokens with padding
+        self._mask = torch.cat([prompt_mask[prompts], prompt_mask.new_ones(len(requests), max_tokens)], dim=1)
 
-def _warpers(sampling: Sampling) -> list[object]:
-    warpers: list[object] = []
-    if sampling.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
+    def append(self, tokens: torch.Tensor) -> None:
+        """Append one token to each row, `[R]`."""
+        self._positions = self._positions + 1
+        self._width += 1
+        self.logits = self._forward(tokens.unsqueeze(1), self._positions, self._mask[:, : self._width])
+
+    def drop_finished(self) -> torch.Tensor:
+        """Keep the unfinished rows only; return their indices among the rows before."""
+        kept = self.unfinished.nonzero().squeeze(1)
+        self._cache.batch_select_indices(kept)
+        self.requests, self.unfinished = self.requests[kept], self.unfinished[kept]
+        self._positions, self._mask = self._positions[kept], self._mask[kept]
+        return kept
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits behind the last token, `[rows, V]`."""
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both `[B, longest prompt]` int64."""
+    """Return token ids, int64, and attention mask, bool, both `[U, P]`."""
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[_PAD] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
     return ids.to(device), mask.to(device)
 
 
-def _cut(tokens: torch.Tensor, log_probs: torch.Tensor, stops: torch.Tensor, max_tokens: int) -> Response:
-    """End a row after its first stop token."""
-    positions = stops.nonzero()
-    stopped = len(positions) > 0
-    length = int(positions[0]) + 1 if stopped else min(len(tokens), max_tokens)
-    return Response(tokens[:length].tolist(), log_probs[:length].tolist(), truncated=not stopped)
+def _responses(tokens: torch.Tensor, log_probs: torch.Tensor, stops: torch.Tensor) -> list[Response]:
+    """Return `[B, max_tokens]` up to each row's first stop token; what lies behind it belongs to nothing."""
+    is_stop = torch.isin(tokens, stops)
+    stopped = is_stop.any(1)
+    lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, tokens.shape[1])
+    return [
+        Response(tokens[i, :length].tolist(), log_probs[i, :length].tolist(), truncated=not has_ended)
+        for i, (length, has_ended) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
+    ]

@@ -60,9 +60,14 @@ class RolloutEngine(Protocol):
     Attributes:
         through_first_rank: requests of a data-parallel replica go through its first rank; otherwise each of its ranks
             generates a share.
+        held_version: number of the newest `load_weights`, counted from 1, while the engine samples with its weights;
+            0: it has none, or not everywhere, and needs them again. May differ between ranks.
     """
 
     through_first_rank: bool
+
+    @property
+    def held_version(self) -> int: ...
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Take new weights by their Hugging Face names; every tensor is consumed before this returns.

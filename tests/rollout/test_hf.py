@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_fipo.convert.modules import published_parameters
 from megatron_fipo.parallel import interrupt
-from megatron_fipo.rollout import HFEngine, Request, Response, Sampling
+from megatron_fipo.rollout import HFEngine, Request, Response, Sampling, hf
+from tests.support.families import make_checkpoint
 from tests.support.policies import make_qwen2
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -43,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 
 def engine_for(model: PreTrainedModel, batch_size: int = 64) -> HFEngine:
     engine = HFEngine(model.config, torch.float32, torch.device("cpu"), batch_size)
-    engine.load_weights((name, p.detach()) for name, p in model.named_parameters())
+    engine.load_weights((name, p.detach()) for name, p in published_parameters(model).items())
     return engine
 
 
@@ -75,6 +78,123 @@ def filtered(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
         row[order[before >= how.top_p]] = 0
         row /= row.sum()
     return probs.log()
+
+
+@torch.no_grad()
+def plain_response(model: PreTrainedModel, request: Request, how: Sampling) -> Response:
+    """Sample a response by full forward passes of its tokens alone, without a cache, padding or other rows."""
+    uniforms = torch.rand(how.max_tokens, generator=torch.Generator().manual_seed(request.seed)).double()
+    tokens: list[int] = []
+    log_probs: list[float] = []
+    while len(tokens) < how.max_tokens and not set(tokens) & set(how.stop_token_ids):
+        logits = model(input_ids=torch.tensor([[*request.prompt_ids, *tokens]]), use_cache=False).logits[0, -1:]
+        log_p = (filtered(logits, how) if how.temperature else logits.log_softmax(-1))[0]
+        sums = log_p.double().exp().cumsum(0)
+        above = (sums > uniforms[len(tokens)] * sums[-1]).nonzero()
+        tokens.append(int(above[0]) if how.temperature else int(log_p.argmax()))
+        log_probs.append(float(log_p[tokens[-1]]))
+    return Response(tokens, log_probs, truncated=not set(tokens) & set(how.stop_token_ids))
+
+
+SLIDING = {
+    "mistral_window": ("mistral", {"sliding_window": 5}),
+    "qwen2_mixed": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3", "llama3", "qwen3_moe", "mixtral", *SLIDING])
+def test_responses_are_those_of_a_plain_loop(name: str, tmp_path: Path) -> None:
+    """Every family's tokens, stops and log-probabilities are those of transformers' full forward passes, one response
+    alone; sliding windows shorter than the responses included."""
+    family, changes = SLIDING.get(name, (name, {}))
+    path = make_checkpoint(tmp_path, family, num_hidden_layers=2, **changes)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine = engine_for(plain)
+    wanted = requests(12)
+    assert [tuple(r.prompt_ids) for r in wanted].count(PROMPTS[0]) == 3
+    lengths = set()
+    plain_sampling = sampling(stop_token_ids=tuple(range(5, 60, 6)))
+    filtered_sampling = dataclasses.replace(plain_sampling, temperature=0.8, top_p=0.9, top_k=30)
+    for how in (plain_sampling, filtered_sampling, dataclasses.replace(plain_sampling, temperature=0.0)):
+        responses = engine.generate(wanted, how)
+        for request, response in zip(wanted, responses, strict=True):
+            expected = plain_response(plain, request, how)
+            assert (response.token_ids, response.truncated) == (expected.token_ids, expected.truncated)
+            assert response.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+            lengths.add(len(response.token_ids))
+    assert len(lengths) > 3
+
+
+def rows_of_forwards(engine: HFEngine) -> list[tuple[int, int]]:
+    """Record rows and tokens of each forward pass of the engine's model from now on."""
+    seen: list[tuple[int, int]] = []
+
+    def record(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(tuple(kwargs["input_ids"].shape))  # type: ignore[arg-type]
+
+    engine.model.register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
+def test_finished_rows_leave_the_batch(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every token at least three quarters of the computed rows are unfinished, and the responses are those of a
+    batch that no row leaves, and of one that each row leaves at once."""
+    engine = engine_for(model)
+    seen = rows_of_forwards(engine)
+    responses = engine.generate(requests(64), sampling(max_tokens=48))
+    lengths = [len(r.token_ids) for r in responses]
+    unfinished = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    rows = [rows for rows, _ in seen[1:]]
+    assert len(rows) == len(unfinished)
+    assert all(left <= computed < left / 0.75 for computed, left in zip(rows, unfinished, strict=True))
+    assert min(rows) < 16
+    for share, expected in ((0.0, [64] * len(rows)), (1.0, unfinished)):
+        monkeypatch.setattr(hf, "_COMPACTED_BELOW", share)
+        seen.clear()
+        others = engine.generate(requests(64), sampling(max_tokens=48))
+        assert [rows for rows, _ in seen[1:]] == expected
+        for response, other in zip(responses, others, strict=True):
+            assert (response.token_ids, response.truncated) == (other.token_ids, other.truncated)
+            assert response.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+def test_a_prompt_is_computed_once(engine: HFEngine) -> None:
+    """The prompts of 32 requests, 4 different ones of up to 7 tokens, are one pass over 4 rows of 7."""
+    seen = rows_of_forwards(engine)
+    engine.generate(requests(32), sampling())
+    assert seen[:2] == [(4, 7), (32, 1)]
+
+
+def test_held_version(model: PreTrainedModel) -> None:
+    """It counts loads, and is 0 before the first one and after one that failed."""
+    engine = HFEngine(model.config, torch.float32, torch.device("cpu"), 4)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    assert engine.held_version == 0
+    for version in (1, 2):
+        engine.load_weights(iter(weights.items()))
+        assert engine.held_version == version
+    with pytest.raises(ValueError, match="no weights for lm_head"):
+        engine.load_weights(_without_last(weights))
+    assert engine.held_version == 0
+    engine.load_weights(iter(weights.items()))
+    assert engine.held_version == 4
+
+
+def test_logits_that_are_not_finite_are_refused(model: PreTrainedModel) -> None:
+    """A diverged model ends with an error, greedy or not, rather than with a token."""
+    engine = engine_for(model)
+    engine.load_weights((name, torch.full_like(p, torch.nan)) for name, p in model.named_parameters())
+    for how in (sampling(), sampling(temperature=0)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            engine.generate(requests(2), how)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

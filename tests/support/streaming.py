@@ -135,6 +135,10 @@ class BackgroundHF:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def held_version(self) -> int:
+        return self.engine.held_version
+
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         with self._busy:  # what was cancelled may not have noticed yet
             self.engine.load_weights(weights)

@@ -76,6 +76,7 @@ class VLLMEngine:
         self._vocabulary = vocabulary
         self._controls: list[Control] = []
         self._owned: list[int] = []  # numbers of this rank's servers among all
+        self._held = False  # every server has the newest weights
         self._newest: tuple[str, list[dict[str, Any]]] | None = None  # version and files that a server can be given
 
     # Weights
@@ -88,6 +89,7 @@ class VLLMEngine:
             ValueError: servers could not be started as configured, or the weights could not be written.
         """
         client = self._start()
+        self._held = False  # until every server has them
         client.expect(None)
         incarnations = self._everywhere(self._awake(dict(zip(self._owned, self.supervisor.hold(), strict=True))))
         self.updates += 1
@@ -130,6 +132,7 @@ class VLLMEngine:
             raise MachineFailure(f"no rollout server took the new weights: {failures or 'none is ready'}")
         assert self._client is not None
         self._client.expect(version, current)
+        self._held = all(current)
 
     def _reload(self, control: Control) -> bool:
         """Give a restarted server the current weights; return whether there were any to give."""
@@ -137,6 +140,15 @@ class VLLMEngine:
             return False
         update.reload(control, *self._newest)
         return True
+
+    @property
+    def held_version(self) -> int:
+        """Number of the newest weights while this rank knows of no server that lacks them, else 0.
+
+        It is 0 for external servers, too, which may have been restarted by others.
+        """
+        ready = all(server.current and server.state == "ready" for server in self.supervisor.servers)
+        return self.updates if self._held and ready and not self.config.rollout.server.urls else 0
 
     # Responses
 
@@ -176,6 +188,7 @@ class VLLMEngine:
         """Colocated servers give their GPUs to the ranks, weights and cache included, until the next update."""
         if self.config.rollout.server.placement != "colocated" or self._client is None:
             return
+        self._held = False
         self._client.expect(None)
         for index, server in enumerate(self._owned):
             try:

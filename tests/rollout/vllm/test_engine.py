@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -121,6 +122,42 @@ def test_a_server_of_other_weights_gets_no_requests(servers: list[FakeServer], t
 def test_which_updates_are_checked(every: int, checked: list[int]) -> None:
     """The first and every Nth after it; 0: none."""
     assert [number for number in range(1, 42) if is_checked(number, every)] == checked
+
+
+def _change_server(engine: VLLMEngine, **changes: Any) -> None:
+    rollout = engine.config.rollout
+    rollout = dataclasses.replace(rollout, server=dataclasses.replace(rollout.server, **changes))
+    engine.config = dataclasses.replace(engine.config, rollout=rollout)
+
+
+def _held(urls: list[str], directory: Path) -> list[int]:
+    engine = make_engine(urls, directory)
+    try:
+        engine.load_weights(weights([]))
+        held = [engine.held_version]
+        _change_server(engine, urls=())  # as if the servers were this rank's own
+        held.append(engine.held_version)
+        managed = SimpleNamespace(current=True, state="ready")
+        engine.supervisor.servers.append(managed)  # type: ignore[arg-type]
+        for managed.current, managed.state in ((True, "ready"), (True, "lost"), (False, "ready"), (True, "ready")):
+            held.append(engine.held_version)
+        engine.supervisor.servers.clear()
+        engine.load_weights(weights([]))
+        held.append(engine.held_version)
+        _change_server(engine, placement="colocated")
+        engine.release()
+        return [*held, engine.held_version]
+    finally:
+        engine.close()
+
+
+def test_held_version(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Weights need not be sent again while all servers of this rank are ready and have them, and none has slept.
+
+    External servers need them every time: others may have restarted them.
+    """
+    for held in run_ranks(_held, 2, [s.url for s in servers], tmp_path):
+        assert held == [0, 1, 1, 0, 0, 1, 2, 0]
 
 
 def test_server_that_takes_no_weights(servers: list[FakeServer], tmp_path: Path) -> None:
