@@ -120,8 +120,13 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
 
 
 def destroy() -> None:
-    """Destroy all process groups, so that another layout can be initialized in the same processes."""
+    """Destroy all process groups, so that another layout can be initialized in the same processes.
+
+    Megatron only forgets its groups; each gloo group has a thread that polls, and each NCCL group has device memory.
+    """
     parallel_state.destroy_model_parallel()
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def _replica_group(data_rank: int, timeout_minutes: float) -> dist.ProcessGroup:
