@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_fipo.comparison.command import compare
 from megatron_fipo.config import Config, load_config, with_seed
 from megatron_fipo.convert_command import app as convert
 from megatron_fipo.exit_codes import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
@@ -250,6 +251,9 @@ def report(
 ) -> None:
     """Draw the figures of one run or of several, and a page with all of them."""
     _report(runs, out, group or ())
+
+
+app.command(epilog=EXIT_CODES)(compare)
 
 
 @scaling.command("report", epilog=EXIT_CODES)

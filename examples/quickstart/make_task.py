@@ -19,9 +19,11 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,15 +71,20 @@ def distinct_problems(rng: random.Random, count: int, *, held: bool) -> list[lis
 
 def write_problems(problems: list[list[int]], path: Path) -> None:
     """Write problems in the schema of DAPO-Math-17k and AIME 2024."""
+    write_rows([(prompt_of(numbers), str(sum(numbers))) for numbers in problems], "quickstart_sum", path)
+
+
+def write_rows(problems: list[tuple[str, str]], source: str, path: Path) -> None:
+    """Write (prompt, ground truth) pairs in that schema."""
     rows = [
         {
-            "data_source": "quickstart_sum",
-            "prompt": [{"role": "user", "content": prompt_of(numbers)}],
+            "data_source": source,
+            "prompt": [{"role": "user", "content": prompt}],
             "ability": "MATH",
-            "reward_model": {"ground_truth": str(sum(numbers)), "style": "rule"},
+            "reward_model": {"ground_truth": truth, "style": "rule"},
             "extra_info": {"index": index},
         }
-        for index, numbers in enumerate(problems)
+        for index, (prompt, truth) in enumerate(problems)
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
 
@@ -145,7 +152,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2, positions: int = 512) -> Qwen2ForCausalLM:
     """Return the untrained base model."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = Qwen2Config(
@@ -155,7 +162,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForC
         num_hidden_layers=layers,
         num_attention_heads=4,  # 32 dimensions each
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         initializer_range=0.05,
         tie_word_embeddings=False,
@@ -166,15 +173,25 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> Qwen2ForC
     return model
 
 
-def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> None:
-    """Train next-token prediction on the corpus, with the loss on the response only."""
+Example = tuple[str, str]  # prompt and response
+
+
+def pretrain(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    example: Callable[[random.Random, float], Example],
+    *,
+    steps: int,
+    seed: int,
+) -> None:
+    """Train next-token prediction with the loss on the response only; `example` gets the share of finished steps."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description="pre-training the base model"):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.1 + 0.9 * cosine)
-        batch = sample_batch(tokenizer, rng, CLEAN if step < CLEAN_SHARE * steps else SLOPPY)
+        batch = as_batch(tokenizer, [example(rng, step / steps) for _ in range(32)])
         num_targets = sum((labels != IGNORED).sum() for _, labels in batch)
         optimizer.zero_grad()
         for ids, labels in batch:
@@ -184,29 +201,42 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, ste
     model.eval()
 
 
-def sample_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, corpus: Corpus) -> list[tuple[Tensor, Tensor]]:
-    """Return token ids and labels of 32 examples, as [16, T] twice: the short and the long half, to save padding."""
+def sum_example(rng: random.Random, share_done: float) -> Example:
+    """Sample a sum and a response to it: without mistakes first, so that the model learns to add."""
+    numbers = sample_problem(rng, held=False)
+    return prompt_of(numbers), response_to(numbers, rng, CLEAN if share_done < CLEAN_SHARE else SLOPPY)
+
+
+def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[tuple[Tensor, Tensor]]:
+    """Return token ids and labels, as [N / 2, T] twice: the short and the long half, to save padding."""
     vocabulary = tokenizer.get_vocab()
-    examples = []
-    for numbers in (sample_problem(rng, held=False) for _ in range(32)):
-        prompt, response = prompt_of(numbers), response_to(numbers, rng, corpus)
+    rows = []
+    for prompt, response in examples:
         ids = [tokenizer.bos_token_id, *(vocabulary[c] for c in prompt + response), tokenizer.eos_token_id]
         labels = [IGNORED] * (1 + len(prompt)) + ids[1 + len(prompt) :]
-        examples.append((torch.tensor(ids), torch.tensor(labels)))
-    examples.sort(key=lambda example: len(example[0]))
-    halves = [tuple(zip(*half, strict=True)) for half in (examples[:16], examples[16:])]
+        rows.append((torch.tensor(ids), torch.tensor(labels)))
+    rows.sort(key=lambda row: len(row[0]))
+    middle = len(rows) // 2
+    halves = [tuple(zip(*half, strict=True)) for half in (rows[:middle], rows[middle:])]
     return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in halves]
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[list[int]], k: int) -> float:
-    """Return the share of correct answers: over `k` responses per problem at temperature 1, greedy if `k` is 1."""
-    chats = [[{"role": "user", "content": prompt_of(numbers)}] for numbers in problems]
+def sample_responses(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], k: int, limit: int
+) -> list[str]:
+    """Return `k` responses per prompt at temperature 1, greedy if `k` is 1, of at most `limit` tokens."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
     inputs = render(chats, padding=True, return_tensors="pt")
     sampling = {"do_sample": True, "num_return_sequences": k} if k > 1 else {"do_sample": False}
-    ids = model.generate(**inputs, max_new_tokens=96, **sampling)
-    responses = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = model.generate(**inputs, max_new_tokens=limit, **sampling)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[list[int]], k: int) -> float:
+    """Return the share of correct answers of `k` responses per problem."""
+    responses = sample_responses(model, tokenizer, [prompt_of(numbers) for numbers in problems], k, limit=96)
     truths = [str(sum(numbers)) for numbers in problems for _ in range(k)]
     scores = make_reward(RewardConfig(function="dapo"))(responses, truths, ["quickstart_sum"] * len(truths))
     return sum(score.accuracy for score in scores) / len(scores)
@@ -223,7 +253,7 @@ def make_task(
     write_problems(validation, directory / "validation.parquet")
     write_problems(distinct_problems(rng, train_problems, held=False), directory / "train.parquet")
     model = make_model(tokenizer := make_tokenizer(), layers)
-    pretrain(model, tokenizer, steps=steps, seed=seed)
+    pretrain(model, tokenizer, sum_example, steps=steps, seed=seed)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
     return {name: accuracy(model, tokenizer, validation, k) for name, k in (("greedy", 1), ("avg@8", 8))}
@@ -240,10 +270,16 @@ def main() -> None:
     parser.add_argument("--validation-problems", type=int, default=128)
     arguments = vars(parser.parse_args())
     out: Path = arguments.pop("out")
+    if result := create(out, arguments, make_task):
+        print(f"{out}: greedy {result['greedy']:.3f}, avg@8 {result['avg@8']:.3f}, {result['seconds']:.0f} s")
+
+
+def create(out: Path, arguments: dict[str, Any], make: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+    """Create a task in `out`, which appears when it is complete; return its result, None if it was complete already."""
     marker = out / MARKER
     if marker.exists() and json.loads(marker.read_text())["arguments"] == arguments:
         print(f"{out} is complete: {marker.read_text()}")
-        return
+        return None
     if out.exists() and not marker.exists():
         raise SystemExit(f"{out} exists and was not created by this script; choose another --out")
     started = time.monotonic()
@@ -251,11 +287,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
-        result = make_task(made, **arguments)
+        result = make(made, **arguments)
         (made / MARKER).write_text(json.dumps({"arguments": arguments, **result}, indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
-    print(f"{out}: greedy {result['greedy']:.3f}, avg@8 {result['avg@8']:.3f}, {time.monotonic() - started:.0f} s")
+    return {**result, "seconds": time.monotonic() - started}
 
 
 if __name__ == "__main__":

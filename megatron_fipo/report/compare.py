@@ -1,19 +1,25 @@
-"""Figures of several runs: colours are runs, line styles are metrics; repeats of a run are shown as mean and range.
+"""Figures of several runs: colours are runs, line styles are metrics; repeats are their mean with its t interval.
+
+A mean is over all repeats or there is none: it ends where the shortest run ends, since the mean of those that are left
+would jump where one with a low value has crashed.
 
 T: steps of a series.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_fipo.comparison.statistics.paired import t_quantile
 from megatron_fipo.report.history import History, Run, Values
 from megatron_fipo.report.panels import (
     BLUE,
@@ -44,11 +50,13 @@ _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#1797a6", "#a5673f", "#d06fa8", GR
 _STYLES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
 _COLUMNS = 3  # columns of the legend
 _NAME = 22  # maximum characters of a run's name in a figure
+CONFIDENCE = 0.95
+_LEAST = 1e-3  # of the mean: where an interval ends at the bottom of a log scale
 
 
 @dataclass(frozen=True)
 class Series:
-    """Data of one colour. `low` and `high` are the range over the runs of a group, `history` their mean."""
+    """Data of one colour. `low` and `high` are the interval of the mean of a group's runs, `history` their mean."""
 
     name: str
     color: str
@@ -59,7 +67,11 @@ class Series:
 
     @property
     def label(self) -> str:
-        return f"{self.name} (mean of {len(self.runs)})" if len(self.runs) > 1 else self.name
+        """Name; of repeats with their number, and their last common step if one of them is longer."""
+        if len(self.runs) == 1:
+            return self.name
+        ends = [run.rows[-1]["step"] for run in self.runs]
+        return f"{self.name} (n = {len(ends)}{f' to step {min(ends):.0f}' if max(ends) > min(ends) else ''})"
 
 
 def make_series(runs: Sequence[Run], names: Sequence[str], groups: Sequence[str] = ()) -> list[Series]:
@@ -86,28 +98,25 @@ def _series(name: str, color: str, runs: Sequence[Run]) -> Series:
     histories = [History.from_rows(run.rows) for run in runs]
     if len(runs) == 1:
         return Series(name, color, histories[0], tuple(runs))
-    steps = np.unique(np.concatenate([h.steps for h in histories]))
+    steps = functools.reduce(np.intersect1d, [h.steps for h in histories])
     metrics = {metric for history in histories for metric in history.columns}
-    bounds = {m: _mean_and_bounds([_on(steps, h, m) for h in histories]) for m in metrics}
+    bounds = {m: _mean_and_interval([_on(steps, h, m) for h in histories]) for m in metrics}
     mean, low, high = (History(steps, {m: values[part] for m, values in bounds.items()}) for part in range(3))
     return Series(name, color, mean, tuple(runs), low, high)
 
 
 def _on(steps: Values, history: History, metric: str) -> Values:
-    """Return a run's values [T] at the steps of all runs, NaN where it has none."""
-    values = np.full(len(steps), np.nan)
-    values[np.searchsorted(steps, history.steps)] = history[metric]
-    return values
+    """Return a run's values [T] at some of its steps."""
+    return history[metric][np.searchsorted(history.steps, steps)]
 
 
-def _mean_and_bounds(values: Sequence[Values]) -> tuple[Values, Values, Values]:
-    """Return mean, minimum and maximum over the runs that have a value; NaN where none has."""
+def _mean_and_interval(values: Sequence[Values]) -> tuple[Values, Values, Values]:
+    """Return the mean over the runs and the ends of its t interval; NaN where a run has no finite value."""
     stacked = np.stack(values)
-    there = np.isfinite(stacked)
-    count = there.sum(0)
-    mean = np.where(there, stacked, 0.0).sum(0) / np.maximum(count, 1)
-    low, high = np.where(there, stacked, np.inf).min(0), np.where(there, stacked, -np.inf).max(0)
-    return tuple(np.where(count > 0, column, np.nan) for column in (mean, low, high))  # type: ignore[return-value]
+    stacked = np.where(np.isfinite(stacked).all(0), stacked, np.nan)
+    mean, n = stacked.mean(0), len(stacked)
+    half = t_quantile(n - 1, 0.5 + CONFIDENCE / 2) * stacked.std(0, ddof=1) / np.sqrt(n)
+    return mean, mean - half, mean + half
 
 
 def draw_together(spec: FigureSpec, series: Sequence[Series], references: Sequence[Reference] = ()) -> bytes | None:
@@ -176,8 +185,13 @@ def _draw_line(axes: Axes, line: Line, series: Series, dashes: object, log: bool
         return
     steps, values = series.history.steps[shown], values[shown]
     if series.low is not None and series.high is not None:
-        low, high = line_values(line, series.low)[shown], line_values(line, series.high)[shown]
-        axes.fill_between(steps, low, high, color=series.color, alpha=0.15, linewidth=0)
+        low, high = series.low[line.metric][shown], series.high[line.metric][shown]
+        if log:
+            low = np.maximum(low, values * _LEAST)  # an interval of a positive quantity may reach below 0
+        outline = np.concatenate([np.column_stack([steps, low]), np.column_stack([steps, high])[::-1]])
+        # Axes are of the means: the interval of two runs reaches 13 times as far from their mean as they do.
+        band = PolyCollection([outline], facecolor=series.color, alpha=0.15, linewidth=0)
+        axes.add_collection(band, autolim=False)
     marker = "o" if len(values) == 1 else ""
     axes.plot(steps, smooth(values), color=series.color, linewidth=1.4, linestyle=dashes, marker=marker, markersize=3)
     if not any(handle.get_label() == line.label for handle in axes.get_lines()) and line.label:

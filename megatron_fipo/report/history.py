@@ -89,8 +89,11 @@ class Run:
         return _current(self.config)
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path, reflection: bool = True) -> Run:
     """Read a run's directory.
+
+    Args:
+        reflection: also read the saved responses, for the metrics of self-reflection.
 
     Raises:
         ValueError: not a run, has no finished step, or a file in it is damaged.
@@ -103,8 +106,8 @@ def read_run(directory: Path) -> Run:
         raise ValueError(f"{metrics} contains no finished step yet")
     config = directory / "config.yaml"
     summary = _read_summary(directory / "summary.json")
-    reflection = reflection_rates(directory / "rollouts")
-    rows = [by_step[step] | reflection.get(int(step), {}) for step in sorted(by_step)]
+    rates = reflection_rates(directory / "rollouts") if reflection else {}
+    rows = [by_step[step] | rates.get(int(step), {}) for step in sorted(by_step)]
     rows = _with_measured_evaluations(rows, _scores(summary, "before"))
     return Run(directory, rows, summary, _read_config(config) if config.is_file() else "")
 

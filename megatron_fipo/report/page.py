@@ -188,8 +188,11 @@ def _summary(series: Sequence[Series]) -> str:
     alone = _alone(series)
     if alone:
         return f"<p>{escape(progress(alone))}. {_SMOOTHED_NOTE}</p>\n{_before_after(alone)}"
-    spread = " Repeated runs: mean ± sample standard deviation; figures show the mean and, pale, the "
-    note = f"{spread}range." if any(one.low is not None for one in series) else ""
+    spread = (
+        " Repeated runs: mean ± sample standard deviation; figures show the mean and, pale, its 95% t interval. Both "
+    )
+    spread += "are over the steps that all repeats have."
+    note = spread if any(one.low is not None for one in series) else ""
     head, lines = comparison(series)
     named = [[Html(_swatch(one) + escape(name)), *cells] for one, (name, *cells) in zip(series, lines, strict=True)]
     each = [

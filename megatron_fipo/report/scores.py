@@ -49,7 +49,8 @@ def before_after(run: Run) -> Table:
 def comparison(series: Sequence[Series]) -> Table:
     """Return one line per series; for repeats the mean and the sample standard deviation.
 
-    Shows evaluation scores, or training metrics if no run was evaluated. Steps: of the shortest run.
+    Shows evaluation scores, or training metrics if no run was evaluated. Steps: of the shortest run, and repeats are
+    compared at their last common step: of one that has crashed, a longer one's later score would be no repeat.
     """
     runs = [run for one in series for run in one.runs]
     known = [m for m in _METRICS if m.compared and any(_value(run, m, last=True) is not None for run in runs)]
@@ -63,11 +64,23 @@ def comparison(series: Sequence[Series]) -> Table:
             str(len(one.runs)),
             _steps(one),
             *(_spread([_value(run, m, last=False) for run in one.runs], m.format) for m in first),
-            *(_spread([_value(run, m, last=True) for run in one.runs], m.format) for m in shown),
+            *(_spread(_last_values(one.runs, m), m.format) for m in shown),
         ]
         for one in series
     ]
     return head, lines
+
+
+def _last_values(runs: Sequence[Run], metric: _Metric) -> list[float | None]:
+    """Return each run's value at the last step at which all have it, or nothing if there is none."""
+    if len(runs) == 1:
+        return [_value(runs[0], metric, last=True)]
+    rows = [{row["step"]: row for row in run.trained if metric.name in row} for run in runs]
+    ends = {max(of, default=0.0) for of in rows}
+    common = set.intersection(*(set(of) for of in rows))
+    if len(ends) == 1 or not common:  # a finished run without rows of evaluations has them in its summary
+        return [_value(run, metric, last=True) for run in runs] if len(ends) == 1 else []
+    return [of[max(common)][metric.name] for of in rows]
 
 
 def _steps(series: Series) -> str:

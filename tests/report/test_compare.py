@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from megatron_fipo.config import to_yaml
 from megatron_fipo.report.compare import _draw_panel, draw_together, make_series
@@ -22,6 +23,7 @@ from megatron_fipo.report.history import History, read_run
 from megatron_fipo.report.page import published, write_report
 from megatron_fipo.report.panels import draw, fitted_line
 from megatron_fipo.report.reflection import rate, reflection_rates
+from megatron_fipo.report.scores import comparison
 from tests.report.test_report import AFTER, BEFORE, CONFIG, SPECS, rows_of, summary_of, write_run
 
 
@@ -87,16 +89,59 @@ def test_lines_are_the_metrics_file_s(tmp_path):
 
 
 def test_repeats_are_a_mean_with_its_spread(tmp_path):
-    """Runs called NAME-seedN are one series: mean, smallest and largest of the runs that have the step."""
+    """Runs called NAME-seedN are one series: mean and t interval, at the steps that all of them have."""
     values = {"x-seed1": [1.0, 2.0, 6.0], "x-seed2": [3.0, 4.0], "y-seed1": [5.0]}
     paths = [
         named_run(tmp_path / name, [{"step": s, "policy/entropy": v} for s, v in enumerate(column, start=1)])
         for name, column in values.items()
     ]
     x, y = series_of(paths)
-    assert (x.label, y.label, y.low) == ("x (mean of 2)", "y-seed1", None)
-    entropy = [h["policy/entropy"][h.steps > 0].tolist() for h in (x.history, x.low, x.high)]
-    assert entropy == [[2.0, 3.0, 6.0], [1.0, 2.0, 6.0], [3.0, 4.0, 6.0]]
+    assert (x.label, y.label, y.low) == ("x (n = 2 to step 2)", "y-seed1", None)
+    entropy = [h["policy/entropy"][h.steps > 0] for h in (x.history, x.low, x.high)]
+    np.testing.assert_array_equal(entropy[0], [2.0, 3.0])
+    for step, pair in enumerate(([1.0, 3.0], [2.0, 4.0])):
+        low, high = stats.t.interval(0.95, 1, np.mean(pair), stats.sem(pair))
+        assert (entropy[1][step], entropy[2][step]) == pytest.approx((low, high), rel=1e-9)
+
+
+def test_a_crashed_seed_does_not_lift_the_mean(tmp_path):
+    """Where a run with a low score ends, figures and table end for all repeats, not only for that run."""
+    scores = {"x-seed1": [0.1, 0.2], "x-seed2": [0.5, 0.6, 0.7, 0.8], "x-seed3": [0.5, 0.6, 0.7, 0.8]}
+    paths = []
+    for name, column in scores.items():
+        rows = [{"step": s, "reward/accuracy": v, "eval/avg@k": v, "time/eval": 1.0} for s, v in enumerate(column, 1)]
+        paths.append(named_run(tmp_path / name, rows))
+        (paths[-1] / "summary.json").unlink()
+    (series,) = series_of(paths)
+    trained = series.history.steps > 0
+    np.testing.assert_array_equal(series.history.steps[trained], [1.0, 2.0])
+    np.testing.assert_allclose(series.history["reward/accuracy"][trained], [1.1 / 3, 1.4 / 3])
+    head, (line,) = comparison([series])
+    cells = dict(zip(head, line, strict=True))
+    assert (cells["runs"], cells["steps"], cells["avg@8"]) == ("3", "2 of 500", "0.467 ±0.231")
+
+
+def test_a_step_without_a_value_of_every_run_has_no_mean(tmp_path):
+    """Where one run's metric was not finite, the mean of the others is not drawn in its place."""
+    paths = []
+    for name, column in {"x-seed1": [1.0, None, 3.0], "x-seed2": [3.0, 4.0, 5.0]}.items():
+        rows = [{"step": s, "policy/entropy": v} for s, v in enumerate(column, 1)]
+        paths.append(named_run(tmp_path / name, rows))
+    (series,) = series_of(paths)
+    np.testing.assert_array_equal(series.history["policy/entropy"][-3:], [2.0, np.nan, 4.0])
+
+
+def test_the_axis_is_of_the_means(tmp_path):
+    """The interval of two runs, 13 times as wide as their distance, does not flatten the curves."""
+    paths = [
+        named_run(tmp_path / name, [{"step": s, "policy/entropy": v + s} for s in range(1, 9)])
+        for name, v in (("x-seed1", 1.0), ("x-seed2", 2.0))
+    ]
+    axes = Figure().subplots()
+    _draw_panel(SPECS["entropy"].panels[0], axes, series_of(paths))
+    low, high = axes.get_ylim()
+    assert 2.0 < low < 2.5
+    assert 9.5 < high < 10.0
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -123,7 +168,7 @@ def test_comparison_of_repeats(tmp_path):
 def test_groups_by_the_beginning_of_the_name(tmp_path):
     """--group takes runs together whose names begin so."""
     paths = [named_run(tmp_path / name, rows_of(2)) for name in ("fipo-a", "fipo-b", "dapo")]
-    assert [one.label for one in series_of(paths, ["fipo"])] == ["fipo (mean of 2)", "dapo"]
+    assert [one.label for one in series_of(paths, ["fipo"])] == ["fipo (n = 2)", "dapo"]
 
 
 def test_a_run_named_twice(tmp_path):

@@ -51,6 +51,14 @@ def test_without_an_array(script: str, tmp_path: Path) -> None:
     assert _arguments(script, tmp_path) == SCRIPTS[script]
 
 
+def test_a_comparison_s_task_trains_its_run(tmp_path: Path) -> None:
+    """The configuration is that of the task's number in the given directory; settings come after it."""
+    found = _arguments("compare.sh", tmp_path, "runs/a b/configs", "x=1", SLURM_ARRAY_TASK_ID="12")
+    assert found == ["train", "runs/a b/configs/12.yaml", "x=1"]
+    with pytest.raises(subprocess.CalledProcessError):  # without an array there is no run to train
+        _arguments("compare.sh", tmp_path, "runs/configs")
+
+
 REQUEUES = """#!/bin/bash
 exec {python} -c '
 import os, time

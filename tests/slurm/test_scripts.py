@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOURCED = "requeue.sh"  # by the batch scripts
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != SOURCED)
 SWEEP = "pp_scaling.sh"  # calls srun itself, for each layout
+COMPARISON = "compare.sh"  # names its configuration by the task of an array, see test_arrays.py
 RECIPES = [name for name in SCRIPTS if "examples/" in (ROOT / "slurm" / name).read_text()]
 
 PRINTS_ITS_PLACE = r"""#!/bin/bash
@@ -159,7 +160,7 @@ def ranks(each_cluster: Cluster, tmp_path: Path) -> Callable[..., list[dict[str,
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != SWEEP])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in (SWEEP, COMPARISON)])
 def test_every_rank_has_its_place(script: str, ranks: Callable[..., list[dict[str, str]]]) -> None:
     """The job has the requested ranks, eight a node, each with its node's GPUs, its cores and the arguments."""
     nodes = int(_asked(script, "nodes"))

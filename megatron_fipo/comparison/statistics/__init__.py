@@ -1,0 +1,1 @@
+"""Statistics of paired differences: intervals, tests, corrections, power. Arrays only, no files."""
