@@ -39,7 +39,7 @@ class Endpoint:
 
 
 SCORE = Endpoint("score", "eval/avg@k", last=5, smallest=0.01)
-LENGTH = Endpoint("length", "batch/response_length", last=20, smallest=0.05, log=True)
+LENGTH = Endpoint("length", "batch/response_length/mean", last=20, smallest=0.05, log=True)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def finish(run: PlannedRun, score: float, length: float, problems: tuple[float, 
     steps, every = run.config.trainer.max_steps, run.config.eval.every
     rows = []
     for step in range(1, steps + 1):
-        row = {"step": step, "batch/response_length": length, "policy/entropy": 1.0}
+        row = {"step": step, "batch/response_length/mean": length, "policy/entropy": 1.0}
         if step % every == 0:
             row |= {"eval/avg@k": score, "time/eval": 1.0}
         rows.append(row)

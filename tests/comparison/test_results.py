@@ -92,17 +92,17 @@ def test_endpoints_are_means_of_the_last_values(planned: Planned) -> None:
     path = run.directory / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for step, row in enumerate(rows, start=1):
-        row["batch/response_length"] = 10.0 * step
+        row["batch/response_length/mean"] = 10.0 * step
     rows[1]["eval/avg@k"], rows[3]["eval/avg@k"] = 0.25, 0.75
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     saved = read_run(run.directory)
-    length = Endpoint("length", "batch/response_length", 3, 0.05, log=True)
+    length = Endpoint("length", "batch/response_length/mean", 3, 0.05, log=True)
     assert endpoint_value(saved, length) == pytest.approx(math.log(30.0))
     assert endpoint_value(saved, Endpoint("score", "eval/avg@k", 1, 0.01)) == 0.75
     assert endpoint_value(saved, Endpoint("score", "eval/avg@k", 2, 0.01)) == 0.5
     with pytest.raises(ValueError, match="no finite value in 1 of the last 3"):
         endpoint_value(saved, Endpoint("score", "eval/avg@k", 3, 0.01))
-    rows[2]["batch/response_length"] = None  # was not finite
+    rows[2]["batch/response_length/mean"] = None  # was not finite
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="no finite value at step 3"):
         endpoint_value(read_run(run.directory), length)
@@ -182,7 +182,7 @@ def test_a_finished_run_without_a_finite_endpoint_counts_as_failed(planned: Plan
     spec, runs = planned
     _finish_all(runs)
     path = runs[0].directory / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"batch/response_length": 22.0', '"batch/response_length": null'))
+    path.write_text(path.read_text().replace('"batch/response_length/mean": 22.0', '"batch/response_length/mean": null'))
     results = read_results(spec, runs)
     assert [one.failed for one in results.comparisons] == [(), (1,)]
     assert "length: counted as failed" in terminal_report(results)

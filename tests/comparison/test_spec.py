@@ -19,7 +19,7 @@ def test_a_legal_specification(write_spec: Write) -> None:
     assert (spec.seeds, spec.pairs, spec.out) == ((1, 2, 3), (("F", "D"),), Path("runs/comparison"))
     assert spec.endpoints == (
         Endpoint("score", "eval/avg@k", 2, 0.01),
-        Endpoint("length", "batch/response_length", 3, 0.05, log=True),
+        Endpoint("length", "batch/response_length/mean", 3, 0.05, log=True),
     )
     assert read_spec(write_spec(endpoints=None)).endpoints == (SCORE, LENGTH)
     assert (SCORE.last, LENGTH.last) == (5, 20)
@@ -104,7 +104,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
         ({"arms": {"F": {}, "D": {"eval.samples": 9}}}, "arms F and D differ in eval.samples: 2 and 9"),
         ({"arms": {"F": {}, "D": {"trainer.max_steps": 5}}}, "arms F and D differ in trainer.max_steps"),
         ({"endpoints": None}, "mean of the last 5 values of eval/avg@k, but a run has 2 evaluations"),
-        ({"endpoints": {"length": {}}}, "last 20 values of batch/response_length, but a run has 4 training steps"),
+        ({"endpoints": {"length": {}}}, "last 20 values of batch/response_length/mean, but a run has 4 training steps"),
         ({"settings": {"data.validation": None}}, "endpoint score is of evaluations: set data.validation"),
     ],
 )

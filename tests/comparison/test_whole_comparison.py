@@ -109,7 +109,7 @@ def test_interrupted_comparison_continues(spec: Path) -> None:
         assert run["score"] == pytest.approx(sum(row["eval/avg@k"] for row in rows) / 2)
     # The base model has no informative answers but in length, and both arms sample the same responses at first.
     first = [json.loads((out / name / "metrics.jsonl").open().readline()) for name in ("F-seed1", "D-seed1", "F-seed2")]
-    lengths = [row["batch/response_length"] for row in first]
+    lengths = [row["batch/response_length/mean"] for row in first]
     assert lengths[0] == lengths[1] != lengths[2]
     assert "length, F - D" in text
     with _compare(spec, "--report-only") as process:
