@@ -1,4 +1,4 @@
-"""Which groups of a batch are sampled: how many are begun, and which ones cannot come into it any more.
+"""Plan of a batch's sampling: how many groups are begun, and which ones cannot come into it any more.
 
 A batch is the first informative groups in prompt order, however many are needed. So a group is needed unless as many
 informative ones are before it. Of those before it some are finished, and their outcomes known; the others are expected
@@ -54,7 +54,7 @@ def window(needed: float, share: float) -> int:
 
 
 class Decision(NamedTuple):
-    """What to sample.
+    """Decision on what to sample.
 
     Attributes:
         begin_before: groups before this one are to be begun.
@@ -134,7 +134,7 @@ class InFlightPlan:
 
     @property
     def decision(self) -> Decision:
-        """What to sample, by the outcomes that are known."""
+        """Decision by the outcomes that are known."""
         if self._decision is None:
             self._decision = self.decide()
         return self._decision

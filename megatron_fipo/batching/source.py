@@ -31,7 +31,7 @@ class FinishedGroups(NamedTuple):
 
 
 class BatchEnd(NamedTuple):
-    """What a source has to say at the end of a batch.
+    """Report of a source at the end of a batch.
 
     Attributes:
         metrics: further figures of the sampling, the same on all ranks.

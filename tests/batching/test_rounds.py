@@ -184,8 +184,8 @@ def test_informative_groups_in_prompt_order(results: dict[int, list[dict[str, An
 
 
 def test_wasted_tokens(results: dict[int, list[dict[str, Any]]]) -> None:
-    """What was generated and is neither trained on nor kept for the next step: with surplus_groups=drop all but the
-    batch, with keep only groups without a gradient; a step that generates nothing wastes nothing."""
+    """Wasted is what was generated and is neither trained on nor kept for the next step: with surplus_groups=drop all
+    but the batch, with keep only groups without a gradient; a step that generates nothing wastes nothing."""
 
     def generated(step: StepBatch) -> float:
         return step.metrics["response_length/mean"] * step.metrics["sampling/prompts_generated"] * GROUP
