@@ -146,8 +146,8 @@ class GroupSampler:
             version: of the policy that the engine serves from now on.
             oldest: groups with a token of an older version start over.
             plan: of the batch; owned by this sampler from now on.
-            capacity: requests that the engine samples at a time. No group is begun only to wait, since less may be
-                wanted by then.
+            capacity: requests that the engine samples at a time. Hardly more are sent, since fewer may be wanted when
+                it is their turn.
         """
         self._owner.submit(self._start, prompts, version, oldest, plan, capacity).result()
 
@@ -225,14 +225,15 @@ class GroupSampler:
         return {group.number: group.scored for group in groups if group.scored is not None}
 
     def _follow_plan(self) -> None:
-        """Cancel what cannot come into the batch any more, and begin what is wanted and does not have to wait."""
+        """Cancel what cannot come into the batch any more, and begin what is wanted and need not wait for long."""
         if self._plan is None or self._error is not None:
             return
         begin_before, useless_from = self._plan.decision
         if useless_from is not None:
             self._cancel([group for group in self._groups.values() if group.number >= useless_from])
         assert self._upcoming is not None
-        while self._error is None and self._upcoming[0] < begin_before and self._num_requests < self._capacity:
+        at_most = self._capacity + self._group_size  # one group waits, so that no place is free in the meantime
+        while self._error is None and self._upcoming[0] < begin_before and self._num_requests < at_most:
             number, prompt = self._upcoming
             self._upcoming = next(self._prompts)
             self._groups[number] = group = Group(number, prompt, [PartialResponse() for _ in range(self._group_size)])

@@ -141,10 +141,10 @@ def test_outcomes_of_other_replicas(source: GroupSampler, engine: Manual) -> Non
     assert source.stop(behind=4, keep=False) == Discarded(1, 3 + 10)
 
 
-def test_no_group_is_begun_to_wait(source: GroupSampler, engine: Manual) -> None:
-    """Groups are begun while fewer requests are in flight than the engine samples at a time, each as a whole; the next
-    one when a response is finished, not only when a group is."""
-    source.start(_prompts(), 0, 0, _plan(), capacity=3)
+def test_one_group_waits(source: GroupSampler, engine: Manual) -> None:
+    """Groups are begun while fewer requests are in flight than the engine samples at a time and a group has, each as a
+    whole; the next one when a response is finished, not only when a group is."""
+    source.start(_prompts(), 0, 0, _plan(), capacity=1)
     assert len(engine.requests) == 4
     engine.answer(0, [9, 0])
     source.join({})
