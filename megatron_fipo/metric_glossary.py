@@ -58,8 +58,13 @@ METRICS: dict[str, str] = {
     "sampling/all_correct": "groups dropped since every response is correct",
     "sampling/all_incorrect": "groups dropped since every response is incorrect",
     "sampling/surplus_groups": "informative groups beyond `rollout.prompts_per_step`",
-    "sampling/cancelled_groups": "servers: groups that were started and not used",
-    "sampling/cancelled_tokens": "servers: tokens of finished responses in those groups",
+    "sampling/wasted_tokens": "generated tokens that are neither trained on nor kept for later: of dropped, cancelled "
+    "and too old groups. Tokens of failed requests, which are generated again, are not known",
+    "sampling/wasted_share": "their share of all tokens generated for the batch",
+    "sampling/cancelled_groups": "servers: groups that were started and not used, since the batch is full without them",
+    "sampling/cancelled_tokens": "servers: their tokens; those of responses that were still running are estimated from "
+    "the time since they began and the speed of finished ones",
+    "sampling/cancelled_share": "servers: share of `sampling/cancelled_tokens` in all tokens generated for the batch",
     "sampling/continued_groups": "servers: groups kept for a later batch",
     "sampling/groups_too_old": "servers: kept groups discarded because their weights exceed `rollout.max_staleness`",
     # The batch that is trained on: the paper's curves.

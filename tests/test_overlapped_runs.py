@@ -31,7 +31,7 @@ from tests.support.streaming import BackgroundHF
 pytestmark = pytest.mark.distributed
 
 STEPS = 5
-UNREPEATABLE = ("time/", "throughput/", "wall_seconds", "sampling/cancelled_")
+UNREPEATABLE = ("time/", "throughput/", "wall_seconds", "sampling/cancelled_", "sampling/wasted_")
 Weights = dict[str, torch.Tensor]
 
 

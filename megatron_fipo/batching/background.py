@@ -6,13 +6,14 @@ A response is sampled in one piece or, where it was paused, in several, each by 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from megatron_fipo.batch import Rollouts
+from megatron_fipo.batching.plan import InFlightPlan
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout.protocol import PausingEngine, Request, Response, Sampling, StreamingEngine
 
@@ -56,6 +57,11 @@ class Group:
     def oldest_version(self) -> int | None:
         return min((response.versions[0] for response in self.responses if response.versions), default=None)
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of responses, and of parts of responses, that have arrived."""
+        return sum(len(response.tokens) for response in self.responses)
+
     def start_over(self) -> None:
         self.responses = [PartialResponse() for _ in self.responses]
         self.scored = None
@@ -73,29 +79,19 @@ class Group:
 
 
 class Discarded(NamedTuple):
-    """Work that was begun and is not kept, as far as it is known: responses in flight do not tell their tokens."""
-
-    groups: int = 0
-    tokens: int = 0  # of finished responses
-
-
-@dataclass(frozen=True)
-class Target:
-    """How far to sample without further instruction.
+    """Work that was begun and is not kept.
 
     Attributes:
-        window: unfinished groups in flight.
-        enough: groups to have in hand. Those that may be trained on count and, with `count_unfinished`, all that are
-            under way.
-        horizon: groups before this one are wanted in any case, since others behind them are in hand.
-        limit: the first group that is not to be begun; None: there is none.
+        cancelled_groups: groups that were begun and are in no batch.
+        cancelled_tokens: their tokens; of responses in flight as far as the engine knows.
+        groups_too_old: groups that started over since they had tokens of too old a version.
+        tokens_too_old: their tokens.
     """
 
-    window: int
-    enough: int
-    count_unfinished: bool
-    horizon: int = 0
-    limit: int | None = None
+    cancelled_groups: int = 0
+    cancelled_tokens: int = 0
+    groups_too_old: int = 0
+    tokens_too_old: int = 0
 
 
 class GroupSampler:
@@ -131,29 +127,36 @@ class GroupSampler:
         self._prompts: Iterator[tuple[int, Prompt]] = iter(())
         self._upcoming: tuple[int, Prompt] | None = None
         self._news: list[int] = []
-        self._target: Target | None = None  # None: nothing is under way
+        self._plan: InFlightPlan | None = None  # None: nothing is under way
+        self._capacity = 0
+        self._discarded = Discarded()  # since the batch was begun
         self._version = 0
         self._engine_version: int | None = None  # what the engine calls the weights it serves now
         self._error: BaseException | None = None
 
     # From the trainer's thread
 
-    def start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, target: Target) -> int:
-        """Continue the groups that are there, and begin new ones; return how many groups start over.
+    def start(
+        self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, plan: InFlightPlan, capacity: int
+    ) -> None:
+        """Continue the groups that are there, and begin new ones.
 
         Args:
             prompts: this replica's groups in order, without end.
             version: of the policy that the engine serves from now on.
             oldest: groups with a token of an older version start over.
+            plan: of the batch; owned by this sampler from now on.
+            capacity: requests that the engine samples at a time. Hardly more are sent, since fewer may be wanted when
+                it is their turn.
         """
-        return self._owner.submit(self._start, prompts, version, oldest, target).result()
+        self._owner.submit(self._start, prompts, version, oldest, plan, capacity).result()
 
-    def set_target(self, target: Target) -> None:
-        """Set another target for the batch in progress."""
-        self._owner.submit(self._set_target, target).result()
+    def join(self, outcomes: Mapping[int, bool]) -> None:
+        """Take in which groups of all replicas were finished, and whether they are informative."""
+        self._owner.submit(self._join, outcomes).result()
 
-    def take(self) -> tuple[dict[int, Rollouts], int, int]:
-        """Return the groups scored since the last call, the number of unfinished ones, and the first one not yet begun.
+    def take(self) -> dict[int, Rollouts]:
+        """Return the groups scored since the last call.
 
         Raises:
             Exception: what went wrong in the background.
@@ -161,7 +164,7 @@ class GroupSampler:
         return self._owner.submit(self._take).result()
 
     def stop(self, behind: int, keep: bool) -> Discarded:
-        """End the requests in flight, and forget all groups before `behind`.
+        """End the requests in flight, forget all groups before `behind`, and return what the batch has discarded.
 
         Args:
             keep: groups from `behind` on stay, paused where they are unfinished. Needs a `PausingEngine`.
@@ -180,63 +183,65 @@ class GroupSampler:
 
     def close(self) -> None:
         """Cancel the requests in flight, without waiting for their end."""
-        self._owner.submit(self._cancel).result()
+        self._owner.submit(self._close).result()
         self._scorer.shutdown(wait=False, cancel_futures=True)
         self._owner.shutdown(wait=False, cancel_futures=True)
 
     # In the owner's thread
 
-    def _start(self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, target: Target) -> int:
+    def _start(
+        self, prompts: Iterator[tuple[int, Prompt]], version: int, oldest: int, plan: InFlightPlan, capacity: int
+    ) -> None:
         self._prompts = (item for item in prompts if item[0] not in self._groups)
         self._upcoming = next(self._prompts)
         self._version, self._engine_version = version, None
-        self._target = target
         too_old = [g for g in self._groups.values() if g.oldest_version is not None and g.oldest_version < oldest]
+        self._discarded = Discarded(groups_too_old=len(too_old), tokens_too_old=sum(g.num_tokens for g in too_old))
         for group in too_old:
             group.start_over()
         self._news = [n for n, group in self._groups.items() if group.scored is not None]
+        plan.add({n: self._groups[n].informative for n in self._news})
+        self._plan, self._capacity = plan, capacity
         self._guarded(self._continue_all)
-        return len(too_old)
 
     def _continue_all(self) -> None:
         for group in self._in_order():
             self._continue(group)
-        self._begin_more()
+        self._follow_plan()
 
     def _in_order(self) -> list[Group]:
         return [self._groups[number] for number in sorted(self._groups)]
 
-    def _set_target(self, target: Target) -> None:
-        self._target = target
-        self._guarded(self._begin_more)
+    def _join(self, outcomes: Mapping[int, bool]) -> None:
+        if self._plan is not None:
+            self._plan.join(outcomes)
+            self._guarded(self._follow_plan)
 
-    def _take(self) -> tuple[dict[int, Rollouts], int, int]:
+    def _take(self) -> dict[int, Rollouts]:
         if self._error is not None:
             raise self._error
         news, self._news = self._news, []
-        scored = {n: r for n in news if (r := self._groups[n].scored) is not None}
-        assert self._upcoming is not None
-        return scored, self._num_unfinished(), self._upcoming[0]
+        groups = [group for n in news if (group := self._groups.get(n)) is not None]  # others were cancelled
+        return {group.number: group.scored for group in groups if group.scored is not None}
 
-    def _begin_more(self) -> None:
-        while self._error is None and self._target is not None and self._wants_more(self._target):
-            assert self._upcoming is not None
+    def _follow_plan(self) -> None:
+        """Cancel what cannot come into the batch any more, and begin what is wanted and need not wait for long."""
+        if self._plan is None or self._error is not None:
+            return
+        begin_before, useless_from = self._plan.decision
+        if useless_from is not None:
+            self._cancel([group for group in self._groups.values() if group.number >= useless_from])
+        assert self._upcoming is not None
+        at_most = self._capacity + self._group_size  # one group waits, so that no place is free in the meantime
+        while self._error is None and self._upcoming[0] < begin_before and self._num_requests < at_most:
             number, prompt = self._upcoming
             self._upcoming = next(self._prompts)
             self._groups[number] = group = Group(number, prompt, [PartialResponse() for _ in range(self._group_size)])
             self._continue(group)
 
-    def _wants_more(self, target: Target) -> bool:
-        assert self._upcoming is not None
-        unfinished = self._num_unfinished()
-        if unfinished >= target.window or (target.limit is not None and self._upcoming[0] >= target.limit):
-            return False
-        good = sum(g.scored is not None and g.informative for g in self._groups.values())
-        in_hand = good + (unfinished if target.count_unfinished else 0)
-        return in_hand < target.enough or self._upcoming[0] < target.horizon
-
-    def _num_unfinished(self) -> int:
-        return sum(group.scored is None for group in self._groups.values())
+    @property
+    def _num_requests(self) -> int:
+        return sum(len(group.requests) for group in self._groups.values())
 
     def _continue(self, group: Group) -> None:
         """Request the responses that a group lacks."""
@@ -278,6 +283,7 @@ class GroupSampler:
         self._check_version(response)
         group.responses[place].extend(response, self._version, self._sampling.max_tokens)
         self._score_if_drawn(group)
+        self._follow_plan()
 
     def _check_version(self, response: Response) -> None:
         """Check that everything sampled between two updates was sampled with the same weights."""
@@ -299,18 +305,20 @@ class GroupSampler:
             group.scored = future.result()
             group.informative = self._informative(group.scored)
             self._news.append(group.number)
-            self._begin_more()
+            if self._plan is not None:
+                self._plan.add({group.number: group.informative})
+            self._follow_plan()
 
     def _stop(self, behind: int, keep: bool) -> Discarded:
-        self._target = None
+        self._plan = None
         ahead = [g for g in self._groups.values() if g.number >= behind]
         if keep:
             self._pause(ahead)
             self._groups = {g.number: g for g in ahead}
-            return Discarded()
-        self._cancel()
-        self._groups = {}
-        return Discarded(len(ahead), sum(len(d.tokens) for g in ahead for d in g.responses))
+        else:
+            self._cancel(ahead)
+            self._groups = {}
+        return self._discarded
 
     def _pause(self, groups: Sequence[Group]) -> None:
         assert isinstance(self._engine, PausingEngine)
@@ -323,9 +331,34 @@ class GroupSampler:
             self._drawn(*request)
         self._scorer.submit(lambda: None).result()  # what is drawn is scored; `_scored` comes next in this thread
 
-    def _cancel(self) -> None:
-        self._target = None
-        for future in [f for group in self._groups.values() for f in group.requests.values()]:
-            future.cancel()
+    def _cancel(self, groups: Sequence[Group]) -> None:
+        """Cancel groups, and count what is lost."""
+        if not groups:
+            return
+        tokens = sum(group.num_tokens for group in groups) + self._cancel_requests(groups)
+        for group in groups:
+            del self._groups[group.number]
+        before = self._discarded
+        self._discarded = before._replace(
+            cancelled_groups=before.cancelled_groups + len(groups), cancelled_tokens=before.cancelled_tokens + tokens
+        )
+
+    def _cancel_requests(self, groups: Sequence[Group]) -> int:
+        """Cancel requests in flight; return the number of tokens that their responses have."""
+        futures = [future for group in groups for future in group.requests.values()]
+        for group in groups:
+            group.requests.clear()  # so that `_drawn` ignores them
+        arrived = [future.result() for future in futures if _has_response(future)]
+        in_flight = [future for future in futures if not future.done()]
+        return sum(len(r.token_ids) for r in arrived) + (self._engine.cancel(in_flight) if in_flight else 0)
+
+    def _close(self) -> None:
+        self._plan = None
         for group in self._groups.values():
+            for future in group.requests.values():
+                future.cancel()
             group.requests.clear()
+
+
+def _has_response(future: Future[Response]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

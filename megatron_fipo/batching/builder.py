@@ -18,7 +18,7 @@ from megatron_fipo.algorithm import DynamicSampling, informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.in_flight import InFlightSource
 from megatron_fipo.batching.rounds import RoundSource
-from megatron_fipo.batching.source import GroupSource, NumberedPrompts, Score
+from megatron_fipo.batching.source import BatchEnd, GroupSource, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import StepBatch, by_group, no_rollouts, response_rows, step_batch
 from megatron_fipo.config import Config
 from megatron_fipo.data import PromptStream
@@ -144,7 +144,8 @@ class BatchBuilder:
         self._rows: dict[int, torch.Tensor] = {}  # of finished groups from `_end` on
         self._in_progress = True
         oldest = self.batches - rollout.max_staleness
-        self.source.start(self._local_prompts(), self.next_group, version, oldest, grace_seconds)
+        needed = rollout.prompts_per_step - len(self._surplus)
+        self.source.start(self._local_prompts(), self.next_group, needed, version, oldest, grace_seconds)
 
     def _fill(self) -> StepBatch:
         try:
@@ -175,7 +176,7 @@ class BatchBuilder:
     def _conclude(self) -> StepBatch:
         """Return a batch of the accepted groups; what was begun behind it is cancelled, or goes on with the next."""
         accepted = self._sampling.take()
-        metrics = self.source.finish(self._end)
+        end = self.source.finish(self._end)
         self.stream.next(self._end - self.next_group)
         self.next_group = self._end
         self._surplus = accepted.surplus if self.config.rollout.surplus_groups == "keep" else []
@@ -183,7 +184,18 @@ class BatchBuilder:
         rollouts = self.source.gather(Rollouts.concatenate([no_rollouts(), *local]))
         self._forget_all_but_surplus()
         rows = torch.cat([response_rows(no_rollouts()), *self._seen])
-        return step_batch(accepted, rollouts, rows, metrics)
+        return step_batch(accepted, rollouts, rows, end.metrics | self._wasted(rows, accepted.groups, end))
+
+    def _wasted(self, rows: torch.Tensor, trained: Sequence[int], end: BatchEnd) -> dict[str, float]:
+        """Return how much of what was generated is neither trained on now nor kept for the next batch."""
+        groups, lengths = rows[:, 0].long() // self.config.rollout.group_size, rows[:, 3]
+        used = torch.isin(groups, torch.tensor([*trained, *self._surplus], dtype=torch.int64))
+        wasted = float(lengths[~used].sum()) + end.discarded_tokens
+        generated = max(float(lengths.sum()) + end.discarded_tokens, 1.0)
+        metrics = {"sampling/wasted_tokens": wasted, "sampling/wasted_share": wasted / generated}
+        if (cancelled := end.metrics.get("sampling/cancelled_tokens")) is not None:
+            metrics["sampling/cancelled_share"] = cancelled / generated
+        return metrics
 
     def _forget_all_but_surplus(self) -> None:
         self._rollouts = {group: self._rollouts[group] for group in self._surplus if group in self._rollouts}

@@ -1,8 +1,9 @@
 """Groups sampled in the background, for engines that return each response as it is finished.
 
-With `rollout.max_staleness` a batch is sampled while the one before it is trained. What was begun behind a full batch
-is cancelled, and its prompts come again; with `rollout.partial` it goes on with the next weights: its index in the
-order stays, but how far it got, and so by which weights its tokens are sampled, depends on speed.
+With `rollout.max_staleness` a batch is sampled while the one before it is trained. `plan` says how many groups are
+begun. One that cannot come into the batch any more is cancelled at once, and its prompt comes again; with
+`rollout.partial` it goes on with the next weights: its index in the order stays, but how far it got, and so by which
+weights its tokens are sampled, depends on speed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.batching.background import Discarded, Group, GroupSampler, Target
+from megatron_fipo.batching.background import Discarded, Group, GroupSampler
+from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
 from megatron_fipo.batching.saved_groups import packed, unpacked
-from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score
+from megatron_fipo.batching.source import BatchEnd, FinishedGroups, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import response_rows
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import interrupt
@@ -30,6 +32,7 @@ from megatron_fipo.rollout import Sampling, derive_seed
 from megatron_fipo.rollout.protocol import StreamingEngine
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between two polls of all replicas
+_FIRST_WEIGHT = 16  # groups: what is expected before the first batch is soon outweighed by its outcomes
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,6 @@ class _Report:
     """Report of a rank to all others at a poll; first ranks of replicas report groups."""
 
     rows: dict[int, torch.Tensor] = field(default_factory=dict)  # of newly finished groups
-    unfinished: int = 0
-    upcoming: int = 0  # first group that is not begun
     interrupted: bool = False
     problem: str | None = None
 
@@ -66,27 +67,50 @@ class InFlightSource:
             else None
         )
         self._kept: dict[str, Any] = packed([])  # what stays for the batch that comes next, at its beginning
+        self._passed: tuple[int, int] | None = None  # groups that the last batch took, and informative ones among them
 
     def start(
-        self, prompts: NumberedPrompts, first: int, version: int, oldest_version: int, grace_seconds: float
+        self,
+        prompts: NumberedPrompts,
+        first: int,
+        needed: int,
+        version: int,
+        oldest_version: int,
+        grace_seconds: float,
     ) -> None:
         """Begin a batch; return at once."""
-        rollout, replicas = self.config.rollout, self.topology.dp.size()
         self._grace_seconds = grace_seconds
         self._asked_to_stop: float | None = None  # when this rank noticed
         self._pause = _SHORTEST_PAUSE  # seconds before the next poll
-        self._informative_groups = [0] * replicas  # finished ones of each replica
-        self._too_old = 0
+        self._first = first
+        self._informative_groups: list[int] = []  # finished ones of all replicas
         if self._sampler is not None:
-            # Until the first poll a replica knows of itself only, and samples its share.
-            size = rollout.round_size
-            self._target = Target(
-                window=-(-size // replicas),
-                enough=-(-self._enough // replicas),
-                count_unfinished=rollout.partial,
-                limit=first + rollout.max_rounds * size if rollout.max_rounds else None,
-            )
-            self._too_old = self._sampler.start(prompts, version, oldest_version, self._target)
+            capacity = self.engine.share_servers(self.topology.dp.rank(), self.topology.dp.size())
+            self._sampler.start(prompts, version, oldest_version, self._plan(first, needed), capacity)
+
+    def _plan(self, first: int, needed: int) -> InFlightPlan:
+        rollout, dp = self.config.rollout, self.topology.dp
+        if rollout.partial:  # what goes on with later weights can wait for as many batches as its tokens may become old
+            needed += rollout.prompts_per_step * (rollout.max_staleness - rollout.overlaps)
+        return InFlightPlan(
+            first,
+            needed,
+            self.expected_share(),
+            most=rollout.round_size,
+            limit=first + rollout.max_rounds * rollout.round_size if rollout.max_rounds else None,
+            replica=dp.rank(),
+            replicas=dp.size(),
+            keeps_surplus=rollout.partial,
+        )
+
+    def expected_share(self) -> InformativeShare:
+        """Return the share of informative groups that is expected. It does not change what is in a batch."""
+        rollout = self.config.rollout
+        if not rollout.dynamic_sampling:
+            return InformativeShare(1.0, weight=1)
+        if self._passed is None:  # a first batch begins with a whole round
+            return InformativeShare(min(1.0, rollout.prompts_per_step / rollout.round_size), weight=_FIRST_WEIGHT)
+        return InformativeShare.of_batch(*self._passed)
 
     def poll(self) -> FinishedGroups:
         """Poll all ranks for what was finished since the last poll.
@@ -100,9 +124,8 @@ class InFlightSource:
         local: dict[int, Rollouts] = {}
         if self._sampler is not None:
             try:
-                local, unfinished, upcoming = self._sampler.take()
-                rows = {group: response_rows(rollouts) for group, rollouts in local.items()}
-                report = replace(report, rows=rows, unfinished=unfinished, upcoming=upcoming)
+                local = self._sampler.take()
+                report = replace(report, rows={group: response_rows(rollouts) for group, rollouts in local.items()})
             except Exception as failed:
                 error = failed
                 report = replace(report, problem=f"{type(failed).__name__}: {failed}")
@@ -115,7 +138,10 @@ class InFlightSource:
         if any(other.interrupted for other in reports):
             raise Interrupted
         finished = {group: rows for report in reports for group, rows in report.rows.items()}
-        self._set_target(reports, finished)
+        outcomes = {group: self._may_train_on(rows[:, 5]) for group, rows in finished.items()}
+        self._informative_groups += [group for group, informative in outcomes.items() if informative]
+        if self._sampler is not None:
+            self._sampler.join(outcomes)
         self._pause = _SHORTEST_PAUSE if finished else min(2 * self._pause, _LONGEST_PAUSE)
         return FinishedGroups(finished, local)
 
@@ -127,40 +153,23 @@ class InFlightSource:
             self._asked_to_stop = time.monotonic()
         return time.monotonic() - self._asked_to_stop >= self._grace_seconds
 
-    def _set_target(self, reports: Sequence[_Report], finished: dict[int, torch.Tensor]) -> None:
-        """Tell this replica's sampler how much the other replicas have."""
-        replicas = self.topology.dp.size()
-        for group, rows in finished.items():
-            self._informative_groups[group % replicas] += self._may_train_on(rows[:, 5])
-        if self._sampler is not None:
-            others = sum(self._informative_groups) - self._informative_groups[self.topology.dp.rank()]
-            if self.config.rollout.partial:
-                others += sum(r.unfinished for r in reports) - reports[self.topology.rank].unfinished
-            horizon = max(report.upcoming for report in reports)
-            self._target = replace(self._target, enough=self._enough - others, horizon=horizon)
-            self._sampler.set_target(self._target)
-
-    @property
-    def _enough(self) -> int:
-        """Number of groups, over all replicas, beyond which no new one is begun.
-
-        A group begun when a whole batch of informative ones is finished cannot come into the batch. One that would go
-        on with later weights can wait for as many batches as its tokens may become old.
-        """
-        rollout = self.config.rollout
-        batches = 1 + rollout.max_staleness - rollout.overlaps if rollout.partial else 1
-        return rollout.prompts_per_step * batches
-
-    def finish(self, end: int) -> dict[str, float]:
-        """End the batch; return figures that depend on speed, unlike all others."""
+    def finish(self, end: int) -> BatchEnd:
+        """End the batch; return metrics that depend on speed, unlike all others."""
+        self._passed = end - self._first, sum(group < end for group in self._informative_groups)
         discarded = Discarded()
         if self._sampler is not None:
             discarded = self._sampler.stop(end, self.config.rollout.partial)
             self._kept = packed(self._sampler.groups())
         kept = len(self._kept["finished"]) // self.config.rollout.group_size
-        totals = [sum(column) for column in zip(*gather((*discarded, kept, self._too_old)), strict=True)]
-        names = ("cancelled_groups", "cancelled_tokens", "continued_groups", "groups_too_old")
-        return {f"sampling/{name}": float(total) for name, total in zip(names, totals, strict=True)}
+        *columns, continued = zip(*gather((*discarded, kept)), strict=True)
+        totals = Discarded(*(sum(column) for column in columns))
+        metrics = {
+            "sampling/cancelled_groups": float(totals.cancelled_groups),
+            "sampling/cancelled_tokens": float(totals.cancelled_tokens),
+            "sampling/continued_groups": float(sum(continued)),
+            "sampling/groups_too_old": float(totals.groups_too_old),
+        }
+        return BatchEnd(metrics, totals.cancelled_tokens + totals.tokens_too_old)
 
     def abort(self) -> None:
         """Cancel all requests of a batch that cannot be filled."""
@@ -172,11 +181,13 @@ class InFlightSource:
         return all_gather(rollouts, self.topology.replica, self.topology.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups that go on with the next batch (`rollout.partial`)."""
-        return self._kept
+        """Return the groups that go on with the next batch (`rollout.partial`), and what the last one has taken."""
+        return {**self._kept, "passed": self._passed}
 
     def load_state_dict(self, parts: Sequence[dict[str, Any]], prompts: NumberedPrompts) -> None:
         """Take the groups that go on; parts that a source of another kind has written have none."""
+        passed = next((part["passed"] for part in parts if part.get("passed")), None)
+        self._passed = None if passed is None else tuple(passed)
         if self._sampler is not None:
             parts = [part for part in parts if "scored" in part]
             self._sampler.restore(unpacked(parts, self.config.rollout.group_size, prompts))

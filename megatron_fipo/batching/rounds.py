@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.batching.source import FinishedGroups, NumberedPrompts, Score
+from megatron_fipo.batching.source import BatchEnd, FinishedGroups, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import by_group, response_rows
 from megatron_fipo.config import Config
 from megatron_fipo.data import Prompt
@@ -39,7 +39,13 @@ class RoundSource:
         self.unit = config.rollout.round_size
 
     def start(
-        self, prompts: NumberedPrompts, first: int, version: int, oldest_version: int, grace_seconds: float
+        self,
+        prompts: NumberedPrompts,
+        first: int,
+        needed: int,
+        version: int,
+        oldest_version: int,
+        grace_seconds: float,
     ) -> None:
         """Begin a batch."""
         self._prompts, self._first, self._version = prompts, first, version
@@ -91,8 +97,8 @@ class RoundSource:
 
     # Nothing goes on between two polls.
 
-    def finish(self, end: int) -> dict[str, float]:
-        return {}
+    def finish(self, end: int) -> BatchEnd:
+        return BatchEnd({}, discarded_tokens=0)
 
     def abort(self) -> None:
         pass

@@ -30,6 +30,18 @@ class FinishedGroups(NamedTuple):
     rollouts: dict[int, Rollouts]
 
 
+class BatchEnd(NamedTuple):
+    """Report of a source at the end of a batch.
+
+    Attributes:
+        metrics: further figures of the sampling, the same on all ranks.
+        discarded_tokens: tokens, of all replicas, that were generated and belong to no group that was returned.
+    """
+
+    metrics: dict[str, float]
+    discarded_tokens: int
+
+
 class GroupSource(Protocol):
     """Source of the groups of one batch after another. All methods but `close` are collective over all ranks.
 
@@ -42,13 +54,20 @@ class GroupSource(Protocol):
     holds_responses: bool
 
     def start(
-        self, prompts: NumberedPrompts, first: int, version: int, oldest_version: int, grace_seconds: float
+        self,
+        prompts: NumberedPrompts,
+        first: int,
+        needed: int,
+        version: int,
+        oldest_version: int,
+        grace_seconds: float,
     ) -> None:
         """Begin a batch; return at once.
 
         Args:
             prompts: this replica's groups from `first` on.
             first: number of the batch's first group.
+            needed: informative groups that fill the batch; a source need not sample groups behind so many.
             version: of the policy that the engine serves.
             oldest_version: a group with a token of an older version is sampled anew.
             grace_seconds: from a request to stop to giving the batch up.
@@ -62,8 +81,8 @@ class GroupSource(Protocol):
             Exception: an error of this rank's background work, or RuntimeError for another rank's.
         """
 
-    def finish(self, end: int) -> dict[str, float]:
-        """End the batch, whose groups are those before `end`; return metrics of the work that was begun behind it."""
+    def finish(self, end: int) -> BatchEnd:
+        """End the batch, whose groups are those before `end`; return the work that was begun behind it."""
 
     def abort(self) -> None:
         """Cancel all requests of a batch that cannot be filled."""

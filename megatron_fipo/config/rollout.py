@@ -41,7 +41,13 @@ class ServerConfig:
         resume="free",
     )
     tensor_parallel_size: int = setting(1, "GPUs per server", resume="free", at_least=1)
-    max_num_seqs: int = setting(256, "Concurrent responses per server", resume="free", at_least=1)
+    max_num_seqs: int = setting(
+        256,
+        "Concurrent responses per server. Replicas share them equally, and so do the ranks of an evaluation; further "
+        "requests wait in the trainer",
+        resume="free",
+        at_least=1,
+    )
     gpu_memory_utilization: float = setting(
         0.9, "Share of the GPU for weights and KV cache while generating", resume="free", above=0, at_most=1
     )
@@ -82,7 +88,8 @@ class ServerConfig:
     )
     request_timeout_seconds: float = setting(
         3600.0,
-        "Timeout of a response; it is then generated again, by another server if possible",
+        "Timeout of a response from the moment it is sent to a server, which begins it at once; waiting before that "
+        "does not count. It is then generated again, by another server if possible",
         resume="free",
         above=0,
     )
@@ -137,7 +144,11 @@ class RolloutConfig:
         16, "Responses per prompt (G); a group-relative advantage needs at least 2", resume="fixed", at_least=2
     )
     prompts_per_round: int | None = setting(
-        None, "Prompts per generation round; null: prompts_per_step", resume="fixed", at_least=1
+        None,
+        "hf: prompts per generation round. vllm: largest number of groups in flight; usually fewer are, as many as are "
+        "likely to be needed. max_rounds counts prompts in this unit. null: prompts_per_step",
+        resume="fixed",
+        at_least=1,
     )
     dynamic_sampling: bool = setting(
         True, "Drop groups whose rewards are all equal, and generate until the batch is full", resume="fixed"

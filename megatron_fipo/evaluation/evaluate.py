@@ -72,7 +72,7 @@ def evaluate(
 
     def generate() -> list[Sample]:
         generated: list[Sample] = []
-        for some in responses(engine, chunks, sampling):
+        for some in responses(engine, chunks, sampling, rank, ranks):
             scored = list(_scored(some, reward, tokenizer, stop_token_ids))
             keep(scored)
             generated += scored

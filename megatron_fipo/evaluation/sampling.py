@@ -57,16 +57,24 @@ def local_chunks(
 
 
 def responses(
-    engine: RolloutEngine | None, chunks: Sequence[Sequence[SampleSpec]], sampling: Sampling
+    engine: RolloutEngine | None,
+    chunks: Sequence[Sequence[SampleSpec]],
+    sampling: Sampling,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[list[tuple[SampleSpec, Response]]]:
     """Generate, and yield finished responses: chunk by chunk, or as they arrive from servers.
 
     Without chunks no engine is needed.
 
+    Args:
+        rank, ranks: of those that generate at the same time, and share the servers.
+
     Raises:
         Interrupted: this rank received a stop signal before all were generated.
     """
     if isinstance(engine, StreamingEngine):
+        engine.share_servers(rank, ranks)
         yield from _stream(engine, [spec for chunk in chunks for spec in chunk], sampling)
         return
     for chunk in chunks:

@@ -134,8 +134,8 @@ def open_files(config: Config) -> int:
         servers = max(1, ranks // server.tensor_parallel_size)
     else:
         servers = server.count or 1
-    prompts = -(-rollout.round_size // config.parallel.data)
-    requests = min(prompts * rollout.group_size, servers * server.max_num_seqs)
+    capacity = servers * -(-server.max_num_seqs // config.parallel.data)  # replicas share it
+    requests = min(rollout.round_size * rollout.group_size, capacity)
     return limits.open_files_needed(requests, servers, ranks)
 
 

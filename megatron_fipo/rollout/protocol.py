@@ -102,6 +102,20 @@ class StreamingEngine(RolloutEngine, Protocol):
         `Future.cancel` ends it at any time. None is in flight when `load_weights` is called.
         """
 
+    def cancel(self, futures: Sequence[Future[Response]]) -> int:
+        """End these requests; return how many tokens their responses had, estimated where the engine does not know."""
+
+    def share_servers(self, client: int, clients: int) -> int:
+        """Take this client's share of the servers' capacity from now on, as one of several that use it equally.
+
+        Returns:
+            The number of its requests that are sampled at a time; further ones wait.
+
+        Args:
+            client: index of this one.
+            clients: ranks that send requests at the same time.
+        """
+
 
 @runtime_checkable
 class PausingEngine(StreamingEngine, Protocol):

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from megatron_fipo.algorithm.dynamic_sampling import DynamicSamplingExhausted
 from megatron_fipo.batching import BatchBuilder, StepBatch, make_batch_builder
 from megatron_fipo.batching.in_flight import InFlightSource
+from megatron_fipo.batching.plan import InformativeShare
 from megatron_fipo.batching.rounds import RoundSource
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.data import PromptStream
@@ -33,7 +34,7 @@ GROUP = 4
 LIMIT = 24  # max_response_tokens
 INFORMATIVE = [g for g in range(60) if 0 < RIGHT[g % len(RIGHT)] < GROUP]
 BATCHES = [INFORMATIVE[at : at + 4] for at in range(0, 16, 4)]
-TIMING = ("sampling/cancelled_", "sampling/continued_")
+TIMING = ("sampling/cancelled_", "sampling/continued_", "sampling/wasted_")
 
 
 class Script:
@@ -145,12 +146,43 @@ def restored(path: Path, world: int, state: dict[str, Any], parts: list[dict[str
     builder = make_builder(path, world, max_staleness=1)
     builder.load_state_dict(json.loads(json.dumps(state)), parts)
     assert builder.has_prefetched
+    assert isinstance(builder.source, InFlightSource)
+    assert builder.source.expected_share() == InformativeShare.of_batch(7, 4)  # the second batch took groups 7 to 13
     batches = [build(builder)]
     engine_of(builder).load_weights(iter(()))
     builder.prefetch()
     batches.append(build(builder))
     close(builder)
     return batches
+
+
+def cancelled_early(path: Path, world: int) -> dict[str, Any]:
+    """A batch of 1, 3, 4 and 6, whose group 0 is not finished before nothing behind group 6 is in flight any more.
+
+    Of 12 groups those behind 6 never get a fourth token, and 3 and 6 are not finished before they have three.
+    """
+    builder = make_builder(path, world, slots=100, prompts_per_round=12, max_rounds=1)
+    engine, replica, last = engine_of(builder), builder.topology.rank, BATCHES[0][-1]
+    useless = [g for g in range(last + 1, 12) if g % world == replica]
+    seen = []  # that all of them are in flight
+
+    def stalls(request: Request, tokens: int) -> bool:
+        group = engine.script.numbers[request.seed][0] // GROUP
+        behind = [s for s in engine._serving if engine.script.numbers[s.request.seed][0] // GROUP > last]
+        if len(behind) == len(useless) * GROUP:
+            seen.append(True)
+        if group in (3, 6):
+            return tokens == 2 and not (seen and all(len(s.tokens) == 3 for s in behind))
+        if group == 0:
+            return tokens == 2 and (not seen or bool(behind))
+        return group > last and tokens == 3
+
+    engine.stalls = stalls
+    engine.load_weights(iter(()))
+    batch = build(builder)
+    shared = engine.shared
+    close(builder)
+    return {"batch": batch, "shared": shared}
 
 
 PARTIAL: dict[str, Any] = {"partial": True, "server": {"placement": "colocated"}, "max_staleness": 1, "slots": 16}
@@ -263,6 +295,7 @@ def failing(path: Path, world: int) -> list[str]:
 def all_cases(path: Path, world: int) -> dict[str, Any]:
     results = {name: collect(path, world, **case) for name, case in CASES.items()}
     results |= {"ahead": prefetched(path, world), "partial": partial(path, world)}
+    results |= {"early": cancelled_early(path, world)}
     results |= {"interrupted": interrupted(path, world)}
     interrupt.install()
     results |= {"surplus": surplus_to_another_source(path, world)}

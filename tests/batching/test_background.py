@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.batching.background import Group, GroupSampler, Target
+from megatron_fipo.batching.background import Discarded, Group, GroupSampler
+from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout import Request, Response, Sampling
 from tests.support.waiting import wait_until
@@ -44,6 +44,15 @@ class Manual:
 
     def close(self) -> None:
         pass
+
+    def cancel(self, futures: Any) -> int:
+        """Each response has ten tokens by now."""
+        for future in futures:
+            future.cancel()
+        return 10 * len(futures)
+
+    def share_servers(self, client: int, clients: int) -> int:
+        raise AssertionError("the sampler does not know of other clients")
 
     def pause(self, futures: Any) -> None:
         """Each response has as many tokens as its request's place, five at most."""
@@ -88,50 +97,82 @@ def _finish(source: GroupSampler, engine: Manual, places: range) -> None:
     for place in places:
         engine.answer(place, [9, 0])
     seen: dict[int, Rollouts] = {}
-    wait_until(lambda: bool(seen.update(source.take()[0])) or 2 * len(seen) == len(places))
+    wait_until(lambda: bool(seen.update(source.take())) or 2 * len(seen) == len(places))
 
 
-GOAL = Target(window=3, enough=2, count_unfinished=False)
+def _plan(first: int = 0, needed: int = 2, most: int = 3, **more: Any) -> InFlightPlan:
+    """Half of all groups are informative."""
+    return InFlightPlan(first, needed, InformativeShare(0.5, weight=1000), most, **more)
 
 
-def test_window_and_goal(source: GroupSampler, engine: Manual) -> None:
-    """Three groups are kept under way until two informative ones are scored; then none is begun any more, but those
-    that others are ahead of."""
-    source.start(_prompts(), version=0, oldest=0, target=GOAL)
+def _kept_plan(first: int = 0) -> InFlightPlan:
+    return _plan(first, needed=4, keeps_surplus=True)
+
+
+def test_begins_and_cancels_by_the_plan(source: GroupSampler, engine: Manual) -> None:
+    """Three groups are kept in flight until two informative ones are scored; then those behind them are cancelled at
+    once, also while one before them is in flight, and none is begun any more."""
+    source.start(_prompts(), version=0, oldest=0, plan=_plan(), capacity=100)
     assert [r.prompt_ids for r, _, _ in engine.requests] == [[50], [50], [51], [51], [52], [52]]
     assert [r.seed for r, _, _ in engine.requests] == [0, 100, 200, 300, 400, 500]
-    _finish(source, engine, range(2, 4))  # group 1, not informative
+    _finish(source, engine, range(4, 6))  # group 2, informative
     assert len(engine.requests) == 8
-    _finish(source, engine, range(2))
-    assert len(engine.requests) == 10
-    _finish(source, engine, range(4, 6))
-    assert source.take()[1:] == (2, 5)
-    assert len(engine.requests) == 10
-    source.set_target(dataclasses.replace(GOAL, horizon=6))
-    assert source.take()[1:] == (3, 6)
-    assert len(engine.requests) == 12
+    _finish(source, engine, range(2))  # group 0
+    assert len(engine.requests) == 8
+    assert [future.cancelled() for _, _, future in engine.requests] == [False] * 6 + [True] * 2
+    assert [not future.done() for _, _, future in engine.requests[2:4]] == [True] * 2
+    _finish(source, engine, range(2, 4))
+    assert len(engine.requests) == 8
+    assert source.stop(behind=3, keep=False) == Discarded(1, 20)
+
+
+def test_outcomes_of_other_replicas(source: GroupSampler, engine: Manual) -> None:
+    """A replica begins its share. What the others have finished counts: groups that are missing before theirs are
+    begun, and those behind two informative ones are cancelled at once."""
+    prompts = ((n, prompt) for n, prompt in _prompts() if n % 2 == 0)
+    source.start(prompts, 0, 0, _plan(most=4, replica=0, replicas=2), 100)
+    assert [r.prompt_ids for r, _, _ in engine.requests] == [[50], [50], [52], [52]]
+    source.join({3: True, 5: False})
+    assert [r.prompt_ids for r, _, _ in engine.requests[4:]] == [[54], [54]]
+    engine.answer(4, [8, 8, 0])
+    source.join({1: True})
+    assert [future.cancelled() for _, _, future in engine.requests] == [False] * 5 + [True]
+    assert not any(future.done() for _, _, future in engine.requests[:4])
+    assert source.stop(behind=4, keep=False) == Discarded(1, 3 + 10)
+
+
+def test_one_group_waits(source: GroupSampler, engine: Manual) -> None:
+    """Groups are begun while fewer requests are in flight than the engine samples at a time and a group has, each as a
+    whole; the next one when a response is finished, not only when a group is."""
+    source.start(_prompts(), 0, 0, _plan(), capacity=1)
+    assert len(engine.requests) == 4
+    engine.answer(0, [9, 0])
+    source.join({})
+    assert len(engine.requests) == 4
+    engine.answer(2, [9, 0])
+    source.join({})
+    assert len(engine.requests) == 6
 
 
 def test_limit(source: GroupSampler, engine: Manual) -> None:
     """No group from the limit on is begun."""
-    source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, limit=2))
-    assert source.take()[1:] == (2, 2)
+    source.start(_prompts(), 0, 0, _plan(limit=2), 100)
+    assert len(engine.requests) == 4
 
 
 def test_unfinished_groups_may_count(source: GroupSampler, engine: Manual) -> None:
-    """Unfinished groups count towards the target where they will be kept."""
-    source.start(_prompts(), 0, 0, dataclasses.replace(GOAL, count_unfinished=True))
-    assert source.take()[1:] == (2, 2)
+    """Unfinished groups count as informative where they will be kept."""
+    source.start(_prompts(), 0, 0, _plan(keeps_surplus=True), 100)
+    assert len(engine.requests) == 4
 
 
 def test_cancelled(source: GroupSampler, engine: Manual) -> None:
-    """Stopping cancels what is under way and counts it, with the tokens of finished responses; groups before the end of
-    the batch are no loss."""
-    source.start(_prompts(), 0, 0, GOAL)
+    """Stopping cancels what is under way and counts it, with the tokens of finished and of running responses; groups
+    before the end of the batch are no loss."""
+    source.start(_prompts(), 0, 0, _plan(), 100)
     _finish(source, engine, range(2))
     engine.answer(2, [4, 4, 0])
-    assert source.take()[1] == 3
-    assert source.stop(behind=1, keep=False) == (3, 3)
+    assert source.stop(behind=1, keep=False) == Discarded(3, 3 + 5 * 10)
     assert [future.cancelled() for _, _, future in engine.requests] == [False] * 3 + [True] * 5
     assert source.groups() == []
 
@@ -139,48 +180,50 @@ def test_cancelled(source: GroupSampler, engine: Manual) -> None:
 def test_paused_and_continued(source: GroupSampler, engine: Manual) -> None:
     """A paused response goes on with its tokens as prompt, the rest of its length and a seed of its own; its tokens
     have the versions of their time. One that is full is finished, and truncated."""
-    source.start(_prompts(), 0, 0, GOAL)
+    source.start(_prompts(), 0, 0, _kept_plan(), 100)
     _finish(source, engine, range(2))  # group 3 begins: requests 6 and 7, whose pauses are at five tokens
-    source.stop(behind=1, keep=True)
+    assert source.stop(behind=1, keep=True) == Discarded()
     kept = source.groups()
     assert [g.number for g in kept] == [1, 2, 3]
     assert [[len(d.tokens) for d in g.responses] for g in kept] == [[2, 3], [4, 5], [5, 5]]
     assert [[d.finished for d in g.responses] for g in kept] == [[False, False], [False, True], [True, True]]
     assert all(d.truncated for d in kept[2].responses)
     before = len(engine.requests)
-    assert source.start(_prompts(1), version=1, oldest=0, target=GOAL) == 0
+    source.start(_prompts(1), version=1, oldest=0, plan=_kept_plan(1), capacity=100)
     request, sampling, _ = engine.requests[before]
     assert (list(request.prompt_ids), request.seed, sampling.max_tokens) == ([51, 1, 2], 202, 3)
     engine.answer(before, [8, 0], version=8)
     engine.answer(before + 1, [0], version=8)
     scored: dict[int, Rollouts] = {}
-    wait_until(lambda: bool(scored.update(source.take()[0])) or {1, 3} <= set(scored))
+    wait_until(lambda: bool(scored.update(source.take())) or {1, 3} <= set(scored))
     assert scored[1].tokens.tolist() == [51, 1, 2, 8, 0, 51, 1, 2, 3, 0]
     assert scored[1].weight_versions.tolist() == [-1, 0, 0, 1, 1, -1, 0, 0, 0, 1]
 
 
 def test_too_old_starts_over(source: GroupSampler, engine: Manual) -> None:
-    """A kept group with a token of an older version than allowed is drawn anew as a whole, with its first seeds."""
-    source.start(_prompts(), 0, 0, GOAL)
+    """A kept group with a token of an older version than allowed is sampled again as a whole, with its first seeds; its
+    tokens are counted as lost."""
+    source.start(_prompts(), 0, 0, _kept_plan(), 100)
     source.stop(behind=1, keep=True)
     before = len(engine.requests)
-    assert source.start(_prompts(1), version=2, oldest=1, target=GOAL) == 2
+    source.start(_prompts(1), version=2, oldest=1, plan=_kept_plan(1), capacity=100)
     assert [r.seed for r, _, _ in engine.requests[before : before + 4]] == [200, 300, 400, 500]
     assert all(sampling.max_tokens == 5 for _, sampling, _ in engine.requests[before:])
+    assert source.stop(behind=1, keep=True) == Discarded(groups_too_old=2, tokens_too_old=2 + 3 + 4 + 5)
 
 
 def test_weights_that_change_in_between(source: GroupSampler, engine: Manual) -> None:
     """Two responses of one batch by two versions of the engine are an error."""
-    source.start(_prompts(), 0, 0, GOAL)
+    source.start(_prompts(), 0, 0, _plan(), 100)
     engine.answer(0, [0], version=7)
     engine.answer(1, [0], version=8)
     with pytest.raises(RuntimeError, match="weights number 8 and others with number 7"):
-        wait_until(lambda: source.take()[1] == 0)
+        wait_until(lambda: source.take() is None)
 
 
 def test_engine_that_fails(source: GroupSampler, engine: Manual) -> None:
     """Its error comes out of `take`, also when the engine itself has ended a request."""
-    source.start(_prompts(), 0, 0, GOAL)
+    source.start(_prompts(), 0, 0, _plan(), 100)
     engine.requests[0][2].set_exception(RuntimeError("no rollout server"))
     with pytest.raises(RuntimeError, match="no rollout server"):
-        wait_until(lambda: source.take()[1] == 0)
+        wait_until(lambda: source.take() is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_figures_are_of_the_prompts_that_were_passed(results: dict[int, list[dic
     lengths += [3]  # the wrong answer to problem 9 is 10, a digit longer
     assert metrics["generated/response_length/mean"] == pytest.approx(sum(lengths) / (7 * GROUP))
     assert metrics["generated/accuracy"] == pytest.approx(sum(RIGHT[g % 10] for g in range(7, 14)) / (7 * GROUP))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_useless_groups_are_cancelled_at_once(world: int, results: dict[int, list[dict[str, Any]]]) -> None:
+    """Once the batch's last possible group is finished, those behind it are cancelled, while one before it is still
+    being sampled; their tokens so far, and those of groups that are dropped, are counted. Replicas share servers."""
+
+    def tokens(groups: Sequence[int]) -> int:
+        return sum((7 * g + 5 * i) % 14 + 9 for g in groups for i in range(GROUP))
+
+    for replica, rank in enumerate(results[world]):
+        metrics = rank["early"]["batch"].metrics
+        assert rank["early"]["batch"].groups == BATCHES[0]
+        assert rank["early"]["shared"] == (replica, world)
+        assert metrics["sampling/cancelled_groups"] == 5  # 7 to 11
+        assert metrics["sampling/cancelled_tokens"] == 5 * GROUP * 3
+        wasted, generated = 60 + tokens([0, 2, 5]), 60 + tokens(range(7))
+        assert metrics["sampling/wasted_tokens"] == wasted
+        assert metrics["sampling/wasted_share"] == pytest.approx(wasted / generated)
+        assert metrics["sampling/cancelled_share"] == pytest.approx(60 / generated)
 
 
 def test_each_replica_draws_its_own(results: dict[int, list[dict[str, Any]]]) -> None:

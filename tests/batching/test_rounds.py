@@ -184,6 +184,26 @@ def test_informative_groups_in_prompt_order(results: dict[int, list[dict[str, An
     assert len(first.rollouts) == 4 * GROUP
 
 
+def test_wasted_tokens(results: dict[int, list[dict[str, Any]]]) -> None:
+    """Wasted is what was generated and is neither trained on nor kept for the next step: with surplus_groups=drop all
+    but the batch, with keep only groups without a gradient; a step that generates nothing wastes nothing."""
+
+    def generated(step: StepBatch) -> float:
+        return step.metrics["response_length/mean"] * step.metrics["sampling/prompts_generated"] * GROUP
+
+    for step in results[1][0]["drop"]["steps"]:
+        wasted = generated(step) - float(step.rollouts.response_lengths.sum())
+        assert wasted > 0
+        assert step.metrics["sampling/wasted_tokens"] == pytest.approx(wasted)
+        assert step.metrics["sampling/wasted_share"] == pytest.approx(wasted / generated(step))
+        assert "sampling/cancelled_share" not in step.metrics
+    first, second, third = results[1][0]["keep"]["steps"]
+    used = Rollouts.concatenate([first.rollouts, second.rollouts, third.rollouts.select(torch.arange(2 * GROUP))])
+    wasted = generated(first) - float(used.response_lengths.sum())
+    assert first.metrics["sampling/wasted_tokens"] == pytest.approx(wasted)
+    assert (second.metrics["sampling/wasted_tokens"], second.metrics["sampling/wasted_share"]) == (0, 0)
+
+
 def test_kept_surplus_opens_the_next_step(results: dict[int, list[dict[str, Any]]]) -> None:
     """surplus_groups=keep loses no informative group; a step that the surplus fills generates nothing."""
     steps = results[1][0]["keep"]["steps"]

@@ -73,12 +73,14 @@ def engine() -> Iterator[ScriptedStream]:
 def test_responses_of_servers_come_in_as_they_are_finished(
     engine: ScriptedStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All are sent at once; what is finished is handed on in the meantime, each response once and for its sample."""
+    """All are sent at once, as one of several ranks that share the servers; what is finished is handed on in the
+    meantime, each response once and for its sample."""
     monkeypatch.setattr(sampling, "_FLUSH_RESPONSES", 8)
     engine.stalls = lambda request, tokens: request.prompt_ids[0] > 20  # the long ones wait
     specs = _specs(40, 1)
-    coming = responses(engine, [specs[:30], specs[30:]], SAMPLING)
+    coming = responses(engine, [specs[:30], specs[30:]], SAMPLING, rank=2, ranks=3)
     early = [pair for _ in range(2) for pair in next(coming)]
+    assert engine.shared == (2, 3)
     assert len(engine.submitted) == 40
     assert 16 <= len(early) <= 21
     engine.stalls = lambda request, tokens: False

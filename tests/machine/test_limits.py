@@ -155,13 +155,13 @@ COLOCATED = {"placement": "colocated", "tensor_parallel_size": 4}
 @pytest.mark.parametrize(
     ("rollout", "parallel", "files"),
     [
-        # The 32B recipe: 2,048 prompts / 8 replicas x 16 responses; 32 servers; 128 ranks.
-        ({"server": COLOCATED, "prompts_per_round": 2048, "group_size": 16}, 8, 5056),
-        ({"server": COLOCATED, "prompts_per_round": 8, "group_size": 16}, 8, 976),
+        # The 32B recipe: 32 servers that run 256 responses, shared by 8 replicas; 128 ranks.
+        ({"server": COLOCATED, "prompts_per_round": 2048, "group_size": 16}, 8, 1984),
+        ({"server": COLOCATED, "prompts_per_round": 8, "group_size": 16}, 8, 1088),
         (
             {"server": {"urls": ("http://a:1",), "max_num_seqs": 64}, "prompts_per_round": 2048, "group_size": 16},
             8,
-            838,
+            782,
         ),
     ],
 )

@@ -125,5 +125,5 @@ def make_run(task: Path, run: Path, reward: str, ranks: int) -> Config:
 def learned(run: Path) -> list[dict[str, float]]:
     """Return the recorded metrics of a run's steps, without those that depend on speed."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "throughput/", "wall_seconds", "sampling/cancelled")
+    timed = ("time/", "throughput/", "wall_seconds", "sampling/cancelled", "sampling/wasted")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

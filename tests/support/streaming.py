@@ -52,6 +52,8 @@ class ScriptedStream:
         self.stalls: Callable[[Request, int], bool] = lambda request, tokens: False  # after this many, until paused
         self.version = 0
         self.submitted: list[Request] = []
+        self.shared: tuple[int, int] | None = None  # this client and all clients, as it was last asked to share
+        self.capacity = 1 << 20  # what it then says
         self._serving: list[_Serving] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -73,6 +75,18 @@ class ScriptedStream:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         return [future.result() for future in [self.submit(request, sampling) for request in requests]]
+
+    def cancel(self, futures: Sequence[Future[Response]]) -> int:
+        with self._lock:
+            ended = [s for s in self._serving if s.future in futures]
+            self._serving = [s for s in self._serving if s.future not in futures]
+        for serving in ended:
+            serving.future.cancel()
+        return sum(len(serving.tokens) for serving in ended)
+
+    def share_servers(self, client: int, clients: int) -> int:
+        self.shared = client, clients
+        return self.capacity
 
     def release(self) -> None:
         pass
@@ -152,6 +166,14 @@ class BackgroundHF:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         with self._busy:
             return self.engine.generate(requests, sampling)
+
+    def cancel(self, futures: Sequence[Future[Response]]) -> int:
+        for future in futures:
+            future.cancel()
+        return 0
+
+    def share_servers(self, client: int, clients: int) -> int:
+        return 4 * self.group_size
 
     def release(self) -> None:
         pass

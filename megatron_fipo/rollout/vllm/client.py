@@ -5,6 +5,9 @@ loaded server, and is retried, on another one if there is any, when its server i
 weights other than the current ones. An earlier attempt is ended before the next one starts, so none is answered twice;
 and where requests carry their seeds, a retry samples the same response.
 
+Requests wait here, not in a server: clients share what a server runs at a time (`share_servers`). So a response is
+begun when it is sent, and its deadline does not depend on how many are before it.
+
 `submit` is the core: a future for each request, which can be cancelled, or paused for its partial response, at any
 time.
 """
@@ -27,7 +30,14 @@ from megatron_fipo.exit_codes import MachineFailure
 from megatron_fipo.machine import limits
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
 from megatron_fipo.rollout.vllm.answer import Fault, Refused, Stale, engine_names, nothing_yet, payload, read
-from megatron_fipo.rollout.vllm.client_state import PendingRequest, ServerState, connection_pool
+from megatron_fipo.rollout.vllm.client_state import (
+    PendingRequest,
+    ServerState,
+    connection_pool,
+    preferred,
+    share_of_capacity,
+    tokens_so_far,
+)
 from megatron_fipo.rollout.vllm.control import explain
 
 _MOST_ATTEMPTS = 8  # of one request; more would not help: the servers are not the cause
@@ -39,7 +49,7 @@ class ClientTimeouts:
     """Client timeouts in seconds, except for `strikes`.
 
     Attributes:
-        deadline: for one attempt at a response.
+        deadline: for one attempt at a response, from the moment it is sent.
         wait: for any server to be usable, before requests fail.
         probe: between two probes of a server in use, and for its answer.
         strikes: failed probes after which a server counts as hung.
@@ -67,7 +77,7 @@ class Client:
 
     Args:
         urls, keys: of all servers.
-        concurrency: attempts at one server at the same time.
+        concurrency: responses that a server runs at the same time, for all clients together.
         connections: requests in flight at the same time, to all servers together; None: as many as this process may
             open files. Further ones are queued.
         seeded: send the requests' seeds.
@@ -90,6 +100,7 @@ class Client:
         self._vocabulary = vocabulary
         self._timeouts = timeouts
         self._concurrency = concurrency
+        self._client, self._clients = 0, 1  # index of this one among those that share the servers
         self._on_hung = on_hung
         # A pool for each server: a pool searches all of its connections whenever a request starts or ends.
         context = httpx.create_ssl_context()  # reads certificates, once
@@ -116,10 +127,25 @@ class Client:
         The future's exception is ValueError for a request that servers refuse (also for a wrong key), RuntimeError if
         no server can be used for `timeouts.wait` seconds or all attempts failed.
         """
-        pending = PendingRequest(len(request.prompt_ids) + sampling.max_tokens)
+        pending = PendingRequest(len(request.prompt_ids) + sampling.max_tokens, sampling.max_tokens)
         future = asyncio.run_coroutine_threadsafe(self._respond(pending, request, sampling), self._loop)
         self._pending[future] = pending
         return future
+
+    def cancel(self, futures: Sequence[Future[Response]]) -> int:
+        """End these requests; return how many tokens their responses had.
+
+        Servers do not tell: it is estimated from the time since they were sent, and the speed of finished responses.
+        """
+        return asyncio.run_coroutine_threadsafe(self._cancel(futures), self._loop).result()
+
+    def share_servers(self, client: int, clients: int) -> int:
+        """Send each server only a share of the requests that it runs at a time, as one of several equal clients.
+
+        Returns:
+            The number of requests that all servers together take from this client.
+        """
+        return asyncio.run_coroutine_threadsafe(self._share_servers(client, clients), self._loop).result()
 
     def pause(self, futures: Sequence[Future[Response]]) -> None:
         """End these requests and return when they have ended; their results are the partial responses, maybe empty."""
@@ -157,6 +183,18 @@ class Client:
             server.probe_now.set()
         self._dispatch()
 
+    async def _share_servers(self, client: int, clients: int) -> int:
+        self._client, self._clients = client, clients
+        self._dispatch()
+        return sum(share_of_capacity(self._servers, self._concurrency, client, clients).values())
+
+    async def _cancel(self, futures: Sequence[Future[Response]]) -> int:
+        now, speeds = time.monotonic(), [s.speed for s in self._servers if s.speed is not None]
+        tokens = sum(tokens_so_far(self._pending[future], speeds, now) for future in futures)
+        for future in futures:
+            future.cancel()
+        return tokens
+
     # A request
 
     async def _respond(self, pending: PendingRequest, request: Request, sampling: Sampling) -> Response:
@@ -170,6 +208,7 @@ class Client:
                     answer = await self._attempt(server, body)
                     response = read(answer, sampling, self._version, pending.paused, self._vocabulary)
                     server.pause = 0.0
+                    server.note_speed(len(response.token_ids) / (time.monotonic() - pending.sent_at))
                     return response
                 except Refused as error:
                     raise ValueError(f"{server.url} refuses a request: {error}") from None
@@ -197,7 +236,9 @@ class Client:
         self._waiting.append(pending)
         self._dispatch()
         try:
-            yield await pending.waiting
+            server = await pending.waiting
+            pending.sent_at = time.monotonic()
+            yield server
         finally:
             server, pending.waiting = pending.server, None
             if server is not None:
@@ -263,19 +304,18 @@ class Client:
     def _dispatch(self) -> None:
         """Dispatch waiting requests, in order, while servers have capacity."""
         usable = [s for s in self._servers if s.usable]
+        shares = share_of_capacity(usable, self._concurrency, self._client, self._clients)
         index = 0
         while (
             index < len(self._waiting)
             and self._busy < self._connections
-            and (free := [s for s in usable if s.busy < self._capacity(s)])
+            and (free := [s for s in usable if s.busy < (1 if s.pause else max(1, shares[s]))])  # 1: after a failure
         ):
             pending = self._waiting[index]
             if pending.waiting is None or pending.waiting.done():  # cancelled or paused
                 del self._waiting[index]
                 continue
-            # A request returns to a server that failed it only if there is no other.
-            others = [s for s in usable if s.number not in pending.avoid] or usable
-            fitting = [s for s in others if s in free]
+            fitting = [s for s in preferred(usable, shares, pending.avoid) if s in free]
             if not fitting:
                 index += 1
                 continue
@@ -288,10 +328,6 @@ class Client:
     @property
     def _busy(self) -> int:
         return sum(server.busy for server in self._servers)
-
-    def _capacity(self, server: ServerState) -> int:
-        """Return the number of requests a server may have: one at a time after a failure."""
-        return 1 if server.pause else self._concurrency
 
     def _set_aside(self, server: ServerState) -> None:
         """Stop using a server until a probe finds the current weights; intervals between probes double."""

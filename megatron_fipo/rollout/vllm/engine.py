@@ -157,6 +157,16 @@ class VLLMEngine:
         assert self._client is not None, "submit before the first load_weights"
         return self._client.submit(request, sampling)
 
+    def cancel(self, futures: Sequence[Future[Response]]) -> int:
+        """End these requests; return how many tokens they had, see `client.Client.cancel`. Not collective."""
+        assert self._client is not None, "cancel before the first load_weights"
+        return self._client.cancel(futures)
+
+    def share_servers(self, client: int, clients: int) -> int:
+        """Take this rank's share of each server's capacity, see `client.Client.share_servers`. Not collective."""
+        assert self._client is not None, "share_servers before the first load_weights"
+        return self._client.share_servers(client, clients)
+
     def pause(self, futures: Sequence[Future[Response]]) -> None:
         """End these requests; their results are the partial responses. Not collective."""
         assert self._client is not None, "pause before the first load_weights"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
+from megatron_fipo.rollout.vllm.client_state import PendingRequest, ServerState, share_of_capacity, tokens_so_far
 from tests.support.fake_server import KEY, FakeServer, tokens_for
 from tests.support.waiting import PATIENCE, wait_until
 
@@ -228,6 +233,100 @@ def test_wrong_key(connect: MakeClient, servers: list[FakeServer]) -> None:
     with pytest.raises(ValueError, match=r"401: .*MEGATRON_FIPO_VLLM_KEY") as error:
         draw_all(connect(key="wrong-key"), 1)
     assert "wrong-key" not in str(error.value)
+
+
+def test_clients_share_the_servers(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Each server has as many requests as it runs, of two clients together, and all are answered."""
+    for server in servers:
+        server.delay = 120.0
+    clients = [connect(concurrency=5) for _ in range(2)]
+    for index, client in enumerate(clients):
+        client.share_servers(index, 2)
+    futures = [client.submit(request, SAMPLING) for client in clients for request in requests(40)]
+    wait_until(lambda: [server.busy for server in servers] == [5, 5])
+    for server in servers:
+        server.delay = 0.0
+    assert len({tuple(future.result(timeout=PATIENCE).token_ids) for future in futures}) > 1
+    assert [server.most for server in servers] == [5, 5]
+
+
+def test_more_clients_than_capacity(servers: list[FakeServer], connect: MakeClient) -> None:
+    """Three clients of two servers that run one request each, one of which fails: all get their responses."""
+    servers[1].status = 500
+    clients = [connect(concurrency=1) for _ in range(3)]
+    for index, client in enumerate(clients):
+        client.share_servers(index, 3)
+    for client in clients:
+        draw_all(client, 5)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12))
+def test_shares_of_capacity(servers: int, capacity: int, clients: int) -> None:
+    """The shares of all clients are each server's capacity, and differ by one at most; where there are more clients
+    than that, each still has one request at one server."""
+    states = [ServerState(number, "", None) for number in range(servers)]  # type: ignore[arg-type]
+    shares = [share_of_capacity(states, capacity, client, clients) for client in range(clients)]
+    assert all(sum(share.values()) >= 1 for share in shares)
+    if servers * capacity >= clients:
+        for state in states:
+            of_clients = [share[state] for share in shares]
+            assert sum(of_clients) == capacity
+            assert max(of_clients) - min(of_clients) <= 1
+    else:
+        assert all(sum(share.values()) == 1 for share in shares)
+
+
+def test_waiting_does_not_count_as_generating(servers: list[FakeServer], connect: MakeClient) -> None:
+    """A response that waits for longer than its deadline before it is sent is sent once, and not refused."""
+    timeouts = ClientTimeouts(deadline=3.0, wait=60.0, probe=0.2, strikes=2, first=0.02, longest=0.2)
+    client = connect(timeouts)
+    client.expect(None)
+    futures = [client.submit(request, SAMPLING) for request in requests(10)]
+    time.sleep(timeouts.deadline + 0.2)
+    client.expect("run-1", [True, True])
+    assert [f.result(timeout=PATIENCE).token_ids for f in futures] == [
+        tokens_for(r.seed, list(r.prompt_ids)) for r in requests(10)
+    ]
+    assert sum(server.asked.total() for server in servers) == 10
+
+
+def test_tokens_of_cancelled_responses(servers: list[FakeServer], connect: MakeClient) -> None:
+    """They are unknown until a response is finished, and then estimated from its speed and the time since each was
+    sent, up to the longest; those that were not sent have none."""
+    client = connect(concurrency=1)
+    servers[0].delay = servers[1].delay = 120.0
+    futures = [client.submit(request, SAMPLING) for request in requests(4)]
+    wait_until(lambda: all(server.busy for server in servers))
+    assert client.cancel(futures) == 0
+    assert all(future.cancelled() for future in futures)
+    servers[0].delay = servers[1].delay = 0.01
+    draw_all(client, 20)
+    servers[0].delay = servers[1].delay = 120.0
+    futures = [client.submit(request, SAMPLING) for request in requests(4)]
+    wait_until(lambda: all(server.busy for server in servers))
+    time.sleep(1.0)  # at some hundred tokens a second both have had the time for the longest
+    assert client.cancel(futures) == 2 * SAMPLING.max_tokens
+
+
+def test_estimate_of_tokens() -> None:
+    """Speed times time, by the server's own speed or, before it has one, that of the others."""
+    loop = asyncio.new_event_loop()
+    known, new = (ServerState(number, "", None) for number in range(2))  # type: ignore[arg-type]
+    known.speed = 10.0
+
+    def pending(server: ServerState | None) -> PendingRequest:
+        request = PendingRequest(tokens=120, max_tokens=100, sent_at=5.0)
+        request.waiting = loop.create_future()
+        if server is not None:
+            request.waiting.set_result(server)
+        return request
+
+    assert tokens_so_far(pending(known), [10.0, 30.0], now=7.55) == 25
+    assert tokens_so_far(pending(new), [10.0, 30.0], now=7.55) == 51
+    assert tokens_so_far(pending(known), [10.0], now=50.0) == 100
+    assert tokens_so_far(pending(None), [10.0], now=50.0) == 0
+    assert tokens_so_far(pending(new), [], now=50.0) == 0
+    loop.close()
 
 
 def test_cancel(servers: list[FakeServer], connect: MakeClient) -> None:
