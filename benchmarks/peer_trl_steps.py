@@ -57,8 +57,8 @@ def main() -> None:
         config = GRPOConfig(
             output_dir=directory,
             use_cpu=True,
-            ddp_backend="gloo",
-            ddp_find_unused_parameters=False,
+            ddp_backend="gloo" if options["ranks"] > 1 else None,
+            ddp_find_unused_parameters=False if options["ranks"] > 1 else None,
             bf16=False,
             gradient_checkpointing=False,
             per_device_train_batch_size=responses // updates // options["ranks"],
