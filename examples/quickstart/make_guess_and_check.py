@@ -3,9 +3,10 @@
 
     python examples/quickstart/make_guess_and_check.py --out runs/guess-and-check-base
 
-A problem `20,17,71?` asks how often 17 must be added to 20, modulo 100, to get 71. A response tries 1, 2, 3, ... and
-compares the value of each with the target, `1:37-71;2:54-71;3:71-71;Answer:3`: nine tokens a try. The number of tries
-that a problem needs has a Pareto distribution with exponent 0.7, cut off at 60: P(n or more) is about n^-0.7.
+A problem `425,725?` asks how often 1 must be added to 524, modulo 1000, to get 527; numbers are written ones first,
+which a tiny model learns to count sooner. A response tries 1, 2, 3, ... and compares the value of each with the
+target, `1:525-725;2:625-725;3:725-725;Answer:3`: ten or eleven tokens a try. The number of tries that a problem needs
+has a Pareto distribution with exponent 0.7, cut off at 60: P(n or more) is about n^-0.7.
 
 The base model imitates a corpus that gives up after each wrong try with probability 0.3, by `Answer:0`, which is never
 right. Reinforcement learning can only learn not to give up, so that rewards rise with length, ever more slowly.
@@ -36,11 +37,13 @@ EXPONENT = 0.7
 MOST_TRIES = 60
 GIVE_UP = 0.3
 GAVE_UP = "0"  # answer of a response that gives up
-LIMIT = 9 * MOST_TRIES + 10  # tokens of the longest response: its tries and its answer
-POSITIONS = 640
-STEPS = [step for step in range(1, 100) if step % 2 and step % 5]  # with these, no value comes twice in 100 tries
+LIMIT = 11 * MOST_TRIES + 10  # tokens of the longest response: its tries and its answer
+POSITIONS = 768
+CALCULATING_SHARE = 0.75  # share of pre-training steps without giving up
+NUMBERS = 1000
+MOST_PROBLEMS = {False: 2000, True: 200}  # 41% of them need one try, of which there are 1000, a tenth held out
 
-Problem = tuple[int, int, int]  # start, step, tries needed
+Problem = tuple[int, int]  # start, tries needed
 
 
 def sample_tries(rng: random.Random) -> int:
@@ -55,14 +58,20 @@ def sample_problem(rng: random.Random, *, held: bool, seen: Container[str] = ())
     """Sample a problem of the held-out ones, or of the others, that has not been seen."""
     tries = sample_tries(rng)  # once, so that its distribution is the same among problems not seen
     while True:
-        problem = rng.randrange(100), rng.choice(STEPS), tries
+        problem = rng.randrange(NUMBERS), tries
         prompt = prompt_of(problem)
         if held_out(prompt) == held and prompt not in seen:
             return problem
 
 
 def distinct_problems(rng: random.Random, count: int, *, held: bool) -> list[Problem]:
-    """Sample different problems."""
+    """Sample different problems.
+
+    Raises:
+        ValueError: more than there are with a single try.
+    """
+    if count > MOST_PROBLEMS[held]:
+        raise ValueError(f"{count} different problems must be at most {MOST_PROBLEMS[held]}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         problem = sample_problem(rng, held=held, seen=problems)
@@ -72,22 +81,30 @@ def distinct_problems(rng: random.Random, count: int, *, held: bool) -> list[Pro
 
 def value(problem: Problem, tries: int) -> int:
     """Return the value after so many tries."""
-    start, step, _ = problem
-    return (start + step * tries) % 100
+    return (problem[0] + tries) % NUMBERS
+
+
+def written(number: int) -> str:
+    """Return a number below 1000, ones first."""
+    return f"{number:03d}"[::-1]
 
 
 def prompt_of(problem: Problem) -> str:
     """Return the problem's text."""
-    start, step, tries = problem
-    return f"{start:02d},{step:02d},{value(problem, tries):02d}?"
+    return f"{written(problem[0])},{written(value(problem, problem[1]))}?"
+
+
+def try_text(problem: Problem, tries: int) -> str:
+    """Return a try: its number, its value and the target."""
+    return f"{tries}:{written(value(problem, tries))}-{written(value(problem, problem[1]))}"
 
 
 def response_to(problem: Problem, rng: random.Random, give_up: float = GIVE_UP) -> str:
     """Sample a response."""
-    target, parts = value(problem, problem[2]), []
-    for tries in range(1, problem[2] + 1):
-        parts.append(f"{tries}:{value(problem, tries):02d}-{target:02d}")
-        if tries == problem[2]:
+    parts: list[str] = []
+    for tries in range(1, problem[1] + 1):
+        parts.append(try_text(problem, tries))
+        if tries == problem[1]:
             return ";".join([*parts, f"Answer:{tries}"])
         if rng.random() < give_up:
             break
@@ -95,15 +112,20 @@ def response_to(problem: Problem, rng: random.Random, give_up: float = GIVE_UP) 
 
 
 def example(rng: random.Random, share_done: float) -> Example:
-    """Sample a problem and a response: long ones first, from which the model learns to calculate."""
+    """Sample a problem and a response: first without giving up, from which the model learns to calculate."""
     problem = sample_problem(rng, held=False)
-    return prompt_of(problem), response_to(problem, rng, 0.05 if share_done < 0.6 else GIVE_UP)
+    if share_done >= CALCULATING_SHARE:
+        return prompt_of(problem), response_to(problem, rng)
+    tries = rng.randint(1, 12) if rng.random() < 0.93 else rng.randint(13, MOST_TRIES)
+    while held_out(prompt_of(problem := (rng.randrange(NUMBERS), tries))):
+        pass
+    return prompt_of(problem), response_to(problem, rng, give_up=0.0)
 
 
 def behaviour(responses: list[str], problems: list[Problem]) -> dict[str, Any]:
     """Return how often responses give up after a wrong try, are right, and how long each kind is, in tokens."""
     wrong_tries = gave_up = 0
-    correct = [r.endswith(f"Answer:{p[2]}") for r, p in zip(responses, problems, strict=True)]
+    correct = [r.endswith(f"Answer:{p[1]}") for r, p in zip(responses, problems, strict=True)]
     for response in responses:
         *tries, answer = response.split(";")
         wrong_tries += sum(not _is_match(one) for one in tries)
@@ -127,10 +149,9 @@ def _correct_calculations(responses: list[str], problems: list[Problem]) -> floa
     """Return the share of tries whose number, value and target are right."""
     right = total = 0
     for response, problem in zip(responses, problems, strict=True):
-        target = value(problem, problem[2])
         for number, text in enumerate(response.split(";")[:-1], start=1):
             total += 1
-            right += text == f"{number}:{value(problem, number):02d}-{target:02d}"
+            right += text == try_text(problem, number)
     return right / max(1, total)
 
 
@@ -144,7 +165,7 @@ def make(
     validation = distinct_problems(rng, validation_problems, held=True)
     train = distinct_problems(rng, train_problems, held=False)
     for name, problems in (("validation", validation), ("train", train)):
-        rows = [(prompt_of(problem), str(problem[2])) for problem in problems]
+        rows = [(prompt_of(problem), str(problem[1])) for problem in problems]
         write_rows(rows, "guess_and_check", directory / f"{name}.parquet")
     model = make_model(tokenizer := make_tokenizer(), layers, POSITIONS)
     pretrain(model, tokenizer, example, steps=steps, seed=seed)
@@ -161,8 +182,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
-    parser.add_argument("--train-problems", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=400, help="pre-training steps")
+    parser.add_argument("--train-problems", type=int, default=1500)
     parser.add_argument("--validation-problems", type=int, default=128)
     arguments = vars(parser.parse_args())
     out: Path = arguments.pop("out")

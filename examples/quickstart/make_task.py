@@ -208,7 +208,7 @@ def sum_example(rng: random.Random, share_done: float) -> Example:
 
 
 def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[tuple[Tensor, Tensor]]:
-    """Return token ids and labels, as [N / 2, T] twice: the short and the long half, to save padding."""
+    """Return token ids and labels, as [n, T] each, examples of similar length together, to save padding."""
     vocabulary = tokenizer.get_vocab()
     rows = []
     for prompt, response in examples:
@@ -216,9 +216,13 @@ def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> lis
         labels = [IGNORED] * (1 + len(prompt)) + ids[1 + len(prompt) :]
         rows.append((torch.tensor(ids), torch.tensor(labels)))
     rows.sort(key=lambda row: len(row[0]))
-    middle = len(rows) // 2
-    halves = [tuple(zip(*half, strict=True)) for half in (rows[:middle], rows[middle:])]
-    return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in halves]
+    parts: list[list[tuple[Tensor, Tensor]]] = []
+    for row in rows:
+        if not parts or len(row[0]) > 2 * len(parts[-1][0][0]):
+            parts.append([])
+        parts[-1].append(row)
+    columns = [tuple(zip(*part, strict=True)) for part in parts]
+    return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in columns]
 
 
 @torch.inference_mode()

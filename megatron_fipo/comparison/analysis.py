@@ -40,7 +40,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Power:
-    """What a comparison can show at its standard deviation.
+    """Power of a comparison at its standard deviation.
 
     Attributes:
         smallest: the smallest difference of interest, as in the endpoint.

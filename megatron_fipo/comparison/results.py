@@ -16,7 +16,7 @@ from megatron_fipo.report.history import Run, read_run
 
 @dataclass(frozen=True)
 class Results:
-    """What a comparison came to so far.
+    """Results so far.
 
     Attributes:
         states: how far each run is, in their order.

@@ -86,7 +86,7 @@ def test_added_seeds_are_named(planned: Planned, write_spec: Callable) -> None:
 
 
 def test_endpoints_are_means_of_the_last_values(planned: Planned) -> None:
-    """Of the rows that count: the last evaluations or steps; the logarithm is of the mean."""
+    """The last evaluations or steps count; the logarithm is of the mean."""
     run = planned[1][0]
     finish(run, 0.5, 10.0)
     path = run.directory / "metrics.jsonl"
@@ -178,7 +178,7 @@ def test_means_of_arms_are_over_the_same_seeds(planned: Planned) -> None:
 
 
 def test_a_finished_run_without_a_finite_endpoint_counts_as_failed(planned: Planned) -> None:
-    """Of that endpoint alone, and the report says so."""
+    """It does for that endpoint alone, and the report says so."""
     spec, runs = planned
     _finish_all(runs)
     path = runs[0].directory / "metrics.jsonl"

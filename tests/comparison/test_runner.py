@@ -85,7 +85,7 @@ def test_all_are_trained_and_failures_counted(train: Callable[..., list[str]], p
 
 
 def test_rejected_input_ends_the_comparison(train: Callable[..., list[str]], planned: Planned) -> None:
-    """What `train` refuses is an error of the specification, not a failed seed; nothing else is started."""
+    """Input that `train` refuses is an error of the specification, not a failed seed; nothing else is started."""
     with pytest.raises(ValueError, match=r"F-seed2 could not be trained: error: data\.train does not exist"):
         train(F_seed2="reject")
     assert _states(planned) == ["finished", "finished", "unfinished", "missing", "missing", "missing"]
@@ -128,7 +128,7 @@ def test_array_of_the_unfinished_runs(numbers: list[int], text: str, planned: Pl
 
 @pytest.mark.parametrize(("ranks", "sizes"), [(4, (1, 4)), (8, (1, 8)), (32, (4, 8)), (12, (2, 6))])
 def test_sizes_of_the_array(ranks: int, sizes: tuple[int, int], write_spec: Callable[..., Path]) -> None:
-    """As many nodes and tasks as there are ranks, at most 8 a node; arms of different sizes are refused."""
+    """The job has as many nodes and tasks as there are ranks, at most 8 a node; arms of different sizes are refused."""
     spec = read_spec(write_spec(settings={"parallel.world_size": ranks}))
     assert f"--nodes={sizes[0]} --ntasks-per-node={sizes[1]} " in runner.array_command(spec, plan_runs(spec))
     arms = {"F": {}, "D": {"parallel.world_size": 2 * ranks}}

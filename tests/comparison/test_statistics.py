@@ -68,7 +68,7 @@ def test_random_sign_flips_state_their_error() -> None:
 
 
 def test_holm_by_hand() -> None:
-    """Of 0.01, 0.04, 0.03: 3 x 0.01, then 2 x 0.03, then the larger of that and 0.04; unknown ones count as 1."""
+    """Corrected 0.01, 0.04, 0.03 are 3 x 0.01, then 2 x 0.03, then the larger of that and 0.04; unknown: 1."""
     assert holm([0.01, 0.04, 0.03]) == [Adjusted(0.03, 3), Adjusted(0.06, 1), Adjusted(0.06, 2)]
     assert holm([None, 0.01]) == [Adjusted(1.0, 1), Adjusted(0.02, 2)]
     assert holm([0.7]) == [Adjusted(0.7, 1)]
@@ -97,7 +97,7 @@ def test_pairs_of_the_design(effect: float, pairs: int) -> None:
     ("effect", "pairs", "rate"), [(1.0, 10, 0.05), (1.5, 6, 0.05 / 3), (0.0, 5, 0.05), (0.4, 30, 0.01)]
 )
 def test_power_is_what_a_simulation_finds(effect: float, pairs: int, rate: float) -> None:
-    """Of 40,000 simulated experiments the share with p at most the rate is the power, within four standard errors."""
+    """The share of 40,000 simulated experiments with p at most the rate is the power, to four standard errors."""
     values = np.random.default_rng(7).normal(effect, 1.0, size=(40_000, pairs))
     share = float(np.mean(stats.ttest_1samp(values, 0.0, axis=1).pvalue <= rate))
     expected = power(effect, pairs, rate)
@@ -105,7 +105,7 @@ def test_power_is_what_a_simulation_finds(effect: float, pairs: int, rate: float
 
 
 def test_power_is_the_noncentral_t_distribution_s() -> None:
-    """As scipy's, to 1e-6, wherever that is a number; without an effect it is the error rate."""
+    """It equals scipy's to 1e-6 wherever that is a number; without an effect it is the error rate."""
     compared = 0
     for pairs, effect, rate in itertools.product((2, 3, 6, 10, 100, 1000), (0.0, 0.01, 0.1, 0.5, 1, 3), (0.05, 0.005)):
         critical, shift = stats.t.ppf(1 - rate / 2, pairs - 1), effect * math.sqrt(pairs)

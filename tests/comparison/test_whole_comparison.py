@@ -57,7 +57,7 @@ def spec(tmp_path: Path) -> Path:
         "endpoints": {"score": {"last": 2}, "length": {"last": 2}},
     }
     path = tmp_path / "comparison.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 

@@ -96,32 +96,34 @@ def test_ablations_change_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_problems_need_a_pareto_number_of_tries(task: ModuleType) -> None:
     """P(n or more) is n^-0.7, of those that need at most 60; the value is the target at the last try and not before."""
-    problems = task.distinct_problems(random.Random(0), 4000, held=False)
-    assert len({task.prompt_of(problem) for problem in problems}) == 4000
+    problems = task.distinct_problems(random.Random(0), 2000, held=False)
+    assert len({task.prompt_of(problem) for problem in problems}) == 2000
     beyond = 61**-0.7
     for n in (2, 3, 5, 10, 20, 40):
-        share = sum(problem[2] >= n for problem in problems) / 4000
+        share = sum(problem[1] >= n for problem in problems) / 2000
         expected = (n**-0.7 - beyond) / (1 - beyond)
-        assert abs(share - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
     for problem in problems[:500]:
-        target = task.value(problem, problem[2])
-        assert [n for n in range(1, 100) if task.value(problem, n) == target] == [problem[2]]
+        target = task.value(problem, problem[1])
+        assert [n for n in range(1, 1000) if task.value(problem, n) == target] == [problem[1]]
+    with pytest.raises(ValueError, match="must be at most 200"):
+        task.distinct_problems(random.Random(0), 201, held=True)
 
 
 def test_responses_give_up_with_the_probability(task: ModuleType) -> None:
-    """After 30% of the wrong tries; a right answer scores, `Answer:0` never; a try takes nine tokens."""
+    """After 30% of the wrong tries; a right answer scores, `Answer:0` never; a try takes ten or eleven tokens."""
     rng = random.Random(1)
     problems = [task.sample_problem(rng, held=False) for _ in range(4000)]
     responses = [task.response_to(problem, rng) for problem in problems]
     found = task.behaviour(responses, problems)
     assert found["gives_up"] == pytest.approx(0.3, abs=0.02)
     assert found["correct_calculations"] == 1.0
-    truths = [str(problem[2]) for problem in problems]
+    truths = [str(problem[1]) for problem in problems]
     scores = make_reward(RewardConfig(function="dapo"))(responses, truths, ["guess_and_check"] * len(truths))
     assert sum(s.accuracy for s in scores) / 4000 == found["accuracy"]
     assert all(s.accuracy == 0 for s, r in zip(scores, responses, strict=True) if r.endswith("Answer:0"))
-    longest = task.response_to((0, 1, task.MOST_TRIES), rng, give_up=0.0)
-    assert 8.5 < len(longest) / task.MOST_TRIES < 9.5
+    longest = task.response_to((0, task.MOST_TRIES), rng, give_up=0.0)
+    assert 10 < len(longest) / task.MOST_TRIES < 11.2
     assert len(longest) + 1 <= task.LIMIT
     config = load_config(ROOT / "examples" / "guess_and_check.yaml")
     assert config.rollout.max_response_tokens >= task.LIMIT
@@ -141,7 +143,7 @@ def test_length_pays(task: ModuleType) -> None:
     assert lengths == sorted(lengths)
     assert 0.52 < accuracies[0] < 0.64
     assert accuracies[-1] == 1.0
-    assert lengths[-1] > 2.5 * lengths[0]
+    assert lengths[-1] > 2 * lengths[0]
 
 
 def test_guess_and_check_command(task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +161,5 @@ def test_guess_and_check_command(task: ModuleType, tmp_path: Path, monkeypatch: 
         prompts = load_prompts(out / f"{name}.parquet", tokenizer, max_prompt_tokens=16)
         assert len(prompts) == count
         for prompt in prompts:
-            start, step, target = map(int, prompt.messages[0]["content"][:-1].split(","))
-            assert (start + step * int(prompt.ground_truth)) % 100 == target
+            start, target = (int(text[::-1]) for text in prompt.messages[0]["content"][:-1].split(","))
+            assert (start + int(prompt.ground_truth)) % 1000 == target
