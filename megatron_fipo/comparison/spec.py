@@ -209,9 +209,10 @@ class _Reader:
         given = self.content.get("seeds")
         if type(given) is int and 2 <= given <= MOST_SEEDS:
             return tuple(range(1, given + 1))
-        legal = isinstance(given, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in given)
-        if legal and 2 <= len(set(given)) == len(given) <= MOST_SEEDS:
-            return tuple(given)
+        seeds: list[Any] = given if isinstance(given, list) else []
+        legal = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+        if legal and 2 <= len(set(seeds)) == len(seeds) <= MOST_SEEDS:
+            return tuple(seeds)
         self.problems.append(
             f"seeds = {given!r} must be a number of seeds from 2 to {MOST_SEEDS}, or a list of at least two different "
             "ones: a single pair has no spread, so nothing can be tested"

@@ -189,7 +189,7 @@ def test_wasted_tokens(results: dict[int, list[dict[str, Any]]]) -> None:
     but the batch, with keep only groups without a gradient; a step that generates nothing wastes nothing."""
 
     def generated(step: StepBatch) -> float:
-        return step.metrics["response_length/mean"] * step.metrics["sampling/prompts_generated"] * GROUP
+        return step.metrics["generated/response_length/mean"] * step.metrics["sampling/prompts_generated"] * GROUP
 
     for step in results[1][0]["drop"]["steps"]:
         wasted = generated(step) - float(step.rollouts.response_lengths.sum())

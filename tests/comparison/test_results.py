@@ -182,7 +182,9 @@ def test_a_finished_run_without_a_finite_endpoint_counts_as_failed(planned: Plan
     spec, runs = planned
     _finish_all(runs)
     path = runs[0].directory / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"batch/response_length/mean": 22.0', '"batch/response_length/mean": null'))
+    path.write_text(
+        path.read_text().replace('"batch/response_length/mean": 22.0', '"batch/response_length/mean": null')
+    )
     results = read_results(spec, runs)
     assert [one.failed for one in results.comparisons] == [(), (1,)]
     assert "length: counted as failed" in terminal_report(results)

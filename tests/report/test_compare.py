@@ -109,13 +109,15 @@ def test_a_crashed_seed_does_not_lift_the_mean(tmp_path):
     scores = {"x-seed1": [0.1, 0.2], "x-seed2": [0.5, 0.6, 0.7, 0.8], "x-seed3": [0.5, 0.6, 0.7, 0.8]}
     paths = []
     for name, column in scores.items():
-        rows = [{"step": s, "reward/accuracy": v, "eval/avg@k": v, "time/eval": 1.0} for s, v in enumerate(column, 1)]
+        rows = [
+            {"step": s, "generated/accuracy": v, "eval/avg@k": v, "time/eval": 1.0} for s, v in enumerate(column, 1)
+        ]
         paths.append(named_run(tmp_path / name, rows))
         (paths[-1] / "summary.json").unlink()
     (series,) = series_of(paths)
     trained = series.history.steps > 0
     np.testing.assert_array_equal(series.history.steps[trained], [1.0, 2.0])
-    np.testing.assert_allclose(series.history["reward/accuracy"][trained], [1.1 / 3, 1.4 / 3])
+    np.testing.assert_allclose(series.history["generated/accuracy"][trained], [1.1 / 3, 1.4 / 3])
     head, (line,) = comparison([series])
     cells = dict(zip(head, line, strict=True))
     assert (cells["runs"], cells["steps"], cells["avg@8"]) == ("3", "2 of 500", "0.467 ±0.231")
