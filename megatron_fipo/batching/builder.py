@@ -40,8 +40,12 @@ def make_batch_builder(
 
     Raises:
         ValueError: the engine cannot do what `rollout.max_staleness` or `rollout.partial` needs.
+        TypeError: the engine has `submit`, but not all of `StreamingEngine`.
     """
     rollout = config.rollout
+    if hasattr(engine, "submit") and not isinstance(engine, StreamingEngine):
+        missing = [name for name in dir(StreamingEngine) if name[0] != "_" and not hasattr(engine, name)]
+        raise TypeError(f"{type(engine).__name__} has submit, but lacks {', '.join(missing)} of StreamingEngine")
     if rollout.partial and not isinstance(engine, PausingEngine):
         raise ValueError(
             f"rollout.partial=true: {type(engine).__name__} cannot pause a response; set rollout.partial=false"

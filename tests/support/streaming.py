@@ -60,6 +60,10 @@ class ScriptedStream:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def held_version(self) -> int:
+        return self.version
+
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         assert not [s for s in self._serving if not s.future.cancelled()], "nothing may be under way"
         self.version += 1
