@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_fipo.actor.digest import digest
 from megatron_fipo.parallel import device
 from tests.gpu.generation import generated_and_trained
 from tests.gpu.states import (
@@ -103,6 +104,13 @@ def test_engine_and_trainer_agree(path: Path) -> None:
     assert found.largest_difference < 1e-3
     assert found.repeats
     assert found.tokens > 100
+
+
+def test_digest_is_the_cpu_s() -> None:
+    """By which weights are found to have changed; of more than a chunk's elements, and without deterministic sums."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 700_001, generator=generator), torch.randn(77, generator=generator).bfloat16()]
+    assert digest(x.cuda() for x in tensors) == digest(tensors)
 
 
 @pytest.fixture
