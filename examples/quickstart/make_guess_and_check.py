@@ -168,7 +168,7 @@ def make(
         rows = [(prompt_of(problem), str(problem[1])) for problem in problems]
         write_rows(rows, "guess_and_check", directory / f"{name}.parquet")
     model = make_model(tokenizer := make_tokenizer(), layers, POSITIONS)
-    pretrain(model, tokenizer, example, steps=steps, seed=seed)
+    pretrain(model, tokenizer, example, steps=steps, seed=seed, at_once=4)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
     prompts, k = [prompt_of(problem) for problem in validation], 8

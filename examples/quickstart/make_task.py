@@ -183,15 +183,21 @@ def pretrain(
     *,
     steps: int,
     seed: int,
+    at_once: int = 16,
 ) -> None:
-    """Train next-token prediction with the loss on the response only; `example` gets the share of finished steps."""
+    """Train next-token prediction on batches of 32 examples, with the loss on the response only.
+
+    Args:
+        example: samples a prompt and a response, given the share of finished steps.
+        at_once: examples that are padded to the same length.
+    """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description="pre-training the base model"):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.1 + 0.9 * cosine)
-        batch = as_batch(tokenizer, [example(rng, step / steps) for _ in range(32)])
+        batch = as_batch(tokenizer, [example(rng, step / steps) for _ in range(32)], at_once)
         num_targets = sum((labels != IGNORED).sum() for _, labels in batch)
         optimizer.zero_grad()
         for ids, labels in batch:
@@ -207,8 +213,8 @@ def sum_example(rng: random.Random, share_done: float) -> Example:
     return prompt_of(numbers), response_to(numbers, rng, CLEAN if share_done < CLEAN_SHARE else SLOPPY)
 
 
-def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[tuple[Tensor, Tensor]]:
-    """Return token ids and labels, as [n, T] each, examples of similar length together, to save padding."""
+def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example], at_once: int) -> list[tuple[Tensor, Tensor]]:
+    """Return token ids and labels, as [at_once, T] each, the short examples first, to save padding."""
     vocabulary = tokenizer.get_vocab()
     rows = []
     for prompt, response in examples:
@@ -216,13 +222,8 @@ def as_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> lis
         labels = [IGNORED] * (1 + len(prompt)) + ids[1 + len(prompt) :]
         rows.append((torch.tensor(ids), torch.tensor(labels)))
     rows.sort(key=lambda row: len(row[0]))
-    parts: list[list[tuple[Tensor, Tensor]]] = []
-    for row in rows:
-        if not parts or len(row[0]) > 2 * len(parts[-1][0][0]):
-            parts.append([])
-        parts[-1].append(row)
-    columns = [tuple(zip(*part, strict=True)) for part in parts]
-    return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in columns]
+    parts = [tuple(zip(*rows[n : n + at_once], strict=True)) for n in range(0, len(rows), at_once)]
+    return [(pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)) for ids, labels in parts]
 
 
 @torch.inference_mode()
