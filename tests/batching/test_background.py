@@ -24,6 +24,7 @@ class Manual:
     """Requests wait until the test answers them."""
 
     through_first_rank = True
+    held_version = 1
 
     def __init__(self) -> None:
         self.requests: list[tuple[Request, Sampling, Future[Response]]] = []
