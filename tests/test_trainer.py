@@ -296,9 +296,10 @@ def test_entropy_before_the_updates() -> None:
     update = SimpleNamespace(skipped=False, grad_norm=1.0, lr=0.1)
     actor = SimpleNamespace(training_step=nullcontext, get_loss_and_metrics=metrics, last_update=update, records=False)
     config = make_config("unused", trainer={"epochs_per_batch": 2})
-    trainer: Any = SimpleNamespace(config=config, actor=actor)
+    weighted = lambda batch, *further: batch  # noqa: E731
+    trainer: Any = SimpleNamespace(config=config, actor=actor, _with_influence_weights=weighted)
     batches: Any = [None, None]
-    summary, _ = Trainer._update_policy(trainer, 1, batches)
+    summary, _ = Trainer._update_policy(trainer, 1, batches, batches)
     assert (summary["policy/first_entropy"], summary["policy/entropy"]) == (2.0, 1.0)
 
 
