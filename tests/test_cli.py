@@ -340,7 +340,7 @@ print({"torch", "megatron", "transformers"} & {*sys.modules})
 
 @pytest.mark.slow
 def test_the_command_stays_light(task: Path) -> None:
-    """What checks and ranks import, they import in processes of their own. (Starts a server and a rank: slow.)"""
+    """Checks and ranks import the heavy packages in processes of their own. (Starts a server and a rank: slow.)"""
     arguments = ["train", "config.yaml", "--dry-run"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
