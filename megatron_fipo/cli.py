@@ -62,7 +62,7 @@ def train(
     if launch.is_first_process():  # once, and not by hundreds of tasks at the same time
         with launch.checked(settings.run_directory, settings.resume.max_requeues):
             _warn(launch.in_own_process(_check, settings, dry_run))
-    if dry_run and (obstacle := launch.in_own_process(_obstacle_to_update, settings)):
+    if dry_run and (obstacle := _obstacle_to_update(settings)):
         if launch.is_first_process():
             typer.echo(f"dry run: everything that needs no GPU passed; no update was run, since {obstacle}")
         return
@@ -182,10 +182,16 @@ def _check(config: Config, dry_run: bool) -> list[str]:
 
 def _obstacle_to_update(config: Config) -> str | None:
     """Return why this machine, such as a login node, cannot run an update of a valid configuration; None if it can."""
+    from megatron_fipo import launch
+
+    obstacle = launch.in_own_process(_gpu_obstacle) if config.model.transformer_engine == "on" else None
+    return obstacle and f"model.transformer_engine=on needs a GPU and {obstacle}"
+
+
+def _gpu_obstacle() -> str | None:
     from megatron_fipo.fused_kernels import gpu_obstacle
 
-    obstacle = gpu_obstacle() if config.model.transformer_engine == "on" else None
-    return obstacle and f"model.transformer_engine=on needs a GPU and {obstacle}"
+    return gpu_obstacle()
 
 
 def _warn(warnings: Sequence[str]) -> None:

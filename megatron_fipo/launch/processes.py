@@ -60,9 +60,10 @@ def call(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         ValueError: the function raised one.
         RuntimeError: it raised something else, with its traceback, or its process was killed.
     """
-    receiving, sending = context().Pipe(duplex=False)
+    started_by = context()
+    receiving, sending = started_by.Pipe(duplex=False)
     with signals_blocked():
-        process = context().Process(target=_answer, args=(sending, function, args, kwargs), name=function.__name__)
+        process = started_by.Process(target=_answer, args=(sending, function, args, kwargs), name=function.__name__)
         process.start()
     sending.close()
     try:

@@ -29,9 +29,10 @@ DETERMINISTIC_ENVIRONMENT = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     "NCCL_ALGO": "^NVLS",  # sums inside the switch have no fixed order
 }
+_ALTERNATIVES = {"CUBLAS_WORKSPACE_CONFIG": (":16:8",)}  # as deterministic, with less memory
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_ALTERNATIVES = {"CUBLAS_WORKSPACE_CONFIG": (":16:8",)}  # as deterministic, with less memory
 
 
 def num_gpus() -> int:

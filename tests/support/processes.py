@@ -70,9 +70,9 @@ class Supervisor:
     process: Any
     output: Path
 
-    def end(self, seconds: float = PATIENCE) -> tuple[int | None, str]:
+    def end(self) -> tuple[int | None, str]:
         """Its exit code (None: still at work) and what it printed."""
-        self.process.join(timeout=seconds)
+        self.process.join(timeout=PATIENCE)
         return self.process.exitcode, self.output.read_text()
 
 
