@@ -42,7 +42,7 @@ def test_the_loss_has_the_settings_of_a_run() -> None:
     """The same names, defaults and ranges, and one more; legal aggregations are those of the annotation."""
     shared = {s.name: s for s in settings(LossConfig)}
     for cls, more in (
-        (AlgorithmConfig, {"loss", "kl_coefficient", "entropy_coefficient"}),
+        (AlgorithmConfig, {"loss", "influence", "kl_coefficient", "entropy_coefficient"}),
         (FIPOLossConfig, {"norm_length"}),
     ):
         found = {s.name: s for s in settings(cls)}
