@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.checkpoint import Checkpointer, files, writing
 from tests.support.actors import actor_of, weights_of
 from tests.support.checkpoint_runs import ASYNCHRONOUS, SYNCHRONOUS, differing
@@ -316,7 +317,7 @@ def _save_until_killed(path: Path, directory: Path, delays: list[float]) -> None
             while checkpointer.in_progress:
                 time.sleep(0.01)
                 checkpointer.poll()
-            (directory / f"whole_{rank}").write_text(str(step))
+            write_atomically(directory / f"whole_{rank}", str(step))
 
 
 def _newest_loads(path: Path, directory: Path) -> Any:

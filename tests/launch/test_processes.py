@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.launch import processes
 from tests.support.processes import ROOT, alive, await_pids
 from tests.support.waiting import wait_until
 
+# A shell starts what is in the background with SIGINT ignored, and so this test's parent too.
 PARENT = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megatron_fipo.launch import processes
 from tests.launch.test_processes import _note_and_sleep
 processes.call(_note_and_sleep, Path(sys.argv[1]))
@@ -62,8 +66,7 @@ def test_errors() -> None:
 def _note_and_sleep(directory: Path) -> None:
     child = subprocess.Popen(["sleep", "600"])
     for number, pid in enumerate((os.getpid(), child.pid)):
-        (directory / f".{number}.pid").write_text(str(pid))
-        (directory / f".{number}.pid").rename(directory / f"{number}.pid")
+        write_atomically(directory / f"{number}.pid", str(pid))
     time.sleep(600)
 
 

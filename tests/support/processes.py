@@ -20,6 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from megatron_fipo import cli, launch
+from megatron_fipo.atomic_file import write_atomically
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.parallel import interrupt
 from tests.support.ranks import fork
@@ -127,9 +128,7 @@ def _end_ranks(directory: Path) -> None:
 
 def note_pid(directory: Path) -> None:
     """For the test to find this rank, and to know that it is ready."""
-    unfinished = directory / f".{dist.get_rank()}.pid"
-    unfinished.write_text(str(os.getpid()))
-    unfinished.rename(directory / f"{dist.get_rank()}.pid")
+    write_atomically(directory / f"{dist.get_rank()}.pid", str(os.getpid()))
 
 
 def pids(directory: Path) -> list[int]:
