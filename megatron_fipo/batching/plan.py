@@ -5,8 +5,8 @@ informative ones are before it. Of those before it some are finished, and their 
 to be informative at the rate of earlier groups:
 
 - Groups are begun, in prompt order, while fewer are unfinished than the number that gives the missing informative ones
-  with two standard deviations to spare (`window`). Places of servers that stay free are not filled with further groups:
-  these would slow down the ones that are needed, and come into a batch once in forty times.
+  with two standard deviations to spare (`InformativeShare.window`). Places of servers that stay free are not filled with
+  further groups: these would slow down the ones that are needed, and come into a batch once in forty times.
 - A group with as many finished informative groups before it as the batch needs is useless, whatever the outcome of
   those that are unfinished. No group is useless before that.
 
@@ -43,14 +43,25 @@ class InformativeShare:
         """Return the estimate from the groups that a batch took, and the informative ones among them."""
         return cls((informative + 1) / (groups + 1), min(groups, _MEMORY))
 
-    def updated(self, groups: int, informative: int) -> float:
-        """Return the share with the outcomes of further groups."""
-        return (self.share * self.weight + informative) / (self.weight + groups) if groups else self.share
+    def updated(self, groups: int, informative: int) -> InformativeShare:
+        """Return the estimate with the outcomes of further groups."""
+        if not groups:
+            return self
+        weight = self.weight + groups
+        return InformativeShare((self.share * self.weight + informative) / weight, weight)
+
+    def window(self, needed: float) -> int:
+        """Return how many groups give `needed` informative ones, with two standard deviations to spare.
+
+        The number of groups that it takes varies by chance, and the share is itself known from so many groups only.
+        """
+        if needed <= 0:
+            return 0
+        variance = needed * (1 - self.share) * (1 + needed / (self.share * self.weight))
+        return math.ceil((needed + 2 * math.sqrt(variance)) / self.share)
 
 
-def window(needed: float, share: float) -> int:
-    """Return how many groups give `needed` informative ones, with two standard deviations to spare."""
-    return math.ceil((needed + 2 * math.sqrt(needed * (1 - share))) / share) if needed > 0 else 0
+_ALL = InformativeShare(1.0, 1)  # where every group counts as informative
 
 
 class Decision(NamedTuple):
@@ -128,9 +139,9 @@ class InFlightPlan:
         self._decision = None
 
     @property
-    def share(self) -> float:
-        """Expected share of informative groups."""
-        return 1.0 if self.keeps_surplus else self._share.updated(self._groups, self._informative)
+    def estimate(self) -> InformativeShare:
+        """Expected share of informative groups, with the outcomes that are known."""
+        return _ALL if self.keeps_surplus else self._share.updated(self._groups, self._informative)
 
     @property
     def decision(self) -> Decision:
@@ -141,7 +152,7 @@ class InFlightPlan:
 
     def decide(self) -> Decision:
         """Return what to sample: one pass over the groups from the first unfinished one on."""
-        share = self.share
+        share = self.estimate
         group, informative, unfinished = self._next, self._informative, 0
         wanted = self._wanted(informative, share)
         begin_before = None
@@ -159,9 +170,9 @@ class InFlightPlan:
             group += self._step
         return Decision(begin_before, None)
 
-    def _wanted(self, informative: int, share: float) -> int:
+    def _wanted(self, informative: int, share: InformativeShare) -> int:
         """Return how many groups before one may be unfinished; `informative`: of the known ones before it."""
-        return min(self.most, window(self.needed - informative * self._step, share))
+        return min(self.most, share.window(self.needed - informative * self._step))
 
     def _is_behind_limit(self, group: int) -> bool:
         return self.limit is not None and group >= self.limit

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import betabinom
 
-from megatron_fipo.batching.plan import InFlightPlan, InformativeShare, window
+from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
 
 
 def batch_of(outcomes: Sequence[bool], needed: int) -> tuple[list[int], int]:
@@ -123,16 +124,23 @@ def test_several_replicas(
 )
 def test_window(needed: int, share: float, groups: int) -> None:
     """needed / share, and two standard deviations of how many groups it takes to find so many."""
-    assert window(needed, share) == groups
+    assert InformativeShare(share, weight=math.inf).window(needed) == groups
+
+
+def test_window_of_an_uncertain_share() -> None:
+    """Half of the last 24 groups: it takes 24 more for 12, give or take sqrt(24) by chance and as much for the share."""
+    assert InformativeShare(0.5, weight=24).window(12) == math.ceil(24 + 2 * math.sqrt(24 + 24))
 
 
 @pytest.mark.parametrize("needed", [1, 4, 30, 200])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
-def test_window_is_nearly_always_enough(needed: int, share: float) -> None:
-    """It gives the needed groups with a probability of 95% to 99%."""
-    groups = window(needed, share)
-    too_few = sum(math.comb(groups, k) * share**k * (1 - share) ** (groups - k) for k in range(needed))
-    assert 0.95 < 1 - too_few < 0.99
+@pytest.mark.parametrize(("weight", "least"), [(1e6, 0.95), (64, 0.89), (16, 0.78)])
+def test_window_is_nearly_always_enough(needed: int, share: float, weight: float, least: float) -> None:
+    """It gives the needed groups with a probability of 95% to 99% where the share is certain, less often where it is
+    known from few groups, whose distribution is skewed."""
+    groups = InformativeShare(share, weight).window(needed)
+    too_few = betabinom.cdf(needed - 1, groups, share * weight, (1 - share) * weight)
+    assert least < 1 - too_few < 0.991
 
 
 def test_groups_that_are_missing_in_between_are_begun() -> None:
@@ -149,9 +157,9 @@ def test_share_is_of_groups_in_prompt_order() -> None:
     finished; then each counts as much as one of the last batch, which counts as 256 at most."""
     plan = InFlightPlan(10, 100, InformativeShare.of_batch(1023, 511), most=1000)
     plan.add(dict.fromkeys(range(11, 40), True))
-    assert plan.share == 0.5
+    assert plan.estimate.share == 0.5
     plan.add({10: False})
-    assert plan.share == pytest.approx((128 + 29) / (256 + 30))
+    assert plan.estimate.share == pytest.approx((128 + 29) / (256 + 30))
     assert InformativeShare.of_batch(50, 0) == InformativeShare(1 / 51, 50)
 
 
@@ -160,9 +168,9 @@ def test_unlikely_groups_are_many_and_bounded() -> None:
     plan = InFlightPlan(0, 2, InformativeShare(1.0, 16), most=20, limit=70)
     assert plan.decision == (2, None)
     plan.add(dict.fromkeys(range(2), False))
-    assert plan.decision == (2 + window(2, 16 / 18), None)
+    assert plan.decision == (2 + InformativeShare(16 / 18, 18).window(2), None)
     plan.add(dict.fromkeys(range(30), False))
-    assert plan.decision == (30 + window(2, 16 / 46), None)
+    assert plan.decision == (30 + InformativeShare(16 / 46, 46).window(2), None)
     plan.add(dict.fromkeys(range(60), False))
     assert plan.decision == (70, None)
 
