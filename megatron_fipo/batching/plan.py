@@ -5,8 +5,8 @@ informative ones are before it. Of those before it some are finished, and their 
 to be informative at the rate of earlier groups:
 
 - Groups are begun, in prompt order, while fewer are unfinished than the number that gives the missing informative ones
-  with two standard deviations to spare (`InformativeShare.window`). Places of servers that stay free are not filled with
-  further groups: these would slow down the ones that are needed, and come into a batch once in forty times.
+  with two standard deviations to spare (`InformativeShare.window`). Places of servers that stay free are not filled
+  with further groups: these would slow down the ones that are needed, and come into a batch once in forty times.
 - A group with as many finished informative groups before it as the batch needs is useless, whatever the outcome of
   those that are unfinished. No group is useless before that.
 

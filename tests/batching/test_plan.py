@@ -128,7 +128,7 @@ def test_window(needed: int, share: float, groups: int) -> None:
 
 
 def test_window_of_an_uncertain_share() -> None:
-    """Half of the last 24 groups: it takes 24 more for 12, give or take sqrt(24) by chance and as much for the share."""
+    """Half of the last 24 groups: 12 take 24 more, give or take sqrt(24) by chance and as much for the share."""
     assert InformativeShare(0.5, weight=24).window(12) == math.ceil(24 + 2 * math.sqrt(24 + 24))
 
 
