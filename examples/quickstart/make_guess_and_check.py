@@ -4,9 +4,9 @@
     python examples/quickstart/make_guess_and_check.py --out runs/guess-and-check-base
 
 A problem `425,725?` asks how often 1 must be added to 524, modulo 1000, to get 527; numbers are written ones first,
-which a tiny model learns to count sooner. A response tries 1, 2, 3, ... and compares the value of each with the
-target, `1:525-725;2:625-725;3:725-725;Answer:3`: ten or eleven tokens a try. The number of tries that a problem needs
-has a Pareto distribution with exponent 0.7, cut off at 60: P(n or more) is about n^-0.7.
+which a tiny model learns to count sooner. A response tries 1, 2, 3, ... and compares each digit of their values with
+the target's, `1:57-22=55=;2:67-22=55=;3:77=22=55=;Answer:3`: twelve or thirteen tokens a try. The number of tries that
+a problem needs has a Pareto distribution with exponent 0.7, cut off at 30: P(n or more) is about n^-0.7.
 
 The base model imitates a corpus that gives up after each wrong try with probability 0.3, by `Answer:0`, which is never
 right. Reinforcement learning can only learn not to give up, so that rewards rise with length, ever more slowly.
@@ -34,14 +34,14 @@ from make_task import (
 from transformers.utils import logging
 
 EXPONENT = 0.7
-MOST_TRIES = 60
+MOST_TRIES = 30
 GIVE_UP = 0.3
 GAVE_UP = "0"  # answer of a response that gives up
-LIMIT = 11 * MOST_TRIES + 10  # tokens of the longest response: its tries and its answer
-POSITIONS = 768
+LIMIT = 13 * MOST_TRIES + 10  # tokens of the longest response: its tries and its answer
+POSITIONS = 512
 CALCULATING_SHARE = 0.75  # share of pre-training steps without giving up
 NUMBERS = 1000
-MOST_PROBLEMS = {False: 2000, True: 200}  # 41% of them need one try, of which there are 1000, a tenth held out
+MOST_PROBLEMS = {False: 2000, True: 200}  # 42% of them need one try, of which there are 1000, a tenth held out
 
 Problem = tuple[int, int]  # start, tries needed
 
@@ -95,8 +95,9 @@ def prompt_of(problem: Problem) -> str:
 
 
 def try_text(problem: Problem, tries: int) -> str:
-    """Return a try: its number, its value and the target."""
-    return f"{tries}:{written(value(problem, tries))}-{written(value(problem, problem[1]))}"
+    """Return a try: its number, and each digit of its value beside the target's, whether they are equal."""
+    pairs = zip(written(value(problem, tries)), written(value(problem, problem[1])), strict=True)
+    return f"{tries}:" + "".join(f"{a}{b}{'=' if a == b else '-'}" for a, b in pairs)
 
 
 def response_to(problem: Problem, rng: random.Random, give_up: float = GIVE_UP) -> str:
@@ -116,7 +117,7 @@ def example(rng: random.Random, share_done: float) -> Example:
     problem = sample_problem(rng, held=False)
     if share_done >= CALCULATING_SHARE:
         return prompt_of(problem), response_to(problem, rng)
-    tries = rng.randint(1, 12) if rng.random() < 0.93 else rng.randint(13, MOST_TRIES)
+    tries = rng.randint(1, 12) if rng.random() < 0.8 else rng.randint(13, MOST_TRIES)
     while held_out(prompt_of(problem := (rng.randrange(NUMBERS), tries))):
         pass
     return prompt_of(problem), response_to(problem, rng, give_up=0.0)
@@ -141,8 +142,7 @@ def behaviour(responses: list[str], problems: list[Problem]) -> dict[str, Any]:
 
 def _is_match(text: str) -> bool:
     """Return whether a try says that its value is the target."""
-    left, _, right = text.partition(":")[2].partition("-")
-    return left == right != ""
+    return ":" in text and "-" not in text
 
 
 def _correct_calculations(responses: list[str], problems: list[Problem]) -> float:

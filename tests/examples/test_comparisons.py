@@ -91,11 +91,11 @@ def test_ablations_change_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_problems_need_a_pareto_number_of_tries(task: ModuleType) -> None:
-    """P(n or more) is n^-0.7, of those that need at most 60; the value is the target at the last try and not before."""
+    """P(n or more) is n^-0.7, of those that need at most 30; the value is the target at the last try and not before."""
     problems = task.distinct_problems(random.Random(0), 2000, held=False)
     assert len({task.prompt_of(problem) for problem in problems}) == 2000
-    beyond = 61**-0.7
-    for n in (2, 3, 5, 10, 20, 40):
+    beyond = 31**-0.7
+    for n in (2, 3, 5, 10, 20):
         share = sum(problem[1] >= n for problem in problems) / 2000
         expected = (n**-0.7 - beyond) / (1 - beyond)
         assert abs(share - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
@@ -107,7 +107,7 @@ def test_problems_need_a_pareto_number_of_tries(task: ModuleType) -> None:
 
 
 def test_responses_give_up_with_the_probability(task: ModuleType) -> None:
-    """After 30% of the wrong tries; a right answer scores, `Answer:0` never; a try takes ten or eleven tokens."""
+    """After 30% of the wrong tries; a right answer scores, `Answer:0` never; a try has 12 or 13 tokens."""
     rng = random.Random(1)
     problems = [task.sample_problem(rng, held=False) for _ in range(4000)]
     responses = [task.response_to(problem, rng) for problem in problems]
@@ -119,7 +119,7 @@ def test_responses_give_up_with_the_probability(task: ModuleType) -> None:
     assert sum(s.accuracy for s in scores) / 4000 == found["accuracy"]
     assert all(s.accuracy == 0 for s, r in zip(scores, responses, strict=True) if r.endswith("Answer:0"))
     longest = task.response_to((0, task.MOST_TRIES), rng, give_up=0.0)
-    assert 10 < len(longest) / task.MOST_TRIES < 11.2
+    assert 12 < len(longest) / task.MOST_TRIES < 13.2
     assert len(longest) + 1 <= task.LIMIT
     config = load_config(ROOT / "examples" / "guess_and_check.yaml")
     assert config.rollout.max_response_tokens >= task.LIMIT
@@ -127,7 +127,7 @@ def test_responses_give_up_with_the_probability(task: ModuleType) -> None:
 
 
 def test_length_pays(task: ModuleType) -> None:
-    """The less a policy gives up, the longer its responses and the higher its accuracy: 0.58 to 1 in this corpus."""
+    """The less a policy gives up, the longer its responses and the higher its accuracy: 0.6 to 1 in this corpus."""
     rng = random.Random(2)
     problems = [task.sample_problem(rng, held=False) for _ in range(3000)]
     found = [
@@ -139,7 +139,7 @@ def test_length_pays(task: ModuleType) -> None:
     assert lengths == sorted(lengths)
     assert 0.52 < accuracies[0] < 0.64
     assert accuracies[-1] == 1.0
-    assert lengths[-1] > 2 * lengths[0]
+    assert lengths[-1] > 1.8 * lengths[0]
 
 
 def test_guess_and_check_command(task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
