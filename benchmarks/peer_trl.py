@@ -88,7 +88,7 @@ def fipo_seconds(base: Path, directory: Path, ranks: int, cores: int, steps: int
     run([sys.executable, "-m", "megatron_fipo.cli", "train", str(RECIPE), *overrides])
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert all(row["batch/responses"] == rows[0]["batch/responses"] for row in rows), "a group was left out"
-    length = statistics.mean(row["response_length/mean"] for row in rows)
+    length = statistics.mean(row["batch/response_length/mean"] for row in rows)
     return intervals([row["wall_seconds"] for row in rows]), length
 
 

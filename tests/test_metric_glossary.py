@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ ELSEWHERE = {
     "eval/verifier_timeouts": ("evaluation/summary.py", 'f"verifier_{name}s"'),  # where the verifier fails
     "eval/verifier_errors": ("evaluation/summary.py", 'f"verifier_{name}s"'),
 }
+
+
+def test_metrics_that_benchmarks_read() -> None:
+    """They are looked up by names that a run logs."""
+    root = Path(megatron_fipo.__file__).parents[1]
+    files = [*(root / "benchmarks").glob("**/*.py"), *(root / "tests" / "gpu").glob("**/*.py")]
+    files.remove(root / "benchmarks" / "peer_trl_steps.py")  # TRL's
+    read = {name for file in files for name in re.findall(r'\["([\w@]+(?:/[\w@]+)+)"\]', file.read_text())}
+    assert len(read) >= 5
+    assert sorted(name for name in read if entry_of(name) is None) == []
 
 
 def _train(config: Config) -> None:
