@@ -1,6 +1,6 @@
 """Generation for one training batch after another: what is thrown away, and what that costs.
 
-    python benchmarks/generation.py [--batches 3] [--parts simulation servers] [--fill]
+    python benchmarks/generation.py [--batches 3] [--parts simulation servers vllm] [--fill]
 
 simulation: 32 servers that run 256 responses each, 8 replicas, 512 informative groups of 16, at most 2,048 groups in
 flight. Response lengths are lognormal, with a mean of 4k and 9k, cut at 20,480 tokens. A server takes 20 ms for a token
@@ -8,6 +8,7 @@ of each of its responses, and twice as long when it is full. Long problems are l
 package's plan decides (`batching/plan.py`); servers, clients and time are simulated.
 servers: the package's batch builder, group source and vLLM client against two servers in this process, that run 8
 responses each and take 6 ms for a token of each. Its times are only of use on a machine that does nothing else.
+vllm: training steps of the quick start on a real vLLM server (`make vllm-env`), with windows of 64 and 128 groups.
 
 `before` is the policy of earlier releases: the same number of groups is always in flight, nothing is cancelled until
 the batch is full, and every replica may fill every server. The batches of both must be equal, or the command fails.
@@ -37,7 +38,7 @@ from generation_servers import generate_batches
 from generation_simulation import simulate
 
 ROWS = [(length, share) for length in (4000, 9000) for share in (0.3, 0.5, 0.7)]
-PARTS = ("simulation", "servers")
+PARTS = ("simulation", "servers", "vllm")
 POLICIES = ("before", "after")
 CONSOLE = Console(stderr=True)
 
@@ -75,7 +76,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=3, help="measured batches, after a first one")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument("--fill", action="store_true", help="begin further groups whenever places are free")
     options = parser.parse_args()
     if options.batches < 1:
@@ -93,6 +94,16 @@ def main() -> None:
         figures["servers"] = compare(
             "2 servers, real client", rows, lambda policy, s: generate_batches(policy, s, options.batches)
         )
+        dist.destroy_process_group()
+    if "vllm" in options.parts:
+        from generation_vllm import quickstart_base, train_batches
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        rows = [(f"window {window}", window) for window in (64, 128)]
+        with quickstart_base() as base:
+            figures["vllm"] = compare(
+                "quick start, vLLM", rows, lambda policy, window: train_batches(base, policy, window, options.batches)
+            )
         dist.destroy_process_group()
     print(json.dumps(figures))
 

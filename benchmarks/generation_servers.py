@@ -117,12 +117,19 @@ class ClientEngine:
         self.client.close()
 
 
+_plan = InFlightSource._plan
+
+
+def fixed_plan(source: InFlightSource, first: int, needed: int) -> InFlightPlan:
+    """Return the plan of earlier releases."""
+    plan = _plan(source, first, needed)
+    return FixedWindow(first, needed, InformativeShare(1.0, 1), plan.most, plan.limit)
+
+
 class FixedWindowSource(InFlightSource):
     """Group source with the policy of earlier releases."""
 
-    def _plan(self, first: int, needed: int) -> InFlightPlan:
-        plan = super()._plan(first, needed)
-        return FixedWindow(first, needed, InformativeShare(1.0, 1), plan.most, plan.limit)
+    _plan = fixed_plan
 
 
 @contextlib.contextmanager

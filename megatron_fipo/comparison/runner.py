@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,9 @@ def prepare(spec: Spec, runs: Sequence[PlannedRun]) -> None:
             words[0] = sys.executable
         print(f"prepare: {command}", flush=True)
         try:
-            code = subprocess.run(words, check=False).returncode
+            # Idle OpenMP threads that spin would take the cores from other processes.
+            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+            code = subprocess.run(words, check=False, env=environment).returncode
         except OSError as error:
             raise ValueError(f"prepare: {words[0]} cannot be started: {error.strerror}") from None
         if code:
