@@ -278,7 +278,7 @@ def _rollout_table(r: Rollouts, tokenizer: Any) -> pa.Table:
 
 
 def _scores_line(e: Evaluation) -> str:
-    """Scores, of Avg@k with the ends of its 95 % interval."""
+    """Scores, of Avg@k with the ends of its 95% interval."""
     between = "  [{:.3f}, {:.3f}]".format(*e.intervals["avg@k"]) if e.intervals else ""
     cons = "-" if e.cons is None else f"{e.cons:.3f}"
     answered = "" if e.answered is None else f"  answered {e.answered:.0%}"
