@@ -48,7 +48,7 @@ def train_batches(base: Path, policy: str, window: int, batches: int) -> list[di
             *(f"run.directory={run}", f"model.hf_path={base}", "data.validation=null"),
             *("parallel.world_size=1", "parallel.tensor=1", "parallel.pipeline=1"),
             *("rollout.engine=vllm", "rollout.server.kv_cache_gb=0.125"),
-            *(f"rollout.prompts_per_round={window}", "rollout.max_rounds=0", "rollout.when_exhausted=error"),
+            *(f"rollout.prompts_per_round={window}", "rollout.max_rounds=0", "rollout.when_exhausted=stop"),
             *(f"trainer.max_steps={1 + batches}", "checkpoint.every=0", "trainer.export_policy=false"),
         ]
         trainer = Trainer(load_config(ROOT / "examples/quickstart.yaml", overrides))
