@@ -69,7 +69,7 @@ else
 endif
 	touch $@
 
-quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, evaluate, report (about 6 minutes)
+quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, evaluate, report (about 4 minutes)
 	$(BIN)/python examples/quickstart/make_task.py --out runs/quickstart-base
 	$(BIN)/megatron-fipo train examples/quickstart.yaml run.overwrite=true
 
