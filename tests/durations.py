@@ -27,7 +27,7 @@ def table(results: Path) -> str:
 
 
 def _name(case: ElementTree.Element) -> str:
-    return f"{case.attrib['classname'].removeprefix('tests.').replace('.', '/')}.py::{case.attrib['name']}"
+    return f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
 
 
 def rewrite(page: Path, text: str) -> None:

@@ -56,7 +56,10 @@ def test_the_longest_tests_are_written_into_the_page(tmp_path: Path) -> None:
     lines = page.read_text().splitlines()
     assert lines[0] == "before"
     assert lines[2] == "2 tests, 13 s of tests in all. The 2 longest:"
-    assert lines[6:8] == ["| 12.3 | `actor/test_x.py::test_slow[tp2]` |", "| 0.3 | `test_y.py::test_quick` |"]
+    assert lines[6:8] == [
+        "| 12.3 | `tests/actor/test_x.py::test_slow[tp2]` |",
+        "| 0.3 | `tests/test_y.py::test_quick` |",
+    ]
     assert lines[-1] == "after"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="must have a line '<!-- durations -->'"):

@@ -196,12 +196,12 @@ def _save_too_slowly(directory: Path) -> None:
     sleep(directory)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "asked"])
-def test_a_save_that_is_too_slow_for_the_time_limit(told: bool, slurm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "asked"])
+def test_a_save_that_is_too_slow_for_the_time_limit(known: bool, slurm: Path, tmp_path: Path) -> None:
     """The first rank's supervisor requeues the job in the last 45 seconds, whatever the ranks are doing, and ends its
     rank; the time that Slurm says now counts, not that of the start, of which Slurm before 23.02 tells nothing."""
     (slurm / "job").write_text(f"{RUNNING} EndTime={datetime.fromtimestamp(time.time() + 30).isoformat()}")
-    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 50)} if told else {}
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 50)} if known else {}
     with srun(_save_too_slowly, tmp_path, **end) as (first, other):
         code, output = first.end()
         assert code == 75
