@@ -93,7 +93,7 @@ def test_rejected_input_ends_the_comparison(train: Callable[..., list[str]], pla
 
 def test_jobs_run_at_the_same_time_and_stop_together(train: Callable[..., list[str]], planned: Planned) -> None:
     """A signal goes to every run; all end, and the same command continues with what is left."""
-    runs = planned[1]
+    runs, handler = planned[1], signal.getsignal(signal.SIGTERM)
     waiting = {"F_seed1": "wait", "D_seed1": "wait", "F_seed2": "wait"}
 
     def interrupt() -> None:
@@ -109,7 +109,7 @@ def test_jobs_run_at_the_same_time_and_stop_together(train: Callable[..., list[s
     assert (runs[0].directory / "attempts.jsonl").read_text().count('"interrupted"') == 1
     train(jobs=2)
     assert _states(planned) == ["finished"] * 6
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.parametrize(
