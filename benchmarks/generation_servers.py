@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,7 +20,7 @@ from generation_simulation import FixedWindow, location
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching import BatchBuilder
 from megatron_fipo.batching.in_flight import InFlightSource
-from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
+from megatron_fipo.batching.plan import EVERY_GROUP, InFlightPlan
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_fipo.data import Prompt, PromptSet, PromptStream
 from megatron_fipo.parallel import topology as topologies
@@ -120,16 +121,15 @@ class ClientEngine:
 _plan = InFlightSource._plan
 
 
-def fixed_plan(source: InFlightSource, first: int, needed: int) -> InFlightPlan:
+def _fixed_plan(source: InFlightSource, first: int, needed: int) -> InFlightPlan:
     """Return the plan of earlier releases."""
     plan = _plan(source, first, needed)
-    return FixedWindow(first, needed, InformativeShare(1.0, 1), plan.most, plan.limit)
+    return FixedWindow(first, needed, EVERY_GROUP, plan.most, plan.limit)
 
 
-class FixedWindowSource(InFlightSource):
-    """Group source with the policy of earlier releases."""
-
-    _plan = fixed_plan
+def deciding(policy: str) -> contextlib.AbstractContextManager[Any]:
+    """Let group sources decide by a policy, before or after, in the block."""
+    return mock.patch.object(InFlightSource, "_plan", _fixed_plan) if policy == "before" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -173,12 +173,11 @@ def generate_batches(policy: str, share: float, batches: int) -> list[dict[str, 
 
     servers = [FakeServer("run-1", length) for _ in range(2)]
     found = []
-    with serving(servers) as urls:
+    with deciding(policy), serving(servers) as urls:
         client = Client(urls, [KEY] * len(urls), ClientTimeouts(deadline=60.0, wait=60.0), PER_SERVER)
         client.expect("run-1", [True] * len(urls))
-        kind = FixedWindowSource if policy == "before" else InFlightSource
         sampling = Sampling(1.0, 1.0, 0, TOKENS, (STOP,))
-        source = kind(config, topology, ClientEngine(client), score, sampling)
+        source = InFlightSource(config, topology, ClientEngine(client), score, sampling)
         stream = PromptStream(PromptSet((Prompt(0, [], [5, 6, 7], "none", ""),), 1, 1, 0), 1)
         builder = BatchBuilder(config, topology, source, stream)
         for _ in range(1 + batches):

@@ -10,12 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow.parquet as pq
 
-from generation_servers import fixed_plan
-from megatron_fipo.batching.in_flight import InFlightSource
+from generation_servers import deciding
 from megatron_fipo.config import load_config
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.trainer import Trainer
@@ -41,8 +39,7 @@ def train_batches(base: Path, policy: str, window: int, batches: int) -> list[di
         window: `rollout.prompts_per_round`.
         batches: steps behind the first one.
     """
-    before = mock.patch.object(InFlightSource, "_plan", fixed_plan) if policy == "before" else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory(prefix="generation-benchmark-") as name, before:
+    with tempfile.TemporaryDirectory(prefix="generation-benchmark-") as name, deciding(policy):
         run = Path(name) / "run"
         overrides = [
             *(f"run.directory={run}", f"model.hf_path={base}", "data.validation=null"),
@@ -68,7 +65,6 @@ def _figures(row: dict[str, Any], rollouts: Path) -> dict[str, Any]:
         "ids": [response["id"] for response in trained],
         "tokens": [response["response_tokens"] for response in trained],
         "cancelled": row["sampling/cancelled_share"],
-        "wasted": row["sampling/wasted_share"],
         "generated": used + wasted,
         "seconds": row["time/rollout"],
     }

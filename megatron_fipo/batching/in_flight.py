@@ -18,7 +18,7 @@ import torch
 from megatron_fipo.algorithm import informative_groups
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.background import Discarded, Group, GroupSampler
-from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
+from megatron_fipo.batching.plan import EVERY_GROUP, InFlightPlan, InformativeShare
 from megatron_fipo.batching.saved_groups import packed, unpacked
 from megatron_fipo.batching.source import BatchEnd, FinishedGroups, NumberedPrompts, Score
 from megatron_fipo.batching.step_batch import response_rows
@@ -107,7 +107,7 @@ class InFlightSource:
         """Return the share of informative groups that is expected. It does not change what is in a batch."""
         rollout = self.config.rollout
         if not rollout.dynamic_sampling:
-            return InformativeShare(1.0, weight=1)
+            return EVERY_GROUP
         if self._passed is None:  # a first batch begins with a whole round
             return InformativeShare(min(1.0, rollout.prompts_per_step / rollout.round_size), weight=_FIRST_WEIGHT)
         return InformativeShare.of_batch(*self._passed)

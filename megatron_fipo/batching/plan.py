@@ -61,7 +61,7 @@ class InformativeShare:
         return math.ceil((needed + 2 * math.sqrt(variance)) / self.share)
 
 
-_ALL = InformativeShare(1.0, 1)  # where every group counts as informative
+EVERY_GROUP = InformativeShare(1.0, 1)  # where every group counts as informative
 
 
 class Decision(NamedTuple):
@@ -141,7 +141,7 @@ class InFlightPlan:
     @property
     def estimate(self) -> InformativeShare:
         """Expected share of informative groups, with the outcomes that are known."""
-        return _ALL if self.keeps_surplus else self._share.updated(self._groups, self._informative)
+        return EVERY_GROUP if self.keeps_surplus else self._share.updated(self._groups, self._informative)
 
     @property
     def decision(self) -> Decision:
