@@ -149,6 +149,8 @@ class MicroBatch:
         rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
         influence_weights: [R] float32, permuted ones (`algorithm.influence=placebo`) or None.
         sequence_index: [S] int64, rows of the replica's Rollouts.
+    Experts to compute with (`moe.routing_replay`), on this rank's device, or None:
+        routing: of each model chunk of this rank, [expert layers, its tokens here, experts of a token] uint8 or int16.
     """
 
     input_ids: torch.Tensor
@@ -168,6 +170,7 @@ class MicroBatch:
     reference_log_probs: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
     influence_weights: torch.Tensor | None = None
+    routing: tuple[torch.Tensor, ...] | None = None
 
     @property
     def max_seqlen(self) -> int:
@@ -200,6 +203,10 @@ class TrainBatch:
         """Return a copy whose micro-batches have the given per-token tensors, e.g. `old_log_probs=[...]`."""
         columns = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
         return TrainBatch(tuple(m.replace(**c) for m, c in zip(self.micro_batches, columns, strict=True)))
+
+    def without_routing(self) -> TrainBatch:
+        """Return a copy whose routers choose."""
+        return TrainBatch(tuple(m.replace(routing=None) for m in self.micro_batches))
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

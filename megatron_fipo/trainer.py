@@ -271,12 +271,11 @@ class Trainer:
         self.log.close()
 
     def _with_old_log_probs(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
-        """Attach the policy's log-probabilities before any update, packed as the updates will be.
+        """Attach the policy's log-probabilities before any update, packed as the updates will be, and its experts.
 
         With them the initial policy's for the KL penalty, and importance weights against the rollout engine.
         """
-        old = [self.actor.log_probs(batch) for batch in batches]
-        batches = [b.with_token_values(old_log_probs=values) for b, values in zip(batches, old, strict=True)]
+        batches = [self.actor.with_old_log_probs(batch) for batch in batches]
         if self.config.algorithm.kl_coefficient:
             reference = self.actor.get_init_policy_logprobs(batches)
             batches = [b.with_token_values(reference_log_probs=r) for b, r in zip(batches, reference, strict=True)]

@@ -89,6 +89,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self._influence = policy_loss.influence
         self._reads = read
         self.chunks = self._make_chunks()
+        self._routed = [chunk.routing for chunk in self.chunks if chunk.routing is not None]
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
@@ -213,6 +214,19 @@ class FIPOActor(AlignableGenerativeInterface):
             outputs = self._run(batch.micro_batches, self._log_prob_step, forward_only=True)
         return [values[0] for values in self._on_every_stage(outputs, batch, kinds=1)]
 
+    def with_old_log_probs(self, batch: TrainBatch) -> TrainBatch:
+        """Return the batch with `log_probs`, and with the experts of that computation if updates replay them."""
+        for chunk in self._routed:
+            chunk.records = True
+        log_probs = self.log_probs(batch)
+        for chunk in self._routed:
+            chunk.records = False
+        batch = batch.with_token_values(old_log_probs=log_probs)
+        if not self._routed:
+            return batch
+        routing = list(zip(*(chunk.take() for chunk in self._routed), strict=True))
+        return TrainBatch(tuple(m.replace(routing=r) for m, r in zip(batch.micro_batches, routing, strict=True)))
+
     def influence(self, batch: TrainBatch) -> list[torch.Tensor]:
         """Return FIPO's influence weights under the current weights, and each position's stratum of the placebo.
 
@@ -242,7 +256,7 @@ class FIPOActor(AlignableGenerativeInterface):
         return torch.cat(self.log_probs(batch)).view(rows, length - 1)
 
     def get_init_policy_logprobs(self, rollout_batches: Sequence[TrainBatch]) -> list[list[torch.Tensor]]:
-        """`log_probs` of each batch under the weights that training started from.
+        """`log_probs` of each batch under the weights that training started from, and with the experts they choose.
 
         Raises:
             RuntimeError: they were not kept, because algorithm.kl_coefficient is 0.
@@ -252,7 +266,7 @@ class FIPOActor(AlignableGenerativeInterface):
         current = self._copy_weights()
         self._put_weights(self.initial_weights)
         try:
-            return [self.log_probs(batch) for batch in rollout_batches]
+            return [self.log_probs(batch.without_routing()) for batch in rollout_batches]
         finally:
             self._put_weights(current)
 

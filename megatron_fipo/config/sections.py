@@ -73,6 +73,19 @@ class ModelConfig:
 
 @section
 @dataclass(frozen=True)
+class MoEConfig:
+    """Mixtures of experts."""
+
+    routing_replay: Literal["none", "update"] = setting(
+        "none",
+        "Experts that an update computes with. none: those that the router chooses under its weights. update: those "
+        "that it chose when the old log-probabilities were computed",
+        resume="fixed",
+    )
+
+
+@section
+@dataclass(frozen=True)
 class ParallelConfig:
     """Layout of the ranks."""
 
@@ -357,6 +370,7 @@ class Config:
 
     run: RunConfig = subsection(RunConfig)
     model: ModelConfig = subsection(ModelConfig)
+    moe: MoEConfig = subsection(MoEConfig)
     parallel: ParallelConfig = subsection(ParallelConfig)
     data: DataConfig = subsection(DataConfig)
     rollout: RolloutConfig = subsection(RolloutConfig)

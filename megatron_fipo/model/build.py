@@ -13,6 +13,7 @@ from megatron_fipo.fused_kernels import check_context_parallelism, compile_activ
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
 from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.model.routing import ChunkRouting
 from megatron_fipo.parallel.topology import Topology
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -138,4 +139,7 @@ def _build_chunk(
     model.temperature = config.rollout.temperature
     model.fp32_logits = config.model.fp32_logits
     model.lm_head_chunk_tokens = config.model.chunk_tokens(on_gpu=topology.device.type == "cuda")
+    if arch.experts and config.moe.routing_replay != "none":
+        model.routing = ChunkRouting(model, arch.experts.count, recomputed=config.model.recompute == "full")
+        model.chunk = chunk
     return model.to(topology.device)

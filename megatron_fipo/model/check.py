@@ -16,6 +16,10 @@ def check_model(config: Config) -> Architecture:
     arch = architecture(load_hf_config(config.model.hf_path, config.model.overrides))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     problems = layout_problems(arch, config.parallel)
+    if config.moe.routing_replay != "none" and arch.experts is None:
+        problems.append(
+            f"moe.routing_replay={config.moe.routing_replay}: {config.model.hf_path} has no experts; set it to none"
+        )
     if config.rollout.engine == "vllm":
         problems += _rollout_problems(arch, config.rollout.server.tensor_parallel_size)
     if longest > arch.max_position_embeddings:

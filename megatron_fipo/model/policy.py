@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron_fipo.batch import MicroBatch
 from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.rotation import rotation
+from megatron_fipo.model.routing import ChunkRouting
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 
 _LENGTH_STEP = 512  # tokens
@@ -29,13 +32,16 @@ def kernel_max_seqlen(longest: int) -> int:
 class PolicyModel(GPTModel):
     """Model chunk of the policy.
 
-    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set by `build_policy`.
+    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set by `build_policy`, and where
+    the experts' choice is recorded, `routing` and `chunk`, the number of this chunk on its rank.
     """
 
     vocab_size_unpadded: int
     temperature: float
     fp32_logits: bool
     lm_head_chunk_tokens: int
+    routing: ChunkRouting | None = None
+    chunk: int = 0
     _table: torch.Tensor | None = None
 
     def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
@@ -46,13 +52,20 @@ class PolicyModel(GPTModel):
         """
         fused = self.config.apply_rope_fusion
         packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch)
-        hidden = self.decoder(
-            hidden_states=self._embedded(micro_batch) if self.pre_process else None,
-            attention_mask=None,
-            rotary_pos_emb=self._angles(packed.max_seqlen_q) if fused else None,
-            packed_seq_params=packed,
-        )
+        with self._routed(micro_batch):
+            hidden = self.decoder(
+                hidden_states=self._embedded(micro_batch) if self.pre_process else None,
+                attention_mask=None,
+                rotary_pos_emb=self._angles(packed.max_seqlen_q) if fused else None,
+                packed_seq_params=packed,
+            )
         return self._token_statistics(hidden, micro_batch) if self.post_process else hidden
+
+    def _routed(self, micro_batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        """Replay the micro-batch's choice of experts, if it has one."""
+        if self.routing is None:
+            return contextlib.nullcontext()
+        return self.routing.forward(None if micro_batch.routing is None else micro_batch.routing[self.chunk])
 
     def _embedded(self, micro_batch: MicroBatch) -> torch.Tensor:
         ids, positions = micro_batch.input_ids.unsqueeze(0), micro_batch.position_ids.unsqueeze(0)
