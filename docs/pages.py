@@ -77,6 +77,7 @@ _TITLES = {
     "advantage": "Advantages",
     "mismatch": "Rollout engine against trainer",
     "policy": "Updates",
+    "moe": "Mixtures of experts",
     "time": "Time",
     "throughput": "Throughput",
     "pipeline": "Pipeline",

@@ -137,6 +137,7 @@ class MicroBatch:
 
     Model inputs (this context-parallel rank's share, padded):
         input_ids, position_ids: [N / C] int64; a sequence's last token is no input, since it predicts nothing.
+        is_padding: [N / C] bool.
         cu_seqlens: [S + 1] int32, whole padded sequences, over all context-parallel ranks.
         padded_lengths: S tokens of each padded sequence, as numbers of the host: reading them waits for no device.
         hidden_index: [R_local] int64, positions whose hidden state predicts a response token.
@@ -155,6 +156,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    is_padding: torch.Tensor
     cu_seqlens: torch.Tensor
     padded_lengths: tuple[int, ...]
     hidden_index: torch.Tensor
@@ -247,7 +249,7 @@ def pack(
     ignores it.
     """
     chosen = rollouts.select(torch.tensor(list(index), dtype=torch.int64))
-    inputs, positions, hidden, targets, response_index, padded = [], [], [], [], [], []
+    inputs, positions, padding, hidden, targets, response_index, padded = [], [], [], [], [], [], []
     segments: list[int] = []
     chunks = 1 if context_size == 1 else 2
     local_start = response_start = 0
@@ -259,6 +261,7 @@ def pack(
         real = here < length
         inputs.append(torch.where(real, sequence[here.clamp(max=length - 1)], 0))
         positions.append(here)
+        padding.append(~real)
         predicts = torch.nonzero(real & (here >= prompt - 1)).squeeze(1)  # local indices of response predictions
         hidden.append(predicts + local_start)
         targets.append(sequence[here[predicts] + 1])
@@ -274,6 +277,7 @@ def pack(
     return MicroBatch(
         input_ids=torch.cat(inputs),
         position_ids=torch.cat(positions),
+        is_padding=torch.cat(padding),
         cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(torch.int32),
         padded_lengths=tuple(padded),
         hidden_index=torch.cat(hidden),
@@ -300,6 +304,7 @@ def _padding_micro_batch(empty: Rollouts, alignment: int, positions: torch.Tenso
     return MicroBatch(
         input_ids=torch.zeros_like(positions),
         position_ids=positions,
+        is_padding=torch.ones_like(positions, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, alignment], dtype=torch.int32),
         padded_lengths=(alignment,),
         hidden_index=nothing,

@@ -194,6 +194,13 @@ def _later_share(row: Row) -> float:
     return share * updates / (updates - 1) if updates > 1 and moves else 0.0
 
 
+def _idle_experts(rows: Sequence[Row], limits: Limits) -> str | None:
+    first, last = _mean(rows[:5], "moe/idle_experts"), _mean(rows[-5:], "moe/idle_experts")
+    if len(rows) < 10 or first is None or last is None or last < max(0.5, 2 * first):
+        return None
+    return f"no token goes to {last:.0%} of the experts, {first:.0%} in the first steps"
+
+
 def _undecided(rows: Sequence[Row], limits: Limits) -> str | None:
     late, failed = (rows[-1].get(f"generated/verifier_{name}", 0.0) for name in ("timeouts", "errors"))
     if not late + failed:
@@ -252,6 +259,13 @@ RULES = (
         _mismatch,
     ),
     Rule(
+        "The routers collapse",
+        "They send all tokens to few experts, and the others no longer learn. Go back to a checkpoint before it, and "
+        "set moe.routing_replay=update. (Half of the experts, and twice as many as in the first steps: our choice.)",
+        "choice",
+        _idle_experts,
+    ),
+    Rule(
         "The verifier could not decide",
         "Such answers count as incorrect. The rows of rollouts/*.parquet whose failure is set have them: a slow "
         "answer needs a larger reward.timeout_seconds, many need more reward.workers or reward.batch_seconds; an error "
@@ -275,4 +289,5 @@ _WATCHED = (
     *("policy/influence_clip_fraction_upper", "batch/response_length/q75", "batch/response_length/mean"),
     *("sampling/prompts_generated", "sampling/all_correct", "sampling/all_incorrect"),
     *("mismatch/abs_mean", "generated/accuracy", "generated/verifier_timeouts", "generated/verifier_errors"),
+    "moe/idle_experts",
 )

@@ -127,6 +127,15 @@ METRICS: dict[str, str] = {
     "time/rollout": "seconds of sampling and scoring",
     "time/old_log_probs": "seconds of the log-probabilities before the step's first update",
     "time/update": "seconds of the updates",
+    # Mixtures of experts: over the tokens of the step's old log-probabilities.
+    "moe/load_max": "tokens of the most used expert over those of an even distribution, in the worst layer",
+    "moe/load_max_mean": "the same, mean over layers",
+    "moe/idle_experts": "share of experts that no token is sent to",
+    "moe/entropy": "mean entropy of the routers' distributions over experts, nats",
+    "moe/entropy_min": "the same, in the layer with the lowest",
+    "moe/replayed_changed": "with `moe.routing_replay`: share of the updates' tokens for which a layer's router would "
+    "have chosen other experts than were replayed, mean over layers",
+    "moe/replayed_changed_max": "the same, in the layer with the highest",
     "time/checkpoint": "seconds for which the last checkpoint held up training",
     "time/eval": "seconds of the evaluation after the step",
     "throughput/tokens_per_second": "trained response tokens a second of the whole step",

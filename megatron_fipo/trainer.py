@@ -175,6 +175,7 @@ class Trainer:
             credit = token_credit(rollouts, mini_batches, tokens, config.algorithm.loss) if tokens else {}
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
         metrics = {**batch.metrics, **self._mismatch(rollouts, mini_batches, step - 1), **updates}
+        metrics |= self.actor.routing_metrics()
         if self.profile:
             metrics |= self.profile.finish_step()
         return metrics | self.utilization(rollouts.lengths.tolist(), self._clock["update"])

@@ -36,6 +36,7 @@ def healthy(steps: int = 60) -> list[Row]:
             "sampling/prompts_generated": 32.0,
             "sampling/all_correct": 0.4 * step,
             "sampling/all_incorrect": 2.0,
+            "moe/idle_experts": 0.3,
             "mismatch/abs_mean": 0.004 + 0.001 * (step % 2),
         }
         for step in range(1, steps + 1)
@@ -77,6 +78,11 @@ def at_bound(rows: list[Row]) -> None:
         row["policy/influence_clip_fraction_upper"] = 0.6  # of four updates; 0.8 of the later three
 
 
+def idle_experts(rows: list[Row]) -> None:
+    for row in rows[20:]:
+        row["moe/idle_experts"] = 0.7
+
+
 def undecided(rows: list[Row]) -> None:
     rows[12] |= {"generated/verifier_timeouts": 2.0, "generated/verifier_errors": 1.0}
 
@@ -89,6 +95,7 @@ FAULTS = {
     "Few groups are informative": (equal_groups, 35),
     "The engine drifts from the trainer": (mismatch, 33),
     "Influence weights are at their bound": (at_bound, 25),
+    "The routers collapse": (idle_experts, 24),
     "The verifier could not decide": (undecided, 13),
 }
 

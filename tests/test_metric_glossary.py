@@ -24,6 +24,13 @@ from tests.support.streaming import BackgroundHF
 # Metrics that the run below cannot log, and the code that does.
 ELSEWHERE = {
     "throughput/mfu": ("profiling/utilization.py", '"throughput/mfu"'),  # on GPUs
+    **{
+        f"moe/{name}": ("actor/routing.py", f'"moe/{name}"')  # of mixtures of experts
+        for name in (
+            *("load_max", "load_max_mean", "idle_experts", "entropy", "entropy_min"),
+            *("replayed_changed", "replayed_changed_max"),
+        )
+    },
     "eval/verifier_timeouts": ("evaluation/summary.py", 'f"verifier_{name}s"'),  # where the verifier fails
     "eval/verifier_errors": ("evaluation/summary.py", 'f"verifier_{name}s"'),
 }

@@ -21,6 +21,7 @@ from megatron_fipo.actor.digest import digest
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
+from megatron_fipo.actor.routing import routing_metrics
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
@@ -215,17 +216,24 @@ class FIPOActor(AlignableGenerativeInterface):
         return [values[0] for values in self._on_every_stage(outputs, batch, kinds=1)]
 
     def with_old_log_probs(self, batch: TrainBatch) -> TrainBatch:
-        """Return the batch with `log_probs`, and with the experts of that computation if updates replay them."""
+        """Return the batch with `log_probs`, and with the experts of that computation if updates replay them.
+
+        The choice of experts counts for `routing_metrics`.
+        """
         for chunk in self._routed:
             chunk.records = True
         log_probs = self.log_probs(batch)
         for chunk in self._routed:
             chunk.records = False
         batch = batch.with_token_values(old_log_probs=log_probs)
-        if not self._routed:
-            return batch
         routing = list(zip(*(chunk.take() for chunk in self._routed), strict=True))
+        if self.config.moe.routing_replay == "none":
+            return batch
         return TrainBatch(tuple(m.replace(routing=r) for m, r in zip(batch.micro_batches, routing, strict=True)))
+
+    def routing_metrics(self) -> dict[str, float]:
+        """Return `actor.routing`'s metrics since the last call; {} without experts."""
+        return routing_metrics(self._routed, self.arch, self.topology.device) if self._routed else {}
 
     def influence(self, batch: TrainBatch) -> list[torch.Tensor]:
         """Return FIPO's influence weights under the current weights, and each position's stratum of the placebo.

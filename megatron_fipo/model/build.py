@@ -139,7 +139,8 @@ def _build_chunk(
     model.temperature = config.rollout.temperature
     model.fp32_logits = config.model.fp32_logits
     model.lm_head_chunk_tokens = config.model.chunk_tokens(on_gpu=topology.device.type == "cuda")
-    if arch.experts and config.moe.routing_replay != "none":
+    model = model.to(topology.device)
+    if arch.experts:
         model.routing = ChunkRouting(model, arch.experts.count, recomputed=config.model.recompute == "full")
         model.chunk = chunk
-    return model.to(topology.device)
+    return model

@@ -32,8 +32,8 @@ def kernel_max_seqlen(longest: int) -> int:
 class PolicyModel(GPTModel):
     """Model chunk of the policy.
 
-    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set by `build_policy`, and where
-    the experts' choice is recorded, `routing` and `chunk`, the number of this chunk on its rank.
+    `vocab_size_unpadded`, `temperature`, `fp32_logits` and `lm_head_chunk_tokens` are set by `build_policy`, and with
+    experts `routing` and `chunk`, the number of this chunk on its rank.
     """
 
     vocab_size_unpadded: int
@@ -65,7 +65,11 @@ class PolicyModel(GPTModel):
         """Replay the micro-batch's choice of experts, if it has one."""
         if self.routing is None:
             return contextlib.nullcontext()
-        return self.routing.forward(None if micro_batch.routing is None else micro_batch.routing[self.chunk])
+        padding = micro_batch.is_padding
+        if self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding = padding.chunk(tp.size())[tp.rank()]
+        return self.routing.forward(None if micro_batch.routing is None else micro_batch.routing[self.chunk], padding)
 
     def _embedded(self, micro_batch: MicroBatch) -> torch.Tensor:
         ids, positions = micro_batch.input_ids.unsqueeze(0), micro_batch.position_ids.unsqueeze(0)

@@ -4,7 +4,7 @@ A router of Megatron-Core asks its `router_replay` for the choice. Megatron's ow
 process in one list, with one action for all of them. Here each chunk has its own, a forward pass replays what its
 micro-batch carries, and recomputed layers replay what their forward pass had.
 
-Letters: N tokens of a micro-batch on this rank, L expert layers of a chunk, K experts of a token.
+Letters: N tokens of a micro-batch on this rank, L expert layers of a chunk, E experts of a layer, K experts of a token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,27 +21,60 @@ from megatron.core.transformer.moe.router import TopKRouter
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass
+class RoutingCounts:
+    """Sums over the tokens that a router has seen on this rank, without padding; float64 on the device.
+
+    Attributes:
+        chosen: `[E]` how often each expert was chosen, where choices were recorded.
+        entropy: sum of the entropies of the router's distributions over experts there, nats.
+        tokens: number of tokens there.
+        replayed: number of tokens with replayed experts.
+        changed: number of those for which the router would have chosen other experts.
+    """
+
+    chosen: torch.Tensor
+    entropy: torch.Tensor
+    tokens: torch.Tensor
+    replayed: torch.Tensor
+    changed: torch.Tensor
+
+
 class LayerRouting:
     """The choice of one router.
 
     Attributes:
-        chosen: `[N, K]` experts of the forward pass in progress or, behind it, of the last one; None: there was none.
+        number: of the layer in the whole model, from 0.
+        counts: since they were last taken.
     """
 
-    def __init__(self) -> None:
-        self.chosen: torch.Tensor | None = None
+    def __init__(self, router: TopKRouter) -> None:
+        """Take over the router's choice."""
+        taken: Any = router
+        self.number: int = taken.layer_number - 1
+        self._experts: int = taken.config.num_moe_experts
+        self._scores_are_probabilities: bool = taken.config.moe_router_pre_softmax
+        self._device = taken.weight.device
         self._replayed: torch.Tensor | None = None
-        self._in_forward = False
+        self._real: torch.Tensor | None = None
+        self._records = self._in_forward = False
+        self._chosen: torch.Tensor | None = None
         self._to_recompute: deque[torch.Tensor] = deque()
+        self.counts = self._no_counts()
+        taken.router_replay = self
 
-    @contextlib.contextmanager
-    def forward(self, replayed: torch.Tensor | None, recomputed: bool) -> Iterator[None]:
-        """Stand around a forward pass; `replayed`: `[N, K]`, None where the router chooses."""
-        self.chosen, self._replayed, self._in_forward = None, replayed, True
-        yield
+    def begin(self, replayed: torch.Tensor | None, real: torch.Tensor, records: bool) -> None:
+        """Begin a forward pass; `replayed`: `[N, K]`, None where the router chooses; `real`: `[N]`, no padding."""
+        self._replayed, self._real, self._records = replayed, real, records
+        self._chosen, self._in_forward = None, True
+
+    def end(self, recomputed: bool) -> torch.Tensor:
+        """End the forward pass; return its experts, `[N, K]` int64."""
+        assert self._chosen is not None
         self._replayed, self._in_forward = None, False
-        if recomputed and self.chosen is not None:
-            self._to_recompute.append(self.chosen)
+        if recomputed:
+            self._to_recompute.append(self._chosen)
+        return self._chosen
 
     def get_replay_topk(
         self,
@@ -53,30 +87,54 @@ class LayerRouting:
         """Return the scores and the experts of each token, `[N, K]` each; called by Megatron's router.
 
         Args:
-            scores: `[N, experts]`.
+            scores: `[N, E]`.
 
         Raises:
             ValueError: what is to be replayed is of other tokens, or of another number of experts.
         """
-        experts = self._replayed if self._in_forward else self._to_recompute.popleft()
-        if experts is None:
-            assert default_compute_topk is not None
-            values, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        elif experts.shape != (len(scores), topk):
-            raise ValueError(f"routing of {list(experts.shape)} was recorded, but {[len(scores), topk]} is needed")
-        else:
-            experts = experts.long()
-            values = scores.gather(1, experts)
-        if self._in_forward:
-            self.chosen = experts
-        return values, experts
+        if not self._in_forward:
+            experts = self._to_recompute.popleft()
+            return scores.gather(1, experts), experts
+        assert default_compute_topk is not None
+        assert self._real is not None
+        values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        self._chosen = own
+        if self._records:
+            self._count_chosen(scores.detach(), own)
+        if self._replayed is None:
+            return values, own
+        if self._replayed.shape != own.shape:
+            raise ValueError(f"routing of {list(self._replayed.shape)} was recorded, but {list(own.shape)} is needed")
+        self._chosen = self._replayed.long()
+        changed = (own.sort(-1).values != self._chosen.sort(-1).values).any(-1)
+        self.counts.replayed += self._real.sum()
+        self.counts.changed += (changed & self._real).sum()
+        return scores.gather(1, self._chosen), self._chosen
+
+    def take_counts(self) -> RoutingCounts:
+        """Return the sums since the last call."""
+        counts, self.counts = self.counts, self._no_counts()
+        return counts
+
+    def _no_counts(self) -> RoutingCounts:
+        zeros = torch.zeros(self._experts + 4, dtype=torch.float64, device=self._device)
+        return RoutingCounts(zeros[:-4], *zeros[-4:])
+
+    def _count_chosen(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
+        assert self._real is not None
+        probs = scores.float() if self._scores_are_probabilities else scores.float().softmax(-1)
+        self.counts.entropy += (torch.special.entr(probs).sum(-1) * self._real).sum()
+        # Not bincount, which waits for a GPU.
+        real = self._real[:, None].expand_as(chosen).float()
+        self.counts.chosen += torch.zeros_like(probs).scatter(1, chosen, real).sum(0)
+        self.counts.tokens += self._real.sum()
 
 
 class ChunkRouting:
     """The choices of a model chunk's routers, in the order of its layers.
 
     Attributes:
-        records: keep the choices of the forward passes to come.
+        records: keep and count the choices of the forward passes to come.
     """
 
     def __init__(self, chunk: torch.nn.Module, experts: int, recomputed: bool) -> None:
@@ -86,31 +144,27 @@ class ChunkRouting:
             experts: of a layer.
             recomputed: the backward pass repeats each layer's forward pass.
         """
-        self.layers: list[LayerRouting] = []
-        for module in chunk.modules():
-            if isinstance(module, TopKRouter):
-                self.layers.append(LayerRouting())
-                router: Any = module
-                router.router_replay = self.layers[-1]
+        self.layers = [LayerRouting(module) for module in chunk.modules() if isinstance(module, TopKRouter)]
         self.records = False
         self._dtype = torch.uint8 if experts <= 256 else torch.int16
         self._recomputed = recomputed
         self._recorded: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def forward(self, replayed: torch.Tensor | None) -> Iterator[None]:
-        """Stand around the chunk's forward pass; `replayed`: `[L, N, K]`, None where the routers choose."""
-        recomputed = self._recomputed and torch.is_grad_enabled()
-        with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                stack.enter_context(layer.forward(None if replayed is None else replayed[number], recomputed))
-            yield
-        if self.records:
-            self._recorded.append(self._compact())
+    def forward(self, replayed: torch.Tensor | None, padding: torch.Tensor) -> Iterator[None]:
+        """Stand around the chunk's forward pass.
 
-    def _compact(self) -> torch.Tensor:
-        chosen = [layer.chosen for layer in self.layers]
-        return torch.stack([c.to(self._dtype) for c in chosen if c is not None]) if chosen else torch.empty(0)
+        Args:
+            replayed: `[L, N, K]`; None: the routers choose.
+            padding: `[N]` bool.
+        """
+        for number, layer in enumerate(self.layers):
+            layer.begin(None if replayed is None else replayed[number], ~padding, self.records)
+        yield
+        recomputed = self._recomputed and torch.is_grad_enabled()
+        chosen = [layer.end(recomputed).to(self._dtype) for layer in self.layers]
+        if self.records:
+            self._recorded.append(torch.stack(chosen) if chosen else torch.empty(0))
 
     def take(self) -> list[torch.Tensor]:
         """Return the choices of the forward passes since the last call, `[L, N, K]` uint8 or int16 each."""

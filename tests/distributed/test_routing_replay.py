@@ -84,6 +84,7 @@ def _train(path: Path, layout: dict[str, Any], rollouts: Rollouts, old: torch.Te
             assert actor.last_update is not None
             result["grad_norms"].append(actor.last_update.grad_norm)
     result["weights"] = weights_of(actor)
+    result["metrics"] = actor.routing_metrics()
     topologies.destroy()
     return result
 
@@ -101,12 +102,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_replay_equals_one_process(name: str, reference: Reference) -> None:
-    """Two updates far from the routers that chose: loss, every gradient (relative error 2e-5), norm and weights."""
+    """Two updates far from the routers that chose: loss, every gradient (relative error 2e-5), norm, weights, and the
+    metrics of the routing, which do not count padding."""
     path, rollouts, expected = reference
     layout = LAYOUTS[name]
     for result in run_ranks(_train, layout["world_size"], path, layout, rollouts, expected["old"]):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-5)
+        assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
         for tensor, gradient in expected["gradients"].items():
             error = (result["gradients"][tensor] - gradient).norm() / gradient.norm()
             assert error < 2e-5, f"{tensor}: relative error {error:.1e}"

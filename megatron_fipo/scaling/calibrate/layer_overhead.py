@@ -46,6 +46,7 @@ def _few_tokens(device: torch.device, count: int = 16) -> MicroBatch:
     return MicroBatch(
         input_ids=positions,
         position_ids=positions,
+        is_padding=torch.zeros(count, dtype=torch.bool, device=device),
         cu_seqlens=ends.int(),
         padded_lengths=(count,),
         hidden_index=positions,
