@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fipo.actor.credit import RECORDED
 from megatron_fipo.actor.digest import digest
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
-from megatron_fipo.actor.loss import PolicyLoss
+from megatron_fipo.actor.loss import Loss, PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
 from megatron_fipo.actor.routing import routing_metrics
 from megatron_fipo.algorithm import loss_config
@@ -48,14 +48,6 @@ class Engine(Protocol):
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def release(self) -> None: ...
-
-
-class Loss(Protocol):
-    """Loss of the last stage's output of a micro-batch, as `PolicyLoss` is."""
-
-    def __call__(
-        self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]: ...
 
 
 _SQUARED_NORM = "grad_norm_squared"  # among an update's metrics on their way to the host

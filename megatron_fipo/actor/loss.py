@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,14 @@ from megatron_fipo.batch import MicroBatch
 from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.parallel.context import gather_tokens
 from megatron_fipo.parallel.topology import Topology
+
+
+class Loss(Protocol):
+    """Loss of the last stage's output of a micro-batch, as `PolicyLoss` is."""
+
+    def __call__(
+        self, output: torch.Tensor, micro_batch: MicroBatch, record: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]: ...
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_unknown_section_names_the_nearest(file: Path) -> None:
 
 def test_unknown_key_like_no_other(file: Path) -> None:
     """Where nothing is near, the sections are named."""
-    with pytest.raises(ValueError, match=r"unknown config key 'qqqq'; known sections: run, model, parallel"):
+    with pytest.raises(ValueError, match=r"unknown config key 'qqqq'; known sections: run, model, moe, parallel"):
         load_config(file, ["qqqq=1"])
 
 

@@ -154,7 +154,8 @@ def test_mappings_are_not_shared() -> None:
 def test_descriptions() -> None:
     """Describe the sections, a section with its subsections, and the nearest name of an unknown one."""
     names = [line.split()[0] for line in describe()]
-    assert names[:7] == ["run", "model", "parallel", "data", "rollout", "rollout.server", "rollout.correction"]
+    assert names[:5] == ["run", "model", "moe", "parallel", "data"]
+    assert names[5:8] == ["rollout", "rollout.server", "rollout.correction"]
     lines = describe("rollout")
     assert len(lines) == 2 * sum(s.name.startswith("rollout.") for s in settings(Config))
     assert "rollout.server.count = null   (integer >= 1 or null; free)" in lines
