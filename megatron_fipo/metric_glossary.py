@@ -133,6 +133,9 @@ METRICS: dict[str, str] = {
     "moe/idle_experts": "share of experts that no token is sent to",
     "moe/entropy": "mean entropy of the routers' distributions over experts, nats",
     "moe/entropy_min": "the same, in the layer with the lowest",
+    "moe/rollout_changed": "with `moe.routing_replay=rollout`: share of tokens for which a layer's router would have "
+    "chosen other experts than the rollout engine, before any update, mean over layers",
+    "moe/rollout_changed_max": "the same, in the layer with the highest",
     "moe/replayed_changed": "with `moe.routing_replay`: share of the updates' tokens for which a layer's router would "
     "have chosen other experts than were replayed, mean over layers",
     "moe/replayed_changed_max": "the same, in the layer with the highest",

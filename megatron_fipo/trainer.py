@@ -175,7 +175,7 @@ class Trainer:
             credit = token_credit(rollouts, mini_batches, tokens, config.algorithm.loss) if tokens else {}
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
         metrics = {**batch.metrics, **self._mismatch(rollouts, mini_batches, step - 1), **updates}
-        metrics |= self.actor.routing_metrics()
+        metrics |= self.actor.routing.metrics()
         if self.profile:
             metrics |= self.profile.finish_step()
         return metrics | self.utilization(rollouts.lengths.tolist(), self._clock["update"])
@@ -248,7 +248,7 @@ class Trainer:
     def dry_run(self) -> dict[str, float]:
         """Run one optimizer step on random responses of up to the full length, to check that it fits; write nothing."""
         groups = range(self.config.trainer.mini_batch_prompts)
-        rollouts = random_rollouts(groups, self.prompts.prompts, self.hf_config.vocab_size, self.config, self.topology)
+        rollouts = random_rollouts(groups, self.prompts.prompts, self.actor.arch, self.config, self.topology)
         rollouts, batches = distribute(rollouts, groups, 1, self.config, self.topology, self.actor.pack)
         with self.actor.training():
             return self._update_policy(1, rollouts, self._with_old_log_probs(batches))[0]

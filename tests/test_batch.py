@@ -86,6 +86,68 @@ def test_concatenate_undoes_a_cut(rows: list[dict[str, Any]], cut: int) -> None:
     _assert_equal(Rollouts.concatenate([whole.select(everything[:cut]), whole.select(everything[cut:])]), whole)
 
 
+def _routing(inputs: int, first: int = 0) -> torch.Tensor:
+    """[inputs, 2, 3]: token t has the experts first + t to first + t + 2 in one layer, the next ones in the other."""
+    token, layer, place = torch.meshgrid(torch.arange(inputs), torch.arange(2), torch.arange(3), indexing="ij")
+    return (first + token + layer + place).to(torch.int8)
+
+
+def _routed(routing: list[torch.Tensor | None]) -> Rollouts:
+    """Responses of 4, 3 and 2 tokens with prompts."""
+    return Rollouts.from_responses(
+        [7, 8, 9], [[1, 2], [3], [4]], [[5, 6], [7, 8], [9]], [[0.0] * 2, [0.0] * 2, [0.0]], [False] * 3, 0, routing
+    )
+
+
+def test_routing_stands_at_its_tokens() -> None:
+    """A sequence's last token has none; select and concatenate keep it there, with batches that have none."""
+    routed = _routed([_routing(3), _routing(2, 10), _routing(1, 20)])
+    assert routed.routing.shape == (9, 2, 3)
+    assert routed.routing[:, 0, 0].tolist() == [0, 1, 2, -1, 10, 11, -1, 20, -1]
+    assert routed.select(torch.tensor([2, 0])).routing[:, 1, 2].tolist() == [23, -1, 3, 4, 5, -1]
+    nothing, unrouted = Rollouts.from_responses([], [], [], [], []), _routed([None] * 3)
+    assert unrouted.routing.shape == (9, 0, 0)
+    assert Rollouts.concatenate([nothing, unrouted]).routing.shape == (9, 0, 0)
+    both = Rollouts.concatenate([nothing, routed, unrouted])
+    assert both.routing[:, 0, 0].tolist() == [*routed.routing[:, 0, 0].tolist(), *[-1] * 9]
+    without = {name: value for name, value in vars(routed).items() if name != "routing"}
+    assert Rollouts.from_state_dict(without).routing.shape == (9, 0, 0)  # of an older release
+
+
+def test_routing_of_other_tokens_is_an_error() -> None:
+    """One row too many or too few names the response."""
+    for rows in (1, 3):
+        message = f"response 8 has the routing of {rows} tokens, but 2 of its 3 are inputs"
+        with pytest.raises(ValueError, match=message):
+            _routed([_routing(3), _routing(rows), _routing(1)])
+
+
+@pytest.mark.parametrize(("alignment", "size", "rank"), [(1, 1, 0), (4, 1, 0), (4, 2, 0), (4, 2, 1)])
+def test_packed_routing(alignment: int, size: int, rank: int) -> None:
+    """Each position of a micro-batch has the experts of its token; padding has different ones."""
+    routed = _routed([_routing(3), _routing(2, 10), _routing(1, 20)])
+    found = pack(routed, [1, 0], alignment=alignment, context_size=size, context_rank=rank)
+    assert found.routing is not None
+    (routing,) = found.routing
+    expected = []
+    for first, inputs in ((10, 2), (0, 3)):
+        for position in _naive_positions(-(-inputs // alignment) * alignment, size, rank):
+            expected.append(
+                [first + position, first + position + 1, first + position + 2] if position < inputs else [0, 1, 2]
+            )
+    assert routing[0].tolist() == expected
+    assert routing.shape == (2, len(found.input_ids), 3)
+    assert pack(_routed([None] * 3), [1, 0]).routing is None
+
+
+def test_a_response_without_routing_is_not_packed() -> None:
+    """Among others that have some; it is named."""
+    routed = _routed([_routing(3), None, _routing(1)])
+    assert pack(routed, [0, 2]).routing is not None
+    with pytest.raises(ValueError, match="response 8 has no routing for some of its tokens, so it cannot be replayed"):
+        pack(routed, [0, 1])
+
+
 def _naive_positions(total: int, size: int, rank: int) -> list[int]:
     chunk = total // (2 * size)
     chunks = [list(range(c * chunk, (c + 1) * chunk)) for c in range(2 * size)]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,93 +21,21 @@ from megatron_fipo.config import Config, to_yaml
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.parallel.interrupt import Interrupted
-from megatron_fipo.reward import Score
 from megatron_fipo.trainer import Trainer
-from tests.support.policies import make_config, make_task
+from tests.support.continued_runs import (
+    STEPS,
+    Weights,
+    assert_same_run,
+    metric_rows,
+    run_config,
+    run_to_its_end,
+    signal_at,
+)
+from tests.support.policies import make_task
 from tests.support.ranks import run_ranks
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
-
-LAYOUTS: dict[str, dict[str, int]] = {
-    "one": {"world_size": 1},
-    "dp2": {"world_size": 2},
-    "tp2": {"world_size": 2, "tensor": 2},
-    "pp2": {"world_size": 2, "pipeline": 2},
-}
-STEPS = 5
-UNREPEATABLE = ("time/", "throughput/", "wall_seconds")
-Weights = dict[str, torch.Tensor]
-
-
-def parity(responses: Sequence[str], ground_truths: Sequence[str], data_sources: Sequence[str]) -> list[Score]:
-    """A reward that an untrained policy gets half of the time, so that most groups are informative."""
-    right = [sum(map(ord, response)) % 2 == 0 for response in responses]
-    return [Score(1.0 if r else -1.0, float(r), answer=str(r)) for r in right]
-
-
-def _config(task: Path, out: Path, layout: str = "one", steps: int = STEPS, **sections: dict[str, Any]) -> Config:
-    """Steps of several updates, surplus groups that are kept, a schedule that warms up: all of it is state."""
-    return make_config(
-        task,
-        **{
-            "run": {"directory": str(out)},
-            "parallel": LAYOUTS[layout],
-            "data": {"train": f"{task}/train.parquet", "validation": f"{task}/validation.parquet"},
-            "rollout": {
-                "prompts_per_round": 6,
-                "max_response_tokens": 12,
-                "max_rounds": 0,
-                "surplus_groups": "keep",
-            },
-            "reward": {"function": "tests.test_continued_runs:parity", "overlong_buffer_tokens": 4},
-            "optimizer": {"distributed": True, "eps": 1e-4, "warmup": 4},
-            "trainer": {"max_steps": steps, "tokens_per_micro_batch": 96, "tensorboard": False},
-            "eval": {"every": 2, "samples": 2, "max_problems": 4},
-            "checkpoint": {"every": 2},
-            **sections,
-        },
-    )
-
-
-def _signal_at(trainer: Trainer, moment: str) -> None:
-    """SIGUSR1 to this rank in `reward N`, the N-th time that rewards are computed, in `collect N` or `update N`."""
-    place, _, number = moment.partition(" ")
-    owner, name = {
-        "reward": (trainer.reward, "__call__"),
-        "collect": (trainer, "_sample"),
-        "update": (trainer, "_update_policy"),
-    }[place]
-    function: Callable[..., Any] = getattr(owner, name)
-    calls = [0]
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == int(number):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return function(*args, **kwargs)
-
-    if place == "reward":
-        trainer.reward = wrapped  # type: ignore[assignment]
-        trainer.reward.close = lambda: None  # type: ignore[method-assign]
-    else:
-        setattr(trainer, name, wrapped)
-
-
-def _train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
-    """How the run ended, and its policy's weights. Only the last rank gets the signal."""
-    interrupt.install()
-    trainer = Trainer(config, resume=True)
-    if moment and trainer.topology.rank == trainer.topology.world_size - 1:
-        _signal_at(trainer, moment)
-    try:
-        trainer.train()
-        return "finished", {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
-    except Interrupted:
-        return f"interrupted after step {trainer.state.progress.step}", {}
-    finally:
-        trainer.close()
-        topologies.destroy()
 
 
 def _train_until_exhausted(config: Config) -> str:
@@ -132,20 +58,6 @@ def _train_until_exhausted(config: Config) -> str:
     return "finished"
 
 
-def _run(config: Config, moment: str | None = None) -> tuple[str, Weights]:
-    ended, weights = run_ranks(_train, config.parallel.world_size, config, moment)[0]
-    return ended, weights
-
-
-def _rows(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(UNREPEATABLE)} for row in rows]
-
-
-def _rollouts(run: Path) -> list[Any]:
-    return [pq.read_table(run / "rollouts" / f"step_{n}.parquet").to_pylist() for n in range(1, STEPS + 1)]
-
-
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("task") / "base")
@@ -159,7 +71,7 @@ def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run(layout: str) -> tuple[Path, Weights]:
         if layout not in done:
             out = tmp_path_factory.mktemp("undisturbed") / layout
-            ended, weights = _run(_config(task, out, layout))
+            ended, weights = run_to_its_end(run_config(task, out, layout))
             assert ended == "finished"
             done[layout] = out, weights
         return done[layout]
@@ -168,15 +80,6 @@ def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 Undisturbed = Callable[[str], tuple[Path, Weights]]
-
-
-def _assert_same_run(run: Path, weights: Weights, expected: tuple[Path, Weights]) -> None:
-    directory, expected_weights = expected
-    assert _rows(run) == _rows(directory)
-    assert _rollouts(run) == _rollouts(directory)
-    assert weights.keys() == expected_weights.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, expected_weights[name]), name
 
 
 # Rewards are computed once an evaluation and once a round of generation; there are two rounds or fewer a step.
@@ -195,12 +98,12 @@ def test_interrupted_run_goes_on_to_the_bit(
     layout: str, moment: str, ended: str, task: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """Whatever the phase: metrics, trained responses and weights are those of a run that was left alone."""
-    config = _config(task, tmp_path / "run", layout)
-    assert _run(config, moment)[0].startswith(ended)
+    config = run_config(task, tmp_path / "run", layout)
+    assert run_to_its_end(config, moment)[0].startswith(ended)
     assert not (tmp_path / "run" / "summary.json").exists()
-    how, weights = _run(config)
+    how, weights = run_to_its_end(config)
     assert how == "finished"
-    _assert_same_run(tmp_path / "run", weights, undisturbed(layout))
+    assert_same_run(tmp_path / "run", weights, undisturbed(layout))
 
 
 def test_mini_batches_are_mixed(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -210,10 +113,10 @@ def test_mini_batches_are_mixed(task: Path, undisturbed: Undisturbed, tmp_path: 
     Step 1 has learning rate 0, so that step 2 begins with the same weights in both.
     """
     directory, _ = undisturbed("one")
-    config = _config(task, tmp_path / "run", steps=2)
+    config = run_config(task, tmp_path / "run", steps=2)
     assert config.trainer.mini_batch_order == "mixed"
     groups = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, mini_batch_order="groups"))
-    assert _run(groups)[0] == "finished"
+    assert run_to_its_end(groups)[0] == "finished"
     mixed, whole = (
         sorted(pq.read_table(run / "rollouts" / "step_2.parquet").to_pylist(), key=lambda row: row["id"])
         for run in (directory, tmp_path / "run")
@@ -229,37 +132,40 @@ def test_mini_batches_are_mixed(task: Path, undisturbed: Undisturbed, tmp_path: 
 def test_interrupted_placebo_goes_on_to_the_bit(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The permutations of the remaining steps are those of the uninterrupted run, whose weights are not FIPO's."""
     placebo = {"algorithm": {"influence": "placebo"}}
-    ended, expected = _run(_config(task, tmp_path / "expected", "dp2", **placebo))
+    ended, expected = run_to_its_end(run_config(task, tmp_path / "expected", "dp2", **placebo))
     assert ended == "finished"
-    assert _run(_config(task, tmp_path / "run", "dp2", **placebo), "update 3")[0] == "interrupted after step 3"
-    how, weights = _run(_config(task, tmp_path / "run", "dp2", **placebo))
+    assert (
+        run_to_its_end(run_config(task, tmp_path / "run", "dp2", **placebo), "update 3")[0]
+        == "interrupted after step 3"
+    )
+    how, weights = run_to_its_end(run_config(task, tmp_path / "run", "dp2", **placebo))
     assert how == "finished"
-    _assert_same_run(tmp_path / "run", weights, (tmp_path / "expected", expected))
+    assert_same_run(tmp_path / "run", weights, (tmp_path / "expected", expected))
     _, fipo = undisturbed("dp2")
     assert any(not torch.equal(weight, fipo[name]) for name, weight in weights.items())
 
 
 def test_exhausted_run_goes_on(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A run that found nothing to train on has lost nothing: mended, it goes on behind its last finished step."""
-    config = _config(task, tmp_path / "run", "dp2", checkpoint={"every": 0})
+    config = run_config(task, tmp_path / "run", "dp2", checkpoint={"every": 0})
     assert run_ranks(_train_until_exhausted, 2, config) == ["DynamicSamplingExhausted: all were wrong"] * 2
-    assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2]
-    how, weights = _run(_config(task, tmp_path / "run", "dp2"))
+    assert [row["step"] for row in metric_rows(tmp_path / "run")] == [1, 2]
+    how, weights = run_to_its_end(run_config(task, tmp_path / "run", "dp2"))
     assert how == "finished"
-    _assert_same_run(tmp_path / "run", weights, undisturbed("dp2"))
+    assert_same_run(tmp_path / "run", weights, undisturbed("dp2"))
 
 
 def test_interrupted_in_every_phase(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """One attempt after another is interrupted the third time that it computes rewards; the run gets through."""
-    config, seen = _config(task, tmp_path / "run", "one"), []
+    config, seen = run_config(task, tmp_path / "run", "one"), []
     for _ in range(12):
-        how, weights = _run(config, "reward 3")
+        how, weights = run_to_its_end(config, "reward 3")
         seen.append(how)
         if how == "finished":
             break
     assert seen[-1] == "finished"
     assert len(seen) > 2
-    _assert_same_run(tmp_path / "run", weights, undisturbed("one"))
+    assert_same_run(tmp_path / "run", weights, undisturbed("one"))
 
 
 @pytest.mark.parametrize(
@@ -270,11 +176,11 @@ def test_goes_on_with_another_layout(
 ) -> None:
     """Two steps on one layout and three on another: the responses of the first layout's run, and its weights and
     losses to 1e-5."""
-    assert _run(_config(task, tmp_path / "run", before), "update 2")[0] == "interrupted after step 2"
-    how, weights = _run(_config(task, tmp_path / "run", after))
+    assert run_to_its_end(run_config(task, tmp_path / "run", before), "update 2")[0] == "interrupted after step 2"
+    how, weights = run_to_its_end(run_config(task, tmp_path / "run", after))
     assert how == "finished"
     directory, expected = undisturbed(before)
-    for row, reference in zip(_rows(tmp_path / "run"), _rows(directory), strict=True):
+    for row, reference in zip(metric_rows(tmp_path / "run"), metric_rows(directory), strict=True):
         assert row.keys() == reference.keys()
         sampled = [name for name in reference if name.startswith(("generated/", "batch/", "sampling/"))]
         for name in ("policy/loss", "policy/lr", "policy/entropy", *sampled):
@@ -297,16 +203,16 @@ def test_killed_after_a_step_that_no_checkpoint_has(task: Path, undisturbed: Und
             shutil.rmtree(step)
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[:4]) + rows[4][:20])  # cut off in the middle of a row
-    how, weights = _run(_config(task, run))
+    how, weights = run_to_its_end(run_config(task, run))
     assert how == "finished"
-    _assert_same_run(run, weights, (directory, expected))
+    assert_same_run(run, weights, (directory, expected))
 
 
 def _train_on_a_bad_disk(config: Config) -> str:
     """The checkpoint of step 2 fails; then, before there is another one, the run is interrupted."""
     interrupt.install()
     trainer = Trainer(config)
-    _signal_at(trainer, "collect 3")
+    signal_at(trainer, "collect 3")
     save = trainer.state.save
 
     def failing(score: float | None = None, wait: bool = False) -> None:
@@ -329,12 +235,12 @@ def _train_on_a_bad_disk(config: Config) -> str:
 
 def test_interrupted_after_a_checkpoint_that_failed(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A checkpoint that could not be written in the background is written when the run stops."""
-    config = _config(task, tmp_path / "run", "one")
+    config = run_config(task, tmp_path / "run", "one")
     assert run_ranks(_train_on_a_bad_disk, 1, config) == ["interrupted after step 2"]
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "complete.json").exists()
-    how, weights = _run(config)
+    how, weights = run_to_its_end(config)
     assert how == "finished"
-    _assert_same_run(tmp_path / "run", weights, undisturbed("one"))
+    assert_same_run(tmp_path / "run", weights, undisturbed("one"))
 
 
 def test_damaged_newest_checkpoint(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -348,9 +254,9 @@ def test_damaged_newest_checkpoint(task: Path, undisturbed: Undisturbed, tmp_pat
     assert newest.name == f"step_{STEPS}"
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
-    how, weights = _run(_config(task, run))
+    how, weights = run_to_its_end(run_config(task, run))
     assert how == "finished"
-    _assert_same_run(run, weights, (directory, expected))
+    assert_same_run(run, weights, (directory, expected))
 
 
 def test_finished_run_stays_as_it_is(task: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -363,11 +269,11 @@ def test_finished_run_stays_as_it_is(task: Path, undisturbed: Undisturbed, tmp_p
         return {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.name != ".lock"}
 
     before = written()
-    _run(_config(task, run))
+    run_to_its_end(run_config(task, run))
     assert written() == before
-    _run(_config(task, run, steps=STEPS + 1))
-    assert [row["step"] for row in _rows(run)] == list(range(1, STEPS + 2))
-    assert _rows(run)[:STEPS] == _rows(directory)
+    run_to_its_end(run_config(task, run, steps=STEPS + 1))
+    assert [row["step"] for row in metric_rows(run)] == list(range(1, STEPS + 2))
+    assert metric_rows(run)[:STEPS] == metric_rows(directory)
     assert json.loads((run / "summary.json").read_text())["steps"] == STEPS + 1
 
 
@@ -377,9 +283,9 @@ def test_overwrite_starts_over(task: Path, undisturbed: Undisturbed, tmp_path: P
     run = tmp_path / "run"
     shutil.copytree(directory, run)
     (run / "checkpoints" / "step_99").mkdir()
-    how, weights = _run(_config(task, run, run={"directory": str(run), "overwrite": True}))
+    how, weights = run_to_its_end(run_config(task, run, run={"directory": str(run), "overwrite": True}))
     assert how == "finished"
-    _assert_same_run(run, weights, (directory, expected))
+    assert_same_run(run, weights, (directory, expected))
     assert not (run / "checkpoints" / "step_99").exists()
 
 
@@ -389,7 +295,7 @@ def test_evaluated_by_the_command(weights: str, task: Path, undisturbed: Undistu
     """`eval` of the last checkpoint, or of the exported policy, gives the scores that the run ended with."""
     directory, _ = undisturbed("one")
     file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(_config(task, tmp_path / "unused", "tp2")))
+    file.write_text(to_yaml(run_config(task, tmp_path / "unused", "tp2")))
     checkpoint, out = f"checkpoint={directory / weights}", tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "megatron_fipo.cli", "eval", str(file), checkpoint, "--out", str(out)],
@@ -413,10 +319,10 @@ def test_other_data_is_refused(task: Path, undisturbed: Undisturbed, tmp_path: P
     shutil.copytree(directory, run)
     shutil.copytree(task, other)
     shutil.copy(other / "validation.parquet", other / "train.parquet")
-    config = _config(task, run, steps=STEPS + 1)
+    config = run_config(task, run, steps=STEPS + 1)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(other / "train.parquet")))
     with pytest.raises(RuntimeError, match="cannot continue the data stream: its dataset_fingerprint was"):
-        _run(config)
+        run_to_its_end(config)
     allowed = dataclasses.replace(config, resume=dataclasses.replace(config.resume, allow_changes=True))
-    assert _run(allowed)[0] == "finished"
-    assert len(_rows(run)) == STEPS + 1
+    assert run_to_its_end(allowed)[0] == "finished"
+    assert len(metric_rows(run)) == STEPS + 1

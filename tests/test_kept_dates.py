@@ -84,7 +84,7 @@ def test_training_goes_on_after_midnight(task: Path, tmp_path: Path) -> None:
     (run / "began.json").write_text(json.dumps({"began": YESTERDAY.isoformat()}))
     sections = {
         "run": {"directory": str(run)},
-        "reward": {"function": "tests.test_continued_runs:parity", "overlong_buffer_tokens": 0},
+        "reward": {"function": "tests.support.continued_runs:parity", "overlong_buffer_tokens": 0},
         "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 8, "max_rounds": 0},
     }
     first = _config(task, trainer={"max_steps": 1, "tensorboard": False}, **sections)

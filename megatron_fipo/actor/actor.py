@@ -21,7 +21,7 @@ from megatron_fipo.actor.digest import digest
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import Loss, PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
-from megatron_fipo.actor.routing import routing_metrics
+from megatron_fipo.actor.routing import PolicyRouting
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch, pack
@@ -63,6 +63,7 @@ class FIPOActor(AlignableGenerativeInterface):
 
     Attributes:
         recorder: `with recorder(micro_batches, forward_only):` stands around every run of the pipeline's schedule.
+        routing: of the model's experts, if it has any.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self._influence = policy_loss.influence
         self._reads = read
         self.chunks = self._make_chunks()
-        self._routed = [chunk.routing for chunk in self.chunks if chunk.routing is not None]
+        self.routing = PolicyRouting(self.chunks, arch, config, topology)
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
@@ -210,22 +211,14 @@ class FIPOActor(AlignableGenerativeInterface):
     def with_old_log_probs(self, batch: TrainBatch) -> TrainBatch:
         """Return the batch with `log_probs`, and with the experts of that computation if updates replay them.
 
-        The choice of experts counts for `routing_metrics`.
-        """
-        for chunk in self._routed:
-            chunk.records = True
-        log_probs = self.log_probs(batch)
-        for chunk in self._routed:
-            chunk.records = False
-        batch = batch.with_token_values(old_log_probs=log_probs)
-        routing = list(zip(*(chunk.take() for chunk in self._routed), strict=True))
-        if self.config.moe.routing_replay == "none":
-            return batch
-        return TrainBatch(tuple(m.replace(routing=r) for m, r in zip(batch.micro_batches, routing, strict=True)))
+        The choice of experts counts for `routing.metrics`.
 
-    def routing_metrics(self) -> dict[str, float]:
-        """Return `actor.routing`'s metrics since the last call; {} without experts."""
-        return routing_metrics(self._routed, self.arch, self.topology.device) if self._routed else {}
+        Raises:
+            ValueError: `moe.routing_replay=rollout`, and responses have no routing.
+        """
+        with self.routing.recording(batch):
+            log_probs = self.log_probs(batch)
+        return self.routing.with_recorded(batch.with_token_values(old_log_probs=log_probs))
 
     def influence(self, batch: TrainBatch) -> list[torch.Tensor]:
         """Return FIPO's influence weights under the current weights, and each position's stratum of the placebo.
@@ -314,14 +307,19 @@ class FIPOActor(AlignableGenerativeInterface):
         return export_weights(self.chunks, self.arch, self.topology)
 
     def pack(self, rollouts: Rollouts, index: Sequence[int]) -> MicroBatch:
-        """Pack sequences into a micro-batch for this rank."""
-        return pack(
+        """Pack sequences into a micro-batch for this rank, with their routing if they have any.
+
+        Raises:
+            ValueError: the routing of a response is not whole, or not this model's.
+        """
+        micro_batch = pack(
             rollouts,
             index,
             alignment=self.topology.sequence_alignment,
             context_size=self.topology.cp.size(),
             context_rank=self.topology.cp.rank(),
         )
+        return self.routing.of_this_rank(micro_batch)
 
     def _run(self, micro_batches: Sequence[MicroBatch], step: Any, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; on the last stage, what `step` reported of each."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.batching.plan import InFlightPlan
 from megatron_fipo.data import Prompt
@@ -27,11 +29,16 @@ class PartialResponse:
     versions: list[int] = field(default_factory=list)  # policy version of each token
     finished: bool = False
     truncated: bool = False
+    routing: torch.Tensor | None = None  # of each input, as it was when the piece that it belongs to was sampled
 
     def extend(self, response: Response, version: int, max_tokens: int) -> None:
         self.tokens += response.token_ids
         self.log_probs += response.log_probs
         self.versions += [version] * len(response.token_ids)
+        if self.routing is None:
+            self.routing = response.routing
+        elif response.routing is not None:  # the inputs of earlier pieces were computed again, with newer weights
+            self.routing = torch.cat([self.routing, response.routing[len(self.routing) :]])
         # A pause may come right after the last token that is allowed.
         full = response.unfinished and len(self.tokens) >= max_tokens
         self.finished = not response.unfinished or full
@@ -75,6 +82,7 @@ class Group:
             log_probs=[d.log_probs for d in self.responses],
             truncated=[d.truncated for d in self.responses],
             weight_versions=[d.versions for d in self.responses],
+            routing=[d.routing for d in self.responses],
         )
 
 

@@ -86,6 +86,7 @@ class RoundSource:
                 log_probs=[r.log_probs for r in responses],
                 truncated=[r.truncated for r in responses],
                 weight_versions=self._version,
+                routing=[r.routing for r in responses],
             )
             return self.score(prompts, rollouts)
 

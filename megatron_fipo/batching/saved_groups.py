@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_fipo.batch import Rollouts
+from megatron_fipo.batch import NO_EXPERT, Rollouts
 from megatron_fipo.batching.background import Group, PartialResponse
 from megatron_fipo.batching.step_batch import no_rollouts
 from megatron_fipo.data import Prompt
@@ -47,5 +47,12 @@ def _partial_responses(rollouts: Rollouts, finished: Sequence[bool]) -> list[Par
     values = (rollouts.tokens, rollouts.rollout_log_probs, rollouts.weight_versions)
     columns = [[x.tolist() for x in v.split(rollouts.lengths.tolist())] for v in values]
     prompts, truncated = rollouts.prompt_lengths.tolist(), rollouts.truncated.tolist()
-    rows = zip(prompts, *columns, finished, truncated, strict=True)
-    return [PartialResponse(t[p:], log_p[p:], versions[p:], done, cut) for p, t, log_p, versions, done, cut in rows]
+    routing = map(_known, rollouts.routing.split(rollouts.lengths.tolist()))
+    rows = zip(prompts, *columns, finished, truncated, routing, strict=True)
+    return [PartialResponse(t[p:], log_p[p:], v[p:], done, cut, known) for p, t, log_p, v, done, cut, known in rows]
+
+
+def _known(routing: torch.Tensor) -> torch.Tensor | None:
+    """Return the routing of a response's inputs; None if it has none yet."""
+    inputs = routing[:-1]
+    return inputs.clone() if inputs.numel() and bool((inputs != NO_EXPERT).all()) else None

@@ -165,6 +165,11 @@ def _servers(c: Config) -> list[str]:
     if c.rollout.engine != "vllm":
         return ["rollout.server.urls requires rollout.engine=vllm"] if s.urls else []
     problems = []
+    if c.moe.routing_replay == "rollout" and not s.enable_prefix_caching:
+        problems.append(
+            "moe.routing_replay=rollout requires rollout.server.enable_prefix_caching=true: vLLM returns experts from "
+            "the cache of prefixes only"
+        )
     if s.urls and (s.placement != "local" or s.count is not None):
         problems.append(
             "rollout.server.urls names servers that run already: leave rollout.server.placement and "

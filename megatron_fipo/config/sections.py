@@ -76,10 +76,11 @@ class ModelConfig:
 class MoEConfig:
     """Mixtures of experts."""
 
-    routing_replay: Literal["none", "update"] = setting(
+    routing_replay: Literal["none", "update", "rollout"] = setting(
         "none",
         "Experts that an update computes with. none: those that the router chooses under its weights. update: those "
-        "that it chose when the old log-probabilities were computed",
+        "that it chose when the old log-probabilities were computed. rollout: those that the rollout engine computed "
+        "the response with, also in the old log-probabilities",
         resume="fixed",
     )
 

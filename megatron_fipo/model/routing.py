@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_fipo.batch import routing_dtype
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -26,16 +29,20 @@ class RoutingCounts:
     """Sums over the tokens that a router has seen on this rank, without padding; float64 on the device.
 
     Attributes:
-        chosen: `[E]` how often each expert was chosen, where choices were recorded.
+        chosen: `[E]` how often each expert was computed with, where choices were recorded.
         entropy: sum of the entropies of the router's distributions over experts there, nats.
         tokens: number of tokens there.
-        replayed: number of tokens with replayed experts.
+        sampled: number of those with replayed experts, which are the rollout engine's.
+        differing: number of those for which the router would have chosen other experts.
+        replayed: number of tokens with replayed experts elsewhere, which is in updates.
         changed: number of those for which the router would have chosen other experts.
     """
 
     chosen: torch.Tensor
     entropy: torch.Tensor
     tokens: torch.Tensor
+    sampled: torch.Tensor
+    differing: torch.Tensor
     replayed: torch.Tensor
     changed: torch.Tensor
 
@@ -98,18 +105,16 @@ class LayerRouting:
         assert default_compute_topk is not None
         assert self._real is not None
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        self._chosen = own
-        if self._records:
-            self._count_chosen(scores.detach(), own)
         if self._replayed is None:
-            return values, own
-        if self._replayed.shape != own.shape:
+            self._chosen = own
+        elif self._replayed.shape != own.shape:
             raise ValueError(f"routing of {list(self._replayed.shape)} was recorded, but {list(own.shape)} is needed")
-        self._chosen = self._replayed.long()
-        changed = (own.sort(-1).values != self._chosen.sort(-1).values).any(-1)
-        self.counts.replayed += self._real.sum()
-        self.counts.changed += (changed & self._real).sum()
-        return scores.gather(1, self._chosen), self._chosen
+        else:
+            self._chosen = self._replayed.long()
+            self._count_changes(own, self._chosen)
+        if self._records:
+            self._count_chosen(scores.detach(), self._chosen)
+        return (values if self._replayed is None else scores.gather(1, self._chosen)), self._chosen
 
     def take_counts(self) -> RoutingCounts:
         """Return the sums since the last call."""
@@ -117,8 +122,19 @@ class LayerRouting:
         return counts
 
     def _no_counts(self) -> RoutingCounts:
-        zeros = torch.zeros(self._experts + 4, dtype=torch.float64, device=self._device)
-        return RoutingCounts(zeros[:-4], *zeros[-4:])
+        zeros = torch.zeros(self._experts + 6, dtype=torch.float64, device=self._device)
+        return RoutingCounts(zeros[:-6], *zeros[-6:])
+
+    def _count_changes(self, own: torch.Tensor, replayed: torch.Tensor) -> None:
+        assert self._real is not None
+        changed = (own.sort(-1).values != replayed.sort(-1).values).any(-1)
+        tokens, changes = self._real.sum(), (changed & self._real).sum()
+        if self._records:
+            self.counts.sampled += tokens
+            self.counts.differing += changes
+        else:
+            self.counts.replayed += tokens
+            self.counts.changed += changes
 
     def _count_chosen(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
         assert self._real is not None
@@ -146,9 +162,21 @@ class ChunkRouting:
         """
         self.layers = [LayerRouting(module) for module in chunk.modules() if isinstance(module, TopKRouter)]
         self.records = False
-        self._dtype = torch.uint8 if experts <= 256 else torch.int16
+        self._dtype = routing_dtype(experts)
         self._recomputed = recomputed
         self._recorded: list[torch.Tensor] = []
+
+    def of_this_chunk(self, routing: torch.Tensor, sequence_parallel: dist.ProcessGroup | None) -> torch.Tensor:
+        """Return this chunk's share of a micro-batch's routing, `[L, N, K]`.
+
+        Args:
+            routing: `[layers of the model, tokens of this context-parallel rank, K]`.
+            sequence_parallel: its ranks have a part of the tokens each.
+        """
+        layers = routing[[layer.number for layer in self.layers]]
+        if sequence_parallel is None:
+            return layers
+        return layers.chunk(sequence_parallel.size(), dim=1)[sequence_parallel.rank()]
 
     @contextlib.contextmanager
     def forward(self, replayed: torch.Tensor | None, padding: torch.Tensor) -> Iterator[None]:
@@ -167,6 +195,6 @@ class ChunkRouting:
             self._recorded.append(torch.stack(chosen) if chosen else torch.empty(0))
 
     def take(self) -> list[torch.Tensor]:
-        """Return the choices of the forward passes since the last call, `[L, N, K]` uint8 or int16 each."""
+        """Return the choices of the forward passes since the last call, `[L, N, K]` int8 or int16 each, on the host."""
         recorded, self._recorded = self._recorded, []
-        return recorded
+        return [chosen.cpu() for chosen in recorded]

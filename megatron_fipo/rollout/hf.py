@@ -4,12 +4,13 @@ Every rank of a replica holds a whole copy of the model and generates a share of
 models that fit beside the trainer many times over.
 
 Letters: B requests of a batch, U different prompts among them, P tokens of the longest prompt, R rows (requests that
-are still generated), V vocabulary.
+are still generated), V vocabulary, L expert layers, K experts of a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -20,7 +21,9 @@ from megatron_fipo.parallel.device import nondeterministic_allowed
 from megatron_fipo.rollout.attention import use_grouped_attention
 from megatron_fipo.rollout.kv_cache import growing_cache
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
+from megatron_fipo.rollout.routing import RoutingRecorder
 from megatron_fipo.rollout.sampler import SeededSampler
+from megatron_fipo.shapes.architecture import Architecture
 
 _PAD = 0  # any id: padded positions are masked
 _COMPACTED_BELOW = 0.75  # share of unfinished rows from which on the finished ones are taken out of the batch
@@ -31,11 +34,27 @@ class HFEngine:
 
     through_first_rank = False
 
-    def __init__(self, hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        routed: Architecture | None = None,
+    ) -> None:
+        """Make the model.
+
+        Args:
+            routed: of the model, where responses come with their routing.
+
+        Raises:
+            ValueError: its routing cannot be recorded.
+        """
         self.batch_size = batch_size
         self.device = device
         self.model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(device).eval()
         use_grouped_attention(self.model)
+        self._recorder = RoutingRecorder(self.model, routed) if routed else None
         self.held_version = 0
         self._loads = 0
         self._parameters = published_parameters(self.model)
@@ -84,7 +103,7 @@ class HFEngine:
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         """Sample one token for all rows at a time; rows that have ended leave the batch now and then."""
         sampler = SeededSampler([r.seed for r in requests], sampling, self.device)
-        batch = _Batch(self.model, requests, sampling.max_tokens, self.device)
+        batch = _Batch(self.model, requests, sampling.max_tokens, self.device, self._recorder)
         stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
         tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.int64, device=self.device)
         log_probs = torch.zeros(tokens.shape, device=self.device)
@@ -101,7 +120,11 @@ class HFEngine:
             if left <= _COMPACTED_BELOW * len(chosen):
                 chosen = chosen[batch.drop_finished()]
             batch.append(chosen)
-        return _responses(tokens.cpu(), log_probs.cpu(), stops.cpu())
+        responses = _responses(tokens.cpu(), log_probs.cpu(), stops.cpu())
+        if self._recorder is None:
+            return responses
+        lengths = [len(response.token_ids) for response in responses]
+        return [replace(r, routing=rows) for r, rows in zip(responses, batch.routing(lengths), strict=True)]
 
 
 class _Batch:
@@ -114,15 +137,25 @@ class _Batch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, requests: Sequence[Request], max_tokens: int, device: torch.device
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        max_tokens: int,
+        device: torch.device,
+        recorder: RoutingRecorder | None,
     ) -> None:
         self._model = model
+        self._recorder = recorder
         self._cache = growing_cache(model.config)
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
         prompt_ids, prompt_mask = _left_pad(list(numbers), device)
         positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(prompt_ids, positions, prompt_mask)
         prompts = torch.tensor([numbers[tuple(r.prompt_ids)] for r in requests], device=device)
+        if recorder is not None:
+            experts = recorder.take().unflatten(0, prompt_ids.shape)  # [U, P, L, K]
+            self._prompts_routing = [experts[number, prompt_mask[number].cpu()] for number in prompts.tolist()]
+            self._tokens_routing: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each step: requests, [R, L, K]
         self.requests = torch.arange(len(requests), device=device)
         self.unfinished = torch.ones(len(requests), dtype=torch.bool, device=device)
         self.logits = logits[prompts]
@@ -136,6 +169,21 @@ class _Batch:
         self._positions = self._positions + 1
         self._width += 1
         self.logits = self._forward(tokens.unsqueeze(1), self._positions, self._mask[:, : self._width])
+        if self._recorder is not None:
+            self._tokens_routing.append((self.requests.cpu(), self._recorder.take()))
+
+    def routing(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """Return the routing of each request's prompt and of all but the last of its tokens, `[inputs, L, K]`.
+
+        Args:
+            lengths: tokens of the responses.
+        """
+        layers_and_experts = self._prompts_routing[0].shape[1:]
+        tokens = self._prompts_routing[0].new_empty(len(lengths), len(self._tokens_routing), *layers_and_experts)
+        for step, (requests, experts) in enumerate(self._tokens_routing):
+            tokens[requests, step] = experts
+        rows = zip(self._prompts_routing, tokens, lengths, strict=True)
+        return [torch.cat([prompt, experts[: length - 1]]) for prompt, experts, length in rows]
 
     def drop_finished(self) -> torch.Tensor:
         """Keep the unfinished rows only; return their indices among the rows before."""

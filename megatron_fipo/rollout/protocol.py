@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +45,8 @@ class Response:
         truncated: it reached `max_tokens` without a stop token.
         unfinished: it was paused (`PausingEngine`) before either; it may have no token yet.
         weight_versions: numbers of the `load_weights` that it was sampled with, in order; empty: not known.
+        routing: `[inputs, layers, experts of a token]` int8 or int16, the experts that each token of prompt and
+            response but the last was computed with; None where they were not asked for (`moe.routing_replay`).
     """
 
     token_ids: list[int]
@@ -52,6 +54,7 @@ class Response:
     truncated: bool
     weight_versions: tuple[int, ...] = ()
     unfinished: bool = False
+    routing: torch.Tensor | None = field(default=None, compare=False)
 
 
 class RolloutEngine(Protocol):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_fipo.batch import Rollouts
-from megatron_fipo.batching.background import Discarded, Group, GroupSampler
+from megatron_fipo.batching.background import Discarded, Group, GroupSampler, PartialResponse
 from megatron_fipo.batching.plan import InFlightPlan, InformativeShare
+from megatron_fipo.batching.saved_groups import packed, unpacked
 from megatron_fipo.data import Prompt
 from megatron_fipo.rollout import Request, Response, Sampling
 from tests.support.waiting import wait_until
@@ -228,3 +229,27 @@ def test_engine_that_fails(source: GroupSampler, engine: Manual) -> None:
     engine.requests[0][2].set_exception(RuntimeError("no rollout server"))
     with pytest.raises(RuntimeError, match="no rollout server"):
         wait_until(lambda: source.take() is None)
+
+
+def _pieces() -> tuple[PartialResponse, torch.Tensor]:
+    """A response to a prompt of 2 tokens, sampled in four pieces of 0, 3, 0 and 2 tokens; the routing it must have."""
+    partial = PartialResponse()
+    old, new = torch.zeros(4, 1, 2, dtype=torch.int8), torch.ones(6, 1, 2, dtype=torch.int8)
+    partial.extend(Response([], [], False, unfinished=True), 0, 9)
+    partial.extend(Response([5, 6, 7], [-1.0] * 3, False, unfinished=True, routing=old), 1, 9)
+    partial.extend(Response([], [], False, unfinished=True), 2, 9)
+    partial.extend(Response([8, 0], [-1.0] * 2, False, routing=new), 3, 9)
+    return partial, torch.cat([old, new[4:]])
+
+
+def test_pieces_keep_the_routing_that_they_were_sampled_with() -> None:
+    """The last token of a piece is computed with the next one, and has its routing; and a checkpoint keeps it."""
+    partial, expected = _pieces()
+    assert partial.routing is not None
+    assert torch.equal(partial.routing, expected)
+    group = Group(3, Prompt(3, [], [50, 51], "", ""), [partial, PartialResponse()])
+    (restored,) = unpacked([packed([group])], 2, iter([(3, group.prompt)]))
+    assert restored.responses[0].routing is not None
+    assert torch.equal(restored.responses[0].routing, expected)
+    assert restored.responses[1].routing is None  # it has no token yet
+    assert restored.rollouts().routing[:, 0, 0].tolist() == [*expected[:, 0, 0].tolist(), -1, -1, -1]

@@ -233,6 +233,13 @@ def test_rollout_servers(file: Path, overrides: list[str], message: str) -> None
     assert any(message in problem for problem in problems)
 
 
+def test_experts_come_from_the_cache_of_prefixes(file: Path) -> None:
+    """vLLM returns them from nowhere else."""
+    without = ("rollout.server.enable_prefix_caching=false", "moe.routing_replay=rollout")
+    (problem,) = refused(file, "rollout.engine=vllm", *without)
+    assert problem.startswith("moe.routing_replay=rollout requires rollout.server.enable_prefix_caching=true")
+
+
 def test_urls_need_the_vllm_engine(file: Path) -> None:
     """With the hf engine nothing would ask the servers."""
     problems = refused(file, "rollout.server.urls=['http://a:1']")

@@ -14,8 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_fipo.convert.modules import published_parameters
+from megatron_fipo.model.architecture import architecture
 from megatron_fipo.parallel import interrupt
 from megatron_fipo.rollout import HFEngine, Request, Response, Sampling, hf
+from megatron_fipo.shapes.architecture import Architecture
 from tests.support.families import make_checkpoint
 from tests.support.policies import make_qwen2
 
@@ -44,8 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def engine_for(model: PreTrainedModel, batch_size: int = 64) -> HFEngine:
-    engine = HFEngine(model.config, torch.float32, torch.device("cpu"), batch_size)
+def engine_for(model: PreTrainedModel, batch_size: int = 64, routed: Architecture | None = None) -> HFEngine:
+    engine = HFEngine(model.config, torch.float32, torch.device("cpu"), batch_size, routed)
     engine.load_weights((name, p.detach()) for name, p in published_parameters(model).items())
     return engine
 
@@ -131,6 +133,32 @@ def test_responses_are_those_of_a_plain_loop(name: str, tmp_path: Path) -> None:
             assert response.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
             lengths.add(len(response.token_ids))
     assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_routing_is_that_of_a_plain_forward_pass(name: str, tmp_path: Path) -> None:
+    """Of each token of prompt and response but the last, for short and long responses of one batch."""
+    path = make_checkpoint(tmp_path, name, num_hidden_layers=2)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine = engine_for(plain, routed=architecture(plain.config))
+    wanted = requests(12)
+    responses = engine.generate(wanted, sampling(stop_token_ids=tuple(range(5, 60, 6))))
+    for request, response in zip(wanted, responses, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *response.token_ids]])
+        with torch.no_grad():
+            logits = plain(input_ids=ids[:, :-1], output_router_logits=True).router_logits
+        expected = torch.stack([layer.softmax(-1).topk(2).indices for layer in logits], dim=1)
+        assert response.routing is not None
+        assert response.routing.dtype == torch.int8
+        assert torch.equal(response.routing.long(), expected)
+    assert len({len(response.token_ids) for response in responses}) > 3
+
+
+def test_a_model_without_routers_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Rather than responses without routing."""
+    routed = architecture(AutoConfig.from_pretrained(make_checkpoint(tmp_path, "qwen3_moe", num_hidden_layers=2)))
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM has 0 routers that are known, but 2 layers"):
+        engine_for(model, routed=routed)
 
 
 def rows_of_forwards(engine: HFEngine) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class FakeServer:
         dead: its front is there, but no engine behind it.
         drops: so many more generation requests have their connection cut without an answer.
         vocabulary: size of the one that its tokens are from.
+        routing: of so many inputs, as the server sends it; None: it sends none.
         asked: how often each seed was requested (None: no seed); `answered` how often a response was sent.
         most: the most responses it drew at the same time.
         bodies: what control routes answer instead of `{}`, as it goes over the wire; /collective_rpc answers `LOADED`.
@@ -42,6 +44,7 @@ class FakeServer:
         self.hung = self.dead = False
         self.drops = 0
         self.vocabulary = 100
+        self.routing: Callable[[int], Any] | None = None
         self.asked: Counter[int | None] = Counter()
         self.answered: Counter[int | None] = Counter()
         self.most = self.busy = 0
@@ -165,10 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = tokens_for(seed, body["token_ids"], fake.vocabulary)
             if paused:
                 tokens = tokens[: len(tokens) // 2]
+            inputs = len(body["token_ids"]) + len(tokens) - 1
             with fake.lock:  # before it is sent: whoever has it may look at once
                 fake.answered[seed] += 1
             try:
-                self._send(200, self._answer(tokens, "abort" if paused else "length"))
+                self._send(200, self._answer(tokens, inputs, "abort" if paused else "length"))
             except OSError:
                 with fake.lock:
                     fake.answered[seed] -= 1
@@ -182,13 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
                 return True
         return aborted.is_set()
 
-    def _answer(self, token_ids: list[int], finish_reason: str) -> dict[str, Any]:
+    def _answer(self, token_ids: list[int], inputs: int, finish_reason: str) -> dict[str, Any]:
         version = self.fake.version
         choice = {
             "token_ids": token_ids,
             "logprobs": {"content": [{"token_id": t, "logprob": -t / 100} for t in token_ids]},
             "finish_reason": finish_reason,
             "weight_versions": [{"version": version, "start": 0, "end": len(token_ids)}] if version else None,
+            **({} if self.fake.routing is None else {"routed_experts": self.fake.routing(inputs)}),
         }
         return {"choices": [choice]}
 

@@ -1,5 +1,6 @@
 """Rollouts by vLLM servers, reached over HTTP."""
 
 from megatron_fipo.rollout.vllm.engine import VLLMEngine
+from megatron_fipo.rollout.vllm.served_model import ServedModel
 
-__all__ = ["VLLMEngine"]
+__all__ = ["ServedModel", "VLLMEngine"]

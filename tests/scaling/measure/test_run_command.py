@@ -161,7 +161,7 @@ def test_too_big_is_a_row(model: Path, tmp_path: Path) -> None:
     assert row is not None
     assert ended.value.exit_code == NOT_MEASURED
     assert row["status"] == "out_of_memory"
-    assert re.search("DefaultCPUAllocator|Cannot allocate memory", row["error"])
+    assert re.search("DefaultCPUAllocator|Cannot allocate memory|exit code 127", row["error"])
     assert row["seconds"] is row["timeline"] is None
     assert not asked.notes.exists()
     before = asked.row_path.stat().st_mtime_ns

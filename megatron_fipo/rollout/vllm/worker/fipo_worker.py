@@ -81,6 +81,7 @@ class FIPOWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self.received = {}
+        _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -157,6 +158,17 @@ def _published(
         rows = [received[part][1] for part in parts]
         if parameter.ndim and sum(rows) == parameter.shape[0]:
             yield from zip(parts, parameter.detach().split(rows), strict=True)
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """On the CPU vLLM 0.32 packs experts only when it makes their kernel; an update would put unpacked ones there.
+
+    Without a kernel the update makes one, and packs.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
