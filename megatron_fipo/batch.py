@@ -201,9 +201,12 @@ class MicroBatch:
         rollout_log_probs, old_log_probs, reference_log_probs: [R] float32; token_weights: [R] float32 or None.
         influence_weights: [R] float32, permuted ones (`algorithm.influence=placebo`) or None.
         sequence_index: [S] int64, rows of the replica's Rollouts.
-    Experts to compute with (`moe.routing_replay`), or None:
-        routing: of each model chunk of this rank, [its expert layers, its tokens here, K] int8 or int16; as `pack`
-            makes it, of all layers in one.
+    Of mixtures of experts, or None:
+        routing: experts to compute with (`moe.routing_replay`), of each model chunk of this rank, [its expert layers,
+            its tokens here, K] int8 or int16; as `pack` makes it, of all layers in one.
+        expert_load: of each of these chunks, [expert layers, experts] float32: tokens of the whole mini-batch that each
+            expert was given when the old log-probabilities were computed, over those of an even distribution.
+        aux_loss_weight: `moe.aux_loss`, as the weight of one token in the loss's sum (`actor.routing`).
     """
 
     input_ids: torch.Tensor
@@ -225,6 +228,8 @@ class MicroBatch:
     token_weights: torch.Tensor | None = None
     influence_weights: torch.Tensor | None = None
     routing: tuple[torch.Tensor, ...] | None = None
+    expert_load: tuple[torch.Tensor, ...] | None = None
+    aux_loss_weight: float = 0.0
 
     @property
     def max_seqlen(self) -> int:

@@ -136,6 +136,8 @@ METRICS: dict[str, str] = {
     "moe/rollout_changed": "with `moe.routing_replay=rollout`: share of tokens for which a layer's router would have "
     "chosen other experts than the rollout engine, before any update, mean over layers",
     "moe/rollout_changed_max": "the same, in the layer with the highest",
+    "moe/aux_loss": "with `moe.aux_loss`: the load-balancing loss without its coefficient, mean over layers and "
+    "over the updates' tokens; 1 for even routers, at most experts over experts of a token",
     "moe/replayed_changed": "with `moe.routing_replay`: share of the updates' tokens for which a layer's router would "
     "have chosen other experts than were replayed, mean over layers",
     "moe/replayed_changed_max": "the same, in the layer with the highest",

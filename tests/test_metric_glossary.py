@@ -28,7 +28,7 @@ ELSEWHERE = {
         f"moe/{name}": ("actor/routing.py", f'"moe/{name}"')  # of mixtures of experts
         for name in (
             *("load_max", "load_max_mean", "idle_experts", "entropy", "entropy_min"),
-            *("replayed_changed", "replayed_changed_max"),
+            *("aux_loss", "replayed_changed", "replayed_changed_max"),
         )
     },
     "eval/verifier_timeouts": ("evaluation/summary.py", 'f"verifier_{name}s"'),  # where the verifier fails

@@ -122,6 +122,8 @@ class FIPOActor(AlignableGenerativeInterface):
         reduced when this returns, and are those of that loss. The device is waited for once, at the end: the norm of
         the gradients, for `finish_training_step`, comes with the metrics.
         """
+        if not forward_only:
+            self.routing.check(batch)
         self._record = [] if self.records and not forward_only else None
         reports = self._run(batch.micro_batches, self._loss_step, forward_only=forward_only)
         measured: Metrics = {}
@@ -209,7 +211,7 @@ class FIPOActor(AlignableGenerativeInterface):
         return [values[0] for values in self._on_every_stage(outputs, batch, kinds=1)]
 
     def with_old_log_probs(self, batch: TrainBatch) -> TrainBatch:
-        """Return the batch with `log_probs`, and with the experts of that computation if updates replay them.
+        """Return the batch with `log_probs`, and with what an update needs of the experts of that computation.
 
         The choice of experts counts for `routing.metrics`.
 

@@ -24,15 +24,16 @@ def finalize_gradients(
 ) -> None:
     """Reduce the gradients over all ranks and divide them by the number of tokens of all micro-batches and replicas.
 
-    Stands for Megatron's function of a config. `num_tokens` is a 0-dim integer, right on the last stage; where it is 0,
-    so are the gradients.
+    Stands for Megatron's function of a config. `num_tokens` is a 0-dim integer, right on the last stage. Where it is 0
+    no token is left in the loss, and the gradients are 0: an auxiliary loss has no scale of its own.
     """
     finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     stages = pg_collection.pp
     if stages.size() > 1:
         dist.broadcast(num_tokens, dist.get_global_rank(stages, stages.size() - 1), group=stages)
     dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
-    scale: Any = 1.0 / num_tokens.clamp(min=1)  # Megatron names a float, and multiplies by it
+    # Megatron names a float, and multiplies by it
+    scale: Any = torch.where(num_tokens > 0, 1.0 / num_tokens.clamp(min=1), 0.0)
     for chunk in chunks:
         chunk.scale_gradients(scale)
 

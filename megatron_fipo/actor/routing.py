@@ -1,4 +1,4 @@
-"""Routing of a policy's experts over a step: recorded with the old log-probabilities, replayed in updates, measured."""
+"""Routing of a policy's experts over a step: recorded with the old log-probabilities, replayed, balanced, measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_fipo.batch import MicroBatch, TrainBatch
 from megatron_fipo.config import Config
 from megatron_fipo.model.policy import PolicyModel
+from megatron_fipo.model.routing import RecordedRouting
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.shapes.architecture import Architecture
 
@@ -22,7 +23,9 @@ class PolicyRouting:
         self._chunks = [chunk.routing for chunk in chunks if chunk.routing is not None]
         self._arch = arch
         self._replay = config.moe.routing_replay
-        self._device = topology.device
+        self._coefficient = config.moe.aux_loss
+        self._aggregation = config.algorithm.aggregation
+        self._topology = topology
         self._token_ranks = topology.tp if config.parallel.sequence else None
 
     def of_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
@@ -61,11 +64,58 @@ class PolicyRouting:
             chunk.records = False
 
     def with_recorded(self, batch: TrainBatch) -> TrainBatch:
-        """Return the batch with the routing that was recorded for it, where updates replay that."""
-        recorded = list(zip(*(chunk.take() for chunk in self._chunks), strict=True))
-        if self._replay != "update":
-            return batch
-        return TrainBatch(tuple(m.replace(routing=r) for m, r in zip(batch.micro_batches, recorded, strict=True)))
+        """Return the batch with what updates need of the forward passes that were recorded on it.
+
+        With `moe.routing_replay=update` the experts of each token; with `moe.aux_loss` each expert's load in the whole
+        mini-batch, for which this is collective over all ranks.
+        """
+        recorded = [chunk.take() for chunk in self._chunks]
+        micro_batches = list(batch.micro_batches)
+        if self._replay == "update":
+            experts = zip(*([r.experts for r in of_chunk] for of_chunk in recorded), strict=True)
+            micro_batches = [m.replace(routing=e) for m, e in zip(micro_batches, experts, strict=True)]
+        if self._coefficient:
+            load, tokens = self._expert_load(recorded)
+            # Backward computes the gradient of the loss's sum over the mini-batch, which is divided by the denominator.
+            weight = self._coefficient * self._denominator(micro_batches) / tokens
+            micro_batches = [m.replace(expert_load=load, aux_loss_weight=weight) for m in micro_batches]
+        return TrainBatch(tuple(micro_batches))
+
+    def check(self, batch: TrainBatch) -> None:
+        """Check that an update has what it needs.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if self._coefficient and any(m.expert_load is None for m in batch.micro_batches):
+            raise ValueError(
+                "moe.aux_loss requires a mini-batch with the load of its experts: call with_old_log_probs first"
+            )
+
+    def _expert_load(self, recorded: Sequence[Sequence[RecordedRouting]]) -> tuple[tuple[torch.Tensor, ...], float]:
+        """Return each expert's tokens over those of an even distribution, and the number of all tokens.
+
+        Both are of all micro-batches and replicas: `[L, E]` for each chunk.
+        """
+        assert self._arch.experts is not None
+        assigned = [torch.stack([r.tokens for r in of_chunk]).sum(0, dtype=torch.float64) for of_chunk in recorded]
+        for of_chunk in assigned:
+            # The ranks of a stage: each token is on one of them.
+            dist.all_reduce(of_chunk, group=self._topology.groups.tp_dp_cp)
+        load = tuple((a / a.mean(1, keepdim=True)).float() for a in assigned)
+        return load, float(assigned[0][0].sum()) / self._arch.experts.active
+
+    def _denominator(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Return what the loss of the whole mini-batch is divided by if no sequence is vetoed: tokens, or sequences."""
+        count = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+        for m in micro_batches:
+            if self._aggregation == "token-mean":
+                count += m.loss_mask.sum()
+            else:
+                before = torch.cat([m.loss_mask.new_zeros(1, dtype=torch.int64), m.loss_mask.cumsum(0)])
+                count += (before[m.response_offsets].diff() > 0).sum()
+        dist.all_reduce(count, group=self._topology.dp)
+        return float(count)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the tokens that were counted since the last call; {} without experts.
@@ -76,21 +126,24 @@ class PolicyRouting:
         if self._arch.experts is None:
             return {}
         experts = self._arch.experts.count
-        sums = torch.zeros(self._arch.num_layers, experts + 6, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(self._arch.num_layers, experts + 8, dtype=torch.float64, device=self._topology.device)
         for layer in (layer for chunk in self._chunks for layer in chunk.layers):
             counts = layer.take_counts()
-            numbers = (counts.entropy, counts.tokens, counts.sampled, counts.differing, counts.replayed, counts.changed)
+            compared = (counts.sampled, counts.differing, counts.replayed, counts.changed)
+            numbers = (counts.entropy, counts.tokens, *compared, counts.aux_loss, counts.balanced)
             sums[layer.number] = torch.cat([counts.chosen, torch.stack(numbers)])
         dist.all_reduce(sums)
         chosen = sums[:, :experts].cpu()
-        entropy, tokens, sampled, differing, replayed, changed = sums[:, experts:].cpu().unbind(1)
+        entropy, tokens, sampled, differing, replayed, changed, *balance = sums[:, experts:].cpu().unbind(1)
         load = chosen / (tokens * self._arch.experts.active / experts)[:, None]  # 1: its even share
+        aux_loss, balanced = balance
         return {
             "moe/load_max": float(load.max()),
             "moe/load_max_mean": float(load.max(dim=1).values.mean()),
             "moe/idle_experts": float((chosen == 0).double().mean()),
             "moe/entropy": float((entropy / tokens).mean()),
             "moe/entropy_min": float((entropy / tokens).min()),
+            **({"moe/aux_loss": float((aux_loss / balanced).mean())} if float(balanced.sum()) else {}),
             **_shares("moe/rollout_changed", differing, sampled),
             **_shares("moe/replayed_changed", changed, replayed),
         }

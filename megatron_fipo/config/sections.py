@@ -83,6 +83,9 @@ class MoEConfig:
         "the response with, also in the old log-probabilities",
         resume="fixed",
     )
+    aux_loss: float = setting(
+        0.0, "Coefficient of the routers' load-balancing loss, see docs/training.md", resume="fixed", at_least=0
+    )
 
 
 @section

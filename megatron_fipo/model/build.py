@@ -86,7 +86,10 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
 
 
 def _experts(experts: Experts, ranks: int, fused: bool) -> dict[str, Any]:
-    """Return the expert settings. No auxiliary loss: only the policy gradient trains the router."""
+    """Return the expert settings.
+
+    Megatron's own auxiliary losses stay off: they balance micro-batches. `model.routing` has one for mini-batches.
+    """
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.active,

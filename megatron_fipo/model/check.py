@@ -20,6 +20,8 @@ def check_model(config: Config) -> Architecture:
         problems.append(
             f"moe.routing_replay={config.moe.routing_replay}: {config.model.hf_path} has no experts; set it to none"
         )
+    if config.moe.aux_loss and arch.experts is None:
+        problems.append(f"moe.aux_loss={config.moe.aux_loss:g}: {config.model.hf_path} has no experts; set it to 0")
     if config.rollout.engine == "vllm":
         problems += _rollout_problems(arch, config.rollout.server.tensor_parallel_size)
     if longest > arch.max_position_embeddings:

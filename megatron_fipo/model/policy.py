@@ -62,14 +62,19 @@ class PolicyModel(GPTModel):
         return self._token_statistics(hidden, micro_batch) if self.post_process else hidden
 
     def _routed(self, micro_batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
-        """Replay the micro-batch's choice of experts, if it has one."""
+        """Replay the micro-batch's choice of experts, if it has one, and balance their load, if it has that."""
         if self.routing is None:
             return contextlib.nullcontext()
         padding = micro_batch.is_padding
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
             padding = padding.chunk(tp.size())[tp.rank()]
-        return self.routing.forward(None if micro_batch.routing is None else micro_batch.routing[self.chunk], padding)
+        return self.routing.forward(
+            None if micro_batch.routing is None else micro_batch.routing[self.chunk],
+            padding,
+            None if micro_batch.expert_load is None else micro_batch.expert_load[self.chunk],
+            micro_batch.aux_loss_weight,
+        )
 
     def _embedded(self, micro_batch: MicroBatch) -> torch.Tensor:
         ids, positions = micro_batch.input_ids.unsqueeze(0), micro_batch.position_ids.unsqueeze(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,42 @@ from megatron_fipo.model.architecture import load_hf_config
 def load(path: Path, overrides: dict[str, Any] | None = None) -> PreTrainedModel:
     config = load_hf_config(str(path), overrides or {})
     return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="eager")
+
+
+@contextmanager
+def routers(
+    model: PreTrainedModel, forced: Sequence[Sequence[torch.Tensor]] | None = None
+) -> Iterator[list[list[torch.Tensor]]]:
+    """Collect the router's logits of each layer and sequence, `[tokens, E]`; `forced`: their experts, `[tokens, K]`.
+
+    For models like Qwen3-MoE that divide the probabilities of a token's experts by their sum.
+    """
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    collected: list[list[torch.Tensor]] = [[] for _ in gates]
+
+    def hook(layer: int) -> Callable[..., Any]:
+        def collect(module: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> Any:
+            logits = output[0]
+            collected[layer].append(logits)
+            if forced is None:
+                return output
+            experts = forced[layer][len(collected[layer]) - 1]
+            scores = logits.softmax(-1).gather(1, experts)
+            return logits, scores / scores.sum(-1, keepdim=True), experts
+
+        return collect
+
+    handles = [gate.register_forward_hook(hook(layer)) for layer, gate in enumerate(gates)]
+    yield collected
+    for handle in handles:
+        handle.remove()
+
+
+def experts_of(model: PreTrainedModel, rollouts: Rollouts) -> list[list[torch.Tensor]]:
+    """Return the experts that the routers choose, `[tokens, K]` of each layer and sequence."""
+    with routers(model) as logits, torch.no_grad():
+        token_statistics(model, rollouts)
+    return [[values.topk(model.config.num_experts_per_tok).indices for values in of_layer] for of_layer in logits]
 
 
 def token_statistics(

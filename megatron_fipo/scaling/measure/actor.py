@@ -116,9 +116,11 @@ def _random_rollouts(measurement: Measurement, local_ids: list[int], vocabulary:
 
 
 def _with_old_log_probs(batch: TrainBatch, actor: FIPOActor, loss: Loss) -> TrainBatch:
-    if loss == "lm":
+    if loss == "lm" and not actor.config.moe.aux_loss:
         return batch
-    old = actor.log_probs(batch)
-    batch = batch.with_token_values(old_log_probs=old)
+    batch = actor.with_old_log_probs(batch)
+    if actor.initial_weights is None:
+        return batch
     # The reference policy is the policy itself.
-    return batch.with_token_values(reference_log_probs=old) if actor.initial_weights is not None else batch
+    old = [m.old_log_probs for m in batch.micro_batches if m.old_log_probs is not None]
+    return batch.with_token_values(reference_log_probs=old)
