@@ -295,8 +295,14 @@ def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMem
     size = config.rollout.server.tensor_parallel_size
     engine = ParallelConfig(world_size=size, tensor=size)
     kv_heads = max(1, arch.num_kv_heads // size)
+    parameters = num_parameters(arch, engine, stage=0)
+    if (
+        arch.experts
+    ):  # the engine splits each of them over its GPUs; the trainer's tensor-parallel ranks have whole ones
+        experts = arch.num_layers * arch.experts.count * 3 * arch.hidden_size * arch.experts.ffn_hidden_size
+        parameters -= experts - experts // size
     return RolloutMemory(
         kept=trainer.parameters + (0 if config.optimizer.offload_state else trainer.gradients + trainer.optimizer),
-        weights=num_parameters(arch, engine, stage=0) * item,
+        weights=parameters * item,
         cache_per_token=2 * arch.num_layers * kv_heads * arch.head_dim * item,
     )

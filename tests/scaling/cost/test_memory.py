@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config
 
-from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.config import Config, ParallelConfig, load_config
 from megatron_fipo.model.architecture import architecture
 from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.elements import num_parameters
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.memory import (
+    RolloutMemory,
     chunks_in_flight,
     kept_by_config,
     layer_memory,
@@ -237,6 +238,24 @@ def test_rollout_phase() -> None:
     assert rollout.weights == 2 * ((32_763_876_352 - norms) // 4 + norms)
     stays = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, offload_state=False))
     assert rollout_memory(QWEN_32B, stays, 0).kept == rollout.kept + training.gradients + training.optimizer
+
+
+def test_rollout_phase_with_experts() -> None:
+    """The engine splits each expert over its GPUs: 30.5 billion parameters on one GPU; on four, all but norms and
+    routers are split, and each has one of the four key/value heads."""
+    shape = find_model("qwen3-30b-a3b")
+    config = load_config(Path(__file__).parents[3] / "examples" / "fipo_30b_a3b.yaml")
+
+    def on(size: int) -> RolloutMemory:
+        server = dataclasses.replace(config.rollout.server, tensor_parallel_size=size)
+        rollout = dataclasses.replace(config.rollout, server=server)
+        return rollout_memory(shape, dataclasses.replace(config, rollout=rollout), 0)
+
+    whole = 30_532_122_624
+    everywhere = 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048  # norms and routers
+    assert on(1).weights == 2 * whole
+    assert on(4).weights == pytest.approx(2 * ((whole - everywhere) / 4 + everywhere), rel=1e-4)  # a padded vocabulary
+    assert on(4).cache_per_token == 2 * 48 * 128 * 2
 
 
 def test_layers_on_a_gpu_as_measured() -> None:
