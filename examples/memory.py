@@ -15,7 +15,7 @@ from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.memory import RolloutMemory, StageMemory, rollout_memory, training_memory
-from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, plain_architecture
+from megatron_fipo.scaling.cost.model_shapes import find_model, plain_architecture
 
 GPU_GB = 80  # H100
 TRAINING: dict[str, Callable[[StageMemory], float]] = {
@@ -30,10 +30,9 @@ TRAINING: dict[str, Callable[[StageMemory], float]] = {
 
 def shape(config: Config) -> Architecture:
     """Return the architecture of the recipe's model, whether or not it has been downloaded."""
-    path = Path(config.model.hf_path)
-    if (path / "config.json").is_file() or path.name.lower() not in PUBLISHED:
+    if (Path(config.model.hf_path) / "config.json").is_file():
         return check_model(config)
-    return plain_architecture(PUBLISHED[path.name.lower()])
+    return plain_architecture(find_model(config.model.hf_path))
 
 
 def training_table(stages: list[StageMemory]) -> list[str]:

@@ -15,6 +15,7 @@ from tests.slurm.cluster import ROOT, Cluster, Job
 SCRIPTS = {
     "fipo_32b.sh": ["train", "--recipe", "examples/fipo_32b.yaml"],
     "fipo_7b.sh": ["train", "--recipe", "examples/fipo_7b.yaml"],
+    "fipo_30b_a3b.sh": ["train", "--recipe", "examples/fipo_30b_a3b.yaml"],
     "dapo_32b.sh": ["train", "--recipe", "examples/dapo_32b.yaml"],
     "eval.sh": ["eval"],
     "convert.sh": ["convert"],
