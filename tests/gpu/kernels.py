@@ -163,6 +163,10 @@ def experts(path: Path, **model: Any) -> torch.Tensor:
         layer = actor.chunks[0].decoder.layers[0].mlp
         weight = next(layer.parameters())
         hidden = _hidden(actor.arch.hidden_size).to(weight.device, weight.dtype)
+        routing = actor.chunks[0].routing
+        assert routing is not None
+        real = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        routing.layers[0].begin(replayed=None, real=real, records=False, balancing=None)
         return layer(hidden.unsqueeze(1))[0].squeeze(1).float().cpu()
 
 

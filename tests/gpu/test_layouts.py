@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.layouts import Sections, on_layout
+from tests.gpu.layouts import Experts, Sections, on_layout
 from tests.gpu.updates import Trained, reference, relative_errors
 from tests.gpu.world import GPUS, needs_transformer_engine
 from tests.support.families import make_checkpoint
@@ -44,9 +44,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained, list
 
 
 def _assert_near(
-    path: Path, expected: Trained, old: list[torch.Tensor], sections: Sections, out: Path, error: float, vocab: int
+    path: Path,
+    expected: Trained,
+    old: list[torch.Tensor],
+    sections: Sections,
+    out: Path,
+    error: float,
+    vocab: int,
+    experts: Experts = None,
 ) -> None:
-    results = on_layout(path, old, vocab, sections, out)
+    results = on_layout(path, old, vocab, sections, out, experts)
     for actual, ratio in results:
         assert ratio == 0
         assert actual.loss == pytest.approx(expected.loss, abs=error)
@@ -108,15 +115,60 @@ def test_layout_with_transformer_engine(layout: dict[str, Any], dense: Any, tmp_
     _assert_near(path, expected, old, _sections(ENGINE, **layout), tmp_path / "out", 0.15, 250)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param({"expert": 2}, id="ep2_dp2", marks=_needs(2)),
-        pytest.param({"expert": 2, "tensor": 2, "sequence": True}, id="ep2_tp2", marks=_needs(2)),
-    ],
-)
-def test_experts(layout: dict[str, Any], tmp_path: Path) -> None:
-    """Experts shared out over ranks."""
-    path = make_checkpoint(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2)
-    expected, old = reference(path, 149)
-    _assert_near(path, expected, old, _sections(FLOAT32, **layout), tmp_path / "out", 1e-3, 149)
+# Two key/value heads, so that with four tensor-parallel ranks two share one.
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2_dp2": {"expert": 2},
+    "ep2_tp2": {"expert": 2, "tensor": 2, "sequence": True},
+    "ep4_tp4": {"expert": 4, "tensor": 4, "sequence": True, "world_size": 4},
+    "ep4_tp2_dp2": {"expert": 4, "tensor": 2, "sequence": True, "world_size": 4},
+    "ep2_tp2_pp2": {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "world_size": 4},
+    "ep8_tp2_dp4": {"expert": 8, "tensor": 2, "sequence": True, "world_size": 8},
+}
+EXPERTS = [
+    pytest.param(layout, id=name, marks=_needs(layout.get("world_size", 2))) for name, layout in EXPERT_LAYOUTS.items()
+]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_moe", num_hidden_layers=2, num_experts=8)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(GPUS > 0, reason="the layouts of GPUs do the same")
+@pytest.mark.parametrize("given", [False, True])
+def test_experts_on_two_ranks_without_a_gpu(given: bool, moe: Path, tmp_path: Path) -> None:
+    """The helper itself, over gloo, with experts that each rank records, and with those of the definition."""
+    expected, old = reference(moe, 149, replay=True)
+    sections = _replaying(FLOAT32, "none" if given else "update", **EXPERT_LAYOUTS["ep2_tp2"])
+    _assert_near(moe, expected, old, sections, tmp_path / "out", 1e-3, 149, expected.experts if given else None)
+
+
+def _replaying(model: dict[str, Any], replay: str, **parallel: Any) -> Sections:
+    return {**_sections(model, **parallel), "moe": {"routing_replay": replay}}
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_experts(layout: dict[str, Any], moe: Path, tmp_path: Path) -> None:
+    """Experts shared out over ranks: each update routes anew."""
+    expected, old = reference(moe, 149)
+    _assert_near(moe, expected, old, _sections(FLOAT32, **layout), tmp_path / "out", 1e-3, 149)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_replayed_experts(layout: dict[str, Any], recompute: str, moe: Path, tmp_path: Path) -> None:
+    """Three updates with the experts that each rank recorded with the old log-probabilities."""
+    expected, old = reference(moe, 149, replay=True)
+    sections = _replaying({**FLOAT32, "recompute": recompute}, "update", **layout)
+    _assert_near(moe, expected, old, sections, tmp_path / "out", 1e-3, 149)
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("layout", [*EXPERTS, pytest.param({"expert": 2, "context": 2}, id="ep2_cp2", marks=_needs(2))])
+def test_grouped_experts(layout: dict[str, Any], moe: Path, tmp_path: Path) -> None:
+    """One product for all experts of a rank; errors are bfloat16's, since every token has the definition's experts: of
+    two that are rated alike, rounding would choose. The first log-ratio, with recorded experts, is 0."""
+    expected, old = reference(moe, 149, noise=0.01, replay=True)
+    sections = _replaying({**ENGINE, "recompute": "full"}, "update", **layout)
+    _assert_near(moe, expected, old, sections, tmp_path / "out", 0.15, 149, expected.experts)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
-from megatron_fipo.batch import Rollouts, TrainBatch
+from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
 from megatron_fipo.convert.modules import published_parameters
 from tests.actor import references
 from tests.support.actors import actor_of, batch_of, gradients_of, in_order, per_micro_batch, weights_of
@@ -37,6 +37,7 @@ class Trained:
         loss, gradients: of the first update.
         grad_norms: of each update, before clipping.
         weights: after the last update.
+        experts: of mixtures of experts by the definition, `[tokens, K]` of each layer and sequence, in every update.
     """
 
     log_probs: torch.Tensor
@@ -44,14 +45,19 @@ class Trained:
     gradients: Tensors
     grad_norms: list[float]
     weights: Tensors
+    experts: list[list[torch.Tensor]] | None = None
 
 
 def rollouts_of(vocab: int = 250) -> Rollouts:
     return make_rollouts(COUNT, vocab=vocab)
 
 
-def reference(path: Path, vocab: int = 250, noise: float = 0.1) -> tuple[Trained, list[torch.Tensor]]:
+def reference(
+    path: Path, vocab: int = 250, noise: float = 0.1, replay: bool = False
+) -> tuple[Trained, list[torch.Tensor]]:
     """Train by the definition. Returns the results, and the old log-probabilities of each sequence that were given.
+
+    With `replay` every update computes with the experts that the first weights choose.
 
     These are the policy's own, moved by `noise`. With 0.1 some tokens are clipped; where results are rounded, others
     would be, and a single one changes the gradient by percents. With 0.01 none is.
@@ -59,6 +65,7 @@ def reference(path: Path, vocab: int = 250, noise: float = 0.1) -> tuple[Trained
     model, rollouts = references.load(path), rollouts_of(vocab)
     with torch.no_grad():
         own = references.token_statistics(model, rollouts)[0]
+    experts = references.experts_of(model, rollouts) if replay else None
     generator = torch.Generator().manual_seed(1)
     old = [values - noise * torch.randn(values.shape, generator=generator) for values in own]
     losses: list[float] = []
@@ -80,12 +87,13 @@ def reference(path: Path, vocab: int = 250, noise: float = 0.1) -> tuple[Trained
     first: Tensors = {}
     norms = []
     for _ in range(UPDATES):
-        gradients = references.gradients(model, rollouts, objective)
+        with references.routers(model, experts):
+            gradients = references.gradients(model, rollouts, objective)
         first = first or _published(model, gradients)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["grad_clip"])))
         adamw.step()
     weights = _published(model, {name: p.detach() for name, p in model.named_parameters()})
-    return Trained(torch.cat(own), losses[0], first, norms, weights), old
+    return Trained(torch.cat(own), losses[0], first, norms, weights, experts), old
 
 
 def _published(model: PreTrainedModel, tensors: Tensors) -> Tensors:
@@ -104,12 +112,25 @@ def _mean_loss(rollouts: Rollouts, log_probs: torch.Tensor, old: torch.Tensor) -
     return out.loss_sum / out.num_tokens
 
 
-def trained(path: Path, old: list[torch.Tensor], vocab: int = 250, **sections: dict[str, Any]) -> Trained:
-    """Train the same by this package, on the ranks of this process group; `sections` as for `make_config`."""
+def trained(
+    path: Path,
+    old: list[torch.Tensor],
+    vocab: int = 250,
+    experts: list[list[torch.Tensor]] | None = None,
+    **sections: dict[str, Any],
+) -> Trained:
+    """Train the same by this package, on the ranks of this process group.
+
+    Args:
+        experts: those of each token, as of `Trained`; None: what `moe.routing_replay` says.
+        sections: as for `make_config`.
+    """
     with actor_of(path, **{"optimizer": ADAM, **sections}) as actor:
-        batch = batch_of(actor, rollouts_of(vocab))
-        own = in_order(batch, actor.log_probs(batch))
+        batch = actor.with_old_log_probs(batch_of(actor, rollouts_of(vocab)))
+        own = in_order(batch, [m.old_log_probs for m in batch.micro_batches if m.old_log_probs is not None])
         batch = batch.with_token_values(old_log_probs=per_micro_batch(batch, old))
+        if experts is not None:
+            batch = _with_experts(actor, batch, experts)
         losses, norms, first = [], [], {}
         with actor.training():
             for _ in range(UPDATES):
@@ -120,6 +141,23 @@ def trained(path: Path, old: list[torch.Tensor], vocab: int = 250, **sections: d
                 norms.append(actor.last_update.grad_norm)
         log_probs = torch.cat([own[i] for i in sorted(own)])
         return Trained(log_probs, losses[0], first, norms, _on_cpu(weights_of(actor)))
+
+
+def _with_experts(actor: FIPOActor, batch: TrainBatch, experts: list[list[torch.Tensor]]) -> TrainBatch:
+    """Return the batch with the given experts of each token to replay, on this rank."""
+    topology, result = actor.topology, []
+    for m in batch.micro_batches:
+        positions = m.position_ids.split([n // topology.cp.size() for n in m.padded_lengths])
+
+        def of_layer(number: int, m: MicroBatch = m, positions: tuple[torch.Tensor, ...] = positions) -> torch.Tensor:
+            sequences = [experts[number][i] for i in m.sequence_index.tolist()] or [experts[number][0]]  # all padding
+            local = [of[at.clamp(max=len(of) - 1)] for of, at in zip(sequences, positions, strict=True)]
+            return torch.cat(local).chunk(topology.tp.size())[topology.tp.rank()]  # sequence parallelism
+
+        routed = [chunk.routing for chunk in actor.chunks if chunk.routing is not None]
+        routing = [torch.stack([of_layer(layer.number) for layer in of_chunk.layers]) for of_chunk in routed]
+        result.append(m.replace(routing=tuple(r.to(topology.device, torch.uint8) for r in routing)))
+    return TrainBatch(tuple(result))
 
 
 def first_log_ratio(path: Path, vocab: int = 250, **sections: dict[str, Any]) -> float:
@@ -210,8 +248,9 @@ def relative_errors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, t
 
 
 def _own_batch(actor: FIPOActor, shift: float = 0.0, vocab: int = 250) -> TrainBatch:
-    batch = batch_of(actor, rollouts_of(vocab))
-    return batch.with_token_values(old_log_probs=[values - shift for values in actor.log_probs(batch)])
+    batch = actor.with_old_log_probs(batch_of(actor, rollouts_of(vocab)))
+    own = [m.old_log_probs for m in batch.micro_batches if m.old_log_probs is not None]
+    return batch.with_token_values(old_log_probs=[values - shift for values in own])
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
