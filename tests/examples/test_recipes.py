@@ -17,8 +17,10 @@ from megatron_fipo.algorithm import loss_config
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.hardware import find_hardware
+from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.memory import rollout_memory, training_memory
 from megatron_fipo.scaling.planner.memory_check import recipe_problems
+from megatron_fipo.scaling.planner.run_inputs import planner_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {  # recipe -> the batch script that takes it
@@ -187,6 +189,25 @@ def test_recipe_fits_into_80_gb(name, gpus):
     engine = config.rollout.server.gpu_memory_utilization * 80e9
     assert max(rollout_memory(arch, config, stage).kept for stage in stages) + engine < 73e9
     assert recipe_problems(config, find_hardware("H100-80")) == []
+
+
+def _spare(*overrides):
+    """Return what `scaling plan` says to be left of a GPU's memory for the mixture of experts, in GB."""
+    config = recipe("fipo_30b_a3b", *overrides)
+    return planner_of(config, find_hardware("H100-80")).evaluate(Layout.of(config)).spare / 1e9
+
+
+def test_readme_says_what_the_planner_says():
+    """The memory that is left on 4 and on 8 nodes, and what other layouts would need."""
+    text = " ".join((ROOT / "examples" / "README.md").read_text().split())
+    on_8_nodes = "parallel.world_size=64"
+    assert f"{_spare():.1f} GB to spare on 4 nodes, and {_spare(on_8_nodes):.1f} on 8" in text
+    without = "model.recompute=none"
+    needed = find_hardware("H100-80").gpu.memory / 1e9 - _spare(without)
+    assert f"Without recomputation TP 2 would need {needed - 2:.0f} GB" in text  # 2 GB: the engine that sleeps
+    assert _spare(without, "parallel.tensor=4") < 0
+    assert f"on 8 nodes alone, with {_spare(without, 'parallel.tensor=4', on_8_nodes):.0f} GB to spare" in text
+    assert _spare(without, "parallel.tensor=8") > 0
 
 
 def test_experts_have_fipos_recipe_but_the_model():
