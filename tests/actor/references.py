@@ -55,6 +55,21 @@ def experts_of(model: PreTrainedModel, rollouts: Rollouts) -> list[list[torch.Te
     return [[values.topk(model.config.num_experts_per_tok).indices for values in of_layer] for of_layer in logits]
 
 
+def balance_loss(logits: list[list[torch.Tensor]], experts: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Return the routers' load-balancing loss by its definition, summed over layers: E x sum of f x P, over all tokens.
+
+    Args:
+        logits: as of `routers`; P is of them.
+        experts: as of `experts_of`; f is of them.
+    """
+    total = torch.zeros(())
+    for of_layer, chosen in zip(logits, experts, strict=True):
+        probs, tokens = torch.cat(of_layer).softmax(-1), torch.cat(chosen)  # [T, E], [T, K]
+        f = torch.nn.functional.one_hot(tokens, probs.shape[1]).sum(1).float().mean(0) / tokens.shape[1]
+        total = total + probs.shape[1] * (f * probs.mean(0)).sum()
+    return total
+
+
 def token_statistics(
     model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

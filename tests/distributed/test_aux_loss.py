@@ -142,11 +142,7 @@ def _definition(
 
     def objective(log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         out = fipo_loss(log_probs, before, rollouts.advantages, mask, offsets, config, backend="reference")
-        total = torch.zeros(())
-        for of_layer, chosen in zip(collected, experts, strict=True):
-            probs = torch.cat(of_layer).softmax(-1)  # [T, E]
-            f = torch.nn.functional.one_hot(torch.cat(chosen), probs.shape[1]).sum(1).float().mean(0) / 2
-            total = total + probs.shape[1] * (f * probs.mean(0)).sum()
+        total = references.balance_loss(collected, experts)
         found[:] = [float(total.detach()) / len(experts), float(whole / out.denominator)]
         return out.loss_sum / out.denominator + COEFFICIENT * whole / out.denominator * total
 

@@ -124,6 +124,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_tp2_pp2": {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "world_size": 4},
     "ep8_tp2_dp4": {"expert": 8, "tensor": 2, "sequence": True, "world_size": 8},
 }
+BALANCE = 0.05  # moe.aux_loss
 EXPERTS = [
     pytest.param(layout, id=name, marks=_needs(layout.get("world_size", 2))) for name, layout in EXPERT_LAYOUTS.items()
 ]
@@ -139,13 +140,13 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("given", [False, True])
 def test_experts_on_two_ranks_without_a_gpu(given: bool, moe: Path, tmp_path: Path) -> None:
     """The helper itself, over gloo, with experts that each rank records, and with those of the definition."""
-    expected, old = reference(moe, 149, replay=True)
-    sections = _replaying(FLOAT32, "none" if given else "update", **EXPERT_LAYOUTS["ep2_tp2"])
+    expected, old = reference(moe, 149, replay=True, aux_loss=BALANCE)
+    sections = _replaying(FLOAT32, "none" if given else "update", BALANCE, **EXPERT_LAYOUTS["ep2_tp2"])
     _assert_near(moe, expected, old, sections, tmp_path / "out", 1e-3, 149, expected.experts if given else None)
 
 
-def _replaying(model: dict[str, Any], replay: str, **parallel: Any) -> Sections:
-    return {**_sections(model, **parallel), "moe": {"routing_replay": replay}}
+def _replaying(model: dict[str, Any], replay: str, aux_loss: float, **parallel: Any) -> Sections:
+    return {**_sections(model, **parallel), "moe": {"routing_replay": replay, "aux_loss": aux_loss}}
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
@@ -155,12 +156,12 @@ def test_experts(layout: dict[str, Any], moe: Path, tmp_path: Path) -> None:
     _assert_near(moe, expected, old, _sections(FLOAT32, **layout), tmp_path / "out", 1e-3, 149)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("recompute", "aux_loss"), [("none", 0.0), ("none", BALANCE), ("full", BALANCE)])
 @pytest.mark.parametrize("layout", EXPERTS)
-def test_replayed_experts(layout: dict[str, Any], recompute: str, moe: Path, tmp_path: Path) -> None:
-    """Three updates with the experts that each rank recorded with the old log-probabilities."""
-    expected, old = reference(moe, 149, replay=True)
-    sections = _replaying({**FLOAT32, "recompute": recompute}, "update", **layout)
+def test_replayed_experts(layout: dict[str, Any], recompute: str, aux_loss: float, moe: Path, tmp_path: Path) -> None:
+    """Three updates with the experts that each rank recorded with the old log-probabilities; their load is balanced."""
+    expected, old = reference(moe, 149, replay=True, aux_loss=aux_loss)
+    sections = _replaying({**FLOAT32, "recompute": recompute}, "update", aux_loss, **layout)
     _assert_near(moe, expected, old, sections, tmp_path / "out", 1e-3, 149)
 
 
@@ -170,5 +171,5 @@ def test_grouped_experts(layout: dict[str, Any], moe: Path, tmp_path: Path) -> N
     """One product for all experts of a rank; errors are bfloat16's, since every token has the definition's experts: of
     two that are rated alike, rounding would choose. The first log-ratio, with recorded experts, is 0."""
     expected, old = reference(moe, 149, noise=0.01, replay=True)
-    sections = _replaying({**ENGINE, "recompute": "full"}, "update", **layout)
+    sections = _replaying({**ENGINE, "recompute": "full"}, "update", 0.0, **layout)
     _assert_near(moe, expected, old, sections, tmp_path / "out", 0.15, 149, expected.experts)

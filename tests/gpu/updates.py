@@ -53,11 +53,11 @@ def rollouts_of(vocab: int = 250) -> Rollouts:
 
 
 def reference(
-    path: Path, vocab: int = 250, noise: float = 0.1, replay: bool = False
+    path: Path, vocab: int = 250, noise: float = 0.1, replay: bool = False, aux_loss: float = 0.0
 ) -> tuple[Trained, list[torch.Tensor]]:
     """Train by the definition. Returns the results, and the old log-probabilities of each sequence that were given.
 
-    With `replay` every update computes with the experts that the first weights choose.
+    With `replay` every update computes with the experts that the first weights choose, and `aux_loss` balances them.
 
     These are the policy's own, moved by `noise`. With 0.1 some tokens are clipped; where results are rounded, others
     would be, and a single one changes the gradient by percents. With 0.01 none is.
@@ -73,7 +73,7 @@ def reference(
     def objective(log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         loss = _mean_loss(rollouts, log_probs, torch.cat(old))
         losses.append(float(loss.detach()))
-        return loss
+        return loss + aux_loss * references.balance_loss(logits, experts) if experts and aux_loss else loss
 
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -87,7 +87,7 @@ def reference(
     first: Tensors = {}
     norms = []
     for _ in range(UPDATES):
-        with references.routers(model, experts):
+        with references.routers(model, experts) as logits:
             gradients = references.gradients(model, rollouts, objective)
         first = first or _published(model, gradients)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["grad_clip"])))
