@@ -6,6 +6,7 @@ config are in `model/`.
 
 from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts which variables configs can read)
 from megatron_fipo.config.load import load_config, to_yaml, with_seed
+from megatron_fipo.config.moe import MoEConfig
 from megatron_fipo.config.problems import validate
 from megatron_fipo.config.rollout import CorrectionConfig, RolloutConfig, ServerConfig
 from megatron_fipo.config.sections import (
@@ -15,7 +16,6 @@ from megatron_fipo.config.sections import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    MoEConfig,
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_fipo.config.loss import LossConfig
+from megatron_fipo.config.moe import MoEConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.setting import section, setting, subsection
 
@@ -69,23 +70,6 @@ class ModelConfig:
         of 4096 rows; a CPU gains less, and its logits may be float32.
         """
         return self.lm_head_chunk_tokens or (4096 if on_gpu else 512)
-
-
-@section
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixtures of experts."""
-
-    routing_replay: Literal["none", "update", "rollout"] = setting(
-        "none",
-        "Experts that an update computes with. none: those that the router chooses under its weights. update: those "
-        "that it chose when the old log-probabilities were computed. rollout: those that the rollout engine computed "
-        "the response with, also in the old log-probabilities",
-        resume="fixed",
-    )
-    aux_loss: float = setting(
-        0.0, "Coefficient of the routers' load-balancing loss, see docs/training.md", resume="fixed", at_least=0
-    )
 
 
 @section
