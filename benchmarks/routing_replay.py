@@ -1,4 +1,4 @@
-"""What a step's updates do to the routing of a mixture of experts, and to Future-KL with it; what replaying costs.
+"""Changes of routing and Future-KL of a mixture of experts by a step's updates, and the cost of replaying.
 
     python benchmarks/routing_replay.py [--base runs/quickstart-moe] [--steps 3] [--repeats 5]
 

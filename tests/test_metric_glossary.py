@@ -28,8 +28,12 @@ ELSEWHERE = {
         f"moe/{name}": ("actor/routing.py", f'"moe/{name}"')  # of mixtures of experts
         for name in (
             *("load_max", "load_max_mean", "idle_experts", "entropy", "entropy_min"),
-            *("aux_loss", "replayed_changed", "replayed_changed_max"),
+            *("aux_loss", "rollout_changed", "replayed_changed"),
         )
+    },
+    **{
+        f"moe/{name}_changed_max": ("actor/routing.py", 'f"{name}_max"')  # of mixtures of experts
+        for name in ("rollout", "replayed")
     },
     "eval/verifier_timeouts": ("evaluation/summary.py", 'f"verifier_{name}s"'),  # where the verifier fails
     "eval/verifier_errors": ("evaluation/summary.py", 'f"verifier_{name}s"'),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.metric_glossary import METRICS
 from tests.support.continued_runs import assert_same_run, metric_rows, run_config, run_to_its_end
 from tests.support.families import make_checkpoint
 from tests.support.policies import make_task
@@ -27,7 +28,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_interrupted_run_goes_on_to_the_bit(replay: str, task: Path, tmp_path: Path) -> None:
     """Groups that are kept for the next batch have their routing in the checkpoint; metrics, responses and weights are
     those of a run that was left alone."""
-    sections = {"parallel": LAYOUT, "moe": {"routing_replay": replay}}
+    sections = {"parallel": LAYOUT, "moe": {"routing_replay": replay, "aux_loss": 0.01}}
     ended, expected = run_to_its_end(run_config(task, tmp_path / "alone", **sections))
     assert ended == "finished"
     config = run_config(task, tmp_path / "run", **sections)
@@ -36,6 +37,11 @@ def test_interrupted_run_goes_on_to_the_bit(replay: str, task: Path, tmp_path: P
     assert ended == "finished"
     assert_same_run(tmp_path / "run", weights, (tmp_path / "alone", expected))
     rows = metric_rows(tmp_path / "run")
+    of_routing = {name for name in METRICS if name.startswith("moe/")}
+    of_engine = {"moe/rollout_changed", "moe/rollout_changed_max"}
+    assert {name for name in rows[0] if name.startswith("moe/")} == of_routing - (
+        of_engine if replay == "update" else set()
+    )
     assert any(row["sampling/surplus_groups"] for row in rows)
     moved = [row["moe/replayed_changed"] for row in rows]
     assert max(moved) > 0  # routers learn, so a later update would choose other experts

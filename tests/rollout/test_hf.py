@@ -137,7 +137,7 @@ def test_responses_are_those_of_a_plain_loop(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_routing_is_that_of_a_plain_forward_pass(name: str, tmp_path: Path) -> None:
-    """Of each token of prompt and response but the last, for short and long responses of one batch."""
+    """The choice of each token of prompt and response but the last, for short and long responses of one batch."""
     path = make_checkpoint(tmp_path, name, num_hidden_layers=2)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     engine = engine_for(plain, routed=architecture(plain.config))
