@@ -98,8 +98,8 @@ def chosen(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 
 
 def test_every_token_comes_with_its_experts(engine: VLLMEngine, models: list[Path]) -> None:
-    """The same as in transformers, token by token: prompts that are computed in parts, that are in the cache of prefixes, and
-    requests that are put back for want of cache; after each update of the weights, with the new ones."""
+    """The same as in transformers, token by token: prompts that are computed in parts, or are in the cache of prefixes,
+    and requests that are put back for want of cache; after each update of the weights, with the new ones."""
     wanted = requests()
     assert sum(len(r.prompt_ids) for r in wanted) > max(STEP_TOKENS, 1.5 * CACHE_TOKENS)  # so requests are preempted
     for path in reversed(models):
