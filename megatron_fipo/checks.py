@@ -74,6 +74,17 @@ def check_evaluation(config: Config) -> list[str]:
     return problems.warnings
 
 
+def check_sampling(config: Config) -> list[str]:
+    """Check what sampling responses to training prompts needs, but not training; return warnings.
+
+    Raises:
+        ValueError: everything that is wrong, and what to change.
+    """
+    problems = _find_problems(config, [config.data.train], needs_gpu=True)
+    problems.raise_if_any()
+    return problems.warnings
+
+
 def run_problems(config: Config, *, needs_gpu: bool = True) -> Problems:
     """List everything that keeps `train` from starting here."""
     problems = _find_problems(config, [config.data.train, *config.data.benchmarks.values()], needs_gpu)

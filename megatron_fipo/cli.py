@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from megatron_fipo.comparison.command import compare
-from megatron_fipo.config import Config, load_config, with_seed
+from megatron_fipo.config import Config, checkpoint_setting, load_config, with_seed
 from megatron_fipo.convert_command import app as convert
 from megatron_fipo.exit_codes import BAD_INPUT, EXIT_CODES, RUN_AGAIN, Interrupted, RankFailure
+from megatron_fipo.mismatch.command import mismatch
 from megatron_fipo.printable import printable
 from megatron_fipo.scaling.command import app as scaling
 
@@ -104,7 +105,7 @@ def evaluate(
     """
     from megatron_fipo import launch
 
-    settings = with_seed(load_config(config, [_checkpoint_setting(text) for text in overrides or ()]), seed)
+    settings = with_seed(load_config(config, [checkpoint_setting(text) for text in overrides or ()]), seed)
     if not settings.data.benchmarks:
         raise ValueError("data.validation must name the problem file to evaluate on")
     directory = out or settings.evaluation_directory
@@ -142,16 +143,6 @@ def _check_evaluation(config: Config, directory: Path) -> list[str]:
 def _benchmarks(config: Config) -> dict[str, str]:
     """Return the benchmarks' files by the setting that names them, as messages do."""
     return {f"data.validation {name}": file for name, file in config.data.benchmarks.items()}
-
-
-def _checkpoint_setting(text: str) -> str:
-    """Return the setting that `checkpoint=DIR` stands for; any other text as it is."""
-    name, _, path = text.partition("=")
-    if name != "checkpoint":
-        return text
-    if not Path(path).is_dir():
-        raise ValueError(f"checkpoint={path} is not a directory")
-    return f"model.hf_path={path}" if any(Path(path).glob("*.safetensors")) else f"model.megatron_path={path}"
 
 
 def _config_and_overrides(config: str | None, overrides: list[str], recipe: Path | None) -> tuple[Path, list[str]]:
@@ -260,6 +251,7 @@ def report(
 
 
 app.command(epilog=EXIT_CODES)(compare)
+app.command(epilog=EXIT_CODES)(mismatch)
 
 
 @scaling.command("report", epilog=EXIT_CODES)

@@ -77,7 +77,8 @@ def mismatch_warning(
         f"{mismatch['mismatch/abs_max']:.3g}). {_versions(oldest, newest, policy_version)} "
         "Other causes: another precision or other kernels (model.dtype, model.fp32_logits); sampling parameters that "
         f"only the engine applies (temperature {config.temperature:g}, top_p {config.top_p:g}, top_k {config.top_k}); "
-        "prompts or responses that were tokenized again"
+        "prompts or responses that were tokenized again. `megatron-fipo mismatch CONFIG` reports in which layer they "
+        "begin to differ"
     )
 
 

@@ -5,7 +5,7 @@ config are in `model/`.
 """
 
 from megatron_fipo.config import environment as _environment  # noqa: F401  (restricts which variables configs can read)
-from megatron_fipo.config.load import load_config, to_yaml, with_seed
+from megatron_fipo.config.load import checkpoint_setting, load_config, to_yaml, with_seed
 from megatron_fipo.config.moe import MoEConfig
 from megatron_fipo.config.problems import validate
 from megatron_fipo.config.rollout import CorrectionConfig, RolloutConfig, ServerConfig
@@ -43,6 +43,7 @@ __all__ = [
     "RunConfig",
     "ServerConfig",
     "TrainerConfig",
+    "checkpoint_setting",
     "load_config",
     "to_yaml",
     "validate",

@@ -114,6 +114,20 @@ def with_seed(config: Config, seed: int | None) -> Config:
     return replace(config, run=replace(config.run, seed=seed, name=name, directory=directory))
 
 
+def checkpoint_setting(text: str) -> str:
+    """Return the setting that `checkpoint=DIR` stands for; any other text as it is.
+
+    Raises:
+        ValueError: DIR is not a directory.
+    """
+    name, _, path = text.partition("=")
+    if name != "checkpoint":
+        return text
+    if not Path(path).is_dir():
+        raise ValueError(f"checkpoint={path} is not a directory")
+    return f"model.hf_path={path}" if any(Path(path).glob("*.safetensors")) else f"model.megatron_path={path}"
+
+
 def _typed(given: Any) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
 

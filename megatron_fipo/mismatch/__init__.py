@@ -1,0 +1,1 @@
+"""Comparison of the trainer with the rollout engine, layer by layer: `megatron-fipo mismatch`."""
