@@ -83,6 +83,10 @@ _TITLES = {
     "pipeline": "Pipeline",
     "eval": "Evaluation",
 }
+_METRIC_NOTES = {
+    "mismatch": "`megatron-fipo mismatch` finds the layer in which they begin to differ"
+    " ([rollouts](rollouts.md#where-engine-and-trainer-differ)).",
+}
 
 
 def pages() -> dict[Path, str]:
@@ -133,7 +137,8 @@ def metrics() -> str:
         groups.setdefault(name.rpartition("/")[0].split("/")[0], []).append(name)
     parts = [_METRICS]
     for group, names in groups.items():
-        parts += ["", f"## {_TITLES[group]}", "", "| metric | meaning |", "|---|---|"]
+        note = ["", _METRIC_NOTES[group]] if group in _METRIC_NOTES else []
+        parts += ["", f"## {_TITLES[group]}", *note, "", "| metric | meaning |", "|---|---|"]
         parts += [f"| `{name}` | {METRICS[name].replace('|', chr(92) + '|')} |" for name in names]
     parts += [_FORMER, *(f"| `{old}` | `{new}` |" for old, new in former_names.METRICS.items())]
     parts += [f"| `eval/length/{old}` | `eval/length/{new}` |" for old, new in former_names.LENGTHS.items()]

@@ -210,13 +210,18 @@ class _Beside:
         Raises:
             RuntimeError: a token was not compared at some point.
         """
-        found = [self._largest, self._relative, self._received[1:]]
-        for values in [*found, *([] if self._experts is None else [self._experts])]:
+        received = self._received[1:]
+        for values in (self._largest, self._relative, received, *([] if self._experts is None else [self._experts])):
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
             if bool((values == _UNSEEN).any()):
                 raise RuntimeError(f"no rank has compared tokens {(values == _UNSEEN).nonzero()[:3].tolist()}")
-        experts = None if self._experts is None else self._experts.cpu()
-        return TrainerPass(*(values.cpu() for values in found), experts=experts, log_probs=log_probs)
+        return TrainerPass(
+            largest=self._largest.cpu(),
+            relative=self._relative.cpu(),
+            received=received.cpu(),
+            experts=None if self._experts is None else self._experts.cpu(),
+            log_probs=log_probs,
+        )
 
     def _is_padding(self, side: str, point: int) -> bool:
         """Return whether this micro-batch is a later one than the first."""

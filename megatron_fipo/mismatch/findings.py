@@ -88,7 +88,7 @@ class Component:
         if self.disconnected:
             return "its input is not what was put out before it"
         if self.unexplained:
-            return f"{self.unexplained} tokens have other experts although their logits are not close"
+            return f"other experts although the logits are not close, tokens: {self.unexplained}"
         if self.times > FACTOR:
             return f"its difference is {self.times:.3g} times the rounding error, more than {FACTOR:g}"
         return f"a token's difference is {self.token_times:.3g} times the rounding error, more than {TOKEN_FACTOR:g}"

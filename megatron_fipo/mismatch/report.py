@@ -14,7 +14,7 @@ import torch
 from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.mismatch.comparison import ComparedResponse
-from megatron_fipo.mismatch.findings import FACTOR, Component, Token, components, first_beyond_rounding
+from megatron_fipo.mismatch.findings import FACTOR, TOKEN_FACTOR, Component, Token, components, first_beyond_rounding
 
 _WIDTH = 80
 _MARK = "<<"
@@ -57,7 +57,7 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON; infinite numbers are null."""
         first = self.first
-        rule = f"alone > {FACTOR:g} x rounding, or unexplained > 0, or disconnected"
+        rule = f"times > {FACTOR:g} or token_times > {TOKEN_FACTOR:g} or unexplained > 0 or disconnected"
         content = {
             **{name: value for name, value in asdict(self).items() if name not in ("components", "responses")},
             "rule": rule,
@@ -76,9 +76,11 @@ class Report:
         return [
             sampled,
             f"{self.engine} engine, {self.dtype}, {self.layout}",
-            *_wrapped(f"Layers: the trainer's beside those of {self.model}."),
+            *_wrapped(f"Layers: the trainer's beside those of {self.model}.{_NOTES[self.engine]}"),
             "",
             *self._table(),
+            "rel RMS: relative, root mean square over tokens; of log-probs in nats.",
+            "rounding: the model's own error. times: the difference alone / rounding.",
             "",
             f"{'log-probabilities, nats a token':<58}{'mean':>10}{'max':>10}",
             *(f"{d.between:<58}{_number(d.abs_mean):>10}{_number(d.abs_max):>10}" for d in self.distances),
@@ -167,8 +169,9 @@ def make_report(
 
 _MODELS = {
     "hf": "the engine's own transformers model",
-    "vllm": "a transformers model with the weights that the servers got (a server's own layers are not visible)",
+    "vllm": "a transformers model with the servers' weights",
 }
+_NOTES = {"hf": "", "vllm": " A server's own layers are not visible."}
 
 
 def _distances(

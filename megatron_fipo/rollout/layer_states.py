@@ -176,12 +176,12 @@ def _wider_layer(model: PreTrainedModel, recorded: _Recorded, number: int) -> _W
 def _widened(module: torch.nn.Module) -> Any:
     """Return a copy in the wide dtype, its norms included, which transformers computes in float32."""
     copied = copy.deepcopy(module).to(wide_dtype(next(module.parameters()).dtype))
-    for norm in copied.modules():
-        if hasattr(norm, "variance_epsilon"):
-            shape = norm.weight.shape
-            norm.forward = functools.partial(  # type: ignore[method-assign]
-                F.rms_norm, normalized_shape=shape, weight=norm.weight, eps=norm.variance_epsilon
-            )
+    norms: list[Any] = [m for m in copied.modules() if hasattr(m, "variance_epsilon")]
+    for norm in norms:
+        shape = norm.weight.shape
+        norm.forward = functools.partial(
+            F.rms_norm, normalized_shape=shape, weight=norm.weight, eps=norm.variance_epsilon
+        )
     return copied
 
 

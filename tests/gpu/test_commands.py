@@ -87,6 +87,12 @@ class _Jobs:
         _cli("convert", "to-megatron", "--hf", self.model, "--out", out)
         return _cli("convert", "verify", "--hf", self.model, "--megatron", out, "--logits", "1+1=")
 
+    def mismatch(self) -> dict[str, Any]:
+        """Engine and trainer layer by layer, in the dtype of runs on GPUs."""
+        out = self.directory / "mismatch.json"
+        _cli("mismatch", "examples/quickstart.yaml", *self.settings, "model.dtype=bfloat16", "--out", out)
+        return json.loads(out.read_text())
+
     def scaling_run(self) -> list[dict[str, Any]]:
         out = self.directory / "scaling"
         given = ("--out", out, "--steps", "2", "--warmup", "1", "--lengths", "40")
@@ -163,6 +169,15 @@ def test_dry_run(results: Any) -> None:
 def test_convert(results: Any) -> None:
     """There and back the same model bit for bit, and the same logits."""
     assert "the checkpoints are the same model" in results("convert")
+
+
+def test_mismatch(results: Any) -> None:
+    """No component of a healthy trainer differs from the engine's model by more than rounding."""
+    report = results("mismatch")
+    assert report["first"] is None
+    assert report["dtype"] == "bfloat16"
+    assert report["components"][1]["rounding"] > 0
+    assert len(report["responses"]) == 4
 
 
 def test_scaling_run(results: Any) -> None:

@@ -37,7 +37,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("task") / "base")
 
 
-def _config(task: Path, **sections: dict[str, Any]) -> Config:
+def task_config(task: Path, **sections: dict[str, Any]) -> Config:
     changed: dict[str, dict[str, Any]] = {
         "data": {"train": f"{task}/train.parquet", "max_prompt_tokens": 16},
         "rollout": {"max_response_tokens": 12, "group_size": 2},
@@ -46,7 +46,7 @@ def _config(task: Path, **sections: dict[str, Any]) -> Config:
     return make_config(task, **merged)
 
 
-def _command(*arguments: str) -> tuple[int, str, str]:
+def run_command(*arguments: str, seconds: float = PATIENCE) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the whole command; its ranks end with it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_fipo.cli", "mismatch", *arguments],
@@ -57,7 +57,7 @@ def _command(*arguments: str) -> tuple[int, str, str]:
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=PATIENCE)
+        stdout, stderr = process.communicate(timeout=seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -69,9 +69,9 @@ def test_whole_command(task: Path, tmp_path: Path) -> None:
     """On two ranks, TP 2: progress, a table of at most 80 columns with a row for each component, a conclusion, and the
     same numbers as JSON, with what each response was and how its tokens were sampled."""
     file, out = tmp_path / "config.yaml", tmp_path / "mismatch.json"
-    file.write_text(to_yaml(_config(task)))
+    file.write_text(to_yaml(task_config(task)))
     layout = ["parallel.world_size=2", "parallel.tensor=2"]
-    code, stdout, stderr = _command(str(file), *layout, f"--responses={COUNT}", f"--tokens={TOKENS}", f"--out={out}")
+    code, stdout, stderr = run_command(str(file), *layout, f"--responses={COUNT}", f"--tokens={TOKENS}", f"--out={out}")
     assert code == 0, stderr
     assert f"generating {COUNT} responses of up to {TOKENS} tokens" in stderr
     assert f"{COUNT} of {COUNT} responses compared" in stderr
@@ -129,7 +129,7 @@ def test_a_fault_in_the_trainer(engine: str, task: Path, tmp_path: Path) -> None
     """Named with layer and token, for the hf engine and beside one whose layers are not visible, where the report says
     which model's are compared. The engine agrees with the model, so the trainer is the one that differs."""
     out = tmp_path / "out.json"
-    config = _config(task, rollout={"engine": engine})
+    config = task_config(task, rollout={"engine": engine})
     (text,) = run_ranks(_run_with_fault, 1, config, out, engine)
     report = json.loads(out.read_text())
     assert report["engine"] == engine
@@ -142,7 +142,7 @@ def test_a_fault_in_the_trainer(engine: str, task: Path, tmp_path: Path) -> None
     assert f"<< First in layer 1: its difference is {layer['times']:.3g} times the rounding error" in printed
     assert f"Worst token: response {layer['worst']['response']}, position {position} (" in printed
     assert f"text {response['texts'][position]!r}" in printed
-    assert ("a server's own layers are not visible" in printed) == (engine == "vllm")
+    assert ("A server's own layers are not visible" in printed) == (engine == "vllm")
     whole, engine_model, model_trainer, packing = (d["abs_mean"] for d in report["distances"])
     assert max(engine_model, packing) < 1e-5 < 1e-2 < model_trainer
     assert whole == pytest.approx(model_trainer, rel=1e-3)
@@ -165,7 +165,7 @@ def test_bad_input(
 ) -> None:
     """Exit code 2 and what is wrong, before any rank starts, and no file."""
     arguments, says = BAD_INPUT[case]
-    (tmp_path / "config.yaml").write_text(to_yaml(_config(task)))
+    (tmp_path / "config.yaml").write_text(to_yaml(task_config(task)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "run", lambda *args, **kwargs: pytest.fail("ranks were started"))
     monkeypatch.setattr(sys, "argv", ["megatron-fipo", "mismatch", "config.yaml", *arguments])

@@ -1,4 +1,4 @@
-"""What is more than rounding, on differences that are made for it."""
+"""Rules for what is more than rounding, on differences that are made for it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_margin_of_routing(margin: float, named: bool) -> None:
     assert [c.name for c in found if c.is_beyond_rounding] == ["layer 1"] * named
     if named:
         assert layer.worst.position == 5
-        assert layer.reason == "1 tokens have other experts although their logits are not close"
+        assert layer.reason == "other experts although the logits are not close, tokens: 1"
 
 
 def test_states_of_other_experts_in_the_wider_model() -> None:
@@ -169,7 +169,7 @@ def test_other_input_than_output() -> None:
 
 
 def test_a_prompt_of_one_token() -> None:
-    """As many response tokens as inputs: positions still count from the response's."""
+    """With as many response tokens as inputs, positions still count from the response's first."""
     response = _response()
     changes: dict[str, Any] = {"log_probs": torch.full((INPUTS,), -1.0)}
     trainer = dataclasses.replace(response.alone, log_probs=torch.tensor([-1.0] * (INPUTS - 1) + [-2.0]))

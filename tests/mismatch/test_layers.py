@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Comparison:
-    """What rank 0 has of one comparison."""
+    """Result of one comparison on rank 0."""
 
     responses: list[ComparedResponse]
     packed: list[torch.Tensor]
@@ -179,7 +179,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(paths: dict[str, Path]) -> dict[tuple[str, str], Results]:
-    """What one process says of each family, in each dtype."""
+    """Results of one process, of each family in each dtype."""
     return {
         (family, dtype): run_ranks(_in_process, 1, path, dtype, EXPERT_FAULTS if _is_moe(family) else FAULTS)[0]
         for family, path in paths.items()
@@ -276,7 +276,7 @@ def test_float32_shows_smaller_faults(family: str, alone: Alone) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_worst_token_is_named(dtype: str, alone: Alone) -> None:
-    """Of a fault in the embedding of token 5: one of its places; its row changed by 0.5 everywhere."""
+    """A fault in the embedding of token 5 is found where that token is; its row changed by 0.5 everywhere."""
     found = alone["qwen2", dtype]["embedding of token 5"]
     worst = found.components[0].worst
     sequence = _rollouts().select(torch.tensor([worst.response])).tokens
@@ -292,7 +292,7 @@ def test_routing_is_named(family: str, alone: Alone) -> None:
     layer = found.components[POINTS.index(MIRRORED)]
     assert layer.changed == layer.changed_alone > 0.5
     assert layer.unexplained > 0.5 * sum(r.whole.relative.shape[1] for r in found.responses)
-    assert layer.reason == f"{layer.unexplained} tokens have other experts although their logits are not close"
+    assert layer.reason == f"other experts although the logits are not close, tokens: {layer.unexplained}"
     assert found.components[POINTS.index(MIRRORED) + 1].changed_alone == 0.0
 
 
