@@ -111,18 +111,18 @@ class _Recorded:
         hidden: `[T, H]` at each point.
         logits: `[T, E]` of each layer's router.
         experts: `[T, K]` of each layer.
-        arguments: keyword arguments of all decoder layers.
+        arguments: keyword arguments of each decoder layer.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: torch.Tensor) -> None:
         self.hidden: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
         self.experts: list[torch.Tensor] = []
-        self.arguments: dict[str, Any] = {}
+        self.arguments: list[dict[str, Any]] = []
         base = model.model
         handles = [m.register_forward_hook(self._keep) for m in (base.embed_tokens, *base.layers, base.norm)]
         handles += [r.register_forward_hook(self._keep_routing) for r in map(_router, base.layers) if r is not None]
-        handles.append(base.layers[0].register_forward_pre_hook(self._keep_arguments, with_kwargs=True))
+        handles += [m.register_forward_pre_hook(self._keep_arguments, with_kwargs=True) for m in base.layers]
         try:
             base(input_ids=tokens[None], use_cache=False)
         finally:
@@ -138,7 +138,7 @@ class _Recorded:
         self.experts.append(experts)
 
     def _keep_arguments(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.arguments = kwargs
+        self.arguments.append(kwargs)
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class _WiderLayer:
 def _wider_layer(model: PreTrainedModel, recorded: _Recorded, number: int) -> _WiderLayer:
     dtype = wide_dtype(model.dtype)
     layer, hidden = _widened(model.model.layers[number]), recorded.hidden[number].to(dtype)[None]
-    positions = recorded.arguments["position_ids"]
-    arguments = {**recorded.arguments, "position_embeddings": model.model.rotary_emb(hidden, position_ids=positions)}
+    arguments = dict(recorded.arguments[number])
+    arguments["position_embeddings"] = model.model.rotary_emb(hidden, position_ids=arguments["position_ids"])
     mask = arguments.get("attention_mask")
     if mask is not None and mask.is_floating_point():
         arguments["attention_mask"] = mask.to(dtype)
