@@ -113,6 +113,7 @@ def _compare(
     """Compare this replica's response, on its first rank; without one, take part with padding. Collective."""
     padding = [actor.pack(rollouts, []) for _ in range(actor.topology.micro_batch_multiple - 1)]
     batch = TrainBatch((actor.pack(rollouts, [] if number is None else [number]), *padding))
+    batch = batch.without_routing()  # the routers' own choice is compared
     if number is None:
         for _ in range(2):
             actor.log_probs(batch)
@@ -156,7 +157,7 @@ def _trainer_pass(actor: FIPOActor, batch: TrainBatch, hidden: torch.Tensor, alo
     for chunk in actor.chunks:
         if chunk.routing is not None:
             chunk.routing.records = False
-            beside.keep_experts([layer.number for layer in chunk.routing.layers], chunk.routing.take()[0])
+            beside.keep_experts([layer.number for layer in chunk.routing.layers], chunk.routing.take()[0].experts)
     return beside.everywhere(log_probs)
 
 

@@ -98,6 +98,7 @@ def _generate(config: Config, options: Options, engine: RolloutEngine, tokenizer
         responses=[response.token_ids for _, response in generated],
         log_probs=[response.log_probs for _, response in generated],
         truncated=[response.truncated for _, response in generated],
+        routing=[response.routing for _, response in generated],
     )
 
 
