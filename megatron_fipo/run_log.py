@@ -5,6 +5,7 @@ began.json             when the run began, for chat templates that contain the d
 metrics.jsonl          one object a step, flushed at once
 tensorboard/           the same numbers; wandb/ too, where trainer.wandb_project is set
 rollouts/step_N.parquet  the responses trained on (a directory of parts where there are several replicas)
+routing/step_N.parquet   of a mixture of experts: one row a layer, with the load of each expert
 traces/rank_R.json     with profile.pipeline: what the rank's pipeline stage did in the newest update
 evaluation/step_N.parquet  every response of an evaluation after N steps, with its score
 summary.json           evaluation before and after, steps, seconds
@@ -43,7 +44,7 @@ from megatron_fipo.trackers import Tracker, make_trackers
 
 _LEFT = (
     *("metrics.jsonl", "summary.json", "report.html", "credit.html", "began.json"),
-    *("tensorboard", "rollouts", "policy", "figures", "evaluation", "traces", "wandb", "checkpoints"),
+    *("tensorboard", "rollouts", "routing", "policy", "figures", "evaluation", "traces", "wandb", "checkpoints"),
 )
 
 
@@ -70,7 +71,7 @@ def _rewind(directory: Path, step: int) -> int:
 
     Metrics of an earlier release get their current names, so that all rows of the file have the same.
     """
-    of_steps = ("rollouts/step_*", "evaluation/step_*.parquet", "failed_step_*")
+    of_steps = ("rollouts/step_*", "routing/step_*.parquet", "evaluation/step_*.parquet", "failed_step_*")
     for path in (path for pattern in of_steps for path in directory.glob(pattern)):
         number = path.name.removesuffix(".parquet").rpartition("_")[2]
         if number.isdecimal() and int(number) > step:  # other names are not of a step
@@ -216,6 +217,11 @@ class RunLog:
         for name, values in credit.items():
             table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values.numpy())))
         write_table(table, path)
+
+    def routing(self, step: int, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the routing of a step, one row a layer (`actor.routing`)."""
+        if self.writes:
+            write_table(pa.Table.from_pylist(list(layers)), self.directory / "routing" / f"step_{step}.parquet")
 
     def samples(self, step: int, samples: Sequence[Sample], benchmarks: Mapping[str, Sequence[Prompt]]) -> None:
         """Keep what was evaluated after a step, one row a response."""

@@ -176,6 +176,8 @@ class Trainer:
             self.log.rollouts(step, rollouts, self.tokenizer, self.topology, credit)
         metrics = {**batch.metrics, **self._mismatch(rollouts, mini_batches, step - 1), **updates}
         metrics |= self.actor.routing.metrics()
+        if config.rollout.save and self.actor.routing.layers:
+            self.log.routing(step, self.actor.routing.layers)
         if self.profile:
             metrics |= self.profile.finish_step()
         return metrics | self.utilization(rollouts.lengths.tolist(), self._clock["update"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_fipo.metric_glossary import METRICS
@@ -13,6 +14,7 @@ from tests.support.policies import make_task
 
 pytestmark = pytest.mark.distributed
 
+EXPERTS = 6
 LAYOUT = {"world_size": 2, "expert": 2}
 
 
@@ -43,6 +45,13 @@ def test_interrupted_run_goes_on_to_the_bit(replay: str, task: Path, tmp_path: P
         of_engine if replay == "update" else set()
     )
     assert any(row["sampling/surplus_groups"] for row in rows)
+    for row in rows:
+        layers = pq.read_table(tmp_path / "run" / "routing" / f"step_{row['step']}.parquet").to_pylist()
+        assert [layer["layer"] for layer in layers] == [0, 1]
+        assert [sum(layer["load"]) for layer in layers] == pytest.approx([EXPERTS] * 2)
+        assert max(max(layer["load"]) for layer in layers) == row["moe/load_max"]
+        assert min(layer["entropy"] for layer in layers) == row["moe/entropy_min"]
+        assert max(layer["replayed_changed"] for layer in layers) == row["moe/replayed_changed_max"]
     moved = [row["moe/replayed_changed"] for row in rows]
     assert max(moved) > 0  # routers learn, so a later update would choose other experts
     if replay == "rollout":

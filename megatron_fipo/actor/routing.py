@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,14 @@ from megatron_fipo.shapes.architecture import Architecture
 
 
 class PolicyRouting:
-    """Routing of the policy's model chunks on this rank; without experts it does nothing."""
+    """Routing of the policy's model chunks on this rank; without experts it does nothing.
+
+    Attributes:
+        layers: of the last call of `metrics`, one row a layer of the model: its number, the load of each expert as a
+            multiple of its even share, and the layer's own values of the metrics; NaN where nothing was compared.
+    """
+
+    layers: Sequence[dict[str, Any]] = ()
 
     def __init__(self, chunks: Sequence[PolicyModel], arch: Architecture, config: Config, topology: Topology) -> None:
         self._chunks = [chunk.routing for chunk in chunks if chunk.routing is not None]
@@ -137,6 +145,14 @@ class PolicyRouting:
         entropy, tokens, sampled, differing, replayed, changed, *balance = sums[:, experts:].cpu().unbind(1)
         load = chosen / (tokens * self._arch.experts.active / experts)[:, None]  # 1: its even share
         aux_loss, balanced = balance
+        columns = {
+            "layer": range(len(load)),
+            "load": load.tolist(),
+            "entropy": (entropy / tokens).tolist(),
+            "rollout_changed": (differing / sampled).tolist(),
+            "replayed_changed": (changed / replayed).tolist(),
+        }
+        self.layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return {
             "moe/load_max": float(load.max()),
             "moe/load_max_mean": float(load.max(dim=1).values.mean()),

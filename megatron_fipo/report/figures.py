@@ -350,10 +350,46 @@ AIME_2024 = (
     Reference("eval/avg@k", "o1-mini", 0.56),
 )
 
+EXPERTS = (
+    FigureSpec(
+        "expert_load",
+        "Load of experts",
+        "Over the tokens of the step's old log-probabilities. A load of 1 is an even share. Routers that send all "
+        "tokens to few experts collapse: the others no longer learn. routing/step_N.parquet has every expert's load.",
+        (
+            Lines(
+                "tokens of the most used expert over its even share",
+                (Line("moe/load_max", "worst layer", RED), Line("moe/load_max_mean", "mean over layers", BLUE)),
+            ),
+            Lines("experts without a token, share", (Line("moe/idle_experts", color=PURPLE),)),
+            Lines(
+                "entropy of the routers, nats",
+                (Line("moe/entropy", "mean over layers", BLUE), Line("moe/entropy_min", "lowest layer", RED)),
+            ),
+        ),
+    ),
+    FigureSpec(
+        "expert_changes",
+        "Tokens whose experts would change",
+        "With moe.routing_replay, the share of tokens for which a router would choose other experts than are replayed: "
+        "before the updates those of the engine, in the updates those of the old log-probabilities or of the engine.",
+        (
+            Lines(
+                "engine and trainer differ, share",
+                (Line("moe/rollout_changed", "mean", BLUE), Line("moe/rollout_changed_max", "worst layer", RED)),
+            ),
+            Lines(
+                "changed by updates, share",
+                (Line("moe/replayed_changed", "mean", BLUE), Line("moe/replayed_changed_max", "worst layer", RED)),
+            ),
+        ),
+    ),
+)
 SECTIONS: dict[str, tuple[FigureSpec, ...]] = {
     "Outcome": OUTCOME,
     "Responses": RESPONSES,
     "Policy": POLICY,
     "Future-KL": INFLUENCE,
+    "Experts": EXPERTS,
     "Machine": MACHINE,
 }
