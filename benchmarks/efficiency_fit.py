@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_fipo.scaling.cost.hardware import generation_of
 from published_rows import Row, predict, schedule_of
 
 Path = tuple[str, ...]
 _ROWS_A_SWEEP = 10
 _LINEAR_ABOVE = 0.03  # the loss is quadratic below this error
-_PRIOR = 0.15
 _GENERATION = ("gemm_width", "attention", "memory", "link", "network", "layer_seconds")
-_EXPERTS = ("expert_width", "expert_seconds")
+_PRIORS = {False: 0.15, True: 0.03}  # by `moe`: each constant of mixtures is used by rows of few sources
 _SOFTWARE = {
-    "nemo": ("tensor_exposed", "context_exposed", "expert_exposed", "data_overlap", "step_seconds", "straggling"),
+    "nemo": ("tensor_exposed", "context_exposed", "data_overlap", "step_seconds", "straggling"),
     "aleph_alpha": ("node_network", "tensor_exposed", "step_seconds"),
     "megatron": ("tensor_exposed",),
 }
@@ -39,11 +39,13 @@ _STARTS = {  # start values and centre of the prior, independent of previous fit
     "network": 0.8,
     "layer_seconds": 5e-5,
     "casts": 3.0,
-    "expert_width": 1000.0,
-    "expert_seconds": 1e-3,
+    "expert_tokens": 500.0,
+    "seconds": 1e-3,
+    "passes": 6.0,
+    "exposed": 0.8,
+    "generations": 1.0,  # a factor of each
     "tensor_exposed": {"nemo": 0.4, "aleph_alpha": 1.0, "megatron": 1.0},
     "context_exposed": 0.2,
-    "expert_exposed": 0.7,
     "data_overlap": 0.8,
     "step_seconds": {"nemo": 0.02, "aleph_alpha": 0.05},
     "straggling": 0.003,
@@ -58,7 +60,9 @@ _LIMITS = {  # physical limits
     "casts": (0.5, 12.0),
     "tensor_exposed": (0.02, 1.0),
     "context_exposed": (0.02, 1.0),
-    "expert_exposed": (0.05, 1.5),
+    "passes": (2.0, 60.0),
+    "exposed": (0.05, 1.0),
+    "generations": (0.05, 10.0),
     "data_overlap": (0.05, 1.0),
     "straggling": (1e-4, 0.02),
 }
@@ -70,28 +74,34 @@ class _Constant:
     rows: np.ndarray  # rows that it affects
     start: float
     step: float
+    weight: float = 0.15  # of the prior
 
     def limited(self, value: float) -> float:
-        low, high = _LIMITS.get("gemm" if "gemm" in self.path else self.path[-1], (0.0, math.inf))
+        low, high = _LIMITS.get(_field(self.path), (0.0, math.inf))
         return min(max(value, low), high)
 
     def prior(self, value: float) -> float:
-        return _PRIOR * math.log(value / self.start) ** 2
+        return self.weight * math.log(value / self.start) ** 2
 
 
 def fit(rows: Sequence[Row], known: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Fit the constants of `known` in place and return it."""
-    rows = _thinned(rows)
+    """Fit the constants of `known` in place and return it: of dense layers on dense rows, then of experts on others."""
+    for moe in (False, True):
+        _fit(_thinned([row for row in rows if row.moe == moe]), known, rounds, moe)
+    return known
+
+
+def _fit(rows: Sequence[Row], known: dict[str, Any], rounds: int, moe: bool) -> None:
     counts = Counter(row.source for row in rows)
-    weight = np.array([(0.5 if row.moe else 1.0) / math.sqrt(counts[row.source]) for row in rows])
-    constants, bubbles = list(_constants(rows, known)), _Bubbles(rows)
+    weight = np.array([1 / math.sqrt(counts[row.source]) for row in rows])
+    constants = list((_expert_constants if moe else _constants)(rows, known))
+    bubbles = _Bubbles(rows)
     for number in range(rounds):
         bubbles.known.clear()  # they hardly depend on the constants: computed once per round
         error = bubbles.errors(range(len(rows)), known)
         for constant in constants:
             _improve(constant, known, bubbles, error, weight)
         print(f"round {number + 1}: loss {float((weight * _loss(error)).sum()):.4f}", flush=True)
-    return known
 
 
 def _improve(c: _Constant, known: dict[str, Any], bubbles: _Bubbles, error: np.ndarray, weight: np.ndarray) -> None:
@@ -134,30 +144,44 @@ class _Bubbles:
         return math.log(predict(row, known, remembered).seconds / row.seconds)
 
 
-def _constants(rows: Sequence[Row], known: dict[str, Any]) -> list[_Constant]:
+def _constants(rows: Sequence[Row], known: dict[str, Any]) -> Iterator[_Constant]:
     generation = [known["gpus"][row.gpu]["generation"] for row in rows]
-    found = []
-
-    def add(path: Path, uses: Sequence[bool], step: float) -> None:
-        if any(uses):
-            start: Any = _STARTS[path[-1]]
-            start = start[path[1]] if isinstance(start, dict) else start
-            _put(known, path, start)
-            found.append(_Constant(path, np.flatnonzero(uses), start, step))
-
     for name, efficiency in known["efficiencies"].items():
         own_rows = [g == name for g in generation]
         for precision in efficiency["gemm"]:  # heads and unfused attention use bfloat16 in every run
             uses = [m and precision in ("bfloat16", row.precision) for m, row in zip(own_rows, rows, strict=True)]
-            add(("efficiencies", name, "gemm", precision), uses, 0.05)
+            yield from _started(known, ("efficiencies", name, "gemm", precision), uses, 0.05)
         for field in (*_GENERATION, *(("casts",) if len(efficiency["gemm"]) > 1 else ())):
-            add(("efficiencies", name, field), own_rows, 0.1)
-        for field in _EXPERTS:
-            add(("efficiencies", name, field), [m and row.moe for m, row in zip(own_rows, rows, strict=True)], 0.1)
+            yield from _started(known, ("efficiencies", name, field), own_rows, 0.1)
     for name, fields in _SOFTWARE.items():
         for field in fields:
-            add(("software", name, field), [row.software == name for row in rows], 0.2)
-    return found
+            yield from _started(known, ("software", name, field), [row.software == name for row in rows], 0.2)
+
+
+def _expert_constants(rows: Sequence[Row], known: dict[str, Any]) -> Iterator[_Constant]:
+    mixtures = known["mixtures"]
+    for name in known["efficiencies"]:
+        uses = [known["gpus"][row.gpu]["generation"] == name for row in rows]
+        yield from _started(known, ("efficiencies", name, "expert_tokens"), uses, 0.2)
+    for field in ("seconds", "passes", "exposed"):
+        yield from _started(known, ("mixtures", field), [True] * len(rows), 0.2)
+    for name in mixtures["generations"]:
+        uses = [generation_of(mixtures, row.release) == name for row in rows]
+        yield from _started(known, ("mixtures", "generations", name), uses, 0.2)
+
+
+def _started(known: dict[str, Any], path: Path, uses: Sequence[bool], step: float) -> Iterator[_Constant]:
+    """Yield the constant, set to its start, if any row uses it."""
+    if any(uses):
+        start: Any = _STARTS.get(path[-1], _STARTS.get(_field(path)))
+        start = start[path[1]] if isinstance(start, dict) else start
+        _put(known, path, start)
+        yield _Constant(path, np.flatnonzero(uses), start, step, _PRIORS["expert_tokens" in path or path[0] == "mixtures"])
+
+
+def _field(path: Path) -> str:
+    """Return the name of the field; constants of one field by precision or generation share limits."""
+    return path[-2] if path[-2] in ("gemm", "generations") else path[-1]
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:

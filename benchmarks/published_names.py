@@ -58,7 +58,13 @@ def model_of(f: Fields) -> ModelShape:
         known = SHAPES[name]
         # A table that mixes proxies of few layers with the full model prints the layers of each.
         layers = number.get("layers", known.num_layers)
-        return replace(known, num_layers=layers, vocab_size=number.get("vocab", known.vocab_size))
+        return replace(
+            known,
+            num_layers=layers,
+            vocab_size=number.get("vocab", known.vocab_size),
+            # FLOPs per token of NVIDIA's tables include the second prediction unless they say that it is off
+            predicts_second_token=name == "deepseek-v3" and "w/o MTP" not in f["notes"],
+        )
     if not {"layers", "hidden", "heads"} <= number.keys():
         raise Unusable("model without a shape")
     if f.get("ep") not in (None, "", "1"):

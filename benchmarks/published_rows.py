@@ -34,6 +34,7 @@ class Row:
     Attributes:
         source: without the commit, so that releases of one table are grouped.
         software: a name in efficiency.yaml.
+        release: of the software, YY.MM.
         seconds: measured per update.
         schedule: 1F1B, or another with a closed-form bubble in the literature.
     """
@@ -45,6 +46,7 @@ class Row:
     gpu: str
     precision: str
     software: str
+    release: str
     attention: str
     fused_norms: bool
     adapters: bool
@@ -59,7 +61,7 @@ class Row:
 
 
 # Sources that count only query-key pairs left by a causal mask; the others count all
-CAUSAL_CONVENTION = r"Megatron-Bridge"
+CAUSAL_CONVENTION = r"Megatron-Bridge|Megatron-LM/pull"
 
 
 @cache
@@ -131,6 +133,7 @@ def parse(f: Fields) -> Row:
         gpu=gpu,
         precision=precision,
         software=software,
+        release=f.get("release") or release_of(f),
         attention=attention,
         fused_norms=fused_norms,
         adapters="LORA" in f["model"] or re.search("LoRA (packed|Performance)", notes) is not None,
@@ -139,6 +142,19 @@ def parse(f: Fields) -> Row:
         schedule=_note(notes, "schedule") or "1F1B",
         seconds=_seconds(f, model, batch, precision),
     )
+
+
+def release_of(f: Fields) -> str:
+    """Return the release of the software, YY.MM: of its container or benchmark, or the month of its paper, or ""."""
+    for text, pattern in (
+        (f["notes"], r"\b(\d\d\.\d\d(?:\.\d\d)?)(?:\.rc\d+)? NeMo Container"),
+        (f["notes"], r"^NeMo (\d\d\.\d\d)"),
+        (f["notes"], r"dgxc-benchmarking (\d\d\.\d\d)"),
+        (f["source"], r"arxiv\.org/abs/(\d\d)(\d\d)\."),
+    ):
+        if found := re.search(pattern, text):
+            return ".".join(found.groups())
+    return ""
 
 
 def _note(notes: str, key: str) -> str:
@@ -173,7 +189,9 @@ def _layout(f: Fields, model: ModelShape, p: ParallelConfig, tokens: int) -> Lay
         p, virtual = replace(p, virtual_pipeline=1), 1
     chunks = p.pipeline * virtual
     method = _note(f["notes"], "method").lower()
-    if (layers + 2) % chunks == 0:
+    if model.dense_layers and chunks > 1:
+        counts = _full_chunks_first(layers, chunks)
+    elif (layers + 2) % chunks == 0:
         each = (layers + 2) // chunks
         counts = [each - 1, *[each] * (chunks - 2), each - 1] if chunks > 1 else [layers]
     else:
@@ -184,6 +202,13 @@ def _layout(f: Fields, model: ModelShape, p: ParallelConfig, tokens: int) -> Lay
     recompute: Any = f["recompute"] if f["recompute"] in ("full", "selective") else "none"
     coarse = model.experts is not None and model.experts.count <= 16 and "etp1" not in f["model"]
     return Layout(p, tokens, recompute, tuple(counts), p.tensor if coarse else 1, split)
+
+
+def _full_chunks_first(layers: int, chunks: int) -> list[int]:
+    """Return the split of Megatron-Bridge's recipes of DeepSeek-V3 and Kimi K2: few layers beside the head."""
+    each = -(-layers // chunks)
+    last = layers - each * (chunks - 1)
+    return [each + min(0, last), *[each] * (chunks - 2), max(0, last)]
 
 
 def _redistributed(model: ModelShape, stages: int) -> list[int]:
@@ -201,7 +226,7 @@ def _redistributed(model: ModelShape, stages: int) -> list[int]:
 
 
 def _stack(f: Fields) -> str:
-    if re.search(r"dgxc-benchmarking|NVIDIA/NeMo|NVIDIA-NeMo|Megatron-LM@d98e8a64dd:images", f["source"]):
+    if re.search(r"dgxc-benchmarking|NVIDIA/NeMo|NVIDIA-NeMo|Megatron-LM/pull|Megatron-LM@d98e8a64dd:images", f["source"]):
         return "nemo"
     if "Aleph-Alpha" in f["source"]:
         return "aleph_alpha"
@@ -243,9 +268,9 @@ def _seconds(f: Fields, model: ModelShape, batch: Batch, precision: str) -> floa
 
 
 def fitted_sources(rows: list[Row]) -> list[str]:
-    """Return every other source by name, among those mostly of one GPU generation, dense or not."""
+    """Return every other source by name, among those mostly of one GPU generation, dense or not; no pull requests."""
     strata: dict[tuple[str, bool], list[str]] = {}
-    for source in sorted({row.source for row in rows}):
+    for source in sorted({row.source for row in rows if "/pull/" not in row.source}):
         kinds = [(find_hardware(row.gpu).gpu.generation, row.moe) for row in rows if row.source == source]
         strata.setdefault(max(set(kinds), key=lambda kind: (kinds.count(kind), kind)), []).append(source)
     return sorted(source for sources in strata.values() for source in sources[::2])
@@ -253,7 +278,7 @@ def fitted_sources(rows: list[Row]) -> list[str]:
 
 def hardware_of(row: Row, known: dict[str, Any]) -> Hardware:
     """Return the hardware with the row's kind of attention and norms."""
-    found = build_hardware(known, row.gpu, row.software)
+    found = build_hardware(known, row.gpu, row.software, row.release)
     software = replace(found.software, attention=row.attention, fused_norms=row.fused_norms)
     return replace(found, software=software)
 

@@ -193,18 +193,14 @@ def write_fit(rounds: int) -> None:
     rows, _ = read_rows(THROUGHPUT)
     known, sources = hardware_files(), fitted_sources(rows)
     known = fit([row for row in rows if row.source in set(sources)], known, rounds)
-    content = {key: known[key] for key in ("efficiencies", "software")}
+    content = {key: known[key] for key in ("efficiencies", "mixtures", "software")}
     header = (
         "# Written by `python benchmarks/scaling_accuracy.py --fit ROUNDS`;\n"
         "# megatron_fipo/scaling/cost/hardware.py has the fields. Constants of megatron_fipo itself are derived,\n"
         "# not fitted: no published table includes it.\n"
     )
-    rounded = {
-        section: {name: {k: _rounded(v) for k, v in fields.items()} for name, fields in part.items()}
-        for section, part in content.items()
-    }
     temporary = EFFICIENCY.with_suffix(".yaml.new")
-    temporary.write_text(header + OmegaConf.to_yaml(OmegaConf.create({**rounded, "fitted_on": sources})))
+    temporary.write_text(header + OmegaConf.to_yaml(OmegaConf.create({**_rounded(content), "fitted_on": sources})))
     temporary.replace(EFFICIENCY)
 
 

@@ -24,8 +24,7 @@ def round_hardware(**software: Any) -> Hardware:
         link=1.0,
         network=1.0,
         layer_seconds=0.0,
-        expert_width=0.0,
-        expert_seconds=0.0,
+        expert_tokens=0.0,
         reserve_bytes=0.0,
         reserve_share=0.0,
     )

@@ -53,8 +53,8 @@ class Efficiency:
         casts: extra bytes per weighted input for matmuls narrower than bfloat16, in units of the input's size.
         link, network: share of the bandwidth that large collectives reach.
         layer_seconds: overhead of one layer's forward pass beyond its arithmetic: launches, tails of kernels.
-        expert_width: expert width at which a grouped matmul takes twice as long as an ungrouped one.
-        expert_seconds: routing overhead of one layer's forward pass.
+        expert_tokens: tokens of one expert at which a grouped matmul takes twice as long as an ungrouped one: its weights
+            are streamed from memory, whatever the tokens.
         reserve_bytes, reserve_share: memory beyond tensors: CUDA, NCCL and kernel workspaces; and allocator
             fragmentation, relative to the tensors' bytes.
 
@@ -70,8 +70,7 @@ class Efficiency:
     casts: float = 0.0
     link: float = 1.0
     network: float = 1.0
-    expert_width: float = 0.0
-    expert_seconds: float = 0.0
+    expert_tokens: float = 0.0
     reserve_share: float = 0.0
 
 
@@ -82,7 +81,7 @@ class Software:
     Attributes:
         attention: `flash`, `flash1` (first version), or materialized scores: `fused` softmax or `unfused`.
         fused_norms: one kernel per norm, and no copies between elementwise operations.
-        tensor_exposed, context_exposed, expert_exposed: share of that communication that is not overlapped.
+        tensor_exposed, context_exposed: share of that communication that is not overlapped.
         data_overlap: share of one micro-batch's backward pass that overlaps gradient communication.
         node_network: bytes/s of a whole node's network cards for one kind of collective; None: the GPUs' sum.
         gradient_bytes, gather_bytes: per element, of reduced gradients and gathered parameters.
@@ -90,13 +89,13 @@ class Software:
         logit_bytes: bytes kept per logit otherwise; `whole_logits`: on every tensor-parallel rank.
         step_seconds: fixed overhead of an update.
         straggling: share by which a step grows with each doubling of the nodes.
+        release: year and month (YY.MM) of the release; selects the constants of layers with experts.
     """
 
     attention: str = "flash"
     fused_norms: bool = True
     tensor_exposed: float = 1.0
     context_exposed: float = 0.3
-    expert_exposed: float = 1.0
     data_overlap: float = 0.0
     node_network: float | None = None
     gradient_bytes: float = 4.0
@@ -106,6 +105,47 @@ class Software:
     whole_logits: bool = False
     step_seconds: float = 0.05
     straggling: float = 0.003
+    release: str = ""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Costs of layers with experts beside matmuls, in one generation of training codes.
+
+    Attributes:
+        seconds: overhead of one layer's forward pass: launches, and waits of the host for the tokens of each expert.
+        passes: times that the hidden vector of each token's copy for an expert is read or written, each way: permutation,
+            padding, casts, and back.
+        exposed: share of the all-to-all that computation does not overlap.
+        per_node: a token crosses the network once to each node that has experts for it, instead of once to each expert.
+    """
+
+    seconds: float = 0.0
+    passes: float = 4.0
+    exposed: float = 1.0
+    per_node: bool = False
+
+    @staticmethod
+    def of(constants: dict[str, Any], release: str) -> Mixture:
+        """Return the costs in the generation of a release: the newest that is not newer, or the first.
+
+        Args:
+            constants: `mixtures` of efficiency.yaml. `seconds`, `passes` and `exposed` are multiplied by the number of the
+                generation in `generations`, which are named by their first release, YY.MM.
+        """
+        factor = constants["generations"][generation_of(constants, release)]
+        return Mixture(
+            seconds=constants["seconds"] * factor,
+            passes=constants["passes"] * factor,
+            exposed=min(1.0, constants["exposed"] * factor),
+            per_node=release >= constants["per_node_since"],
+        )
+
+
+def generation_of(constants: dict[str, Any], release: str) -> str:
+    """Return the name of a release's generation."""
+    started = [first for first in constants["generations"] if first <= release]
+    return max(started, default=min(constants["generations"]))
 
 
 @dataclass(frozen=True)
@@ -115,6 +155,7 @@ class Hardware:
     gpu: GPU
     efficiency: Efficiency
     software: Software
+    mixture: Mixture = Mixture()
 
     @property
     def link_rate(self) -> float:
@@ -179,15 +220,20 @@ def name_of(device: str, memory: float) -> str | None:
     return min(alike, key=lambda key: abs(gpus[key]["memory"] - memory), default=None)
 
 
-def build_hardware(known: dict[str, Any], name: str, software: str) -> Hardware:
-    """Build the hardware from the files' contents."""
+def build_hardware(known: dict[str, Any], name: str, software: str, release: str | None = None) -> Hardware:
+    """Build the hardware from the files' contents.
+
+    Args:
+        release: of the training code, YY.MM; None: the software's own.
+    """
     fields = {k: v for k, v in known["gpus"][name].items() if k != "sources"}
     if software not in known["software"]:
         raise ValueError(f"software {software!r} is unknown: must be one of {', '.join(known['software'])}")
     try:
         gpu = GPU(name=name, **fields)
         efficiency = Efficiency(**known["efficiencies"][gpu.generation])
-        return Hardware(gpu, efficiency, Software(**known["software"][software]))
+        code = Software(**known["software"][software])
+        return Hardware(gpu, efficiency, code, Mixture.of(known["mixtures"], release or code.release))
     except (TypeError, KeyError) as error:
         raise ValueError(f"hardware of {name}: {error}") from None
 

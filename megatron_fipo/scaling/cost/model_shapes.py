@@ -38,6 +38,8 @@ class ModelShape(Architecture):
         latent: None for multi-head or grouped-query attention, where `head_dim` is that of keys; here it is that of
             values.
         window: keys visible to a query in every other layer; None: all preceding.
+        predicts_second_token: one more layer and head predict the token after the next (DeepSeek-V3, section 2.2); only
+            in the time of an update.
     """
 
     gated_mlp: bool = True
@@ -45,6 +47,7 @@ class ModelShape(Architecture):
     dense_layers: int = 0
     latent: LatentAttention | None = None
     window: int | None = None
+    predicts_second_token: bool = False
 
     @property
     def query_size(self) -> int:

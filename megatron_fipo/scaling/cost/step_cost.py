@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.scaling.cost.elements import stage_matrices
+from megatron_fipo.scaling.cost.experts import exchange_seconds, permutation_bytes, tokens_per_expert
 from megatron_fipo.scaling.cost.flops import (
     attended_pairs,
     attention_weights,
@@ -122,6 +123,8 @@ class CostModel:
                 chunk = chunk.plus(head.scaled(1 / len(counts)))
             elif i == len(counts) - 1:
                 chunk = chunk.plus(head)
+                if self.model.predicts_second_token:  # one more layer and head
+                    chunk = chunk.plus(kinds[bool(self.model.experts)]).plus(head)
             first += count
             passes.append(chunk)
         return passes
@@ -129,7 +132,7 @@ class CostModel:
     def _layer(self, layout: Layout, batch: Batch, sparse: bool) -> Passes:
         m, p, soft, eff = self.model, layout.parallel, self.hardware.software, self.hardware.efficiency
         n, layer = batch.tokens / p.context, m.num_layers if sparse else 0
-        gemm, weights = self._gemms(n, p.tensor, p.expert * layout.expert_tensor, layer if sparse else -1)
+        gemm, weights = self._gemms(n, layout, layer if sparse else -1)
         attention = self._attention(layout, batch)
         elementwise = self._elementwise(layout, n, sparse, weights)
         gathered = _ITEM if self.precision == "bfloat16" else 1  # narrow inputs are sent as such, sums are not
@@ -142,8 +145,8 @@ class CostModel:
             keys = n * 2 * m.key_size_over(p.tensor) / p.tensor * _ITEM * (p.context - 1)
             context = soft.context_exposed * keys / self._bandwidth(p.tensor * p.context, p.tensor)
             context += n * m.query_size / p.tensor * p.context * _MERGE_BYTES / self._memory_rate()
-        expert = self._all_to_all(layout, n) if sparse else 0.0
-        overhead = eff.layer_seconds + (eff.expert_seconds if sparse else 0.0)
+        expert = exchange_seconds(m, self.hardware, layout, n) if sparse else 0.0
+        overhead = eff.layer_seconds + (self.hardware.mixture.seconds if sparse else 0.0)
         forward: tuple[float, ...] = (gemm, attention[0], elementwise[0], 0.0, tensor, context, expert, overhead)
         factor = 2.0 if self.weight_gradients else 1.0
         backward: tuple[float, ...] = (
@@ -162,9 +165,9 @@ class CostModel:
             backward = (backward[0], attention[1] + attention[0], *backward[2:])
         return Passes(forward, backward)
 
-    def _gemms(self, n: float, t: int, expert_ranks: int, layer: int) -> tuple[float, float]:
-        """Return forward seconds, and the weights' elements on this rank. Layer -1 is dense."""
-        m = self.model
+    def _gemms(self, n: float, layout: Layout, layer: int) -> tuple[float, float]:
+        """Return forward seconds, and the elements on this rank of weights that all tokens use. Layer -1 is dense."""
+        m, t = self.model, layout.parallel.tensor
         attention = attention_weights(m) / t
         common, expert = (
             mlp_weights(m, layer) if layer >= 0 else (m.mlp_matrices * m.hidden_size * m.ffn_hidden_size, 0)
@@ -172,14 +175,11 @@ class CostModel:
         seconds = self._product(n * attention, (m.query_size + 2 * m.key_size) / t)
         if common:
             seconds += self._product(n * common / t, common / m.hidden_size / m.mlp_matrices / t)
-        weights = attention + common / t
         if expert:
             assert m.experts is not None
-            active = n / t * m.experts.active * expert
-            width = m.experts.ffn_hidden_size
-            seconds += self._product(active, width) * (1 + self.hardware.efficiency.expert_width / width)
-            weights += expert * m.experts.count / expert_ranks
-        return seconds, weights
+            grouped = self._product(n / t * m.experts.active * expert, m.experts.ffn_hidden_size / layout.expert_tensor)
+            seconds += grouped * (1 + self.hardware.efficiency.expert_tokens / tokens_per_expert(m, layout, n))
+        return seconds, attention + common / t
 
     def _product(self, multiply_adds: float, width: float) -> float:
         eff = self.hardware.efficiency
@@ -205,16 +205,18 @@ class CostModel:
         t, h = p.tensor, m.hidden_size
         whole = h * (2 * _NORM_BYTES[self.hardware.software.fused_norms] + 6 * _ITEM) / (t if p.sequence else 1)
         width = (m.shared_ffn_hidden_size if sparse else m.ffn_hidden_size) * m.mlp_matrices
+        inputs = 2 * h + (m.query_size + width / m.mlp_matrices) / t
+        permutation = 0.0
         if sparse:
             assert m.experts is not None
-            width += m.experts.active * (m.mlp_matrices * m.experts.ffn_hidden_size + 4 * h)  # permutation and back
+            width += m.experts.active * m.mlp_matrices * m.experts.ffn_hidden_size
+            inputs += m.experts.active * (h + m.experts.ffn_hidden_size) / t
+            permutation = permutation_bytes(m, self.hardware, layout, n) / self._memory_rate()
         split = (2 * (m.query_size + m.key_size_over(t)) + width) * _ITEM / t
         seconds = n * (whole + split) / self._memory_rate()
-        if self.precision == "bfloat16":
-            return seconds, 2 * seconds
-        inputs = n * (2 * h + (m.query_size + width / m.mlp_matrices) / t)
-        casts = eff.casts * _ITEM * (inputs + weights) / self._memory_rate()
-        return seconds + casts, 2 * (seconds + casts)
+        if self.precision != "bfloat16":
+            seconds += eff.casts * _ITEM * (n * inputs + weights) / self._memory_rate()
+        return seconds + permutation, 2 * seconds + permutation
 
     def _head(self, layout: Layout, batch: Batch) -> Passes:
         m, soft, t = self.model, self.hardware.software, layout.parallel.tensor
@@ -244,17 +246,6 @@ class CostModel:
         node = hardware.network_rate * gpus if node is None else node
         network = node / min(stride, gpus)
         return min(hardware.link_rate, network) if gpus > 1 else network
-
-    def _all_to_all(self, layout: Layout, n: float) -> float:
-        """Seconds for sending each token's copies to its experts and back, one pass."""
-        m, p, gpu = self.model, layout.parallel, self.hardware.gpu
-        assert m.experts is not None
-        copies = 2 * n / p.tensor * m.experts.active * m.hidden_size * _ITEM
-        within = min(p.expert, gpu.link_gpus) / p.expert
-        link = (within - 1 / p.expert) / self.hardware.link_rate if within > 1 / p.expert else 0.0
-        network = (1 - within) / self.hardware.network_rate if within < 1 else 0.0
-        gathers = self._collective(2 * n * m.hidden_size * _ITEM, p.tensor, p.tensor)
-        return self.hardware.software.expert_exposed * (copies * (link + network) + gathers)
 
     def _memory_rate(self) -> float:
         return self.hardware.gpu.memory_bandwidth * self.hardware.efficiency.memory

@@ -203,14 +203,6 @@ def test_mfu_counts_the_models_flops() -> None:
     assert 0.4 < cost.mfu < 0.7
 
 
-def test_experts_are_exchanged() -> None:
-    """Each token's two copies leave for 3 of 4 ranks and come back, forward and backward."""
-    moe = dataclasses.replace(PUBLISHED["mixtral-8x7b"], num_layers=2)
-    hardware = round_hardware()
-    stage = CostModel(moe, hardware).step(layout(expert=4, data=4), equal_batch(128, 4, 1, 4)).stages[0]
-    assert stage["expert"] == pytest.approx(2 * 2 * 2 * 128 * 2 * 4096 * 2 * 3 / 4 / 1e9)
-
-
 # Batches
 
 
