@@ -226,7 +226,7 @@ def _redistributed(model: ModelShape, stages: int) -> list[int]:
 
 
 def _stack(f: Fields) -> str:
-    if re.search(r"dgxc-benchmarking|NVIDIA/NeMo|NVIDIA-NeMo|Megatron-LM/pull|Megatron-LM@d98e8a64dd:images", f["source"]):
+    if re.search(r"dgxc-benchmarking|NVIDIA/NeMo|NVIDIA-NeMo|Megatron-LM(/pull|@d98e8a64dd:images)", f["source"]):
         return "nemo"
     if "Aleph-Alpha" in f["source"]:
         return "aleph_alpha"

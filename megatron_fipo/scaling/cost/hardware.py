@@ -53,8 +53,8 @@ class Efficiency:
         casts: extra bytes per weighted input for matmuls narrower than bfloat16, in units of the input's size.
         link, network: share of the bandwidth that large collectives reach.
         layer_seconds: overhead of one layer's forward pass beyond its arithmetic: launches, tails of kernels.
-        expert_tokens: tokens of one expert at which a grouped matmul takes twice as long as an ungrouped one: its weights
-            are streamed from memory, whatever the tokens.
+        expert_tokens: tokens of one expert at which a grouped matmul takes twice as long as an ungrouped one: its
+            weights are streamed from memory, whatever the tokens.
         reserve_bytes, reserve_share: memory beyond tensors: CUDA, NCCL and kernel workspaces; and allocator
             fragmentation, relative to the tensors' bytes.
 
@@ -114,8 +114,8 @@ class Mixture:
 
     Attributes:
         seconds: overhead of one layer's forward pass: launches, and waits of the host for the tokens of each expert.
-        passes: times that the hidden vector of each token's copy for an expert is read or written, each way: permutation,
-            padding, casts, and back.
+        passes: times that the hidden vector of each token's copy for an expert is read or written, each way:
+            permutation, padding, and back.
         exposed: share of the all-to-all that computation does not overlap.
         per_node: a token crosses the network once to each node that has experts for it, instead of once to each expert.
     """
@@ -130,8 +130,8 @@ class Mixture:
         """Return the costs in the generation of a release: the newest that is not newer, or the first.
 
         Args:
-            constants: `mixtures` of efficiency.yaml. `seconds`, `passes` and `exposed` are multiplied by the number of the
-                generation in `generations`, which are named by their first release, YY.MM.
+            constants: `mixtures` of efficiency.yaml. `seconds`, `passes` and `exposed` are multiplied by the number of
+                the generation in `generations`, which are named by their first release, YY.MM.
         """
         factor = constants["generations"][generation_of(constants, release)]
         return Mixture(

@@ -79,7 +79,7 @@ def test_matmuls_without_a_width_are_fitted() -> None:
 
 
 CHANGED = {
-    "gemm": {"bfloat16": 0.5, "float8": 0.7318},
+    "gemm": {**find_hardware("H100-80").efficiency.gemm, "bfloat16": 0.5},
     "gemm_width": 90.0,
     "attention": 0.33,
     "memory": 0.8,

@@ -97,7 +97,14 @@ def test_second_prediction_is_a_layer_and_a_head() -> None:
 
 @pytest.mark.parametrize(
     ("release", "factor", "per_node"),
-    [("", 4, False), ("24.05", 4, False), ("24.11.1", 4, False), ("25.09", 2, True), ("26.02", 2, True), ("26.08", 1, True)],
+    [
+        ("", 4, False),
+        ("24.05", 4, False),
+        ("24.11.1", 4, False),
+        ("25.09", 2, True),
+        ("26.02", 2, True),
+        ("26.08", 1, True),
+    ],
 )
 def test_generation_of_a_release(release: str, factor: int, per_node: bool) -> None:
     """The newest generation that is not newer; before all, and without a release, the first. Overlap is at least 0."""
