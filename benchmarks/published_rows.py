@@ -133,7 +133,7 @@ def parse(f: Fields) -> Row:
         gpu=gpu,
         precision=precision,
         software=software,
-        release=f.get("release") or release_of(f),
+        release=_release(f),
         attention=attention,
         fused_norms=fused_norms,
         adapters="LORA" in f["model"] or re.search("LoRA (packed|Performance)", notes) is not None,
@@ -142,6 +142,15 @@ def parse(f: Fields) -> Row:
         schedule=_note(notes, "schedule") or "1F1B",
         seconds=_seconds(f, model, batch, precision),
     )
+
+
+def _release(f: Fields) -> str:
+    """Return the release in the column, or else as its notes or source name it."""
+    if not f.get("release"):
+        return release_of(f)
+    if found := re.match(r"\d\d\.\d\d(\.\d\d)?", f["release"]):
+        return found[0]
+    raise Unusable("release that is not a year and month")
 
 
 def release_of(f: Fields) -> str:

@@ -90,6 +90,8 @@ class Software:
         step_seconds: fixed overhead of an update.
         straggling: share by which a step grows with each doubling of the nodes.
         release: year and month (YY.MM) of the release; selects the constants of layers with experts.
+        per_node_since: release from which a token crosses the network once to each node that has experts for it,
+            instead of once to each expert (DeepEP, HybridEP); None: no release.
     """
 
     attention: str = "flash"
@@ -106,6 +108,7 @@ class Software:
     step_seconds: float = 0.05
     straggling: float = 0.003
     release: str = ""
+    per_node_since: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Mixture:
         passes: times that the hidden vector of each token's copy for an expert is read or written, each way:
             permutation, padding, and back.
         exposed: share of the all-to-all that computation does not overlap.
-        per_node: a token crosses the network once to each node that has experts for it, instead of once to each expert.
+        per_node: see `Software.per_node_since`.
     """
 
     seconds: float = 0.0
@@ -126,19 +129,26 @@ class Mixture:
     per_node: bool = False
 
     @staticmethod
-    def of(constants: dict[str, Any], release: str) -> Mixture:
+    def of(constants: dict[str, Any], software: Software, release: str | None = None) -> Mixture:
         """Return the costs in the generation of a release: the newest that is not newer, or the first.
 
         Args:
             constants: `mixtures` of efficiency.yaml. `seconds`, `passes` and `exposed` are multiplied by the number of
-                the generation in `generations`, which are named by their first release, YY.MM.
+                the generation in `generations`, which are named by their first release.
+            release: YY.MM; None: the software's own.
+
+        Raises:
+            ValueError: the release is not of this format.
         """
+        release = release or software.release
+        if not re.fullmatch(r"(\d\d\.\d\d(\.\d+)?)?", str(release)) or not isinstance(release, str):
+            raise ValueError(f"release {release!r} of a training code: must be year and month in quotes, e.g. '26.06'")
         factor = constants["generations"][generation_of(constants, release)]
         return Mixture(
             seconds=constants["seconds"] * factor,
             passes=constants["passes"] * factor,
             exposed=min(1.0, constants["exposed"] * factor),
-            per_node=release >= constants["per_node_since"],
+            per_node=software.per_node_since is not None and release >= software.per_node_since,
         )
 
 
@@ -233,7 +243,7 @@ def build_hardware(known: dict[str, Any], name: str, software: str, release: str
         gpu = GPU(name=name, **fields)
         efficiency = Efficiency(**known["efficiencies"][gpu.generation])
         code = Software(**known["software"][software])
-        return Hardware(gpu, efficiency, code, Mixture.of(known["mixtures"], release or code.release))
+        return Hardware(gpu, efficiency, code, Mixture.of(known["mixtures"], code, release))
     except (TypeError, KeyError) as error:
         raise ValueError(f"hardware of {name}: {error}") from None
 

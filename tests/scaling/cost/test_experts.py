@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_fipo.scaling.cost.experts import exchange_seconds, permutation_bytes, tokens_per_expert
-from megatron_fipo.scaling.cost.hardware import Hardware, Mixture, find_hardware, hardware_files
+from megatron_fipo.scaling.cost.hardware import Hardware, Mixture, Software, find_hardware, hardware_files
 from megatron_fipo.scaling.cost.model_shapes import PUBLISHED, ModelShape
 from megatron_fipo.scaling.cost.step_cost import CostModel
 from megatron_fipo.scaling.cost.workload import equal_batch
@@ -112,16 +113,31 @@ def test_generation_of_a_release(release: str, factor: int, per_node: bool) -> N
         "seconds": 0.5,
         "passes": 3.0,
         "exposed": 0.5,
-        "per_node_since": "25.09",
         "generations": {"24.11": 4, "25.09": 2, "26.06": 1},
     }
     expected = Mixture(0.5 * factor, 3.0 * factor, min(1.0, 0.5 * factor), per_node)
-    assert Mixture.of(constants, release) == expected
+    assert Mixture.of(constants, Software(per_node_since="25.09"), release) == expected
+    assert Mixture.of(constants, Software(release=release)) == dataclasses.replace(expected, per_node=False)
+
+
+def test_a_calibration_selects_the_release(tmp_path: Path) -> None:
+    """By year and month in quotes; a number, which 26.10 would be, is refused."""
+    file = tmp_path / "c.yaml"
+    file.write_text("software: {megatron_fipo: {release: '26.10'}}")
+    constants = hardware_files()["mixtures"]
+    expected = constants["seconds"] * constants["generations"]["26.06"]
+    assert find_hardware("H100-80", calibration=file).mixture.seconds == pytest.approx(expected)
+    (tmp_path / "number.yaml").write_text("software: {megatron_fipo: {release: 26.10}}")
+    with pytest.raises(ValueError, match=r"release 26.1 of a training code: must be year and month in quotes"):
+        find_hardware("H100-80", calibration=tmp_path / "number.yaml")
 
 
 def test_generation_of_this_package() -> None:
-    """The planner uses the costs of this package's own release of Megatron-Core, whatever the GPU."""
-    known = hardware_files()
-    release = known["software"]["megatron_fipo"]["release"]
+    """The planner uses the costs of this package's own release of Megatron-Core, whatever the GPU, and its dispatcher
+    (`alltoall`) sends a token to each expert."""
+    constants = hardware_files()["mixtures"]
     for gpu in ("H100-80", "GB200"):
-        assert find_hardware(gpu).mixture == Mixture.of(known["mixtures"], release)
+        found = find_hardware(gpu)
+        assert found.mixture == Mixture.of(constants, found.software)
+        assert found.mixture.seconds == pytest.approx(constants["seconds"] * constants["generations"]["26.02.01"])
+        assert not found.mixture.per_node

@@ -55,6 +55,7 @@ def test_a_small_file(tmp_path: Path) -> None:
         {**sweep[0], "gpu": "TPUv5"},
         {**sweep[0], "precision": "int3"},
         {**sweep[0], "num_gpus": "eight"},
+        {**sweep[0], "release": "next"},
     ]
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(sweep[0]))
@@ -75,7 +76,7 @@ def test_a_small_file(tmp_path: Path) -> None:
 
 
 def test_releases_are_in_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What notes and sources name is in the column: each container's release, papers' months; pull requests' months."""
+    """The column has the release that notes or the source name: of containers, months of papers and pull requests."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from published_rows import release_of
 
