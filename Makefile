@@ -103,7 +103,7 @@ test-tools: install
 	tests/slurm/install.sh
 	tests/browser/install.sh $(BIN)/python
 
-test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole trainings too (2.5 GB to install)
+test-vllm: install vllm-env  ## all on real vLLM servers, faults and whole trainings too (3.4 GB to install)
 	$(PYTEST) -m "vllm"
 
 test-idle: install  ## the ones that compare times, for a machine that does nothing else

@@ -185,7 +185,7 @@ def _replay_what_was_sampled(path: Path, rollouts: Rollouts) -> dict[str, Any]:
     chosen = []
     with actor.routing.recording(batch):
         actor.log_probs(batch)
-    chosen += layers.take()
+    chosen += [recorded.experts for recorded in layers.take()]
     prepared = actor.with_old_log_probs(batch)
     chosen += [m.routing[0] for m in prepared.micro_batches if m.routing]
     first_update = actor.get_loss_and_metrics(prepared, forward_only=True)[1]

@@ -191,17 +191,23 @@ def test_recipe_fits_into_80_gb(name, gpus):
     assert recipe_problems(config, find_hardware("H100-80")) == []
 
 
-def _spare(*overrides):
-    """Return what `scaling plan` says to be left of a GPU's memory for the mixture of experts, in GB."""
+def _plan(*overrides):
+    """Return what `scaling plan` says of the recipe's layout for the mixture of experts."""
     config = recipe("fipo_30b_a3b", *overrides)
-    return planner_of(config, find_hardware("H100-80")).evaluate(Layout.of(config)).spare / 1e9
+    return planner_of(config, find_hardware("H100-80")).evaluate(Layout.of(config))
+
+
+def _spare(*overrides):
+    return _plan(*overrides).spare / 1e9
 
 
 def test_readme_says_what_the_planner_says():
-    """The memory that is left on 4 and on 8 nodes, and what other layouts would need."""
+    """The time of an update and the memory that is left on 4 and on 8 nodes, and what other layouts would need."""
     text = " ".join((ROOT / "examples" / "README.md").read_text().split())
     on_8_nodes = "parallel.world_size=64"
-    assert f"{_spare():.1f} GB to spare on 4 nodes, and {_spare(on_8_nodes):.1f} on 8" in text
+    four, eight = _plan(), _plan(on_8_nodes)
+    assert f"{four.cost.seconds:.1f} s an update and {four.spare / 1e9:.1f} GB to spare on 4 nodes" in text
+    assert f"{eight.cost.seconds:.1f} s and {eight.spare / 1e9:.1f} GB on 8" in text
     without = "model.recompute=none"
     needed = find_hardware("H100-80").gpu.memory / 1e9 - _spare(without)
     assert f"Without recomputation TP 2 would need {needed - 2:.0f} GB" in text  # 2 GB: the engine that sleeps

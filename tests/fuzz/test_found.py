@@ -16,7 +16,8 @@ from megatron_fipo.convert.staging import MANIFEST, check_sizes
 from megatron_fipo.data import prepare
 from megatron_fipo.launch import attempts
 from megatron_fipo.machine import hosts
-from megatron_fipo.rollout import Sampling
+from megatron_fipo.rollout import Request, Sampling
+from megatron_fipo.rollout.vllm import ServedModel
 from megatron_fipo.rollout.vllm.answer import Fault, read
 from megatron_fipo.scaling.measure.row_reader import parse_row, read_rows
 from tests.fuzz.inputs import Deep
@@ -24,6 +25,7 @@ from tests.support.studies import make_row
 
 DEEP = Deep()
 SAMPLING = Sampling(1.0, 1.0, 0, 4, (9,))
+REQUEST, MODEL = Request([3], seed=1), ServedModel(50)
 CHOICE: dict[str, Any] = {
     "token_ids": [1, 9],
     "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1}]},
@@ -116,10 +118,11 @@ def test_no_gpu_a_server(tmp_path: Path) -> None:
 def test_answers_of_a_server(changes: dict[str, Any]) -> None:
     """Tokens outside of the vocabulary, too many of them, and values of other types are faults: another attempt is
     made."""
-    assert read(httpx.Response(200, json={"choices": [CHOICE]}), SAMPLING, "run-3", False, 50).token_ids == [1, 9]
+    right = httpx.Response(200, json={"choices": [CHOICE]})
+    assert read(right, REQUEST, SAMPLING, "run-3", False, MODEL).token_ids == [1, 9]
     text = json.dumps({"choices": [{**CHOICE, **changes}]})
     with pytest.raises(Fault):
-        read(httpx.Response(200, text=text), SAMPLING, "run-3", False, 50)
+        read(httpx.Response(200, text=text), REQUEST, SAMPLING, "run-3", False, MODEL)
 
 
 def test_numbers_beyond_all_measurements() -> None:
