@@ -179,9 +179,11 @@ class _PackingOnly:
     """Replacement for an actor that packs batches and has no model."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
+        from megatron_fipo.actor.routing import PolicyRouting
         from megatron_fipo.model.check import check_model
 
         self.config, self.topology, self.arch = config, topology, check_model(config)
+        self.routing = PolicyRouting([], self.arch, config, topology)
 
     pack = MeasuredActor.pack
 
