@@ -38,8 +38,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_fipo import launch, ops
 from megatron_fipo.actor import FIPOActor
-from megatron_fipo.batch import TrainBatch, routing_dtype
+from megatron_fipo.batch import TrainBatch
 from megatron_fipo.batching.distribute import distribute
+from megatron_fipo.batching.random_rollouts import random_routing
 from megatron_fipo.config import Config, MoEConfig, load_config
 from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
@@ -185,15 +186,9 @@ def with_routing(actor: FIPOActor, batch: TrainBatch) -> TrainBatch:
     """Return the batch with random experts, as if they were an engine's, where these are replayed."""
     if actor.config.moe.routing_replay != "rollout":
         return batch
-    experts = actor.arch.experts
-    assert experts is not None
     generator = torch.Generator().manual_seed(1)
-
-    def routing(tokens: int) -> torch.Tensor:
-        scores = torch.rand(actor.arch.num_layers, tokens, experts.count, generator=generator)
-        return scores.topk(experts.active).indices.to(routing_dtype(experts.count))
-
-    return TrainBatch(tuple(m.replace(routing=(routing(len(m.input_ids)),)) for m in batch.micro_batches))
+    routing = [random_routing(len(m.input_ids), actor.arch, generator).transpose(0, 1) for m in batch.micro_batches]
+    return TrainBatch(tuple(m.replace(routing=(r,)) for m, r in zip(batch.micro_batches, routing, strict=True)))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def random_rollouts(
     asked = [prompts[i // size % len(prompts)].token_ids for i in ids]
     routing = None
     if config.moe.routing_replay == "rollout":
-        routing = [_random_routing(len(p) + n - 1, arch, generator) for p, n in zip(asked, lengths, strict=True)]
+        routing = [random_routing(len(p) + n - 1, arch, generator) for p, n in zip(asked, lengths, strict=True)]
     rollouts = Rollouts.from_responses(
         ids=ids,
         prompts=asked,
@@ -43,7 +43,8 @@ def random_rollouts(
     return rollouts.replace(advantages=torch.randn(len(ids), generator=generator))
 
 
-def _random_routing(inputs: int, arch: Architecture, generator: torch.Generator) -> torch.Tensor:
+def random_routing(inputs: int, arch: Architecture, generator: torch.Generator) -> torch.Tensor:
+    """Return random experts for the inputs of a response, `[inputs, L, K]`, different ones for each token."""
     assert arch.experts is not None
     scores = torch.rand(inputs, arch.num_layers, arch.experts.count, generator=generator)
     return scores.topk(arch.experts.active).indices.to(routing_dtype(arch.experts.count))

@@ -11,12 +11,14 @@ import torch
 from megatron_fipo.actor import FIPOActor
 from megatron_fipo.algorithm.metrics import Metrics, mean_where
 from megatron_fipo.batch import MicroBatch, Rollouts, TrainBatch
+from megatron_fipo.batching.random_rollouts import random_routing
 from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.model.build import build_policy
 from megatron_fipo.model.check import check_model
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.scaling.measure.specification import Loss, Measurement
+from megatron_fipo.shapes.architecture import Architecture
 from megatron_fipo.shapes.micro_batches import plan_micro_batches
 
 _DEVIATION = 0.02  # standard deviation of random weights
@@ -88,29 +90,33 @@ def make_batch(measurement: Measurement, actor: FIPOActor) -> TrainBatch:
         order=config.trainer.micro_batch_order,
     )[topology.dp.rank()]
     local_ids = [i for index in plan for i in index]
-    rollouts = _random_rollouts(measurement, local_ids, actor.arch.vocab_size)
+    rollouts = _random_rollouts(measurement, local_ids, actor.arch)
     row = {i: n for n, i in enumerate(local_ids)}
     batch = TrainBatch(tuple(actor.pack(rollouts, [row[i] for i in index]) for index in plan))
     return _with_old_log_probs(batch, actor, measurement.loss)
 
 
-def _random_rollouts(measurement: Measurement, local_ids: list[int], vocabulary: int) -> Rollouts:
-    """Generate rollouts; a sequence's tokens depend only on its index, not on the layout."""
-    prompts, responses, advantages = [], [], []
+def _random_rollouts(measurement: Measurement, local_ids: list[int], arch: Architecture) -> Rollouts:
+    """Generate rollouts; a sequence's tokens, and experts where an engine's are replayed, depend only on its index."""
+    prompts, responses, advantages, routing = [], [], [], list[torch.Tensor]()
+    routed = measurement.config.moe.routing_replay == "rollout"
     for i in local_ids:
         generator = torch.Generator().manual_seed(measurement.config.run.seed * 1_000_003 + i)
         length = max(2, measurement.sequences.lengths[i])
-        tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
+        tokens = torch.randint(arch.vocab_size, (length,), generator=generator).tolist()
         prompt = min(length - 1, max(1, round(length * (1 - measurement.sequences.response_share))))
         prompts.append(tokens[:prompt])
         responses.append(tokens[prompt:])
         advantages.append(torch.randn(1, generator=generator))
+        if routed:
+            routing.append(random_routing(length - 1, arch, generator))
     rollouts = Rollouts.from_responses(
         ids=local_ids,
         prompts=prompts,
         responses=responses,
         log_probs=[[0.0] * len(r) for r in responses],
         truncated=[False] * len(local_ids),
+        routing=routing or None,
     )
     return rollouts.replace(advantages=torch.cat(advantages)) if local_ids else rollouts
 

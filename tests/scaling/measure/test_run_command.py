@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_fipo.config import to_yaml
 from megatron_fipo.exit_codes import NOT_MEASURED
+from megatron_fipo.model.check import check_model
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.scaling.cost.sequence_lengths import Sequences
 from megatron_fipo.scaling.measure.actor import make_batch
@@ -29,6 +30,7 @@ from megatron_fipo.scaling.measure.row_writer import prepare_notes, write_finish
 from megatron_fipo.scaling.measure.run_command import measure
 from megatron_fipo.scaling.measure.specification import Loss, Measurement, read_row
 from tests.support.actors import actor_of
+from tests.support.families import make_checkpoint
 from tests.support.policies import make_config, make_qwen2
 from tests.support.ranks import run_ranks
 from tests.support.waiting import PATIENCE
@@ -95,7 +97,8 @@ def test_lm_loss_is_cross_entropy(case: tuple[str, Loss], rows: Any, model: Path
     total, count = 0.0, 0
     from megatron_fipo.scaling.measure.actor import _random_rollouts
 
-    rollouts = _random_rollouts(_measurement(model, tmp_path), list(range(len(LENGTHS))), 250)
+    asked = _measurement(model, tmp_path)
+    rollouts = _random_rollouts(asked, list(range(len(LENGTHS))), check_model(asked.config))
     prompts = rollouts.prompt_lengths.tolist()
     for tokens, prompt in zip(rollouts.tokens.split(rollouts.lengths.tolist()), prompts, strict=True):
         with torch.no_grad():
@@ -150,6 +153,16 @@ def _losses(measurements: list[Measurement]) -> list[float]:
         losses.append(actor.get_loss_and_metrics(make_batch(measurement, actor), forward_only=True)[0])
         topologies.destroy()
     return losses
+
+
+def test_experts_of_an_engine_are_replayed(model: Path, tmp_path: Path) -> None:
+    """With moe.routing_replay=rollout there is no engine: experts are random, the same in every layout."""
+    experts = make_checkpoint(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2)
+    asked = _measurement(model, tmp_path / "out", steps=1, warmup=0)
+    layouts: list[dict[str, Any]] = [{"world_size": 2, "expert": 2}, {"world_size": 2, "pipeline": 2}]
+    configs = [make_config(experts, parallel=p, moe={"routing_replay": "rollout"}) for p in layouts]
+    losses = run_ranks(_losses, 2, [replace(asked, config=config) for config in configs])[0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_too_big_is_a_row(model: Path, tmp_path: Path) -> None:
