@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_fipo.arguments import CheckpointOverrides, ConfigFile
 from megatron_fipo.comparison.command import compare
 from megatron_fipo.config import Config, checkpoint_setting, load_config, with_seed
 from megatron_fipo.convert_command import app as convert
@@ -85,14 +86,8 @@ def train(
 
 @app.command("eval", epilog=EXIT_CODES)
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="checkpoint=DIR: a checkpoint of a run or a Hugging Face one, instead of the config's model.",
-            metavar="[checkpoint=DIR] [KEY=VALUE]...",
-        ),
-    ] = None,
+    config: ConfigFile,
+    overrides: CheckpointOverrides = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory for every sample and the figures; runs/NAME/evaluation/CHECKPOINT if not given."),
@@ -219,7 +214,7 @@ def prepare(
 
 @data.command("check")
 def check_data(
-    config: Annotated[Path, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")],
+    config: ConfigFile,
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts to show.")] = 3,
 ) -> None:

@@ -218,7 +218,8 @@ class FIPOActor(AlignableGenerativeInterface):
         Raises:
             ValueError: `moe.routing_replay=rollout`, and responses have no routing.
         """
-        with self.routing.recording(batch):
+        self.routing.check_sampled(batch)
+        with self.routing.recording():
             log_probs = self.log_probs(batch)
         return self.routing.with_recorded(batch.with_token_values(old_log_probs=log_probs))
 

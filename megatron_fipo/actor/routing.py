@@ -55,21 +55,24 @@ class PolicyRouting:
         return micro_batch.replace(routing=tuple(c.of_this_chunk(routing, self._token_ranks) for c in self._chunks))
 
     @contextlib.contextmanager
-    def recording(self, batch: TrainBatch) -> Iterator[None]:
-        """Stand around the computation of the old log-probabilities of a batch.
-
-        Raises:
-            ValueError: the rollout engine's routing is to be replayed, and the batch has none.
-        """
-        if self._replay == "rollout" and any(len(m.advantages) and m.routing is None for m in batch.micro_batches):
-            raise ValueError(
-                "moe.routing_replay=rollout, but the rollout engine returned no experts with its responses"
-            )
+    def recording(self) -> Iterator[None]:
+        """Stand around forward passes whose choices are recorded and counted."""
         for chunk in self._chunks:
             chunk.records = True
         yield
         for chunk in self._chunks:
             chunk.records = False
+
+    def check_sampled(self, batch: TrainBatch) -> None:
+        """Check that a batch has the rollout engine's routing, where that is to be replayed.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self._replay == "rollout" and any(len(m.advantages) and m.routing is None for m in batch.micro_batches):
+            raise ValueError(
+                "moe.routing_replay=rollout, but the rollout engine returned no experts with its responses"
+            )
 
     def with_recorded(self, batch: TrainBatch) -> TrainBatch:
         """Return the batch with what updates need of the forward passes that were recorded on it.
@@ -80,7 +83,8 @@ class PolicyRouting:
         recorded = [chunk.take() for chunk in self._chunks]
         micro_batches = list(batch.micro_batches)
         if self._replay == "update":
-            experts = zip(*([r.experts for r in of_chunk] for of_chunk in recorded), strict=True)
+            # On the host: a step's batches have many tokens.
+            experts = zip(*([r.experts.cpu() for r in of_chunk] for of_chunk in recorded), strict=True)
             micro_batches = [m.replace(routing=e) for m, e in zip(micro_batches, experts, strict=True)]
         if self._coefficient:
             load, tokens = self._expert_load(recorded)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_fipo.arguments import CheckpointOverrides, ConfigFile
 from megatron_fipo.config import checkpoint_setting, load_config
 from megatron_fipo.mismatch.options import DEFAULT_TOKENS, Options
 from megatron_fipo.printable import printable
@@ -16,14 +17,8 @@ if TYPE_CHECKING:
 
 
 def mismatch(
-    config: Annotated[Path, typer.Argument(help="YAML file; see examples/.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="checkpoint=DIR: a checkpoint of a run or a Hugging Face one, instead of the config's model.",
-            metavar="[checkpoint=DIR] [KEY=VALUE]...",
-        ),
-    ] = None,
+    config: ConfigFile,
+    overrides: CheckpointOverrides = None,
     responses: Annotated[int, typer.Option(help="Number of responses, to the run's first prompts.", min=1)] = 4,
     tokens: Annotated[
         int | None,

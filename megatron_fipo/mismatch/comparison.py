@@ -149,14 +149,10 @@ def _shared(actor: FIPOActor, hidden: torch.Tensor | None, tokens: int) -> torch
 def _trainer_pass(actor: FIPOActor, batch: TrainBatch, hidden: torch.Tensor, alone: bool) -> TrainerPass:
     """Run the trainer over one response and padding micro-batches. Collective."""
     beside = _Beside(actor, batch.micro_batches[0], hidden, alone)
-    for chunk in actor.chunks:
-        if chunk.routing is not None:
-            chunk.routing.records = True
-    with probed(actor.chunks, beside):
+    with actor.routing.recording(), probed(actor.chunks, beside):
         log_probs = actor.log_probs(batch)[0]
     for chunk in actor.chunks:
         if chunk.routing is not None:
-            chunk.routing.records = False
             beside.keep_experts([layer.number for layer in chunk.routing.layers], chunk.routing.take()[0].experts)
     return beside.everywhere(log_probs)
 

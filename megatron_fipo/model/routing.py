@@ -92,8 +92,11 @@ class LayerRouting:
 
     Attributes:
         number: of the layer in the whole model, from 0.
+        tokens: `[E]` float32, how many tokens each expert was given in the last recorded forward pass, without padding.
         counts: since they were last taken.
     """
+
+    tokens: torch.Tensor
 
     def __init__(self, router: TopKRouter) -> None:
         """Take over the router's choice."""
@@ -126,11 +129,6 @@ class LayerRouting:
             self._to_recompute.append((self._chosen, self._balancing))
         return self._chosen
 
-    def tokens(self) -> torch.Tensor:
-        """Return `[E]` float32: how many tokens each expert was given in the last forward pass, without padding."""
-        assert self._chosen is not None
-        return self._tokens_of(self._chosen)
-
     def get_replay_topk(
         self,
         scores: torch.Tensor,
@@ -158,7 +156,8 @@ class LayerRouting:
         elif self._replayed.shape != own.shape:
             raise ValueError(f"routing of {list(self._replayed.shape)} was recorded, but {list(own.shape)} is needed")
         else:
-            values, self._chosen = scores.gather(1, self._replayed.long()), self._replayed.long()
+            self._chosen = self._replayed.long()
+            values = scores.gather(1, self._chosen)
             self._count_changes(own, self._chosen)
         if self._records:
             self._count_chosen(scores.detach(), self._chosen)
@@ -202,16 +201,12 @@ class LayerRouting:
 
     def _count_chosen(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
         assert self._real is not None
-        self.counts.entropy += (torch.special.entr(self._probabilities(scores)).sum(-1) * self._real).sum()
-        self.counts.chosen += self._tokens_of(chosen)
-        self.counts.tokens += self._real.sum()
-
-    def _tokens_of(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Return `[E]` float32: how many tokens each expert has, without padding."""
-        assert self._real is not None
         # Not bincount, which waits for a GPU.
         real = self._real[:, None].expand_as(chosen).float()
-        return real.new_zeros(len(chosen), self._experts).scatter(1, chosen, real).sum(0)
+        self.tokens = real.new_zeros(len(chosen), self._experts).scatter(1, chosen, real).sum(0)
+        self.counts.entropy += (torch.special.entr(self._probabilities(scores)).sum(-1) * self._real).sum()
+        self.counts.chosen += self.tokens
+        self.counts.tokens += self._real.sum()
 
 
 class ChunkRouting:
@@ -258,18 +253,18 @@ class ChunkRouting:
             load: `[L, E]`, of the auxiliary loss, as of `Balancing`; None: there is none, as without gradients.
             weight: the same.
         """
-        load = load if torch.is_grad_enabled() else None
+        load, real = load if torch.is_grad_enabled() else None, ~padding
         for number, layer in enumerate(self.layers):
-            balancing = None if load is None else Balancing(load[number], weight, ~padding)
-            layer.begin(None if replayed is None else replayed[number], ~padding, self.records, balancing)
+            balancing = None if load is None else Balancing(load[number], weight, real)
+            layer.begin(None if replayed is None else replayed[number], real, self.records, balancing)
         yield
         recomputed = self._recomputed and torch.is_grad_enabled()
         chosen = [layer.end(recomputed).to(self._dtype) for layer in self.layers]
         if self.records:
-            tokens = torch.stack([layer.tokens() for layer in self.layers])
+            tokens = torch.stack([layer.tokens for layer in self.layers])
             self._recorded.append(RecordedRouting(torch.stack(chosen), tokens))
 
     def take(self) -> list[RecordedRouting]:
-        """Return the choices of the forward passes since the last call; experts on the host."""
+        """Return the choices of the forward passes since the last call."""
         recorded, self._recorded = self._recorded, []
-        return [r._replace(experts=r.experts.cpu()) for r in recorded]
+        return recorded

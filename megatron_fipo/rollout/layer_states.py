@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from megatron_fipo.parallel.device import nondeterministic_allowed
+from megatron_fipo.rollout.routing import router_of
 
 _HEAD_ROWS = 128  # tokens whose logits exist at a time
 
@@ -121,7 +122,7 @@ class _Recorded:
         self.arguments: list[dict[str, Any]] = []
         base = model.model
         handles = [m.register_forward_hook(self._keep) for m in (base.embed_tokens, *base.layers, base.norm)]
-        handles += [r.register_forward_hook(self._keep_routing) for r in map(_router, base.layers) if r is not None]
+        handles += [r.register_forward_hook(self._keep_routing) for r in map(router_of, base.layers) if r is not None]
         handles += [m.register_forward_pre_hook(self._keep_arguments, with_kwargs=True) for m in base.layers]
         try:
             base(input_ids=tokens[None], use_cache=False)
@@ -157,7 +158,7 @@ def _wider_layer(model: PreTrainedModel, recorded: _Recorded, number: int) -> _W
     mask = arguments.get("attention_mask")
     if mask is not None and mask.is_floating_point():
         arguments["attention_mask"] = mask.to(dtype)
-    router, found = _router(layer), list[Any]()
+    router, found = router_of(layer), list[Any]()
     if router is not None:
         layer.mlp.experts.config._experts_implementation = "eager"  # grouped kernels have no wide dtype
         router.register_forward_hook(lambda module, args, output: found.append(output))
@@ -183,11 +184,6 @@ def _widened(module: torch.nn.Module) -> Any:
             F.rms_norm, normalized_shape=shape, weight=norm.weight, eps=norm.variance_epsilon
         )
     return copied
-
-
-def _router(layer: Any) -> torch.nn.Module | None:
-    """Return a decoder layer's router, which gives logits, scores and experts; None without experts."""
-    return getattr(layer.mlp, "gate", None)
 
 
 def _log_probs(

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from megatron_fipo.batch import routing_dtype
 from megatron_fipo.shapes.architecture import Architecture
 
-_ROUTER = "TopKRouter"  # suffix of the classes in transformers; they return logits, weights and experts
+
+def router_of(layer: Any) -> torch.nn.Module | None:
+    """Return a transformers decoder layer's router, which returns logits, weights and experts; None without experts."""
+    return getattr(layer.mlp, "gate", None)
 
 
 class RoutingRecorder:
@@ -27,7 +30,7 @@ class RoutingRecorder:
             ValueError: the model has not one router a layer.
         """
         assert arch.experts is not None
-        routers = [module for module in model.modules() if type(module).__name__.endswith(_ROUTER)]
+        routers = [router for router in map(router_of, model.model.layers) if router is not None]
         if len(routers) != arch.num_layers:
             raise ValueError(
                 f"{type(model).__name__} has {len(routers)} routers that are known, but {arch.num_layers} layers: its "

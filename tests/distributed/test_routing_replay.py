@@ -183,7 +183,7 @@ def _replay_what_was_sampled(path: Path, rollouts: Rollouts) -> dict[str, Any]:
     batch = TrainBatch((actor.pack(_with_routing(rollouts), range(len(rollouts))),))
     (layers,) = actor.routing._chunks
     chosen = []
-    with actor.routing.recording(batch):
+    with actor.routing.recording():
         actor.log_probs(batch)
     chosen += [recorded.experts for recorded in layers.take()]
     prepared = actor.with_old_log_probs(batch)

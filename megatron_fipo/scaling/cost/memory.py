@@ -296,9 +296,8 @@ def rollout_memory(arch: Architecture, config: Config, stage: int) -> RolloutMem
     engine = ParallelConfig(world_size=size, tensor=size)
     kv_heads = max(1, arch.num_kv_heads // size)
     parameters = num_parameters(arch, engine, stage=0)
-    if (
-        arch.experts
-    ):  # the engine splits each of them over its GPUs; the trainer's tensor-parallel ranks have whole ones
+    if arch.experts:
+        # The engine splits each of them over its GPUs; the trainer's tensor-parallel ranks have whole ones.
         experts = arch.num_layers * arch.experts.count * 3 * arch.hidden_size * arch.experts.ffn_hidden_size
         parameters -= experts - experts // size
     return RolloutMemory(
