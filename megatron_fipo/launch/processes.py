@@ -33,7 +33,7 @@ def start_method() -> str:
 
 def context() -> Any:
     """Return multiprocessing's context of ranks."""
-    multiprocessing.set_forkserver_preload(["megatron_fipo.trainer", "megatron_fipo.launch.rank"])
+    multiprocessing.set_forkserver_preload(["megatron_fipo.launch.preload"])
     return multiprocessing.get_context(start_method())
 
 

@@ -33,9 +33,9 @@ _LOG_TAIL = 1 << 18  # bytes
 
 def _start_rank(task: RankTask) -> None:
     """Run a rank, in the process that was started for it."""
-    from megatron_fipo.launch.rank import main
+    from megatron_fipo.launch.preload import rank_main
 
-    main(task)
+    rank_main(task)
 
 
 class Supervisor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -61,13 +61,16 @@ def test_chain_of_jobs_goes_on(finished: tuple[Job, Path], train: Train) -> None
 
 
 def test_error_ends_the_chain(train: Train, tmp_path: Path) -> None:
-    """An exception in one rank fails the job within 30 seconds and is the first error in its log; since it would
-    happen again, the job is not requeued, and the one that waits for its success is cancelled."""
+    """An exception in one rank fails the job within 30 seconds (on a busy machine, within half the time that it took to
+    get there) and is the first error in its log; since it would happen again, the job is not requeued, and the one that
+    waits for its success is cancelled."""
     job = train(tmp_path / "run", "raises")
     waiting = (f"--dependency=afterok:{job.number}", "--kill-on-invalid-dep=yes")
     after = train(tmp_path / "after", "parity", options=waiting)
     ended = job.wait(seconds=SECONDS)
-    assert time.time() - (tmp_path / "run" / "raised").stat().st_mtime < 30.0
+    started, stopped = (datetime.fromisoformat(ended[name]).timestamp() for name in ("StartTime", "EndTime"))
+    raised = (tmp_path / "run" / "raised").stat().st_mtime
+    assert stopped - raised < max(30.0, (raised - started) / 2)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), job.output()
     errors = [line for line in job.output().splitlines() if re.search("error|traceback|fail", line, re.IGNORECASE)]
     assert re.search("rank 1 on node.* RuntimeError: the reward model has gone", errors[0]), job.output()

@@ -14,9 +14,8 @@ import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
 import megatron_fipo.checkpoint
-import megatron_fipo.launch.rank
-import megatron_fipo.rollout
-import megatron_fipo.trainer  # noqa: F401
+import megatron_fipo.launch.preload
+import megatron_fipo.rollout  # noqa: F401
 
 # A full collection walks every object that exists: half a second for these modules, in each rank anew, and it writes to
 # pages that ranks would otherwise share.

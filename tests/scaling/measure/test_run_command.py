@@ -167,7 +167,9 @@ def test_experts_of_an_engine_are_replayed(model: Path, tmp_path: Path) -> None:
 
 def test_too_big_is_a_row(model: Path, tmp_path: Path) -> None:
     """A rank whose allocator is refused memory ends the run with code 3 and a row that says so, which stays."""
-    asked = _measurement(model, tmp_path, memory_bytes=12e6)
+    long = make_config(model, parallel=PARALLEL["pp2"], trainer={"tokens_per_micro_batch": 8000})
+    # Far more than the limit: some is there already, freed by what ran before.
+    asked = _measurement(model, tmp_path, config=long, sequences=Sequences((250,) * 32, 0.8), memory_bytes=12e6)
     with pytest.raises(typer.Exit) as ended:
         measure(asked, lengths_given=True, planned=False, again=False)
     row = read_row(asked.row_path)
