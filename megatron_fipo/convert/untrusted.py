@@ -58,6 +58,7 @@ _METADATA_CLASSES = {
     "pathlib": ("Path", "PosixPath"),
     "collections": ("OrderedDict",),
 }
+_MOVED = {"pathlib._local": "pathlib"}  # where Python 3.13, and no other, says that a path's class is
 _SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # makes torch.load run code unless the caller forbids it
 _Unpickler: Any = pickle._Unpickler  # the C implementation gives no access to its instructions
 
@@ -69,6 +70,7 @@ class _Lookup:
     """Mixin that finds only the classes that torch and Megatron-Core put into metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = _MOVED.get(module, module)
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)  # type: ignore[misc]

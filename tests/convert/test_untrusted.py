@@ -69,6 +69,17 @@ def test_metadata_is_what_torch_reads(tmp_path: Path) -> None:
     assert FileSystemReader.read_metadata is plain
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_from_any_python(module: str, tmp_path: Path) -> None:
+    """Torch stores where it wrote a checkpoint, and Python 3.13 calls the module of that path by another name."""
+    content = pickle.dumps(metadata(storage_meta=StorageMeta(checkpoint_id=Path("a/step_1"))), 2)
+    here = b"c" + type(tmp_path).__module__.encode() + b"\n"
+    assert content.count(here) == 1
+    found = read_metadata(write(tmp_path, content.replace(here, b"c" + module.encode() + b"\n")))
+    assert found.storage_meta is not None
+    assert found.storage_meta.checkpoint_id == Path("a/step_1")
+
+
 @pytest.mark.parametrize(
     "target",
     [
