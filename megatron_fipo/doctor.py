@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from packaging.requirements import Requirement
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -146,6 +147,15 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         raise Missing("not installed") from None
+
+
+def _megatron() -> str:
+    version = _version("megatron-core")
+    needed = map(Requirement, metadata.requires("megatron-fipo") or ())
+    for allowed in (requirement.specifier for requirement in needed if requirement.name == "megatron-core"):
+        if version not in allowed:
+            raise Missing(f"{version}, which is not {allowed}")
+    return version
 
 
 def _torch() -> str:
@@ -310,7 +320,7 @@ COMPONENTS = (
     Component("PyTorch", _torch, "nothing works"),
     Component("GPU", _gpus, "gloo on the CPU: laptop-size models"),
     Component("NCCL", _nccl, "no training on GPUs; CPU ranks use gloo"),
-    Component("megatron-core", _package("megatron-core"), "no training, no evaluation"),
+    Component("megatron-core", _megatron, "no training, no evaluation"),
     Component("transformers", _package("transformers"), "no tokenizer, no rollouts"),
     Component(
         "Transformer Engine",

@@ -41,6 +41,16 @@ def test_reports_what_is_installed():
     assert found("PyTorch").found.startswith(torch.__version__)
 
 
+@pytest.mark.parametrize("version", ["0.16.0", "0.20.0"])
+def test_a_megatron_that_is_not_supported(monkeypatch, version):
+    """A release before the oldest or after the newest counts as missing, and the ones that will do are named."""
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.11", "megatron-core<0.20,>=0.16.1"])
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert found("megatron-core")[1:] == (f"{version}, which is not <0.20,>=0.16.1", False)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.19.2")
+    assert found("megatron-core")[1:] == ("0.19.2", True)
+
+
 def test_what_compiling_for_gpus_lacks(monkeypatch):
     """The first thing that is missing, or what is there."""
     monkeypatch.setattr(fused_kernels, "gpu_compiler_problem", lambda: "there is no C compiler: install gcc, or set CC")

@@ -15,6 +15,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_fipo.parallel.megatron_versions import gradients_for_norm
+
 
 def finalize_gradients(
     chunks: list[DistributedDataParallel],
@@ -47,7 +49,7 @@ def squared_norm(optimizers: Sequence[MegatronOptimizer]) -> torch.Tensor:
     by_group: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
     for optimizer in optimizers:
         shared = by_group.setdefault(optimizer.get_grad_stats_parallel_group(), [])
-        shared += optimizer.get_main_grads_for_grad_norm()
+        shared += gradients_for_norm(optimizer)
     device = torch.cuda.current_device()
     total = torch.zeros((), device=device)
     for group, gradients in by_group.items():

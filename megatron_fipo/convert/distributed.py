@@ -302,7 +302,7 @@ def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str
     _agree(f"{path} lacks {', '.join(lacking[:5])}" if lacking else None)
     try:
         with code_refused(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, about names that Megatron-Core 0.16 uses
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, about names that Megatron-Core uses
             return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
     except CheckpointException as error:  # an error of any rank while planning or reading
         reason, _ = next(iter(error.failures.values()))

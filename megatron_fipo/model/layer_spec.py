@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.model.attention import PackedAttention
+from megatron_fipo.parallel.megatron_versions import name_missing_kernels
 
 
 class RMSNorm:
@@ -55,6 +55,5 @@ def _torch_layer(config: TransformerConfig) -> ModuleSpec:
         # Transformer Engine fuses a norm into the next linear layer, but not into experts: use its names, so that each
         # spec can load the other's checkpoints.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-        if not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # Megatron-Core 0.16 reads it even without Transformer Engine
+        name_missing_kernels()
     return layer

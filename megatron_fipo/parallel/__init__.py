@@ -3,13 +3,14 @@
 import warnings
 
 from megatron_fipo import fused_kernels
-from megatron_fipo.parallel import cpu_backend
+from megatron_fipo.parallel import cpu_backend, megatron_versions
 
 # Megatron-Core warns on every rank, at every import, about optional packages; `doctor` reports them once.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core|torch\.jit")
-# torch 2.13 renames collectives that Megatron-Core 0.16 calls by their names in torch 2.11.
+# torch 2.13 renames collectives that Megatron-Core calls by their names in torch 2.11.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
+megatron_versions.quiet_deprecation()
 fused_kernels.hide_unusable()
 cpu_backend.install()

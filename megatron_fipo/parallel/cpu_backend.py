@@ -1,6 +1,6 @@
 """CPU backend for Megatron-Core: redirects its unconditional CUDA calls to the CPU.
 
-Megatron-Core 0.16 asks for `torch.cuda.current_device()`, passes `device="cuda"` literals, keeps its random states in
+Megatron-Core asks for `torch.cuda.current_device()`, passes `device="cuda"` literals, keeps its random states in
 the CUDA generator and compares parameter types with `"torch.cuda.FloatTensor"`. `install` redirects those calls; it
 does nothing on a machine with a GPU, and must run before the first `import megatron.core`.
 """
