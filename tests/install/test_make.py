@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def _commands(directory: Path, *arguments: str) -> list[str]:
     """Commands that make would run, with environments in `directory`."""
-    given = [f"VENV={directory}/v", f"VLLM_VENV={directory}/vllm", *arguments]
+    given = [f"VENV={directory}/v", f"VLLM_VENV={directory}/vllm", f"MEGATRON_VENV={directory}/megatron", *arguments]
     done = subprocess.run(["make", "-n", "-C", str(ROOT), *given], capture_output=True, text=True, check=True)
     return done.stdout.replace("\\\n", "").splitlines()
 
@@ -70,6 +72,39 @@ def test_one_for_cpus_is_made_anew(tmp_path: Path) -> None:
     _place(commands, f"rm -f {tmp_path}/v/.installed {tmp_path}/v/.installed-gpu")
 
 
+def test_the_other_megatron(tmp_path: Path) -> None:
+    """Its torch needs no other environment; the rest comes after the first one's, and is another Megatron-Core."""
+    commands = _commands(tmp_path, "megatron-env", "GPU=no")
+    pip = f"{tmp_path}/megatron/bin/python -m pip install -q"
+    order = [
+        _place(commands, f"-m venv --clear {tmp_path}/megatron"),
+        _place(commands, f"touch {tmp_path}/megatron/.torch"),
+        _place(commands, f"touch {tmp_path}/v/.installed"),
+        _place(commands, f"{pip} -r {tmp_path}/megatron/.installed.txt -e"),
+        _place(commands, f"touch {tmp_path}/megatron/.installed"),
+    ]
+    assert order == sorted(order)
+
+
+def test_pythons(tmp_path: Path) -> None:
+    """The first program that is a Python of a right version; one that fails, as pyenv's shims do, is passed over."""
+    versions = {"python3": "(3, 11)", "python3.12": "(3, 12)", "python3.13": None, "python3.11": "(3, 11)"}
+    for name, version in versions.items():
+        fake = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+        body = f"exec {sys.executable} -c '{fake}' \"$2\"" if version else "exit 127"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYENV_ROOT": str(tmp_path)}
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), "--eval", "chosen: ; @echo $(PYTHON) $(MEGATRON_PYTHON)", "-s", "chosen"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout.split() == ["python3", "python3.12"]
+
+
 def test_versions_agree() -> None:
     """The extra and the installer name the same Transformer Engine; Makefile and extra the same torch for CPUs."""
     version = install_transformer_engine.VERSION
@@ -77,6 +112,9 @@ def test_versions_agree() -> None:
     torch = re.search(r"^TORCH_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert torch is not None
     assert PROJECT["optional-dependencies"]["cpu"] == [f"torch=={torch[1]}"]
+    oldest = re.search(r"^MEGATRON_OLDEST := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert oldest is not None
+    assert f"megatron-core>={oldest[1]},<0.20" in PROJECT["dependencies"]
 
 
 @pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"]))
