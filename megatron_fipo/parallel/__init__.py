@@ -11,6 +11,6 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron
 # torch 2.13 renames collectives that Megatron-Core calls by their names in torch 2.11.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
-megatron_versions.quiet_deprecation()
+megatron_versions.quiet_notices()
 fused_kernels.hide_unusable()
 cpu_backend.install()

@@ -8,9 +8,15 @@ tests/megatron/test_signatures.py, which compares their signatures.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
+
+_NOTICES = {
+    "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",  # since 0.18
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # since 0.19: no new features, of which this project needs none
+}
 
 
 def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
@@ -20,9 +26,14 @@ def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
     return list(optimizer.get_grads_for_grad_norm())  # since 0.19
 
 
-def quiet_deprecation() -> None:
-    """Keep each model chunk from logging that GPTModel gets no new features: this project needs none (since 0.19)."""
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+def quiet_notices() -> None:
+    """Drop what Megatron-Core logs as a warning at every start, though it asks nothing of a user; call it once."""
+    for module, beginning in _NOTICES.items():
+        logging.getLogger(f"megatron.core.{module}").addFilter(partial(_is_other, beginning))
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 def name_missing_kernels() -> None:
