@@ -128,7 +128,7 @@ test-tools: install
 
 # What calls most of Megatron-Core, first the signatures of what is called.
 ON_MEGATRON ?= tests/megatron tests/parallel tests/shapes tests/distributed tests/actor tests/test_trainer.py \
-  $(addprefix tests/checkpoint/,test_layouts.py test_checkpointer.py) $(addprefix tests/convert/,test_convert.py test_training_checkpoint.py)
+  $(addprefix tests/checkpoint/,test_layouts.py test_checkpointer.py) tests/convert/test_training_checkpoint.py
 test-megatron: megatron-env  ## tests on the other Megatron-Core; all that need nothing else: ON_MEGATRON=tests
 	$(MEGATRON_VENV)/bin/python -m pytest -q $(WORKERS_SHARE_FILES) -m "$(EVERYWHERE)" $(ON_MEGATRON)
 
