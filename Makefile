@@ -89,7 +89,7 @@ $(MEGATRON_VENV)/.torch: Makefile
 $(MEGATRON_VENV)/.installed: $(MEGATRON_VENV)/.torch $(INSTALLED)
 	$(BIN)/python -c 'from importlib import metadata; print("megatron-core" + \
 	  (">$(MEGATRON_OLDEST)" if metadata.version("megatron-core") == "$(MEGATRON_OLDEST)" else "==$(MEGATRON_OLDEST)"))' > $@.txt
-	$(MEGATRON_VENV)/bin/python -m pip install -q -r $@.txt -e '.[dev,aligner]'
+	MEGATRON_FIPO_CUDA=0 $(MEGATRON_VENV)/bin/python -m pip install -q -r $@.txt -e '.[dev,aligner]'
 	touch $@
 
 quickstart: install  ## make a tiny base model, train it with FIPO on 4 ranks, evaluate, report (about 4 minutes)
