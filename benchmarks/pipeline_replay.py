@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
+from megatron_fipo.shapes.schedule import Schedule
 
 DATA = Path(__file__).parent / "data" / "pipeline_profiles.csv"
 MEGATRON = ("baseline", "redis")  # profiled and measured under Megatron's schedule

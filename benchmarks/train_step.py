@@ -75,7 +75,7 @@ def baseline_step(arch: Architecture, config: Config, topology: Topology, batch:
     fused = use_transformer_engine(config.model.transformer_engine)
     model = CrossEntropyModel(
         config=megatron_config,
-        transformer_layer_spec=decoder_spec(megatron_config, fused, None, topology.pp.rank()),
+        transformer_layer_spec=decoder_spec(megatron_config, fused, None, topology.pp.rank(), own_attention=False),
         vocab_size=arch.padded_vocab_size(topology.tp.size()),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=topology.is_first_stage,

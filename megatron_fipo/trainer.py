@@ -114,7 +114,8 @@ class Trainer:
     def _make_profile(self) -> PipelineProfile:
         """Return the profile, and record every run of the actor's schedule in it."""
         directory = self.config.run_directory / "traces"
-        profile = PipelineProfile(self.actor.chunks[0].config, self.topology.pp, directory)
+        chunks = self.config.parallel.sequence_chunks
+        profile = PipelineProfile(self.actor.chunks[0].config, self.topology.pp, directory, chunks)
         self.actor.recorder = profile.recorder
         return profile
 

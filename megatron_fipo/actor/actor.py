@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fipo.actor.credit import RECORDED
 from megatron_fipo.actor.digest import digest
 from megatron_fipo.actor.interface import AlignableGenerativeInterface
 from megatron_fipo.actor.loss import Loss, PolicyLoss
 from megatron_fipo.actor.optimizer import PolicyOptimizer, UpdateStatistics, wrap_for_training
+from megatron_fipo.actor.pipeline import Pipeline, Report
 from megatron_fipo.actor.routing import PolicyRouting
 from megatron_fipo.algorithm import loss_config
 from megatron_fipo.algorithm.metrics import Mean, Metrics, all_reduce, finalize, merge
@@ -33,7 +32,6 @@ from megatron_fipo.model.architecture import Architecture
 from megatron_fipo.model.policy import PolicyModel
 from megatron_fipo.parallel.collectives import any_rank, broadcast
 from megatron_fipo.parallel.context import gather_tokens
-from megatron_fipo.parallel.known_shapes import KnownShapes
 from megatron_fipo.parallel.topology import Topology
 
 
@@ -85,6 +83,7 @@ class FIPOActor(AlignableGenerativeInterface):
         self.chunks = self._make_chunks()
         self.routing = PolicyRouting(self.chunks, arch, config, topology)
         self.wrapped = wrap_for_training(self.chunks, config.optimizer, topology)
+        self._pipeline = Pipeline(self.wrapped, arch, config.parallel, topology)
         self.optimizer = PolicyOptimizer(self.wrapped, config.optimizer, topology)
         self.last_update: UpdateStatistics | None = None
         self._given: tuple[int, int] | None = None  # engine's version and digest of the weights that it was given last
@@ -125,7 +124,7 @@ class FIPOActor(AlignableGenerativeInterface):
         if not forward_only:
             self.routing.check(batch)
         self._record = [] if self.records and not forward_only else None
-        reports = self._run(batch.micro_batches, self._loss_step, forward_only=forward_only)
+        reports = self._run(batch.micro_batches, self._loss_report, forward_only=forward_only)
         measured: Metrics = {}
         if not forward_only:
             squared = self.optimizer.squared_norm().double()
@@ -207,7 +206,7 @@ class FIPOActor(AlignableGenerativeInterface):
         update on the same batch.
         """
         with torch.no_grad():
-            outputs = self._run(batch.micro_batches, self._log_prob_step, forward_only=True)
+            outputs = self._run(batch.micro_batches, self._log_prob_report, forward_only=True)
         return [values[0] for values in self._on_every_stage(outputs, batch, kinds=1)]
 
     def with_old_log_probs(self, batch: TrainBatch) -> TrainBatch:
@@ -230,7 +229,7 @@ class FIPOActor(AlignableGenerativeInterface):
         an update on the batch would use, at the cost of its forward pass.
         """
         with torch.no_grad():
-            outputs = self._run(batch.micro_batches, self._influence_step, forward_only=True)
+            outputs = self._run(batch.micro_batches, self._influence, forward_only=True)
         return self._on_every_stage(outputs, batch, kinds=2)
 
     def get_inference_log_probs(
@@ -324,56 +323,20 @@ class FIPOActor(AlignableGenerativeInterface):
         )
         return self.routing.of_this_rank(micro_batch)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], step: Any, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over the micro-batches; on the last stage, what `step` reported of each."""
-        collect_only = step != self._loss_step
-        iterators = [iter(micro_batches) for _ in self.wrapped]
-        interleaved = len(self.wrapped) > 1
-        messages = self._messages(micro_batches)
+    def _run(self, micro_batches: Sequence[MicroBatch], report: Report, forward_only: bool) -> list[Any]:
+        """Run the pipeline's schedule; on the last stage, what `report` said of each micro-batch's output.
+
+        `[2, R_local]`. The loss's report is (sum, denominator, metrics), and what is returned are its metrics.
+        """
         with torch.set_grad_enabled(not forward_only), self.recorder(len(micro_batches), forward_only):
-            return get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iterators if interleaved else iterators[0],
-                model=self.wrapped if interleaved else self.wrapped[0],
-                num_microbatches=len(micro_batches),
-                seq_length=1,  # each micro-batch has another
-                micro_batch_size=1,
-                forward_only=forward_only,
-                collect_non_loss_data=collect_only,
-                **messages,
-            )
+            return self._pipeline.run(micro_batches, report, report == self._loss_report, forward_only)
 
-    def _messages(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Return what gives Megatron's schedule the shapes of the pipeline's messages."""
-        topology, config = self.topology, self.chunks[0].config
-        if topology.pp.size() == 1:
-            return {}
-        share = topology.tp.size() if config.sequence_parallel else 1
-        tokens = [micro_batch.input_ids.numel() // share for micro_batch in micro_batches]
-        communicator = KnownShapes(topology.pp, config, tokens, len(self.chunks))
-        return {"p2p_communicator": communicator, "pg_collection": topology.groups}
+    def _loss_report(self, output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        return self.loss(output, micro_batch, self._record)
 
-    def _loss_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro_batch = next(micro_batches).to(self.topology.device)
-        return model(micro_batch), partial(self.loss, micro_batch=micro_batch, record=self._record)
-
-    def _log_prob_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro_batch = next(micro_batches).to(self.topology.device)
-
-        def log_probs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return gather_tokens(
-                output[0], micro_batch.response_index, micro_batch.num_response_positions, self.topology.cp
-            )[None]
-
-        return model(micro_batch), log_probs
-
-    def _influence_step(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro_batch = next(micro_batches).to(self.topology.device)
-
-        def influence(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return self._influence(output, micro_batch)
-
-        return model(micro_batch), influence
+    def _log_prob_report(self, output: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        positions, count = micro_batch.response_index, micro_batch.num_response_positions
+        return gather_tokens(output[0], positions, count, self.topology.cp)[None]
 
     def _on_every_stage(self, outputs: list[torch.Tensor], batch: TrainBatch, kinds: int) -> list[torch.Tensor]:
         """Return the last stage's [K, R] of each micro-batch as float32 on the host. Broadcast over the pipeline."""

@@ -89,6 +89,16 @@ def layout_problems(p: ParallelConfig) -> list[str]:
         problems.append("parallel.sequence=true requires parallel.tensor > 1")
     if p.virtual_pipeline > 1 and p.pipeline == 1:
         problems.append("parallel.virtual_pipeline > 1 requires parallel.pipeline > 1")
+    if p.sequence_chunks > 1 and p.virtual_pipeline > 1:
+        problems.append(
+            f"parallel.sequence_chunks {p.sequence_chunks} cannot be combined with parallel.virtual_pipeline "
+            f"{p.virtual_pipeline}: set one of them to 1"
+        )
+    if p.sequence_chunks > 1 and p.context > 1:
+        problems.append(
+            f"parallel.sequence_chunks {p.sequence_chunks} cannot be combined with parallel.context {p.context}, whose "
+            "ranks hold a piece from each end of a sequence: set one of them to 1"
+        )
     uneven = p.first_stage_layers is not None or p.last_stage_layers is not None
     if uneven and p.pipeline == 1:
         problems.append("parallel.first_stage_layers and last_stage_layers require parallel.pipeline > 1")

@@ -94,6 +94,13 @@ class ParallelConfig:
     last_stage_layers: int | None = setting(
         None, "Uneven pipeline: layers of the last stage; null: as the others", resume="free", at_least=1
     )
+    sequence_chunks: int = setting(
+        1,
+        "Chunks of each micro-batch's tokens that go through the pipeline one after another: activations of about PP + "
+        "chunks, instead of PP times chunks; 1: whole micro-batches",
+        resume="free",
+        at_least=1,
+    )
     timeout_minutes: float = setting(
         30.0,
         "Maximum wait for other ranks, which may still generate; then the run ends",

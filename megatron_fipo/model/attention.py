@@ -6,6 +6,9 @@ supports both and is used where it is installed. Kernels used here:
 GPU since sm_80, 16 bits, head width a multiple of 8 up to 192: torch's flash attention, one call for all sequences.
 Otherwise: `scaled_dot_product_attention`, sequence by sequence.
 
+With sequence chunks (`model.sequence_chunks`) the keys of a sequence begin before its queries; both end at the same
+token.
+
 Letters: N packed tokens on this rank, H query heads, K key/value heads, D head width, S sequences, C context-parallel
 ranks.
 """
@@ -27,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.batch import zigzag_positions
 from megatron_fipo.model.rotation import Rotation, rotate
+from megatron_fipo.model.sequence_chunks import SequenceChunk
 
 _FLASH_CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 _FLASH_HEAD_WIDTHS = range(8, 193, 8)  # wider heads have no backward pass on some of these GPUs
@@ -38,24 +42,41 @@ class PackedSequences(PackedSeqParams):
 
     Attributes:
         lengths: tokens of each whole sequence, including padding.
+        key_lengths: those that queries attend to; the same, unless there are `lengths` more before a chunk.
         rotation: for this rank's queries and keys; None: they are already rotated.
+        chunk: of a micro-batch that is computed in sequence chunks.
     """
 
     lengths: tuple[int, ...] = ()
+    key_lengths: tuple[int, ...] = ()
     rotation: Rotation | None = None
+    chunk: SequenceChunk | None = None
 
     @staticmethod
-    def of(ends: torch.Tensor, lengths: Sequence[int], rotation: Rotation | None = None) -> PackedSequences:
+    def of(
+        ends: torch.Tensor,
+        lengths: Sequence[int],
+        rotation: Rotation | None = None,
+        chunk: SequenceChunk | None = None,
+    ) -> PackedSequences:
         """Describe sequences of these lengths; `ends` [S + 1] int32 is their cumulative sum from 0, on the device."""
+        keys = lengths if chunk is None else chunk.key_lengths
         return PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
+            cu_seqlens_kv=ends if chunk is None else _ends(keys, ends),
             max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
+            max_seqlen_kv=max(keys),
             lengths=tuple(lengths),
+            key_lengths=tuple(keys),
             rotation=rotation,
+            chunk=chunk,
         )
+
+
+def _ends(lengths: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(like.dtype)
+    return ends.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else ends
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -96,6 +117,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None
         self.scale = softmax_scale
+        self.layer_number = layer_number
         self.context_group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
@@ -111,14 +133,16 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         if packed_seq_params.rotation is not None:
             query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
-        lengths = list(packed_seq_params.lengths)
+        if packed_seq_params.chunk is not None:
+            key, value = packed_seq_params.chunk.with_earlier(self.layer_number, key, value)
+        lengths, key_lengths = list(packed_seq_params.lengths), list(packed_seq_params.key_lengths)
         if self.context_group.size() > 1:
             outputs = self._attend_over_ranks(query, key, value, lengths)
         elif flash_takes(query):
             return flash(query, key, value, packed_seq_params, self.scale).flatten(1)
         else:
-            pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-            outputs = [self._attend(q, k, v, None) for q, k, v in pieces]
+            pieces = zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths), strict=True)
+            outputs = [self._attend(q, k, v, _mask(q, k)) for q, k, v in pieces]
         return torch.cat(outputs).flatten(1)
 
     def _attend_over_ranks(
@@ -144,6 +168,14 @@ class PackedAttention(MegatronModule):
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
         return out.squeeze(0).transpose(0, 1)
+
+
+def _mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Return `[n, m]` bool, causal with the last query at the last key; None where there are as many of both."""
+    queries, keys = len(query), len(key)
+    if queries == keys:
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
 
 
 def flash_takes(query: torch.Tensor) -> bool:
@@ -173,9 +205,11 @@ def flash(
 
     Uses the operator behind torch's varlen_attn, whose own arguments differ between torch 2.11 and 2.13.
     """
-    # A bound of 1 would select a decoding kernel, which rearranges heads; only a padding token is that short.
-    ends, longest = packed.cu_seqlens_q, max(2, packed.max_seqlen_q)
+    # A bound of 1 would select a decoding kernel, which rearranges heads; only padding or a chunk is that short. With
+    # more keys than queries the kernel's causal mask ends at the last key of both, as is needed.
+    longest, longest_keys = max(2, packed.max_seqlen_q), max(2, packed.max_seqlen_kv)
+    ends, key_ends = packed.cu_seqlens_q, packed.cu_seqlens_kv
     output, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scale
+        query, key, value, ends, key_ends, longest, longest_keys, 0.0, True, False, scale=scale
     )
     return output

@@ -74,7 +74,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         deallocate_pipeline_outputs=on_gpu,
         bias_activation_fusion=fused or compile_activation(),  # torch.compile, also with Transformer Engine
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and p.sequence_chunks == 1,  # it has no positions that begin inside a sequence
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         deterministic_mode=on_gpu and config.run.deterministic,
@@ -121,6 +121,7 @@ def _build_chunk(
         use_transformer_engine(config.model.transformer_engine),
         vp_stage,
         topology.pp.rank(),
+        own_attention=config.parallel.sequence_chunks > 1,
     )
     model = PolicyModel(
         config=megatron_config,

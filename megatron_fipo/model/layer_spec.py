@@ -24,9 +24,13 @@ class RMSNorm:
 
 
 def decoder_spec(
-    config: TransformerConfig, transformer_engine: bool, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig, transformer_engine: bool, vp_stage: int | None, pp_rank: int, own_attention: bool
 ) -> TransformerBlockSubmodules:
-    """Return the spec of the decoder layers of one model chunk."""
+    """Return the spec of the decoder layers of one model chunk.
+
+    Args:
+        own_attention: `PackedAttention`, also in Transformer Engine's layers.
+    """
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -37,6 +41,8 @@ def decoder_spec(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if own_attention:
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     return TransformerBlockSubmodules(layer_specs=[_torch_layer(config)] * layers, layer_norm=RMSNorm)
 

@@ -16,6 +16,7 @@ from megatron_fipo.batch import MicroBatch
 from megatron_fipo.model.attention import PackedSequences
 from megatron_fipo.model.rotation import rotation
 from megatron_fipo.model.routing import ChunkRouting
+from megatron_fipo.model.sequence_chunks import SequenceChunk
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 
 _LENGTH_STEP = 512  # tokens
@@ -44,14 +45,17 @@ class PolicyModel(GPTModel):
     chunk: int = 0
     _table: torch.Tensor | None = None
 
-    def forward(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def forward(self, micro_batch: MicroBatch, chunk: SequenceChunk | None = None) -> torch.Tensor:
         """Return hidden states `[N / (C * sequence-parallel ranks), 1, hidden]`, or on the last stage `[2, R_local]`.
 
         The latter are float32: the log-probability of each response token on this context-parallel rank, and the
         entropy of the distribution it was sampled from, both at the sampling temperature.
+
+        Args:
+            chunk: of `micro_batch`, if it is a chunk of one (`sequence_chunks.cut`).
         """
         fused = self.config.apply_rope_fusion
-        packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch)
+        packed = self._packed_for_fused_kernels(micro_batch) if fused else self._packed(micro_batch, chunk)
         with self._routed(micro_batch):
             hidden = self.decoder(
                 hidden_states=self._embedded(micro_batch) if self.pre_process else None,
@@ -80,11 +84,11 @@ class PolicyModel(GPTModel):
         ids, positions = micro_batch.input_ids.unsqueeze(0), micro_batch.position_ids.unsqueeze(0)
         return self.embedding(input_ids=ids, position_ids=positions)
 
-    def _packed(self, micro_batch: MicroBatch) -> PackedSequences:
+    def _packed(self, micro_batch: MicroBatch, chunk: SequenceChunk | None) -> PackedSequences:
         """Return the micro-batch's description for `PackedAttention`, which also applies RoPE."""
-        bound, dtype = micro_batch.max_seqlen, self.config.params_dtype
+        bound, dtype = max(chunk.key_lengths) if chunk else micro_batch.max_seqlen, self.config.params_dtype
         turned = rotation(self.rotary_pos_emb, micro_batch.position_ids, bound, dtype)
-        return PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths, turned)
+        return PackedSequences.of(micro_batch.cu_seqlens, micro_batch.padded_lengths, turned, chunk)
 
     def _packed_for_fused_kernels(self, micro_batch: MicroBatch) -> PackedSeqParams:
         bound = kernel_max_seqlen(micro_batch.max_seqlen)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.parallel.collectives import gather
-from megatron_fipo.scaling.pipeline.schedule import Exchange, Message, Pass, Schedule, Step, Wait
 from megatron_fipo.scaling.pipeline.timeline import Bubble, Span, Timeline, trace_events, write_trace
+from megatron_fipo.shapes.schedule import Exchange, Message, Pass, Schedule, Step, Wait
 
 _PASSES = {"forward-compute": "forward", "backward-compute": "backward"}
 _CALLS = ("-send", "-recv")
@@ -98,15 +98,19 @@ class PipelineRecorder:
     timelines of all stages on every rank.
     """
 
-    def __init__(self, model_config: Any, group: dist.ProcessGroup, sends_shapes: bool = False) -> None:
+    def __init__(
+        self, model_config: Any, group: dist.ProcessGroup, sends_shapes: bool = False, sequence_chunks: int = 1
+    ) -> None:
         """Synchronize the clocks of the pipeline's ranks.
 
         Args:
             model_config: TransformerConfig of the recorded model.
             group: the pipeline's ranks.
             sends_shapes: messages are preceded by their shapes, as in Megatron's own communicator.
+            sequence_chunks: of each micro-batch (`parallel.sequence_chunks`).
         """
         self._config, self._group, self._sends_shapes = model_config, group, sends_shapes
+        self._sequence_chunks = sequence_chunks
         self._runs: list[_Timers] = []
         self._clock = self._common_clock()
 
@@ -120,6 +124,7 @@ class PipelineRecorder:
             group_size=config.microbatch_group_size_per_vp_stage,
             forward_only=forward_only,
             overlap=config.overlap_p2p_comm,
+            sequence_chunks=self._sequence_chunks,
         )
         run = _Timers(schedule, self._clock)
         others, config.timers = config.timers, run
@@ -149,9 +154,9 @@ class PipelineRecorder:
 class PipelineProfile:
     """Recorder of a training run: metrics for its log, and traces of the latest update."""
 
-    def __init__(self, model_config: Any, group: dist.ProcessGroup, directory: Path) -> None:
+    def __init__(self, model_config: Any, group: dist.ProcessGroup, directory: Path, sequence_chunks: int = 1) -> None:
         """Create it on all ranks of a pipeline. `directory` gets `rank_R.json`, a Chrome trace of the rank's stage."""
-        self.recorder = PipelineRecorder(model_config, group)
+        self.recorder = PipelineRecorder(model_config, group, sequence_chunks=sequence_chunks)
         self._stage, self._directory = group.rank(), directory
 
     def finish_step(self) -> dict[str, float]:

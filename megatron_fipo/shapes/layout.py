@@ -101,6 +101,11 @@ def _mlp_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
             problems.append(f"parallel.expert {p.expert}: a {arch.model_type} model has no experts")
         return problems
     problems = []
+    if p.sequence_chunks > 1:
+        problems.append(
+            f"parallel.sequence_chunks {p.sequence_chunks} is for models without experts: set it to 1 for a "
+            f"{arch.model_type} model"
+        )
     if arch.experts.count % p.expert:
         legal = [e for e in range(1, arch.experts.count + 1) if arch.experts.count % e == 0]
         problems.append(

@@ -80,9 +80,9 @@ def _found(path: Path, parallel: dict[str, int]) -> list[Counter[str]]:
         batch = batch.with_token_values(old_log_probs=actor.log_probs(batch))
         actor.prepare_for_training_step()
         with counted_syncs() as update:
-            actor._run(batch.micro_batches, actor._loss_step, forward_only=False)
+            actor._run(batch.micro_batches, actor._loss_report, forward_only=False)
         with counted_syncs() as log_probs, torch.no_grad():
-            actor._run(batch.micro_batches, actor._log_prob_step, forward_only=True)
+            actor._run(batch.micro_batches, actor._log_prob_report, forward_only=True)
         with counted_syncs() as measure:
             squared = actor.optimizer.squared_norm()
         norm = math.sqrt(squared.item())

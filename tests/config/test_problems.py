@@ -31,6 +31,18 @@ def test_layout_arithmetic(file: Path) -> None:
         (["parallel.sequence=true"], "parallel.sequence=true requires parallel.tensor > 1"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline > 1 requires parallel.pipeline > 1"),
         (
+            [
+                *("parallel.sequence_chunks=4", "parallel.virtual_pipeline=2", "parallel.pipeline=2"),
+                "parallel.world_size=2",
+            ],
+            "parallel.sequence_chunks 4 cannot be combined with parallel.virtual_pipeline 2: set one of them to 1",
+        ),
+        (
+            ["parallel.sequence_chunks=4", "parallel.context=2", "parallel.world_size=2"],
+            "parallel.sequence_chunks 4 cannot be combined with parallel.context 2, whose ranks hold a piece from each "
+            "end of a sequence: set one of them to 1",
+        ),
+        (
             ["parallel.last_stage_layers=2"],
             "parallel.first_stage_layers and last_stage_layers require parallel.pipeline > 1",
         ),

@@ -17,7 +17,7 @@ import megatron_fipo.trainer
 from megatron_fipo.config import Config
 from megatron_fipo.parallel import topology as topologies
 from megatron_fipo.trainer import Trainer
-from tests.support.markdown import NAMES, blocks
+from tests.support.markdown import NAMES, ROOT, blocks
 from tests.support.policies import make_config, make_task, save_tokenizer
 from tests.support.ranks import run_ranks
 
@@ -79,7 +79,7 @@ def _without_group(page: str, directory: str) -> dict[str, float]:
 
 def test_which_pages_have_python() -> None:
     """These; a new one is run below without further ado."""
-    assert WITH_PYTHON == ["docs/extending.md", "docs/scaling.md"]
+    assert WITH_PYTHON == ["docs/extending.md", "docs/pipelines.md", "docs/scaling.md"]
 
 
 def test_extending(tmp_path: Path) -> None:
@@ -112,6 +112,22 @@ def test_a_step_with_the_engine_of_the_page(tmp_path: Path) -> None:
     assert row["policy/first_log_ratio_abs_max"] == 0
     assert row["policy/updates"] == 2
     assert row["mismatch/abs_mean"] > 0.1
+
+
+def test_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page shows the timelines that its program draws, and the idle shares that it prints."""
+    page = (ROOT / "docs" / "pipelines.md").read_text()
+    (block,) = (b.text for b in blocks("docs/pipelines.md") if b.language == "python")
+    exec(compile(block, "pipelines", "exec"), {})
+    *drawn, last = capsys.readouterr().out.splitlines()
+    lines = [line for line in drawn if line.startswith("stage")]
+    assert len(lines) == 12
+    assert [line for line in lines if line not in page] == []
+    assert [line for line in drawn if line not in lines] == ["43% idle", "27% idle", "16% idle"]
+    shares = [f"{100 * float(share):.1f}%" for share in last.strip("[]").split()]
+    one, interleaved, *chunked = shares
+    sentence = f"{one} idle with 1F1B, {interleaved} interleaved (2 chunks of layers), and {', '.join(chunked)} with"
+    assert sentence in page.replace("\n", " ")
 
 
 def test_scaling(tmp_path: Path) -> None:

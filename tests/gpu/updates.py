@@ -202,7 +202,7 @@ def update_without_waiting(path: Path, **sections: dict[str, Any]) -> float:
             actor.get_loss_and_metrics(batch, forward_only=False)
         actor.prepare_for_training_step()
         with _no_waiting():
-            actor._run(batch.micro_batches, actor._loss_step, forward_only=False)
+            actor._run(batch.micro_batches, actor._loss_report, forward_only=False)
             squared = actor.optimizer.squared_norm()
         return actor.optimizer.update(math.sqrt(squared.item())).grad_norm
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline import Timeline
+from megatron_fipo.shapes.schedule import Schedule
 
 TOKENS = 1_000_000
 

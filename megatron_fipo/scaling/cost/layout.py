@@ -16,6 +16,7 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 # Fields of a layout's record, in files of plans and of measured rows, beside recompute and sequence
 COUNTS = ("gpus", "tensor", "pipeline", "virtual_pipeline", "context", "expert", "tokens_per_micro_batch")
 END_STAGES = ("first_stage_layers", "last_stage_layers")
+OPTIONAL_COUNTS = (*END_STAGES, "sequence_chunks")  # absent: the setting's default
 _SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
 
 
@@ -41,25 +42,26 @@ class Layout:
     @staticmethod
     def of(config: Config) -> Layout:
         """Return the layout of a run's config."""
-        sizes = {name: getattr(config.parallel, name) for name in ("world_size", "sequence", *_SIZES, *END_STAGES)}
+        sizes = {name: getattr(config.parallel, name) for name in ("world_size", "sequence", *_SIZES, *OPTIONAL_COUNTS)}
         return Layout(ParallelConfig(**sizes), config.trainer.tokens_per_micro_batch, config.model.recompute)
 
     @staticmethod
     def from_record(
-        counts: Mapping[str, int], ends: Mapping[str, int | None], recompute: Recompute, sequence: bool | None
+        counts: Mapping[str, int], optional: Mapping[str, int | None], recompute: Recompute, sequence: bool | None
     ) -> Layout:
         """Return the layout of a record.
 
         Args:
             counts: the record's `COUNTS`.
-            ends: the record's `END_STAGES`.
+            optional: the record's `OPTIONAL_COUNTS`.
             sequence: None: sequence parallelism wherever there is tensor parallelism.
         """
         parallel = ParallelConfig(
             world_size=counts["gpus"],
             sequence=counts["tensor"] > 1 if sequence is None else sequence,
-            first_stage_layers=ends["first_stage_layers"],
-            last_stage_layers=ends["last_stage_layers"],
+            first_stage_layers=optional["first_stage_layers"],
+            last_stage_layers=optional["last_stage_layers"],
+            sequence_chunks=optional["sequence_chunks"] or 1,
             **{name: counts[name] for name in _SIZES},
         )
         return Layout(parallel, counts["tokens_per_micro_batch"], recompute)
@@ -78,13 +80,14 @@ class Layout:
             "sequence": p.sequence,
             "first_stage_layers": p.first_stage_layers,
             "last_stage_layers": p.last_stage_layers,
+            "sequence_chunks": p.sequence_chunks,
             "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "recompute": self.recompute,
         }
 
     def applied(self, config: Config) -> Config:
         """Return the config with this layout, without validation."""
-        sizes = {name: getattr(self.parallel, name) for name in ("world_size", "sequence", *_SIZES, *END_STAGES)}
+        sizes = {name: getattr(self.parallel, name) for name in ("world_size", "sequence", *_SIZES, *OPTIONAL_COUNTS)}
         return replace(
             config,
             parallel=replace(config.parallel, **sizes),
@@ -121,7 +124,10 @@ class Layout:
     @property
     def _axes(self) -> str:
         p = self.parallel
-        axes = (("TP", p.tensor), ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert))
+        axes = (
+            *(("TP", p.tensor), ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("SC", p.sequence_chunks)),
+            *(("CP", p.context), ("EP", p.expert)),
+        )
         return " ".join(f"{name}{n}" for name, n in axes if n > 1 or name in ("TP", "PP"))
 
 

@@ -246,19 +246,32 @@ def _activations(m: ModelShape, layout: Layout, stage: int, tokens: float, kept:
     """Return the bytes of micro-batches between forward and backward on this stage."""
     p, counts = layout.parallel, layout.layers(m)
     local_counts, in_flight = counts[stage :: p.pipeline], chunks_in_flight(p, stage)
+    held = _held_keys(m, p, stage, sum(local_counts), tokens, kept.item)
+    tokens, squares = tokens / p.sequence_chunks, squares / p.sequence_chunks
     one_layer = layer_memory(m, layout, tokens, kept, squares)
     layers = sum(local_counts) / len(local_counts) * in_flight
     angles = kept.angles * tokens * in_flight
     if layout.recompute != "full":  # flash attention leaves almost nothing for `selective` to drop
-        return layers * one_layer + angles
+        return layers * one_layer + angles + held
     layer_input = tokens * m.hidden_size * kept.item / (p.tensor if p.sequence else 1)
-    return layers * layer_input + one_layer + angles  # of the layer being recomputed
+    return layers * layer_input + one_layer + angles + held  # of the layer being recomputed
+
+
+def _held_keys(m: ModelShape, p: ParallelConfig, stage: int, layers: int, tokens: float, item: int) -> float:
+    """Return the bytes of keys and values for later sequence chunks: of whole micro-batches, one with gradients."""
+    if p.sequence_chunks == 1:
+        return 0.0
+    micro_batches = 1 + -(-(chunks_in_flight(p, stage) - 1) // p.sequence_chunks)
+    return layers * tokens * 2 * m.key_size_over(p.tensor) / p.tensor * (micro_batches * item + _FLOAT32)
 
 
 def chunks_in_flight(p: ParallelConfig, stage: int) -> int:
-    """Return the maximum number of this stage's forward passes whose backward is pending (1F1B)."""
+    """Return the maximum number of this stage's forward passes whose backward is pending (1F1B).
+
+    With sequence chunks a pass is of one chunk.
+    """
     if p.virtual_pipeline == 1:
-        return p.pipeline - stage
+        return p.pipeline - stage + p.sequence_chunks - 1
     return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
 
 

@@ -25,7 +25,7 @@ from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.scaling.cost.workload import Batch
 from megatron_fipo.scaling.pipeline.pipeline_time import pipeline_time
 
-Schedule = Callable[[Sequence[float], Sequence[float], int | Sequence[float], int, float], float]
+Schedule = Callable[[Sequence[float], Sequence[float], int | Sequence[float], int, float, int], float]
 PASS_PARTS = ("gemm", "attention", "elementwise", "head", "tensor", "context", "expert", "overhead")
 _ITEM = 2  # bytes of an activation
 # Bytes moved per attention score without flash kernels (written, masked, normalised and read), forward and backward;
@@ -34,6 +34,7 @@ _SCORE_BYTES = {"fused": (8, 12), "unfused": (28, 32)}
 _NORM_BYTES = {True: 4, False: 36}  # per element: one fused kernel, or torch's separate ones in float32
 _OPTIMIZER_BYTES = 34  # per element: gradient twice, two moments, float32 and narrow parameters
 _LOGIT_BYTES = 16  # per logit and pass: written, read in float32, normalised
+_ACCUMULATED_BYTES = 12  # per weight: its gradient written, read, and added to a float32 sum
 _MERGE_BYTES = 10  # per output element of a context-parallel round: read, and added to a float32 sum
 ATTENTION_BACKWARD = 0.8  # relative to the forward rate (FlashAttention-2 and -3, their figures)
 _FLASH1_SLOWER = 1.7  # FlashAttention-2 (arXiv 2307.08691): 1.7 to 3 times its first version at these lengths
@@ -146,8 +147,11 @@ class CostModel:
             context = soft.context_exposed * keys / self._bandwidth(p.tensor * p.context, p.tensor)
             context += n * m.query_size / p.tensor * p.context * _MERGE_BYTES / self._memory_rate()
         expert = exchange_seconds(m, self.hardware, layout, n) if sparse else 0.0
-        overhead = eff.layer_seconds + (self.hardware.mixture.seconds if sparse else 0.0)
-        forward: tuple[float, ...] = (gemm, attention[0], elementwise[0], 0.0, tensor, context, expert, overhead)
+        overhead = (eff.layer_seconds + (self.hardware.mixture.seconds if sparse else 0.0)) * p.sequence_chunks
+        # Matrix products of few tokens wait for memory: what each further sequence chunk moves counts in full.
+        again = (p.sequence_chunks - 1) * weights / self._memory_rate()
+        overheads = overhead + again * _ITEM, 2 * overhead + again * (_ITEM + _ACCUMULATED_BYTES)
+        forward: tuple[float, ...] = (gemm, attention[0], elementwise[0], 0.0, tensor, context, expert, overheads[0])
         factor = 2.0 if self.weight_gradients else 1.0
         backward: tuple[float, ...] = (
             gemm * factor,
@@ -157,7 +161,7 @@ class CostModel:
             tensor,
             2 * context,
             expert,
-            2 * overhead,
+            overheads[1],
         )
         if layout.recompute == "full":
             backward = tuple(b + f for b, f in zip(backward, forward, strict=True))
@@ -251,9 +255,10 @@ class CostModel:
         return self.hardware.gpu.memory_bandwidth * self.hardware.efficiency.memory
 
     def p2p(self, layout: Layout, batch: Batch) -> float:
-        """Seconds to send one micro-batch's activations to the next stage."""
+        """Seconds to send one micro-batch's activations, or one sequence chunk's, to the next stage."""
         p = layout.parallel
-        num_bytes = batch.tokens / p.context * self.model.hidden_size * _ITEM / (p.tensor if p.sequence else 1)
+        tokens = batch.tokens / p.context / p.sequence_chunks
+        num_bytes = tokens * self.model.hidden_size * _ITEM / (p.tensor if p.sequence else 1)
         near = p.world_size <= self.hardware.gpu.link_gpus
         return num_bytes / (self.hardware.link_rate if near else self.hardware.network_rate)
 
@@ -270,8 +275,9 @@ class CostModel:
         forward, backward = [sum(c.forward) for c in chunks], [sum(c.backward) for c in chunks]
         sizes = count if min(batch.sizes) == max(batch.sizes) else batch.sizes
         p2p = self.p2p(layout, batch) if p.pipeline > 1 else 0.0
-        pipeline = schedule(forward, backward, sizes, p.virtual_pipeline, p2p)
-        messages = pipeline - schedule(forward, backward, sizes, p.virtual_pipeline, 0.0) if p2p else 0.0
+        pipeline = schedule(forward, backward, sizes, p.virtual_pipeline, p2p, p.sequence_chunks)
+        free = (forward, backward, sizes, p.virtual_pipeline, 0.0, p.sequence_chunks)
+        messages = pipeline - schedule(*free) if p2p else 0.0
         stages = []
         for i in range(p.pipeline):
             own = chunks[i :: p.pipeline]

@@ -28,9 +28,9 @@ from megatron_fipo.profiling.pipeline_recorder import PipelineRecorder
 from megatron_fipo.scaling.measure.actor import MeasuredActor, make_batch
 from megatron_fipo.scaling.measure.peak_memory import PeakMemory, is_out_of_memory
 from megatron_fipo.scaling.measure.specification import Measurement
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline import Timeline, write_trace
+from megatron_fipo.shapes.schedule import Schedule
 
 RESULT = "result.json"  # file with the measurement's result
 
@@ -94,7 +94,8 @@ def _noted(notes: Notes, memory: PeakMemory) -> Iterator[None]:
 
 
 def _run(measurement: Measurement, actor: MeasuredActor, batch: TrainBatch, notes: Notes) -> _Measured:
-    recorder = PipelineRecorder(actor.chunks[0].config, actor.topology.pp)
+    chunks = measurement.config.parallel.sequence_chunks
+    recorder = PipelineRecorder(actor.chunks[0].config, actor.topology.pp, sequence_chunks=chunks)
     seconds, loss = [], 0.0
     with actor.training(), collected_by_hand() as collect_garbage:
         for step in range(measurement.warmup + measurement.steps):
@@ -138,7 +139,7 @@ def _write_result(
         "peak_memory_bytes": [peak for _, peak, _ in peaks],
         "memory_kind": kind,
         **pipeline_fields(timeline, [(stage, peak) for stage, peak, _ in peaks]),
-        **simulated_fields(measured.timelines),
+        **simulated_fields(measured.timelines, measurement.config.parallel.sequence_chunks),
         "hosts": list(dict.fromkeys(name for _, _, name in peaks)),
         "gpu_name": torch.cuda.get_device_name(topology.device) if on_gpu else None,
     }
@@ -173,12 +174,12 @@ def pipeline_fields(timeline: Timeline, peaks: Sequence[tuple[int, float]]) -> d
     }
 
 
-def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
+def simulated_fields(timelines: Sequence[Timeline], sequence_chunks: int = 1) -> dict[str, float]:
     """Simulate with the mean time of each pass and the median message time: no stragglers, no noise."""
     stages, chunks = len(timelines[0].stages), timelines[0].chunks
     passes = timelines[0].passes(0)
-    micro_batches = 1 + max(span.micro_batch for span in passes)
-    schedule = Schedule(stages, micro_batches, chunks)
+    micro_batches = (1 + max(span.micro_batch for span in passes)) // sequence_chunks
+    schedule = Schedule(stages, micro_batches, chunks, sequence_chunks=sequence_chunks)
     forward, backward = (_mean_passes(timelines, schedule, name) for name in ("forward", "backward"))
     moving = [s.transfer for t in timelines for spans in t.stages for s in spans if not s.is_pass and s.name != "wait"]
     messages = Communication(median(moving) if moving else 0.0)
@@ -187,8 +188,8 @@ def simulated_fields(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 
 def _mean_passes(timelines: Sequence[Timeline], schedule: Schedule, name: str) -> np.ndarray:
-    """Return mean seconds as [virtual stages, micro-batches]."""
-    seconds = np.zeros((schedule.virtual_stages, schedule.micro_batches))
+    """Return mean seconds as [virtual stages, micro-batches or their sequence chunks]."""
+    seconds = np.zeros((schedule.virtual_stages, schedule.units))
     for stage in range(schedule.stages):
         for spans in zip(*(t.passes(stage) for t in timelines), strict=True):
             span = spans[0]

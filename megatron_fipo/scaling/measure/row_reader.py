@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES, RECOMPUTE, Layout
+from megatron_fipo.scaling.cost.layout import COUNTS, OPTIONAL_COUNTS, RECOMPUTE, Layout
 from megatron_fipo.scaling.pipeline.timeline import Span, Timeline
 
 Status: TypeAlias = Literal["ok", "out_of_memory", "failed"]
@@ -233,7 +233,8 @@ def _layout(fields: _Fields) -> Layout:
     if sequence is not None and not isinstance(sequence, bool):
         raise ValueError(f"sequence must be true or false, got {_shown(sequence)}")
     counts = {name: fields.count(name) for name in COUNTS}
-    return Layout.from_record(counts, {name: fields.optional_count(name) for name in END_STAGES}, recompute, sequence)
+    optional = {name: fields.optional_count(name) for name in OPTIONAL_COUNTS}
+    return Layout.from_record(counts, optional, recompute, sequence)
 
 
 def _positive(fields: _Fields, name: str, expected: bool) -> float | None:

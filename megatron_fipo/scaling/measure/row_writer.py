@@ -97,7 +97,7 @@ def _base(measurement: Measurement) -> dict[str, Any]:
         "tokens": measurement.sequences.tokens,
         "predicted": _predicted(measurement),
         "closed_form_bubble_fraction": micro_batches
-        and (p.pipeline - 1) / (micro_batches * p.virtual_pipeline + p.pipeline - 1),
+        and (p.pipeline - 1) / (micro_batches * p.virtual_pipeline * p.sequence_chunks + p.pipeline - 1),
         "environment": _environment(),
     }
 

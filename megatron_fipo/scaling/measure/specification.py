@@ -68,7 +68,8 @@ def measurement_name(config: Config, gpu: str, loss: str) -> str:
     stages = "".join(
         f"-{end}{layers}" for end, layers in (("f", p.first_stage_layers), ("l", p.last_stage_layers)) if layers
     )
-    layout = f"tp{p.tensor}-pp{p.pipeline}{stages}-vpp{p.virtual_pipeline}-cp{p.context}-ep{p.expert}"
+    chunks = f"-sc{p.sequence_chunks}" if p.sequence_chunks > 1 else ""
+    layout = f"tp{p.tensor}-pp{p.pipeline}{stages}-vpp{p.virtual_pipeline}{chunks}-cp{p.context}-ep{p.expert}"
     tokens = f"t{config.trainer.tokens_per_micro_batch}-{config.model.recompute}"
     text = f"{model_name(config)}-{gpu}-g{p.world_size}-{layout}-{tokens}-{loss}"
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).lstrip(".-")

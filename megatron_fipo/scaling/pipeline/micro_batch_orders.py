@@ -12,9 +12,9 @@ from typing import get_args
 
 import numpy as np
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.shapes.micro_batches import MicroBatchOrder, micro_batch_order, plan_micro_batches
+from megatron_fipo.shapes.schedule import Schedule
 
 Order = Callable[[Sequence[float], int], list[int]]  # loads and interleaved group size -> micro-batch indices
 Lengths = Callable[[np.random.Generator, int, int], np.ndarray]  # count and limit -> token lengths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
+from megatron_fipo.shapes.schedule import Schedule
 
 
 def pipeline_time(
@@ -17,6 +17,7 @@ def pipeline_time(
     micro_batches: int | Sequence[float],
     virtual: int = 1,
     p2p: float = 0.0,
+    sequence_chunks: int = 1,
 ) -> float:
     """Return the seconds from the first forward to the last backward pass of all stages.
 
@@ -26,19 +27,22 @@ def pipeline_time(
         micro_batches: number of equal micro-batches, or the time of each in units of `forward` and `backward`.
         virtual: model chunks per stage; with several, micro-batches come in multiples of the stages.
         p2p: seconds per message between stages.
+        sequence_chunks: of each micro-batch, of equal time; `p2p` is then of a chunk.
     """
     stages, rest = divmod(len(forward), virtual)
     assert not rest
     assert len(backward) == len(forward)
     if isinstance(micro_batches, Sequence):
-        return _replay(forward, backward, list(micro_batches), stages, virtual, p2p)
+        return _replay(forward, backward, list(micro_batches), stages, virtual, p2p, sequence_chunks)
     if stages == 1:
         return micro_batches * (sum(forward) + sum(backward))
     # After two rounds of the pipeline, each further round takes as long as the previous one.
     head = 3 * stages + micro_batches % stages
     if micro_batches <= head:
-        return _replay(forward, backward, [1.0] * micro_batches, stages, virtual, p2p)
-    shorter, longer = (_replay(forward, backward, [1.0] * (head - back), stages, virtual, p2p) for back in (stages, 0))
+        return _replay(forward, backward, [1.0] * micro_batches, stages, virtual, p2p, sequence_chunks)
+    shorter, longer = (
+        _replay(forward, backward, [1.0] * (head - back), stages, virtual, p2p, sequence_chunks) for back in (stages, 0)
+    )
     return longer + (longer - shorter) * (micro_batches - head) / stages
 
 
@@ -48,6 +52,7 @@ def pipeline_estimate(
     micro_batches: int | Sequence[float],
     virtual: int = 1,
     p2p: float = 0.0,
+    sequence_chunks: int = 1,
 ) -> float:
     """Estimate `pipeline_time` without a replay: the busiest stage, and its wait before and after its passes.
 
@@ -59,7 +64,7 @@ def pipeline_estimate(
     # A micro-batch traverses all other stages once on its way to the busiest one and back.
     busiest = max(range(stages), key=passes.__getitem__)
     others = sum(passes) - passes[busiest]
-    return count * passes[busiest] + others / virtual + 2 * p2p * (stages - 1)
+    return count * passes[busiest] + others / (virtual * sequence_chunks) + 2 * p2p * (stages - 1)
 
 
 def _replay(
@@ -69,13 +74,16 @@ def _replay(
     stages: int,
     virtual: int,
     p2p: float,
+    sequence_chunks: int,
 ) -> float:
     """Replay the schedule: a pass starts when its stage is free and its input has arrived."""
     count = len(sizes)
     if virtual > 1 and count % stages:  # the schedule needs full rounds
         sizes, count = [*sizes, *[0.0] * (-count % stages)], count + -count % stages
     last = stages * virtual - 1
-    schedule = Schedule(stages, count, virtual)
+    schedule = Schedule(stages, count, virtual, sequence_chunks=sequence_chunks)
+    sizes = [size / sequence_chunks for size in sizes for _ in range(sequence_chunks)]
+    count = schedule.units
     orders = [schedule.passes(i) for i in range(stages)]
     position, free = [0] * stages, [0.0] * stages
     forward_end = [[-1.0] * count for _ in range(last + 1)]

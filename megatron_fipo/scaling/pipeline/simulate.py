@@ -24,8 +24,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from megatron_fipo.scaling.pipeline.schedule import Exchange, Kind, Message, Pass, Schedule, Step, Wait
 from megatron_fipo.scaling.pipeline.timeline import Span, Timeline
+from megatron_fipo.shapes.schedule import Exchange, Kind, Message, Pass, Schedule, Step, Wait
 
 Seconds: TypeAlias = npt.ArrayLike
 
@@ -54,13 +54,14 @@ def simulate(
     """Return the timeline of one step.
 
     Args:
-        forward, backward: seconds of each pass, broadcast to [V, m]; virtual stage `chunk * p + stage`.
+        forward, backward: seconds of each pass, broadcast to [V, m], or [V, m * n] with n sequence chunks; virtual
+            stage `chunk * p + stage`.
         communication: None: free, and without shape messages.
 
     Raises:
         ValueError: times that are negative, not numbers, or do not fit the schedule; or a deadlock.
     """
-    size = schedule.virtual_stages, schedule.micro_batches
+    size = schedule.virtual_stages, schedule.units
     seconds: dict[Kind, list[list[float]]] = {
         "forward": _seconds("forward", forward, size),
         "backward": _seconds("backward", backward, size),
@@ -144,7 +145,7 @@ class _Run:
             elif isinstance(step, Wait):
                 yield from self._blocked(stage, "wait", self._until(stage, [_Parcel(step.message, shape=False)]))
             else:
-                yield from self._blocked(stage, _name(step), self._communicate(stage, step))
+                yield from self._blocked(stage, step.name, self._communicate(stage, step))
 
     def _compute(self, stage: int, step: Pass) -> None:
         virtual_stage = step.chunk * self.schedule.stages + stage
@@ -218,9 +219,3 @@ class _Run:
             assert self.communication.shape_seconds is not None
             return self.communication.shape_seconds
         return self.message_seconds[parcel.message.boundary][parcel.message.micro_batch]
-
-
-def _name(exchange: Exchange) -> str:
-    """Return Megatron's timer name for such a call, e.g. `forward-send-backward-recv`."""
-    parts = [f"{m.kind}-send" for m in exchange.sends] + [f"{m.kind}-recv" for m in exchange.receives]
-    return "-".join(parts)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_fipo.atomic_file import write_atomically
-from megatron_fipo.scaling.pipeline.schedule import Pass
+from megatron_fipo.shapes.schedule import Pass
 
 
 class Span(NamedTuple):

@@ -11,6 +11,7 @@ from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.shapes.layout import both_ends_interleaved, kv_heads_split
 
 _MOST_CHUNKS = 16  # per stage; more only adds messages
+_SEQUENCE_CHUNKS = (2, 4, 8, 16)  # choices beside 1
 _MOST_CONTEXT = 64
 
 
@@ -68,6 +69,8 @@ def _split_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
         )
     if p.sequence and p.tensor == 1:
         yield "sequence parallelism needs tp > 1"
+    if p.sequence_chunks > 1 and (p.virtual_pipeline > 1 or p.context > 1 or model.experts is not None):
+        yield f"{p.sequence_chunks} sequence chunks are for vpp 1, cp 1 and models without experts"
 
 
 def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
@@ -159,20 +162,23 @@ def _parallel_configs(model: ModelShape, gpus: int, most_tensor: int) -> Iterato
         for pp in [n for n in divisors(gpus // t) if n <= model.num_layers]:
             for c in [n for n in divisors(gpus // t // pp) if n <= _MOST_CONTEXT]:
                 base = ParallelConfig(world_size=gpus, tensor=t, pipeline=pp, context=c, sequence=t > 1)
-                for staged in _stagings(model.num_layers, base):
+                for staged in _stagings(model, base):
                     for ep in _expert_sizes(model, staged):
                         yield replace(staged, expert=ep)
 
 
-def _stagings(layers: int, p: ParallelConfig) -> Iterator[ParallelConfig]:
+def _stagings(model: ModelShape, p: ParallelConfig) -> Iterator[ParallelConfig]:
     if p.pipeline == 1:
         yield p
         return
+    layers, chunked = model.num_layers, _SEQUENCE_CHUNKS if model.experts is None and p.context == 1 else ()
     if layers % p.pipeline == 0:
         each = layers // p.pipeline
         yield from (replace(p, virtual_pipeline=v) for v in divisors(each) if v <= _MOST_CHUNKS)
+        yield from (replace(p, sequence_chunks=n) for n in chunked)
     for first, last in uneven_stages(layers, p.pipeline):
-        yield replace(p, first_stage_layers=first, last_stage_layers=last)
+        uneven = replace(p, first_stage_layers=first, last_stage_layers=last)
+        yield from (replace(uneven, sequence_chunks=n) for n in (1, *chunked))
 
 
 def _expert_sizes(model: ModelShape, p: ParallelConfig) -> list[int]:

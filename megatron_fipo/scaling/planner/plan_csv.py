@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_fipo.scaling.cost.layout import COUNTS, END_STAGES, RECOMPUTE, Layout
+from megatron_fipo.scaling.cost.layout import COUNTS, OPTIONAL_COUNTS, RECOMPUTE, Layout
 
 
 def read_plan(path: Path) -> list[Layout]:
@@ -40,14 +40,14 @@ def plan_line(path: Path, number: int) -> Layout:
 
 def _layout(line: Mapping[str, str | None], where: str) -> Layout:
     counts = {name: _count(line, name, where) for name in COUNTS}
-    ends = {name: _count(line, name, where) if line.get(name) else None for name in END_STAGES}
+    optional = {name: _count(line, name, where) if line.get(name) else None for name in OPTIONAL_COUNTS}
     recompute = next((mode for mode in RECOMPUTE if mode == line.get("recompute")), None)
     if recompute is None:
         raise ValueError(f"{where}: recompute must be one of {', '.join(RECOMPUTE)}, got {line.get('recompute')!r}")
     sequence = line.get("sequence")
     if sequence not in (None, "", "True", "False"):
         raise ValueError(f"{where}: sequence must be True or False, got {sequence!r}")
-    return Layout.from_record(counts, ends, recompute, sequence == "True" if sequence else None)
+    return Layout.from_record(counts, optional, recompute, sequence == "True" if sequence else None)
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_fipo.batch import Rollouts
 from megatron_fipo.config import Config
 from megatron_fipo.model.check import check_model
 from megatron_fipo.scaling.cost.memory import training_memory
+from megatron_fipo.shapes.sequence_chunks import chunk_bounds, cost_of_key
 from tests.support.actors import actor_of, batch_of
 from tests.support.families import make_checkpoint
 from tests.support.policies import make_config, tiny_qwen2
@@ -138,3 +140,24 @@ def test_activations_are_what_autograd_keeps(
         assert computed == pytest.approx(kept, rel=0.1), f"stage {stage}"
         if 0 < stage < stages - 1:
             assert computed == kept
+
+
+@pytest.mark.distributed
+def test_eight_sequence_chunks_keep_less(models: dict[str, Path]) -> None:
+    """On the first of four stages at most 45% of what whole micro-batches take, and as computed on every stage.
+
+    What does not count as computed are the masks of torch's attention on a CPU, float32, one entry for every query and
+    key; kernels for GPUs have none.
+    """
+    whole = _config(models["qwen2"], {"pipeline": 4}, {})[1]
+    config, sections = _config(models["qwen2"], {"pipeline": 4, "sequence_chunks": 8}, {})
+    (_, before), *_ = run_ranks(_measure, 4, str(models["qwen2"]), whole)
+    arch, kept = check_model(config), dict(run_ranks(_measure, 4, str(models["qwen2"]), sections))
+    assert kept[0] <= 0.45 * before
+    sizes = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    bounds = chunk_bounds([TOKENS], 8, 1, cost_of_key(arch.hidden_size, arch.ffn_hidden_size, *sizes))
+    masks = [4 * (end - start) * end if start else 0 for start, end in pairwise(bounds)]
+    for stage, peak in kept.items():
+        in_flight = 4 - stage + 7
+        computed = training_memory(arch, config, stage, "torch").activations
+        assert computed == pytest.approx(peak - sum((masks * 2)[:in_flight]), rel=0.1), f"stage {stage}"

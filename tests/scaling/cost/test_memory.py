@@ -204,12 +204,16 @@ def test_full_recomputation_keeps_layer_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "virtual", "in_flight"),
-    [(1, 1, [1]), (4, 1, [4, 3, 2, 1]), (2, 2, [5, 3]), (4, 2, [11, 9, 7, 5])],
+    ("pipeline", "virtual", "sequence_chunks", "in_flight"),
+    [
+        *((1, 1, 1, [1]), (4, 1, 1, [4, 3, 2, 1]), (2, 2, 1, [5, 3]), (4, 2, 1, [11, 9, 7, 5])),
+        *((1, 1, 3, [3]), (4, 1, 8, [11, 10, 9, 8])),
+    ],
 )
-def test_chunks_in_flight(pipeline: int, virtual: int, in_flight: list[int]) -> None:
-    """1F1B: p - i. Interleaved: stage 0 holds p v + p - 1 chunks, 1 + (p - 1) / (p v) of what it holds without."""
-    p = ParallelConfig(world_size=pipeline, pipeline=pipeline, virtual_pipeline=virtual)
+def test_chunks_in_flight(pipeline: int, virtual: int, sequence_chunks: int, in_flight: list[int]) -> None:
+    """1F1B: p - i. Interleaved: stage 0 holds p v + p - 1 chunks, 1 + (p - 1) / (p v) of what it holds without. With n
+    sequence chunks: p - i + n - 1 of them, each an nth of a micro-batch."""
+    p = ParallelConfig(pipeline, 1, pipeline, virtual, sequence_chunks=sequence_chunks)
     assert [chunks_in_flight(p, stage) for stage in range(pipeline)] == in_flight
 
 

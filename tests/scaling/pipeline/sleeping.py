@@ -1,4 +1,4 @@
-"""Stages that sleep for given times, under Megatron's own schedules; all of it runs inside a rank."""
+"""Stages that sleep for given times, under Megatron's schedules and that of sequence chunks; all of it in a rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from transformers import Qwen2Config
 from megatron_fipo.model.architecture import architecture
 from megatron_fipo.model.build import transformer_config
 from megatron_fipo.parallel import topology as topologies
+from megatron_fipo.parallel.pipeline import execute
 from megatron_fipo.parallel.topology import Topology
 from megatron_fipo.profiling.pipeline_recorder import PipelineProfile, PipelineRecorder
-from megatron_fipo.scaling.pipeline.schedule import Kind, Pass
 from megatron_fipo.scaling.pipeline.timeline import Timeline
+from megatron_fipo.shapes.schedule import Kind, Pass, Schedule
 from tests.support.policies import make_config
 
 
@@ -76,12 +77,13 @@ def _step(micro_batches: Iterator[int], model: torch.nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """Seconds of each pass, `[virtual stages, micro-batches]`."""
+    """Seconds of each pass, `[virtual stages, micro-batches]`, or with sequence chunks of each unit."""
 
     forward: Sequence[Sequence[float]]
     backward: Sequence[Sequence[float]]
     forward_only: bool = False
     group_size: int | None = None
+    sequence_chunks: int = 1
 
     def shortened(self) -> Case:
         """The same, a hundred times faster."""
@@ -103,9 +105,10 @@ def _pipeline(stages: int, chunks: int) -> Iterator[tuple[Any, Topology]]:
 
 
 def run_sleeping(cases: Sequence[Case], stages: int, chunks: int) -> list[tuple[Timeline, list[Pass]]]:
-    """For each case the measured timeline, and the passes of this rank in their order."""
+    """For each case, all of as many sequence chunks, the measured timeline and this rank's passes in their order."""
     with _pipeline(stages, chunks) as (config, topology):
-        recorder = PipelineRecorder(config, topology.pp, sends_shapes=True)
+        (sequence_chunks,) = {case.sequence_chunks for case in cases}
+        recorder = PipelineRecorder(config, topology.pp, sequence_chunks == 1, sequence_chunks)
         orders = [_run(case, config, topology, recorder) for case in cases]
         return list(zip(recorder.timelines(), orders, strict=True))
 
@@ -122,6 +125,8 @@ def profile_sleeping(cases: Sequence[Case], stages: int, directory: Path) -> dic
 def _run(case: Case, config: Any, topology: Topology, recorder: PipelineRecorder) -> list[Pass]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    if case.sequence_chunks > 1:
+        return _run_chunks(case, config, topology, recorder)
     order: list[Pass] = []
     chunks = []
     for chunk in range(topology.virtual_pipeline):
@@ -143,3 +148,35 @@ def _run(case: Case, config: Any, topology: Topology, recorder: PipelineRecorder
         )
     assert config.timers is None
     return order
+
+
+class _SleepingUnits:
+    """A stage of an `execute`d schedule."""
+
+    def __init__(self, case: Case, config: Any, stage: int) -> None:
+        self.seconds: dict[Kind, Sequence[float]] = {"forward": case.forward[stage], "backward": case.backward[stage]}
+        self.width, self.order = config.hidden_size, list[Pass]()
+
+    def shape(self, unit: int) -> tuple[int, ...]:
+        return _tokens(unit), 1, self.width
+
+    def forward(self, unit: int, received: torch.Tensor | None) -> torch.Tensor:
+        return self._sleep("forward", unit)
+
+    def backward(self, unit: int, received: torch.Tensor | None) -> torch.Tensor:
+        return self._sleep("backward", unit)
+
+    def _sleep(self, kind: Kind, unit: int) -> torch.Tensor:
+        self.order.append(Pass(kind, 0, unit))
+        time.sleep(self.seconds[kind][unit])
+        return torch.zeros(self.shape(unit))
+
+
+def _run_chunks(case: Case, config: Any, topology: Topology, recorder: PipelineRecorder) -> list[Pass]:
+    n, group = case.sequence_chunks, topology.pp
+    micro_batches = len(case.forward[0]) // n
+    stage = _SleepingUnits(case, config, group.rank())
+    with recorder(micro_batches, case.forward_only):
+        schedule = Schedule(group.size(), micro_batches, forward_only=case.forward_only, sequence_chunks=n)
+        execute(schedule, stage, group, torch.float32, config.timers)
+    return stage.order

@@ -1,17 +1,18 @@
-"""Megatron's own schedules over gloo, on stages that sleep for given times, against the simulator's timelines."""
+"""Megatron's own schedules and chunked 1F1B over gloo, on stages that sleep for given times, against the simulator."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline import Timeline
+from megatron_fipo.shapes.schedule import Schedule
 from tests.scaling.pipeline.sleeping import Case, profile_sleeping, run_sleeping
 from tests.support.ranks import run_ranks
 
@@ -40,7 +41,10 @@ def _case(kind: str, stages: int, chunks: int, m: int) -> Case:
 
 
 def _simulate(case: Case, stages: int, chunks: int, communication: Communication) -> Timeline:
-    schedule = Schedule(stages, len(case.forward[0]), chunks, case.group_size, case.forward_only)
+    n = case.sequence_chunks
+    schedule = Schedule(
+        stages, len(case.forward[0]) // n, chunks, case.group_size, case.forward_only, sequence_chunks=n
+    )
     return simulate(schedule, case.forward, case.backward, communication)
 
 
@@ -56,7 +60,8 @@ def _check(case: Case, stages: int, chunks: int, runs: int) -> None:
         measured = run_ranks(run_sleeping, stages, [case.shortened()] + [case] * runs, stages, chunks)
         timelines += [timeline for timeline, _ in measured[0][1:]]
         fastest = min(timelines, key=lambda timeline: timeline.step)
-        simulated = _simulate(case, stages, chunks, Communication(_message_seconds(fastest), 0.0, "gloo"))
+        shapes = 0.0 if case.sequence_chunks == 1 else None  # Megatron's communicator sends them
+        simulated = _simulate(case, stages, chunks, Communication(_message_seconds(fastest), shapes, "gloo"))
         error = np.abs(np.array(_ends(timelines)).min(axis=0) - _ends([simulated])[0]).max() / simulated.step
         if error <= AGREEMENT:
             break
@@ -94,6 +99,16 @@ def test_timelines(stages: int, chunks: int, kind: str) -> None:
     """The same on all layouts, with equal and unequal stages, and for a forward pass alone."""
     case = _case(kind, stages, chunks, MICRO_BATCHES[stages, chunks])
     _check(case, stages, chunks, runs=3)
+
+
+@pytest.mark.idle
+@pytest.mark.parametrize("kind", ["equal", "lengths", "forward_only"])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_timelines_of_sequence_chunks(stages: int, kind: str) -> None:
+    """The same for three chunks of equal and of RL-like micro-batches, each as long as those are above."""
+    whole = _case(kind, stages, 1, m=4)
+    forward, backward = (np.repeat(x, 3, axis=1).tolist() for x in (whole.forward, whole.backward))
+    _check(replace(whole, forward=forward, backward=backward, sequence_chunks=3), stages, 1, runs=3)
 
 
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 2), (4, 2)])

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline import Timeline, write_trace
+from megatron_fipo.shapes.schedule import Schedule
 
 EXACT = 1e-12
 COMMUNICATION = {

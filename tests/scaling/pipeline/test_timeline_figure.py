@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_fipo.scaling.pipeline.schedule import Schedule
 from megatron_fipo.scaling.pipeline.simulate import Communication, simulate
 from megatron_fipo.scaling.pipeline.timeline_figure import draw, write_figure
+from megatron_fipo.shapes.schedule import Schedule
 
 
 def test_bars_are_the_spans(tmp_path: Path) -> None:

@@ -24,10 +24,17 @@ _GPUS = 12
 
 def _combinations() -> list[ParallelConfig]:
     sizes = (1, 2, 3, 4, 5, 6, 8, 12)
-    return [
+    whole = [
         ParallelConfig(world_size=_GPUS, tensor=t, pipeline=p, virtual_pipeline=v, context=c, expert=e, sequence=t > 1)
         for t, p, v, c, e in itertools.product(sizes, sizes, (1, 2, 3), sizes, (1, 2, 3, 4))
     ]
+    chunked = [
+        dataclasses.replace(p, sequence_chunks=n)
+        for p in whole
+        if p.virtual_pipeline < 3 and p.context < 3 and p.expert < 3 and p.pipeline > 1
+        for n in (2, 4, 8, 16)
+    ]
+    return whole + chunked
 
 
 def _is_legal(model: ModelShape, p: ParallelConfig) -> bool:

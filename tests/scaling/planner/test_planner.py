@@ -89,12 +89,14 @@ def test_nothing_fits() -> None:
     assert made.nearest.spare == made.nearest.gpu_memory - made.nearest.memory.total < 0
 
 
-def test_long_sequences_need_context_parallelism() -> None:
-    """With 128k tokens and no recomputation, a 32B model only fits where they are split."""
+def test_long_sequences_are_split() -> None:
+    """With 128k tokens and no recomputation, a 32B model only fits where they are split over ranks or in time."""
     planner = Planner(PUBLISHED["qwen2.5-32b"], H100, Sequences((131072,) * 8))
     candidates = planner.plan(64, recompute=("none",)).candidates
     assert candidates
-    assert all(c.layout.parallel.context > 1 for c in candidates)
+    split = [(c.layout.parallel.context, c.layout.parallel.sequence_chunks) for c in candidates]
+    assert all(context > 1 or chunks >= 8 for context, chunks in split)
+    assert min(context for context, _ in split) == min(chunks for _, chunks in split) == 1
 
 
 def test_strong_scaling_loses_efficiency() -> None:

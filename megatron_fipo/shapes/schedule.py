@@ -3,8 +3,11 @@
 `Schedule.passes` is the order of forward and backward passes; `Schedule.program` also has the communication calls
 between them, as Megatron's schedules make them: what is sent and received together, and where a stage waits.
 
-Letters: p stages, v model chunks per stage (virtual pipeline), m micro-batches. Virtual stage `chunk * p + stage`, of
-v * p, is a chunk's position in the model.
+Letters: p stages, v model chunks per stage (virtual pipeline), m micro-batches, n sequence chunks of each. Virtual
+stage `chunk * p + stage`, of v * p, is a chunk's position in the model.
+
+With sequence chunks a stage's passes are those of units: unit `i * n + j` is chunk j of the tokens of micro-batch i.
+They go forward in order, since a token attends to those before it, and those of a micro-batch go backward in reverse.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ Kind = Literal["forward", "backward"]
 
 
 class Pass(NamedTuple):
-    """Forward or backward of one micro-batch through one model chunk."""
+    """Forward or backward of one micro-batch, or with sequence chunks of one unit, through one model chunk."""
 
     kind: Kind
     chunk: int
@@ -49,6 +52,12 @@ class Exchange(NamedTuple):
     receives: tuple[Message, ...]
     blocking: bool = True
 
+    @property
+    def name(self) -> str:
+        """Megatron's timer name for such a call, e.g. `forward-send-backward-recv`."""
+        parts = [f"{m.kind}-send" for m in self.sends] + [f"{m.kind}-recv" for m in self.receives]
+        return "-".join(parts)
+
 
 class Wait(NamedTuple):
     """Wait for a message of a non-blocking exchange."""
@@ -71,6 +80,7 @@ class Schedule:
             (`microbatch_group_size_per_vp_stage`); None: the number of stages.
         forward_only: as for log-probabilities.
         overlap: the interleaved schedule's `overlap_p2p_comm`.
+        sequence_chunks: of each micro-batch; not together with interleaving. Megatron-Core has no such schedule.
     """
 
     stages: int
@@ -79,18 +89,21 @@ class Schedule:
     group_size: int | None = None
     forward_only: bool = False
     overlap: bool = True
+    sequence_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or self.micro_batches < 1 or self.chunks < 1:
+        if min(self.stages, self.micro_batches, self.chunks, self.sequence_chunks) < 1:
             raise ValueError(
-                f"a schedule of {self.stages} stages, {self.chunks} chunks and {self.micro_batches} micro-batches: "
-                "each must be at least 1"
+                f"a schedule of {self.stages} stages, {self.chunks} chunks, {self.micro_batches} micro-batches and "
+                f"{self.sequence_chunks} sequence chunks: each must be at least 1"
             )
         if self.chunks > 1:
             self._check_interleaved()
 
     def _check_interleaved(self) -> None:
         p, m, group = self.stages, self.micro_batches, self.group
+        if self.sequence_chunks > 1:
+            raise ValueError(f"{self.chunks} chunks per stage cannot be combined with sequence chunks")
         if p == 1:
             raise ValueError(f"{self.chunks} chunks per stage need at least 2 stages")
         if p == 2 and not self.overlap:
@@ -113,8 +126,15 @@ class Schedule:
     def virtual_stages(self) -> int:
         return self.stages * self.chunks
 
+    @property
+    def units(self) -> int:
+        """Number of forward passes of a virtual stage: micro-batches, or their sequence chunks."""
+        return self.micro_batches * self.sequence_chunks
+
     def passes(self, stage: int) -> list[Pass]:
         """Return the order of passes in `program`, without computing the communication."""
+        if self.stages == 1:
+            return list(self._alone())
         warm_up, total = self.warm_up(stage), len(self._turns)
         order = [self._pass("forward", k) for k in range(warm_up)]
         for k in range(warm_up, total):
@@ -135,43 +155,49 @@ class Schedule:
         steps = self._one_forward_one_backward(stage)
         return tuple(s for s in steps if not isinstance(s, Exchange) or s.sends or s.receives)
 
-    def _alone(self) -> Iterable[Step]:
-        for i in range(self.micro_batches):
-            yield Pass("forward", 0, i)
+    def _alone(self) -> Iterable[Pass]:
+        n = self.sequence_chunks
+        for start in range(0, self.units, n):
+            yield from (Pass("forward", 0, unit) for unit in range(start, start + n))
             if not self.forward_only:
-                yield Pass("backward", 0, i)
+                yield from (Pass("backward", 0, unit) for unit in reversed(range(start, start + n)))
 
     def _one_forward_one_backward(self, stage: int) -> Iterable[Step]:
-        m = self.micro_batches
-        warm_up = min(self.stages - stage - 1, m)
+        """Yield the plain schedule, in terms of turns: `_pass` names what goes forward or backward in each."""
+        m = self.units
+        warm_up = min(self.warm_up(stage), m)
         first, last = stage == 0, stage == self.stages - 1
 
+        def forward(i: int) -> Pass:
+            return self._pass("forward", i)
+
+        def backward(i: int) -> Pass:
+            return self._pass("backward", i)
+
         def into(i: int) -> Messages:
-            return () if first else (Message("forward", stage - 1, i),)
+            return () if first else (self._message("forward", stage - 1, i),)
 
         def out(i: int) -> Messages:
-            return () if last else (Message("forward", stage, i),)
+            return () if last else (self._message("forward", stage, i),)
 
         def gradient_into(i: int) -> Messages:
-            return () if last else (Message("backward", stage + 1, i),)
+            return () if last else (self._message("backward", stage + 1, i),)
 
         def gradient_out(i: int) -> Messages:
-            return () if first else (Message("backward", stage, i),)
+            return () if first else (self._message("backward", stage, i),)
 
-        if self.forward_only:
-            for i in range(m):
-                yield from (Exchange((), into(i)), Pass("forward", 0, i), Exchange(out(i), ()))
-            return
         for i in range(warm_up):
-            yield from (Exchange((), into(i)), Pass("forward", 0, i), Exchange(out(i), ()))
+            yield from (Exchange((), into(i)), forward(i), Exchange(out(i), ()))
+        if self.forward_only:
+            return
         if warm_up < m:
             yield Exchange((), into(warm_up))
         for i in range(m - warm_up):
-            yield from (Pass("forward", 0, i + warm_up), Exchange(out(i + warm_up), gradient_into(i)))
+            yield from (forward(i + warm_up), Exchange(out(i + warm_up), gradient_into(i)))
             following = into(i + warm_up + 1) if i + warm_up + 1 < m else ()
-            yield from (Pass("backward", 0, i), Exchange(gradient_out(i), following))
+            yield from (backward(i), Exchange(gradient_out(i), following))
         for i in range(m - warm_up, m):
-            yield from (Exchange((), gradient_into(i)), Pass("backward", 0, i), Exchange(gradient_out(i), ()))
+            yield from (Exchange((), gradient_into(i)), backward(i), Exchange(gradient_out(i), ()))
 
     def _interleaved(self, stage: int) -> Iterable[Step]:
         """Yield the interleaved schedule.
@@ -243,22 +269,29 @@ class Schedule:
 
     @cached_property
     def _turns(self) -> list[tuple[int, int]]:
-        """Return (micro-batch, chunk) of each forward; backwards use the same micro-batch and the mirrored chunk."""
+        """Return (micro-batch, chunk) of each forward; see `_pass` for backwards."""
+        if self.chunks == 1:
+            return [(unit, 0) for unit in range(self.units)]
         groups = [range(a, min(a + self.group, self.micro_batches)) for a in range(0, self.micro_batches, self.group)]
         return [(i, chunk) for group in groups for chunk in range(self.chunks) for i in group]
 
     def warm_up(self, stage: int) -> int:
         """Return the number of forward passes before the 1F1B phase; all of them if there is no such phase."""
-        total = self.micro_batches * self.chunks
+        total = self.units * self.chunks
         if self.forward_only:
             return total
-        if self.chunks == 1:
-            return min(self.stages - stage - 1, total)
+        if self.chunks == 1:  # of the last stage: all chunks of a micro-batch but one, whose backward comes next
+            return min(self.stages - stage - 1 + self.sequence_chunks - 1, total)
         return min(2 * (self.stages - stage - 1) + (self.chunks - 1) * self.group, total)
 
     def _pass(self, kind: Kind, k: int) -> Pass:
-        micro_batch, chunk = self._turns[k]
-        return Pass(kind, chunk if kind == "forward" else self.chunks - 1 - chunk, micro_batch)
+        """Return the k-th pass of its kind: backwards mirror the model chunk, and the sequence chunk."""
+        number, chunk = self._turns[k]
+        if kind == "forward":
+            return Pass(kind, chunk, number)
+        micro_batch, sequence_chunk = divmod(number, self.sequence_chunks)
+        mirrored = micro_batch * self.sequence_chunks + self.sequence_chunks - 1 - sequence_chunk
+        return Pass(kind, self.chunks - 1 - chunk, mirrored)
 
     def _message(self, kind: Kind, stage: int, k: int) -> Message:
         """Return the message that pass k of the stage produces."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import megatron_fipo.parallel  # noqa: F401  sets up the CPU backend before Megatron is imported
-from megatron_fipo.scaling.pipeline.schedule import Exchange, Pass, Schedule, Wait
+from megatron_fipo.shapes.schedule import Exchange, Pass, Schedule, Wait
 
 # stages, micro-batches, chunks, group size
 INTERLEAVED = [(2, 2, 2, 2), (2, 8, 3, 2), (2, 5, 2, 3), (4, 4, 2, 4), (4, 12, 2, 4), (4, 10, 3, 5), (8, 16, 4, 8)]
@@ -21,6 +21,14 @@ SCHEDULES = [
         for f in (True, False)
         if overlap or p > 2
     ),
+]
+
+
+# stages, micro-batches, sequence chunks
+CHUNKED = [
+    Schedule(p, m, forward_only=f, sequence_chunks=n)
+    for p, m, n in [(1, 3, 4), (2, 1, 2), (2, 3, 3), (3, 2, 1), (4, 1, 2), (4, 1, 8), (4, 5, 3), (8, 3, 2)]
+    for f in (False, True)
 ]
 
 
@@ -63,7 +71,31 @@ def test_one_forward_one_backward() -> None:
     assert Schedule(3, 4).passes(1) == expected
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", CHUNKED, ids=str)
+def test_chunks_go_backward_in_reverse(schedule: Schedule) -> None:
+    """Every unit once each way, forward in order; a micro-batch goes backward from its last chunk to its first, all of
+    it after its whole forward; and no stage holds more units than the pipeline is long, beside the other chunks of a
+    micro-batch."""
+    p, m, n = schedule.stages, schedule.micro_batches, schedule.sequence_chunks
+    for stage in range(p):
+        passes = schedule.passes(stage)
+        forward = [x.micro_batch for x in passes if x.kind == "forward"]
+        assert forward == list(range(m * n)) == list(range(schedule.units))
+        if schedule.forward_only:
+            continue
+        backward = [x.micro_batch for x in passes if x.kind == "backward"]
+        assert backward == [i * n + j for i in range(m) for j in reversed(range(n))]
+        for i in range(m):
+            last, first = (
+                passes.index(Pass("forward", 0, i * n + n - 1)),
+                passes.index(Pass("backward", 0, i * n + n - 1)),
+            )
+            assert last < first
+        held = [1 if x.kind == "forward" else -1 for x in passes]
+        assert max(sum(held[: i + 1]) for i in range(len(held))) <= p - stage + n - 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES + CHUNKED, ids=str)
 def test_every_message_has_a_sender_and_a_receiver(schedule: Schedule) -> None:
     """Each message of a stage is received once by its neighbour, in the same order on each connection."""
     sent: dict[tuple[int, int], list[Any]] = {}
@@ -81,7 +113,7 @@ def test_every_message_has_a_sender_and_a_receiver(schedule: Schedule) -> None:
     assert sent == received
     boundaries = schedule.virtual_stages - 1
     directions = 1 if schedule.forward_only else 2
-    assert sum(map(len, sent.values())) == boundaries * directions * schedule.micro_batches
+    assert sum(map(len, sent.values())) == boundaries * directions * schedule.units
 
 
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s.chunks > 1], ids=str)
@@ -114,6 +146,8 @@ def _input(step: Pass, place: int) -> tuple[str, int, int]:
         ((4, 2, 2), "must be between the 4 stages and the 2 micro-batches"),
         ((4, 6, 2), "the last group has 6 % 4 = 2 micro-batches, fewer than the 4 stages"),
         ((4, 8, 2, 3), "the group size 3 of"),
+        ((4, 8, 2, 4, False, True, 2), "cannot be combined with sequence chunks"),
+        ((4, 8, 1, None, False, True, 0), "each must be at least 1"),
     ],
 )
 def test_refused(arguments: tuple[int, ...], message: str) -> None:
@@ -128,7 +162,7 @@ def test_two_stages_need_overlap_to_interleave() -> None:
         Schedule(2, 4, 2, overlap=False)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES + CHUNKED, ids=str)
 def test_passes_are_those_of_the_program(schedule: Schedule) -> None:
     """In the same order, with and without the communication between them."""
     for stage in range(schedule.stages):
