@@ -1,7 +1,8 @@
-"""Runs of a mixture of experts that replay its routing: interrupted, they go on to the bit."""
+"""Runs of a mixture of experts that replay its routing: interrupted or killed, they go on to the bit."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -38,6 +39,13 @@ def test_interrupted_run_goes_on_to_the_bit(replay: str, task: Path, tmp_path: P
     ended, weights = run_to_its_end(config)
     assert ended == "finished"
     assert_same_run(tmp_path / "run", weights, (tmp_path / "alone", expected))
+    config = run_config(task, tmp_path / "killed", **sections)
+    with pytest.raises(RuntimeError):
+        run_to_its_end(config, "update 4", signal.SIGKILL)
+    assert len(metric_rows(tmp_path / "killed")) == 3
+    ended, weights = run_to_its_end(config)
+    assert ended == "finished"
+    assert_same_run(tmp_path / "killed", weights, (tmp_path / "alone", expected))
     rows = metric_rows(tmp_path / "run")
     of_routing = {name for name in METRICS if name.startswith("moe/")}
     of_engine = {"moe/rollout_changed", "moe/rollout_changed_max"}

@@ -62,8 +62,8 @@ def run_config(task: Path, out: Path, layout: str = "one", steps: int = STEPS, *
     )
 
 
-def signal_at(trainer: Trainer, moment: str) -> None:
-    """SIGUSR1 to this rank in `reward N`, the N-th time that rewards are computed, in `collect N` or `update N`."""
+def signal_at(trainer: Trainer, moment: str, sent: signal.Signals = signal.SIGUSR1) -> None:
+    """Signal to this rank in `reward N`, the N-th time that rewards are computed, in `collect N` or `update N`."""
     place, _, number = moment.partition(" ")
     owner, name = {
         "reward": (trainer.reward, "__call__"),
@@ -76,7 +76,7 @@ def signal_at(trainer: Trainer, moment: str) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == int(number):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), sent)
         return function(*args, **kwargs)
 
     if place == "reward":
@@ -86,12 +86,12 @@ def signal_at(trainer: Trainer, moment: str) -> None:
         setattr(trainer, name, wrapped)
 
 
-def train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
+def train(config: Config, moment: str | None = None, sent: signal.Signals = signal.SIGUSR1) -> tuple[str, Weights]:
     """How the run ended, and its policy's weights. Only the last rank gets the signal."""
     interrupt.install()
     trainer = Trainer(config, resume=True)
     if moment and trainer.topology.rank == trainer.topology.world_size - 1:
-        signal_at(trainer, moment)
+        signal_at(trainer, moment, sent)
     try:
         trainer.train()
         return "finished", {name: tensor.clone() for name, tensor in trainer.actor.export_weights()}
@@ -102,8 +102,10 @@ def train(config: Config, moment: str | None = None) -> tuple[str, Weights]:
         topologies.destroy()
 
 
-def run_to_its_end(config: Config, moment: str | None = None) -> tuple[str, Weights]:
-    ended, weights = run_ranks(train, config.parallel.world_size, config, moment)[0]
+def run_to_its_end(
+    config: Config, moment: str | None = None, sent: signal.Signals = signal.SIGUSR1
+) -> tuple[str, Weights]:
+    ended, weights = run_ranks(train, config.parallel.world_size, config, moment, sent)[0]
     return ended, weights
 
 
