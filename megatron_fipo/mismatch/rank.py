@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -49,6 +50,8 @@ def run(config: Config, options: Options) -> None:
     """
     tokenizer = load_tokenizer(config.model.hf_path)
     hf_config = load_hf_config(config.model.hf_path, config.model.overrides)
+    # Hidden states are observed of whole sequences; chunks of them are no other computation.
+    config = replace(config, parallel=replace(config.parallel, sequence_chunks=1))
     topology = topologies.initialize(config.parallel, config.run.seed)
     note = _Progress(topology.rank == 0)
     engine = make_engine(config, hf_config, topology)

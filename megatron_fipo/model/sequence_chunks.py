@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,11 +29,6 @@ class EarlierKeys:
         self._tokens = tokens
         self._held: dict[int, torch.Tensor] = {}  # layer -> [2, N, K, D]
         self._gradients: dict[int, torch.Tensor] = {}  # layer -> [2, N, K, D] float32, from later chunks
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the keys, values and gradients that are kept now."""
-        return sum(x.nbytes for kept in (self._held, self._gradients) for x in kept.values())
 
     def put(self, layer: int, chunk: SequenceChunk, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
         """Keep a chunk's [n, K, D]; return those of its sequences from their first tokens on, without copies."""
@@ -81,7 +76,6 @@ class SequenceChunk:
         first_key: first token of the sequence that `start` lies in, or `start` where one begins.
         lengths: tokens of each sequence in this chunk.
         key_lengths: tokens of each of these sequences up to the chunk's end, which its queries attend to.
-        responses: first and last (excluded) of the response positions that it predicts.
     """
 
     number: int
@@ -90,7 +84,6 @@ class SequenceChunk:
     first_key: int
     lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    responses: tuple[int, int]
     earlier: EarlierKeys
 
     def with_earlier(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,16 +105,9 @@ class _WithEarlier(torch.autograd.Function):
         return (*ctx.chunk.earlier.take_gradients(ctx.layer, ctx.chunk, gradients), None, None)
 
 
-def cut(micro_batch: MicroBatch, bounds: Sequence[int]) -> list[tuple[SequenceChunk, MicroBatch]]:
-    """Cut a micro-batch, on the host and without context parallelism, into chunks; empty ones have no tokens.
-
-    What the model reads of a chunk's micro-batch is the chunk's; loss inputs stay those of the whole.
-    """
-    earlier = EarlierKeys(micro_batch.input_ids.numel())
-    starts = [0]
-    for length in micro_batch.padded_lengths:
-        starts.append(starts[-1] + length)
-    predicted = torch.searchsorted(micro_batch.hidden_index, torch.tensor(list(bounds))).tolist()
+def cut_sequences(lengths: Sequence[int], bounds: Sequence[int]) -> list[SequenceChunk]:
+    """Cut packed sequences of these lengths at `bounds`, from 0 to their sum; a chunk may be empty."""
+    earlier, starts = EarlierKeys(sum(lengths)), [0, *accumulate(lengths)]
     chunks = []
     for number, (start, end) in enumerate(pairwise(bounds)):
         inside = [(a, b) for a, b in pairwise(starts) if a < end and b > start]
@@ -132,15 +118,25 @@ def cut(micro_batch: MicroBatch, bounds: Sequence[int]) -> list[tuple[SequenceCh
             first_key=inside[0][0] if inside else start,
             lengths=tuple(min(b, end) - max(a, start) for a, b in inside),
             key_lengths=tuple(min(b, end) - a for a, b in inside),
-            responses=(predicted[number], predicted[number + 1]),
             earlier=earlier,
         )
-        chunks.append((chunk, _part(micro_batch, chunk)))
+        chunks.append(chunk)
     return chunks
 
 
-def _part(micro_batch: MicroBatch, chunk: SequenceChunk) -> MicroBatch:
-    tokens, responses = slice(chunk.start, chunk.end), slice(*chunk.responses)
+def cut(micro_batch: MicroBatch, bounds: Sequence[int]) -> list[tuple[SequenceChunk, MicroBatch]]:
+    """Cut a micro-batch, on the host and without context parallelism.
+
+    What the model reads of a chunk's micro-batch is the chunk's; loss inputs stay those of the whole.
+    """
+    predicted = torch.searchsorted(micro_batch.hidden_index, torch.tensor(list(bounds))).tolist()
+    chunks = cut_sequences(micro_batch.padded_lengths, bounds)
+    return [(c, _part(micro_batch, c, slice(a, b))) for c, (a, b) in zip(chunks, pairwise(predicted), strict=True)]
+
+
+def _part(micro_batch: MicroBatch, chunk: SequenceChunk, responses: slice) -> MicroBatch:
+    """Return the chunk's tokens, and those of the response positions that it predicts."""
+    tokens = slice(chunk.start, chunk.end)
     return micro_batch.replace(
         input_ids=micro_batch.input_ids[tokens],
         position_ids=micro_batch.position_ids[tokens],

@@ -18,6 +18,7 @@ from megatron_fipo.algorithm import FIPOLossConfig, fipo_loss
 from megatron_fipo.batch import zigzag_positions
 from megatron_fipo.model.attention import PackedAttention, PackedSequences
 from megatron_fipo.model.rotation import rotate, rotation
+from megatron_fipo.model.sequence_chunks import SequenceChunk, cut_sequences
 from megatron_fipo.parallel.lm_head import token_log_probs_and_entropy
 from tests.actor import references
 from tests.support.actors import actor_of
@@ -30,10 +31,12 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 
 
-def attend(device: str, dtype: torch.dtype, lengths: Sequence[int], heads: int, kv_heads: int) -> list[torch.Tensor]:
+def attend(
+    device: str, dtype: torch.dtype, lengths: Sequence[int], heads: int, kv_heads: int, bounds: Sequence[int] = ()
+) -> list[torch.Tensor]:
     """Return output and gradients of q, k and v of packed causal attention, as float32 on the CPU.
 
-    Needs a process group.
+    With `bounds`, in sequence chunks between them. Needs a process group.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), n, 64) for n in (heads, kv_heads, kv_heads)]
@@ -42,10 +45,25 @@ def attend(device: str, dtype: torch.dtype, lengths: Sequence[int], heads: int, 
     config: Any = SimpleNamespace()
     groups: Any = SimpleNamespace(cp=dist.group.WORLD)
     attention = PackedAttention(config, 1, None, "self", softmax_scale=None, pg_collection=groups)
-    out = attention(q, k, v, None, packed_seq_params=PackedSequences.of(ends, lengths))
-    weights = torch.randn(out.shape, generator=generator)
-    (out.float() * weights.to(device)).sum().backward()
+    weights = torch.randn(len(q), heads * 64, generator=generator).to(device)
+    if bounds:
+        chunks = cut_sequences(lengths, bounds)
+        outputs = [_attend_chunk(attention, chunk, (q, k, v), ends) for chunk in chunks]
+        out = torch.cat([output.detach() for output in outputs])
+        for chunk, output in reversed(list(zip(chunks, outputs, strict=True))):
+            (output.float() * weights[chunk.start : chunk.end]).sum().backward()
+    else:
+        out = attention(q, k, v, None, packed_seq_params=PackedSequences.of(ends, lengths))
+        (out.float() * weights).sum().backward()
     return [tensor.detach().float().cpu() for tensor in (out, q.grad, k.grad, v.grad)]
+
+
+def _attend_chunk(
+    attention: PackedAttention, chunk: SequenceChunk, inputs: Sequence[torch.Tensor], like: torch.Tensor
+) -> torch.Tensor:
+    q, k, v = (x[chunk.start : chunk.end] for x in inputs)
+    ends = torch.tensor([0, *chunk.lengths], device=like.device).cumsum(0).int()
+    return attention(q, k, v, None, packed_seq_params=PackedSequences.of(ends, chunk.lengths, chunk=chunk))
 
 
 def attend_by_definition(lengths: Sequence[int], heads: int, kv_heads: int) -> list[torch.Tensor]:

@@ -97,9 +97,11 @@ def test_repeated_gradients(path: Path) -> None:
 @pytest.mark.usefixtures("_world")
 def test_attention() -> None:
     """Packed attention is softmax by its definition, output and gradients."""
-    actual = attend("cpu", torch.float32, LENGTHS, 4, 2)
-    for a, b in zip(actual, attend_by_definition(LENGTHS, 4, 2), strict=True):
-        assert relative_error(a, b) < 1e-5
+    total = sum(LENGTHS)
+    for bounds in ((), (0, total // 3, total // 3 + 1, total)):
+        actual = attend("cpu", torch.float32, LENGTHS, 4, 2, bounds)
+        for a, b in zip(actual, attend_by_definition(LENGTHS, 4, 2), strict=True):
+            assert relative_error(a, b) < 1e-5
 
 
 def test_head_and_loss() -> None:

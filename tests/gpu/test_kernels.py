@@ -36,6 +36,15 @@ def test_attention(lengths: list[int], dtype: torch.dtype, error: float, heads: 
         assert float(b.norm()) == 0 or relative_error(a, b) < error
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("bounds", [[0, 1, 2, 400], [0, 100, 101, 9000]], ids=["a token", "inside and between"])
+def test_attention_in_sequence_chunks(bounds: list[int], dtype: torch.dtype, error: float) -> None:
+    """Chunks that begin inside sequences, one of them a single token: attention by its definition, with gradients."""
+    actual = attend("cuda", dtype, FIFTY, 4, 2, [*bounds, sum(FIFTY)])
+    for a, b in zip(actual, attend_by_definition(FIFTY, 4, 2), strict=True):
+        assert relative_error(a, b) < error
+
+
 def test_attention_makes_no_plans() -> None:
     """cuDNN, which makes a plan for every new length, is not among the kernels of fifty lengths; flash is."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

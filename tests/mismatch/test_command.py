@@ -70,7 +70,7 @@ def test_whole_command(task: Path, tmp_path: Path) -> None:
     same numbers as JSON, with what each response was and how its tokens were sampled."""
     file, out = tmp_path / "config.yaml", tmp_path / "mismatch.json"
     file.write_text(to_yaml(task_config(task)))
-    layout = ["parallel.world_size=2", "parallel.tensor=2"]
+    layout = ["parallel.world_size=2", "parallel.tensor=2", "parallel.sequence_chunks=2"]
     code, stdout, stderr = run_command(str(file), *layout, f"--responses={COUNT}", f"--tokens={TOKENS}", f"--out={out}")
     assert code == 0, stderr
     assert f"generating {COUNT} responses of up to {TOKENS} tokens" in stderr
