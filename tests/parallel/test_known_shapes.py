@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_fipo.actor import FIPOActor
+from megatron_fipo.actor.pipeline import Pipeline
 from megatron_fipo.parallel import known_shapes
 from megatron_fipo.parallel.known_shapes import KnownShapes
 from tests.support.actors import actor_of, batch_of, gradients_of, weights_of
@@ -42,7 +42,7 @@ def _counted(found: Counter[str]) -> None:
 def _trained(path: Path, parallel: dict[str, Any], known: bool) -> dict[str, Any]:
     """Two updates; gradients of the first, weights, and the tensors that were received in the second."""
     if not known:
-        FIPOActor._messages = lambda self, micro_batches: {}  # type: ignore[method-assign]
+        Pipeline._messages = lambda self, micro_batches: {}  # type: ignore[method-assign]
     found: Counter[str] = Counter()
     with actor_of(path, parallel=parallel, trainer={"tokens_per_micro_batch": 128}) as actor:
         batch = batch_of(actor, make_rollouts(11))

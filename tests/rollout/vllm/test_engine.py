@@ -24,11 +24,12 @@ from megatron_fipo.rollout.vllm.worker import fipo_wire
 from tests.support.fake_server import KEY, FakeServer, tokens_for
 from tests.support.policies import make_config
 from tests.support.ranks import run_ranks
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
 SAMPLING = Sampling(1.0, 1.0, 0, 8, (99,))
-PATIENCE = ClientTimeouts(deadline=20.0, wait=5.0, probe=0.5, strikes=2, first=0.02, longest=0.2)
+PATIENT = ClientTimeouts(deadline=PATIENCE, wait=20.0, probe=0.5, strikes=6, first=0.02, longest=0.2)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def make_engine(urls: list[str], directory: Path, key: str = KEY) -> VLLMEngine:
     rollout = {"engine": "vllm", "server": server}
     config = make_config("unused", run={"directory": str(directory)}, rollout=rollout)
     topology: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
-    return VLLMEngine(config, topology, PATIENCE)
+    return VLLMEngine(config, topology, PATIENT)
 
 
 def weights(taken: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
