@@ -57,7 +57,8 @@ def restore(actor: FIPOActor, loaded: Mapping[str, Any]) -> None:
     KL penalty has no initial weights: the actor's own stay. Without `random`, random states stay as they are.
     """
     for number, chunk in enumerate(actor.chunks):
-        chunk.load_state_dict(loaded["model"][str(number)], strict=False)  # states of modules stay as they are
+        if any(True for _ in chunk.parameters()):  # of a virtual stage without layers nothing is stored
+            chunk.load_state_dict(loaded["model"][str(number)], strict=False)  # states of modules stay as they are
     has_mains = bool(loaded.get("optimizer", {}).get("fp32_param"))
     for state in actor.optimizer.parameter_states():
         if not has_mains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -89,7 +90,8 @@ class PolicyRouting:
         if self._coefficient:
             load, tokens = self._expert_load(recorded)
             # Backward computes the gradient of the loss's sum over the mini-batch, which is divided by the denominator.
-            weight = self._coefficient * self._denominator(micro_batches) / tokens
+            # A rank without layers has no tokens that were given to experts, and no loss.
+            weight = self._coefficient * self._denominator(micro_batches) / (tokens or math.inf)
             micro_batches = [m.replace(expert_load=load, aux_loss_weight=weight) for m in micro_batches]
         return TrainBatch(tuple(micro_batches))
 
@@ -107,15 +109,16 @@ class PolicyRouting:
     def _expert_load(self, recorded: Sequence[Sequence[RecordedRouting]]) -> tuple[tuple[torch.Tensor, ...], float]:
         """Return each expert's tokens over those of an even distribution, and the number of all tokens.
 
-        Both are of all micro-batches and replicas: `[L, E]` for each chunk.
+        Both are of all micro-batches and replicas: `[L, E]` for each chunk; 0 tokens on a rank without layers.
         """
         assert self._arch.experts is not None
         assigned = [torch.stack([r.tokens for r in of_chunk]).sum(0, dtype=torch.float64) for of_chunk in recorded]
-        for of_chunk in assigned:
+        for of_chunk in filter(len, assigned):
             # The ranks of a stage: each token is on one of them.
             dist.all_reduce(of_chunk, group=self._topology.groups.tp_dp_cp)
         load = tuple((a / a.mean(1, keepdim=True)).float() for a in assigned)
-        return load, float(assigned[0][0].sum()) / self._arch.experts.active
+        given = next((float(of_chunk[0].sum()) for of_chunk in assigned if len(of_chunk)), 0.0)
+        return load, given / self._arch.experts.active
 
     def _denominator(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Return what the loss of the whole mini-batch is divided by if no sequence is vetoed: tokens, or sequences."""

@@ -102,6 +102,11 @@ def layout_problems(p: ParallelConfig) -> list[str]:
     uneven = p.first_stage_layers is not None or p.last_stage_layers is not None
     if uneven and p.pipeline == 1:
         problems.append("parallel.first_stage_layers and last_stage_layers require parallel.pipeline > 1")
+    if uneven and p.pipeline_layout is not None:
+        problems.append(
+            "parallel.pipeline_layout has the layers of every stage: set first_stage_layers and last_stage_layers to "
+            "null"
+        )
     return problems
 
 

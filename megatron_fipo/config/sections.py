@@ -94,6 +94,12 @@ class ParallelConfig:
     last_stage_layers: int | None = setting(
         None, "Uneven pipeline: layers of the last stage; null: as the others", resume="free", at_least=1
     )
+    pipeline_layout: str | None = setting(
+        None,
+        "Free placement on virtual stages in Megatron-Core's notation, e.g. Et*3|t*4|t*4|t*3L: E embedding, t decoder "
+        "layer, L LM head; null: equal stages, or by first_stage_layers and last_stage_layers",
+        resume="free",
+    )
     sequence_chunks: int = setting(
         1,
         "Chunks of each micro-batch's tokens that go through the pipeline one after another: activations of about PP + "

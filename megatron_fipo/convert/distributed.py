@@ -282,7 +282,8 @@ def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
     loaded = load_sharded(state, path)
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)], strict=False)  # module states are not loaded
+        if any(True for _ in chunk.parameters()):  # of a virtual stage without layers nothing is stored
+            chunk.load_state_dict(loaded[str(number)], strict=False)  # module states are not loaded
 
 
 def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.fused_kernels import check_context_parallelism, compile_activation, use_transformer_engine
 from megatron_fipo.model.architecture import Architecture, Experts
 from megatron_fipo.model.layer_spec import decoder_spec
@@ -48,12 +48,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=p.tensor,
-        pipeline_model_parallel_size=p.pipeline,
-        virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
         context_parallel_size=p.context,
         sequence_parallel=p.sequence,
-        num_layers_in_first_pipeline_stage=p.first_stage_layers,
-        num_layers_in_last_pipeline_stage=p.last_stage_layers,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
@@ -80,9 +76,21 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         deterministic_mode=on_gpu and config.run.deterministic,
         gradient_accumulation_fusion=False,  # the fused path would need NVIDIA apex
         cross_entropy_loss_fusion=False,
+        **_stages(p),
         **recompute,
         **(_experts(arch.experts, p.expert, fused) if arch.experts else {}),
     )
+
+
+def _stages(p: ParallelConfig) -> dict[str, Any]:
+    """Return the pipeline's settings."""
+    return {
+        "pipeline_model_parallel_size": p.pipeline,
+        "virtual_pipeline_model_parallel_size": p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        "num_layers_in_first_pipeline_stage": p.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": p.last_stage_layers,
+        "pipeline_model_parallel_layout": p.pipeline_layout,
+    }
 
 
 def _experts(experts: Experts, ranks: int, fused: bool) -> dict[str, Any]:

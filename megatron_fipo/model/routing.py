@@ -224,6 +224,8 @@ class ChunkRouting:
             recomputed: the backward pass repeats each layer's forward pass.
         """
         self.layers = [LayerRouting(module) for module in chunk.modules() if isinstance(module, TopKRouter)]
+        config: Any = chunk.config
+        self._experts, self._active = experts, config.moe_router_topk
         self.records = False
         self._dtype = routing_dtype(experts)
         self._recomputed = recomputed
@@ -260,9 +262,13 @@ class ChunkRouting:
         yield
         recomputed = self._recomputed and torch.is_grad_enabled()
         chosen = [layer.end(recomputed).to(self._dtype) for layer in self.layers]
-        if self.records:
+        if self.records and self.layers:
             tokens = torch.stack([layer.tokens for layer in self.layers])
             self._recorded.append(RecordedRouting(torch.stack(chosen), tokens))
+        elif self.records:  # a pipeline layout may leave a chunk without layers
+            shape = 0, len(padding), self._active
+            chosen_of_none = torch.empty(shape, dtype=self._dtype, device=padding.device)
+            self._recorded.append(RecordedRouting(chosen_of_none, torch.empty(0, self._experts, device=padding.device)))
 
     def take(self) -> list[RecordedRouting]:
         """Return the choices of the forward passes since the last call."""

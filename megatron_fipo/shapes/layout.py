@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.shapes import pipeline_layout
 from megatron_fipo.shapes.architecture import Architecture
 
 
@@ -10,18 +11,36 @@ def layout_problems(arch: Architecture, p: ParallelConfig) -> list[str]:
     """Return what prevents Megatron-Core from building the model with this layout; [] if nothing."""
     problems = [*_attention_problems(arch, p.tensor), *_mlp_problems(arch, p)]
     try:
-        stage_layers(arch.num_layers, p)
+        virtual_stage_layers(arch.num_layers, p)
     except ValueError as error:
         problems.append(str(error))
     return problems
+
+
+def virtual_stage_layers(num_layers: int, p: ParallelConfig) -> list[int]:
+    """Return the layers of each model chunk in the order of the model; chunk c of stage i at c * p.pipeline + i.
+
+    Raises:
+        ValueError: the layers cannot be split over the stages; the message shows the arithmetic, or the position in
+            parallel.pipeline_layout.
+    """
+    if p.pipeline_layout is not None:
+        return pipeline_layout.virtual_stage_layers(p.pipeline_layout, num_layers, p.pipeline, p.virtual_pipeline)
+    return [n // p.virtual_pipeline for n in _equal_chunks(num_layers, p)] * p.virtual_pipeline
 
 
 def stage_layers(num_layers: int, p: ParallelConfig) -> list[int]:
     """Return the layers of each pipeline stage, first to last.
 
     Raises:
-        ValueError: the layers cannot be split over the stages; the message shows the arithmetic.
+        ValueError: as `virtual_stage_layers`.
     """
+    layers = virtual_stage_layers(num_layers, p)
+    return [sum(layers[stage :: p.pipeline]) for stage in range(p.pipeline)]
+
+
+def _equal_chunks(num_layers: int, p: ParallelConfig) -> list[int]:
+    """Return the layers of each pipeline stage without parallel.pipeline_layout, multiples of its model chunks."""
     fixed = [n for n in (p.first_stage_layers, p.last_stage_layers) if n is not None]
     left, stages = num_layers - sum(fixed), p.pipeline - len(fixed)
     if stages < 0:

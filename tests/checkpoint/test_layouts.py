@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 ADAM = {"lr": 5e-3, "eps": 1e-4, "warmup": 4}
 # Not a multiple of 2: layouts pad it differently. 149 is the mixture's.
 VOCAB = {"dense": 251, "tied": 251, "moe": 149}
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
@@ -28,6 +28,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "cp2": {"context": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "ends_alone": {"pipeline": 4, "pipeline_layout": "E||t*4|L"},
+    "pp2_vpp2_free": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|t*3||tL"},
     "dp2_tp2": {"tensor": 2, "world_size": 4},
     "ep2": {"expert": 2, "world_size": 2},
     "ep2_dp2": {"expert": 2, "world_size": 4},
@@ -40,8 +42,10 @@ PAIRS = [
     ("dense", "float32", "dp2", "dp2+"),
     ("moe", "float32", "ep2_dp2+", "one"),
     ("tied", "float32", "pp2_vpp2", "tp2"),
+    ("tied", "bfloat16", "ends_alone", "pp2_vpp2_free"),
     pytest.param("dense", "float32", "dp2+", "one", marks=slow),
     pytest.param("dense", "bfloat16", "dp2+", "dp2", marks=slow),
+    pytest.param("dense", "bfloat16", "pp2_vpp2_free+", "dp2+", marks=slow),
     pytest.param("dense", "float32", "tp2_pp2+", "one", marks=slow),
     pytest.param("dense", "bfloat16", "pp2_vpp2+", "one", marks=slow),
     pytest.param("dense", "float32", "one", "tp2_pp2+", marks=slow),

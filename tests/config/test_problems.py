@@ -46,6 +46,14 @@ def test_layout_arithmetic(file: Path) -> None:
             ["parallel.last_stage_layers=2"],
             "parallel.first_stage_layers and last_stage_layers require parallel.pipeline > 1",
         ),
+        (
+            [
+                *("parallel.pipeline=2", "parallel.world_size=2", "parallel.first_stage_layers=2"),
+                "parallel.pipeline_layout=Et*2|t*2L",
+            ],
+            "parallel.pipeline_layout has the layers of every stage: set first_stage_layers and last_stage_layers to "
+            "null",
+        ),
     ],
 )
 def test_layout_that_contradicts_itself(file: Path, overrides: list[str], says: str) -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from megatron_fipo.convert import export, tables
+from megatron_fipo.convert.conversion import to_megatron
+from megatron_fipo.convert.distributed import load_distributed
 from megatron_fipo.convert.export import export_weights, save_checkpoint
 from megatron_fipo.convert.huggingface import Checkpoint
 from megatron_fipo.convert.load import load_weights, named_parameters
@@ -39,7 +41,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 Tensors = dict[str, torch.Tensor]
 
 
-def _policy(path: Path, layout: dict[str, int], dtype: str = "float32") -> tuple[Any, ...]:
+def _policy(path: Path, layout: dict[str, Any], dtype: str = "float32") -> tuple[Any, ...]:
     """Chunks whose every number is NaN, architecture and topology."""
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
     config = make_config(path, model={"dtype": dtype}, parallel={**layout, "world_size": world})
@@ -51,7 +53,7 @@ def _policy(path: Path, layout: dict[str, int], dtype: str = "float32") -> tuple
     return chunks, arch, topology
 
 
-def _round_trip(models: dict[str, Path], layout: dict[str, int], out: Path | None) -> dict[str, Tensors]:
+def _round_trip(models: dict[str, Path], layout: dict[str, Any], out: Path | None) -> dict[str, Tensors]:
     exported = {}
     for name, path in models.items():
         chunks, arch, topology = _policy(path, layout)
@@ -98,6 +100,31 @@ def test_export_gives_back_every_bit(layout: str, models: dict[str, Path], tmp_p
         assert loaded.config.to_diff_dict() == original.config.to_diff_dict()
         vocabularies = [AutoTokenizer.from_pretrained(p).get_vocab() for p in (tmp_path / name, path)]
         assert vocabularies[0] == vocabularies[1]
+
+
+def _both_ways(models: dict[str, tuple[Path, Path]], layout: dict[str, Any]) -> dict[str, list[Tensors]]:
+    """Export weights loaded from a Hugging Face checkpoint, and those loaded from its conversion."""
+    exported: dict[str, list[Tensors]] = {}
+    for name, (source, converted) in models.items():
+        for load in (load_weights, load_distributed):
+            chunks, arch, topology = _policy(source, layout)
+            load(chunks, *((source, arch, topology) if load is load_weights else (converted,)))
+            exported.setdefault(name, []).append({n: t.clone() for n, t in export_weights(chunks, arch, topology)})
+            topologies.destroy()
+    return exported
+
+
+@pytest.mark.distributed
+def test_free_placement_gives_back_every_bit(models: dict[str, Path], tmp_path: Path) -> None:
+    """A first stage without any layer, unequal chunks, and the head alone in one, tied or not."""
+    layout = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|t*4||L"}
+    both = {name: (models[name], tmp_path / name) for name in ("untied", "tied")}
+    for source, converted in both.values():
+        to_megatron(source, converted)
+    for exported in run_ranks(_both_ways, 2, both, layout):
+        for name, (source, _) in both.items():
+            for weights in exported[name]:
+                _assert_same(weights, load_file(source / "model.safetensors"))
 
 
 def _shards(path: Path, dtype: str) -> tuple[Tensors, Tensors]:

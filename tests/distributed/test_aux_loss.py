@@ -34,6 +34,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world_size": 2},
     "cp2": {"context": 2, "world_size": 2},
     "pp2": {"pipeline": 2, "world_size": 2},
+    "pp2_vpp2_no_layer_first": {
+        "pipeline": 2,
+        "virtual_pipeline": 2,
+        "pipeline_layout": "E|t*3||tL",
+        "world_size": 2,
+    },
     "ep2_tp2": {"expert": 2, "tensor": 2, "sequence": True, "world_size": 2},
     "ep2_pp2_vpp2_recompute": {
         "expert": 2,

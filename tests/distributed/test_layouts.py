@@ -37,6 +37,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_one_sequence": {"data": 2, "tensor": 2, "sequences": 1},
     "tp2_pp2_vpp2_sp_tied": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "tied": True},
     "uneven_stages": {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3},
+    "embedding_alone": {"pipeline": 2, "pipeline_layout": "E|t*4L", "recompute": "full"},
+    "embedding_and_head_alone_tied": {"pipeline": 4, "pipeline_layout": "E|t*3|t|L", "tied": True},
+    "stage_without_layers": {"pipeline": 4, "pipeline_layout": "Et||t*3|L", "distributed": True},
+    "unequal_chunks_tied": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|t*3||tL", "tied": True},
     "full_recompute": {"pipeline": 2, "recompute": "full"},
     "selective_recompute": {"tensor": 2, "recompute": "selective"},
 }

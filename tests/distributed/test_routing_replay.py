@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_tp2": {"expert": 2, "tensor": 2, "sequence": True, "world_size": 2},
     "ep2_cp2": {"expert": 2, "context": 2, "world_size": 2},
     "ep2_pp2": {"expert": 2, "pipeline": 2, "world_size": 4},
+    "ep2_pp2_no_layer_first": {"expert": 2, "pipeline": 2, "pipeline_layout": "E|t*4L", "world_size": 4},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2, "world_size": 2},
     "pp2_vpp2_recompute": {"pipeline": 2, "virtual_pipeline": 2, "world_size": 2, "recompute": "full"},
     "ep2_dp2_recompute": {"expert": 2, "world_size": 2, "recompute": "full"},

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_pp2_distributed_optimizer": {"sequence_chunks": 2, "data": 2, "pipeline": 2, "distributed": True},
     "tp2_pp2_sp_tied": {"sequence_chunks": 3, "tensor": 2, "pipeline": 2, "sequence": True, "tied": True},
     "uneven_stages": {"sequence_chunks": 3, "pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3},
+    "head_alone": {"sequence_chunks": 3, "pipeline": 4, "pipeline_layout": "E|t|t*3|L"},
     "full_recompute": {"sequence_chunks": 3, "pipeline": 2, "recompute": "full"},
     "selective_recompute": {"sequence_chunks": 2, "pipeline": 2, "recompute": "selective"},
     "more_chunks_than_tokens": {"sequence_chunks": 100, "pipeline": 2},

@@ -15,7 +15,7 @@ from megatron_fipo.scaling.cost.flops import attention_weights, mlp_weights
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.shapes.architecture import Architecture
-from megatron_fipo.shapes.layout import stage_layers
+from megatron_fipo.shapes.layout import virtual_stage_layers
 
 # Megatron's distributed optimizer aligns each tensor in its buffers, and pads each buffer so that it can be split
 # evenly; in elements.
@@ -112,10 +112,10 @@ class _Bucket:
 
 def _buckets(arch: Architecture, p: ParallelConfig, stage: int) -> Iterator[_Bucket]:
     """Yield the buckets of each model chunk: dense parameters, experts, and an embedding shared by two stages."""
-    layers = stage_layers(arch.num_layers, p)[stage] // p.virtual_pipeline
+    chunk_layers = virtual_stage_layers(arch.num_layers, p)[stage :: p.pipeline]
     expert_ranks = p.tensor * p.context * p.data // p.expert
     vocabulary = arch.padded_vocab_size(p.tensor) // p.tensor * arch.hidden_size
-    for chunk in range(p.virtual_pipeline):
+    for chunk, layers in enumerate(chunk_layers):
         first = stage == 0 and chunk == 0
         last = stage == p.pipeline - 1 and chunk == p.virtual_pipeline - 1
         dense = _dense_sizes(arch, p) * layers

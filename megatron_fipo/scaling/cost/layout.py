@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
-from megatron_fipo.shapes.layout import stage_layers
+from megatron_fipo.shapes.layout import virtual_stage_layers
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
@@ -17,7 +17,9 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 COUNTS = ("gpus", "tensor", "pipeline", "virtual_pipeline", "context", "expert", "tokens_per_micro_batch")
 END_STAGES = ("first_stage_layers", "last_stage_layers")
 OPTIONAL_COUNTS = (*END_STAGES, "sequence_chunks")  # absent: the setting's default
+PIPELINE_LAYOUT = "pipeline_layout"  # the same, but text
 _SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+_COMPARED = ("world_size", "sequence", *_SIZES, *OPTIONAL_COUNTS, PIPELINE_LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,23 @@ class Layout:
     @staticmethod
     def of(config: Config) -> Layout:
         """Return the layout of a run's config."""
-        sizes = {name: getattr(config.parallel, name) for name in ("world_size", "sequence", *_SIZES, *OPTIONAL_COUNTS)}
+        sizes = {name: getattr(config.parallel, name) for name in _COMPARED}
         return Layout(ParallelConfig(**sizes), config.trainer.tokens_per_micro_batch, config.model.recompute)
 
     @staticmethod
     def from_record(
-        counts: Mapping[str, int], optional: Mapping[str, int | None], recompute: Recompute, sequence: bool | None
+        counts: Mapping[str, int],
+        optional: Mapping[str, int | None],
+        pipeline_layout: str | None,
+        recompute: Recompute,
+        sequence: bool | None,
     ) -> Layout:
         """Return the layout of a record.
 
         Args:
             counts: the record's `COUNTS`.
             optional: the record's `OPTIONAL_COUNTS`.
+            pipeline_layout: the record's `PIPELINE_LAYOUT`.
             sequence: None: sequence parallelism wherever there is tensor parallelism.
         """
         parallel = ParallelConfig(
@@ -62,6 +69,7 @@ class Layout:
             first_stage_layers=optional["first_stage_layers"],
             last_stage_layers=optional["last_stage_layers"],
             sequence_chunks=optional["sequence_chunks"] or 1,
+            pipeline_layout=pipeline_layout,
             **{name: counts[name] for name in _SIZES},
         )
         return Layout(parallel, counts["tokens_per_micro_batch"], recompute)
@@ -81,13 +89,14 @@ class Layout:
             "first_stage_layers": p.first_stage_layers,
             "last_stage_layers": p.last_stage_layers,
             "sequence_chunks": p.sequence_chunks,
+            PIPELINE_LAYOUT: p.pipeline_layout,
             "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "recompute": self.recompute,
         }
 
     def applied(self, config: Config) -> Config:
         """Return the config with this layout, without validation."""
-        sizes = {name: getattr(self.parallel, name) for name in ("world_size", "sequence", *_SIZES, *OPTIONAL_COUNTS)}
+        sizes = {name: getattr(self.parallel, name) for name in _COMPARED}
         return replace(
             config,
             parallel=replace(config.parallel, **sizes),
@@ -119,6 +128,8 @@ class Layout:
         ends, text = [getattr(self.parallel, name) for name in END_STAGES], self._axes
         if any(n is not None for n in ends):
             text += f" {'..'.join('-' if n is None else str(n) for n in ends)}"
+        if self.parallel.pipeline_layout is not None:
+            text += f" {self.parallel.pipeline_layout}"
         return text + ("" if self.recompute == "none" else f" {self.recompute}")
 
     @property
@@ -133,4 +144,4 @@ class Layout:
 
 @lru_cache(maxsize=4096)
 def _chunk_layers(layers: int, p: ParallelConfig) -> tuple[int, ...]:
-    return tuple(n // p.virtual_pipeline for n in stage_layers(layers, p)) * p.virtual_pipeline
+    return tuple(virtual_stage_layers(layers, p))

@@ -12,6 +12,7 @@ p pipeline stages, v model chunks per stage, N tokens of a micro-batch on one co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from megatron_fipo.scaling.cost.hardware import Efficiency, Hardware, Software
 from megatron_fipo.scaling.cost.layout import Layout
 from megatron_fipo.scaling.cost.model_shapes import ModelShape, shape_of
 from megatron_fipo.shapes.architecture import Architecture
+from megatron_fipo.shapes.schedule import Schedule
 
 Kernels: TypeAlias = Literal["transformer_engine", "torch_gpu", "torch"]
 _ITEM = {"bfloat16": 2, "float32": 4}  # bytes
@@ -29,6 +31,7 @@ _FLOAT32 = 4
 _SCORE_BYTES = {"fused": 4, "unfused": 12}
 # Of a layer's two norms and residuals per hidden element: inputs and outputs; unfused, in float32 and with copies.
 _NORM_BYTES = {True: 8, False: 24}
+_STEADY = 4  # rounds of micro-batches through the stages, until the schedule repeats itself
 _CHUNK_TOKENS = 4096  # model.lm_head_chunk_tokens
 
 
@@ -245,16 +248,17 @@ def layer_memory(m: ModelShape, layout: Layout, tokens: float, kept: KeptTensors
 def _activations(m: ModelShape, layout: Layout, stage: int, tokens: float, kept: KeptTensors, squares: float) -> float:
     """Return the bytes of micro-batches between forward and backward on this stage."""
     p, counts = layout.parallel, layout.layers(m)
-    local_counts, in_flight = counts[stage :: p.pipeline], chunks_in_flight(p, stage)
+    local_counts = counts[stage :: p.pipeline]
     held = _held_keys(m, p, stage, sum(local_counts), tokens, kept.item)
     tokens, squares = tokens / p.sequence_chunks, squares / p.sequence_chunks
     one_layer = layer_memory(m, layout, tokens, kept, squares)
-    layers = sum(local_counts) / len(local_counts) * in_flight
-    angles = kept.angles * tokens * in_flight
+    layers = _most_in_flight(p, stage, local_counts)
+    angles = kept.angles * tokens * _most_in_flight(p, stage, [min(1, count) for count in local_counts])
     if layout.recompute != "full":  # flash attention leaves almost nothing for `selective` to drop
         return layers * one_layer + angles + held
     layer_input = tokens * m.hidden_size * kept.item / (p.tensor if p.sequence else 1)
-    return layers * layer_input + one_layer + angles + held  # of the layer being recomputed
+    recomputed = one_layer if any(local_counts) else 0.0
+    return layers * layer_input + recomputed + angles + held
 
 
 def _held_keys(m: ModelShape, p: ParallelConfig, stage: int, layers: int, tokens: float, item: int) -> float:
@@ -263,6 +267,17 @@ def _held_keys(m: ModelShape, p: ParallelConfig, stage: int, layers: int, tokens
         return 0.0
     micro_batches = 1 + -(-(chunks_in_flight(p, stage) - 1) // p.sequence_chunks)
     return layers * tokens * 2 * m.key_size_over(p.tensor) / p.tensor * (micro_batches * item + _FLOAT32)
+
+
+def _most_in_flight(p: ParallelConfig, stage: int, sizes: Sequence[int]) -> int:
+    """Return the largest sum of the model chunks' `sizes` over this stage's passes whose backward is pending."""
+    if len(set(sizes)) == 1:
+        return sizes[0] * chunks_in_flight(p, stage)
+    now = most = 0
+    for one in Schedule(p.pipeline, _STEADY * p.pipeline, p.virtual_pipeline).passes(stage):
+        now += sizes[one.chunk] if one.kind == "forward" else -sizes[one.chunk]
+        most = max(most, now)
+    return most
 
 
 def chunks_in_flight(p: ParallelConfig, stage: int) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from megatron_fipo.config import Config, validate
 from megatron_fipo.scaling.cost.hardware import Hardware
+from megatron_fipo.shapes.pipeline_layout import compact
 
 if TYPE_CHECKING:
     from megatron_fipo.scaling.cost.sequence_lengths import Sequences
@@ -68,6 +69,8 @@ def measurement_name(config: Config, gpu: str, loss: str) -> str:
     stages = "".join(
         f"-{end}{layers}" for end, layers in (("f", p.first_stage_layers), ("l", p.last_stage_layers)) if layers
     )
+    if p.pipeline_layout is not None:
+        stages = f"-s{compact(p.pipeline_layout)}"
     chunks = f"-sc{p.sequence_chunks}" if p.sequence_chunks > 1 else ""
     layout = f"tp{p.tensor}-pp{p.pipeline}{stages}-vpp{p.virtual_pipeline}{chunks}-cp{p.context}-ep{p.expert}"
     tokens = f"t{config.trainer.tokens_per_micro_batch}-{config.model.recompute}"

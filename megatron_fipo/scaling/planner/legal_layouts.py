@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.scaling.cost.layout import Layout, Recompute
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
-from megatron_fipo.shapes.layout import both_ends_interleaved, kv_heads_split
+from megatron_fipo.shapes.layout import both_ends_interleaved, kv_heads_split, virtual_stage_layers
 
 _MOST_CHUNKS = 16  # per stage; more only adds messages
 _SEQUENCE_CHUNKS = (2, 4, 8, 16)  # choices beside 1
@@ -91,12 +91,20 @@ def _expert_problems(model: ModelShape, p: ParallelConfig) -> Iterator[str]:
 
 
 def _stage_problems(layers: int, p: ParallelConfig) -> Iterator[str]:
+    if p.pipeline_layout is not None:
+        try:
+            virtual_stage_layers(layers, p)
+        except ValueError as error:
+            yield str(error)
     fixed = [n for n in (p.first_stage_layers, p.last_stage_layers) if n is not None]
+    if fixed and p.pipeline_layout is not None:
+        yield "pipeline_layout has the layers of every stage, so first_stage_layers and last_stage_layers must be null"
     if p.pipeline == 1:
         if p.virtual_pipeline > 1:
             yield f"vpp {p.virtual_pipeline} needs pp > 1"
         if fixed:
             yield "first_stage_layers and last_stage_layers need pp > 1"
+    if p.pipeline == 1 or p.pipeline_layout is not None:
         return
     rest, stages, chunks = layers - sum(fixed), p.pipeline - len(fixed), p.virtual_pipeline
     if any(n < 1 or n % chunks for n in fixed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from megatron_fipo.scaling.cost.hardware import Hardware
 from megatron_fipo.scaling.cost.layout import Layout
@@ -46,10 +47,16 @@ def _smaller(model: ModelShape, hardware: Hardware, layout: Layout, tokens: floa
             found.append("recompute full")
     for name, axis in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")):
         for size in divisors(p.world_size):
+            sizes: dict[str, Any] = {axis: size}
             changed = replace(
-                p, **{axis: size}, sequence=p.sequence or (axis == "tensor" and size > 1), virtual_pipeline=1
+                p,
+                **sizes,
+                sequence=p.sequence or (axis == "tensor" and size > 1),
+                virtual_pipeline=1,
+                first_stage_layers=None,
+                last_stage_layers=None,
+                pipeline_layout=None,
             )
-            changed = replace(changed, first_stage_layers=None, last_stage_layers=None)
             if size <= getattr(p, axis) or layout_problems(model, changed):
                 continue
             other = replace(layout, parallel=changed, chunk_layers=None)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_fipo.scaling.cost.layout import COUNTS, OPTIONAL_COUNTS, RECOMPUTE, Layout
+from megatron_fipo.scaling.cost.layout import COUNTS, OPTIONAL_COUNTS, PIPELINE_LAYOUT, RECOMPUTE, Layout
 
 
 def read_plan(path: Path) -> list[Layout]:
@@ -47,7 +47,8 @@ def _layout(line: Mapping[str, str | None], where: str) -> Layout:
     sequence = line.get("sequence")
     if sequence not in (None, "", "True", "False"):
         raise ValueError(f"{where}: sequence must be True or False, got {sequence!r}")
-    return Layout.from_record(counts, optional, recompute, sequence == "True" if sequence else None)
+    placement = line.get(PIPELINE_LAYOUT) or None
+    return Layout.from_record(counts, optional, placement, recompute, sequence == "True" if sequence else None)
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:

@@ -58,6 +58,8 @@ def plan_table(plan: Plan, title: str, rows: int) -> Table:
 
 def _stages(c: Candidate) -> str:
     p = c.layout.parallel
+    if p.pipeline_layout is not None:
+        return p.pipeline_layout
     if p.first_stage_layers is None and p.last_stage_layers is None:
         return "even"
     first = "-" if p.first_stage_layers is None else str(p.first_stage_layers)
