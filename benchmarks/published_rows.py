@@ -310,8 +310,10 @@ def schedule_of(row: Row) -> Schedule:
         micro_batches: int | Sequence[float],
         virtual: int,
         p2p: float,
+        sequence_chunks: int,
     ) -> float:
         assert isinstance(micro_batches, int)
+        assert sequence_chunks == 1
         slowest = max(f + b for f, b in zip(forward, backward, strict=True))
         return micro_batches * slowest + sum(kept * f + p2p for f in forward[1:])
 
