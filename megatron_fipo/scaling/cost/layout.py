@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.scaling.cost.model_shapes import ModelShape
 from megatron_fipo.shapes.layout import virtual_stage_layers
+from megatron_fipo.shapes.pipeline_layout import compact
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
@@ -62,7 +63,12 @@ class Layout:
             optional: the record's `OPTIONAL_COUNTS`.
             pipeline_layout: the record's `PIPELINE_LAYOUT`.
             sequence: None: sequence parallelism wherever there is tensor parallelism.
+
+        Raises:
+            ValueError: the pipeline layout is not in its notation.
         """
+        if pipeline_layout is not None:
+            compact(pipeline_layout)
         parallel = ParallelConfig(
             world_size=counts["gpus"],
             sequence=counts["tensor"] > 1 if sequence is None else sequence,

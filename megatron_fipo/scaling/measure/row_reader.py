@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 
 from megatron_fipo.scaling.cost.layout import COUNTS, OPTIONAL_COUNTS, PIPELINE_LAYOUT, RECOMPUTE, Layout
 from megatron_fipo.scaling.pipeline.timeline import Span, Timeline
-from megatron_fipo.shapes.pipeline_layout import compact
 
 Status: TypeAlias = Literal["ok", "out_of_memory", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "out_of_memory", "failed")
@@ -236,10 +235,8 @@ def _layout(fields: _Fields) -> Layout:
     counts = {name: fields.count(name) for name in COUNTS}
     optional = {name: fields.optional_count(name) for name in OPTIONAL_COUNTS}
     placement = fields.content.get(PIPELINE_LAYOUT)
-    if placement is not None:
-        if not isinstance(placement, str):
-            raise ValueError(f"{PIPELINE_LAYOUT} must be text, got {_shown(placement)}")
-        compact(placement)  # refuses what is no layout
+    if placement is not None and not isinstance(placement, str):
+        raise ValueError(f"{PIPELINE_LAYOUT} must be text, got {_shown(placement)}")
     return Layout.from_record(counts, optional, placement, recompute, sequence)
 
 

@@ -48,7 +48,10 @@ def _layout(line: Mapping[str, str | None], where: str) -> Layout:
     if sequence not in (None, "", "True", "False"):
         raise ValueError(f"{where}: sequence must be True or False, got {sequence!r}")
     placement = line.get(PIPELINE_LAYOUT) or None
-    return Layout.from_record(counts, optional, placement, recompute, sequence == "True" if sequence else None)
+    try:
+        return Layout.from_record(counts, optional, placement, recompute, sequence == "True" if sequence else None)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _count(line: Mapping[str, str | None], name: str, where: str) -> int:

@@ -98,7 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"qwen2": qwen2, "qwen3": make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3")}
 
 
-def _config(path: Path, parallel: dict[str, int], model: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+def _config(path: Path, parallel: dict[str, Any], model: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     world = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     sections = {
         "model": {
@@ -123,13 +123,14 @@ def _config(path: Path, parallel: dict[str, int], model: dict[str, Any]) -> tupl
         ("qwen2", {"tensor": 2, "sequence": True}, {"dtype": "bfloat16"}),
         ("qwen2", {"tensor": 2}, {}),
         ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}, {}),
+        ("qwen2", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|t*2|t*2|L"}, {}),
         ("qwen2", {"pipeline": 4}, {}),
         ("qwen2", {"pipeline": 2}, {"recompute": "full"}),
     ],
-    ids=["bf16", "norms_of_heads", "tp2_sp", "tp2", "pp2_vpp2", "pp4", "pp2_recomputed"],
+    ids=["bf16", "norms_of_heads", "tp2_sp", "tp2", "pp2_vpp2", "unequal_chunks", "pp4", "pp2_recomputed"],
 )
 def test_activations_are_what_autograd_keeps(
-    models: dict[str, Path], family: str, parallel: dict[str, int], model: dict[str, Any]
+    models: dict[str, Path], family: str, parallel: dict[str, Any], model: dict[str, Any]
 ) -> None:
     """On every stage within 10% of the peak, which has the embedding, the last norm and the head's inputs in it too;
     on stages between the first and the last, to the byte."""

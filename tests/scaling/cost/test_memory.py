@@ -59,6 +59,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "pp2_dp2": ({"pipeline": 2, "data": 2}, True),
     "pp2_vpp2_dp2": ({"pipeline": 2, "virtual_pipeline": 2, "data": 2}, True),
     "pp2_uneven": ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}, True),
+    "pp2_vpp2_free": ({"pipeline": 2, "virtual_pipeline": 2, "data": 2, "pipeline_layout": "E|t*3||tL"}, True),
     "dp3": ({"data": 3}, True),  # the buffers' padding depends on it
 }
 
@@ -215,6 +216,20 @@ def test_chunks_in_flight(pipeline: int, virtual: int, sequence_chunks: int, in_
     sequence chunks: p - i + n - 1 of them, each an nth of a micro-batch."""
     p = ParallelConfig(pipeline, 1, pipeline, virtual, sequence_chunks=sequence_chunks)
     assert [chunks_in_flight(p, stage) for stage in range(pipeline)] == in_flight
+
+
+def test_activations_of_free_placement() -> None:
+    """Stage 0 holds 3 chunks of its first 14 layers and 2 of its other 20 at the most; a stage with the embedding
+    alone holds nothing, and recomputes nothing."""
+    one_layer = _layer(_recipe()) * 22528
+    config = _recipe(virtual_pipeline=2, pipeline_layout="Et*14|t*16|t*20|t*14L")
+    assert training_memory(QWEN_32B, config, stage=0).activations == (3 * 14 + 2 * 20) * one_layer
+    for recompute in ("none", "full"):
+        alone = dataclasses.replace(
+            _recipe(pipeline_layout="E|t*64L"), model=dataclasses.replace(config.model, recompute=recompute)
+        )
+        assert training_memory(QWEN_32B, alone, stage=0).activations == 0
+    assert training_memory(QWEN_32B, _recipe(pipeline_layout="E|t*64L"), stage=1).activations == 64 * one_layer
 
 
 def test_lm_head_is_on_the_last_stage() -> None:

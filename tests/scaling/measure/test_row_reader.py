@@ -29,6 +29,8 @@ def test_numbers_are_those_of_the_file() -> None:
     assert row.peak_memory == 40e9
     assert row.timeline is not None
     assert row.timeline.bubble_fraction == row.bubble_fraction
+    assert row.layout.parallel.pipeline_layout is None
+    assert parse_row(content | {"pipeline_layout": "E|t|L|"})[0].layout.parallel.pipeline_layout == "E|t|L|"
     assert row.environment == {"python": "3.11", "torch": "2.13.0", "hosts": "n1 n2"}
 
 
@@ -68,6 +70,7 @@ WRONG: dict[str, Any] = {
     "model": None,
     "recompute": 3,
     "sequence": "yes",
+    "pipeline_layout": ["Et|tL"],
 }
 
 

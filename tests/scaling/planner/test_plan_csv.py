@@ -69,6 +69,9 @@ def test_one_line(tmp_path: Path) -> None:
     assert plan_line(plan, 1) == LINE
     assert plan_line(_write(plan, sequence="False"), 1) == _changed(sequence=False)
     assert plan_line(_write(plan, first_stage_layers=""), 1) == _changed(first_stage_layers=None)
+    free = _changed(**EVEN, pipeline_layout="Et|t,(t|)*2L")
+    columns = {"first_stage_layers": "", "last_stage_layers": "", "pipeline_layout": '"Et|t,(t|)*2L"'}
+    assert plan_line(_write(plan, **columns), 1) == free
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,10 @@ def test_one_line(tmp_path: Path) -> None:
         ({"tensor": "0"}, "tensor must be an integer of at least 1, got '0'"),
         ({"pipeline": None}, "line 1 of .* has no column pipeline"),
         ({"recompute": "some"}, "recompute must be one of none, selective, full, got 'some'"),
+        (
+            {"pipeline_layout": "Et|X"},
+            r"line 1 of .*: parallel.pipeline_layout 'Et\|X': 'X' at position 4 must be E, t",
+        ),
         ({"sequence": "2"}, "sequence must be True or False, got '2'"),
     ],
 )
@@ -104,6 +111,9 @@ def test_names() -> None:
     config = LINE.applied(make_config("/models/Qwen2.5 32B"))
     name = measurement_name(config, "H100-80", "fipo")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-f5-l3-vpp1-cp1-ep1-t4096-full-fipo"
+    free = _changed(**EVEN, pipeline_layout="E|t*2|t*2|L")
+    name = measurement_name(free.applied(make_config("/models/Qwen2.5-32B")), "H100-80", "fipo")
+    assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-s0.2x2.0-vpp1-cp1-ep1-t4096-full-fipo"
     even = _changed(**EVEN, recompute="none")
     name = measurement_name(even.applied(make_config("/models/Qwen2.5-32B")), "H100-80", "lm")
     assert name == "qwen2.5-32b-h100-80-g8-tp2-pp4-vpp1-cp1-ep1-t4096-none-lm"
@@ -117,10 +127,14 @@ def test_names() -> None:
             {**EVEN, "pipeline": 8, "world_size": 16},
             r"4 layers / \(8 stages",
         ),
+        (
+            {**EVEN, "pipeline_layout": "Et|t|t|t*2L"},
+            r"parallel.pipeline_layout 'Et\|t\|t\|t\*2L' has 5 decoder layers \(t\), but the model has 4",
+        ),
         ({"world_size": 9}, r"tp 2 x pp 4 x cp 1 = 8 does not divide the 9 GPUs"),
     ],
 )
-def test_illegal_layouts_are_rows(changes: dict[str, int | None], message: str, tmp_path: Path) -> None:
+def test_illegal_layouts_are_rows(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     """One of a plan is refused with the arithmetic before any rank starts, and is a failed row; others leave none."""
     config = _changed(**changes).applied(make_config(make_qwen2(tmp_path / "model", layers=4)))
     asked = Measurement(config, Sequences((50,) * 8), "fipo", "cpu", find_hardware("H100-80"), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,36 @@ def test_the_recipe_is_planned(planned: tuple[Planner, Plan]) -> None:
     assert made.candidates[0].cost.seconds < own.cost.seconds < 2 * made.candidates[0].cost.seconds
     # 8 updates of 1024 sequences; the trainer's packer never needs fewer micro-batches than the tokens fill
     assert len(own.batch.sizes) >= planner.sequences.tokens / 8 / 22528
+
+
+@pytest.mark.parametrize(
+    ("free", "sizes"),
+    [
+        ("Et*15|(t*17|)*2,t*15L", {"first_stage_layers": 15, "last_stage_layers": 15}),
+        ("Et*8|(t*8|)*6,t*8L", {"virtual_pipeline": 2}),
+    ],
+)
+def test_free_placement_costs_what_its_layers_cost(
+    free: str, sizes: dict[str, int], planned: tuple[Planner, Plan]
+) -> None:
+    """Time and memory of equal layers on equal stages are equal, however a config says it."""
+    base = replace(Layout.of(RECIPE).parallel, tensor=4, pipeline=4, first_stage_layers=None, last_stage_layers=None)
+    plain = replace(Layout.of(RECIPE), parallel=replace(base, **sizes))
+    written = replace(base, virtual_pipeline=sizes.get("virtual_pipeline", 1), pipeline_layout=free)
+    found = planned[0].evaluate(replace(plain, parallel=written))
+    assert replace(found, layout=plain) == planned[0].evaluate(plain)
+
+
+def test_a_stage_with_the_embedding_alone_is_idle(planned: tuple[Planner, Plan]) -> None:
+    """It computes nothing that is counted, and holds the embedding; the others take its layers."""
+    base = replace(Layout.of(RECIPE).parallel, tensor=4, pipeline=4, first_stage_layers=None, last_stage_layers=None)
+    layout = replace(Layout.of(RECIPE), parallel=replace(base, pipeline_layout="E|t*22|t*22|t*20L"))
+    candidate = planned[0].evaluate(layout)
+    first, second = candidate.cost.stages[:2]
+    assert first["gemm"] == first["head"] == first["attention"] == 0 < second["gemm"]
+    memory = estimated_memory(planned[0].model, H100, layout, 22528.0)[0]
+    assert memory.activations == memory.head == 0
+    assert memory.parameters == 2 * 5120 * 152064 / 4
 
 
 def test_candidates_fit_and_are_sorted(planned: tuple[Planner, Plan]) -> None:
