@@ -41,6 +41,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2_sp": ("qwen2", {"tensor": 2, "sequence": True, "world_size": 2}),
     "pp2": ("qwen2", {"pipeline": 2, "world_size": 2}),
     "pp2_vpp2_recompute": ("qwen2", {"pipeline": 2, "virtual_pipeline": 2, "world_size": 2, "recompute": "full"}),
+    "pp2_vpp2_no_layer_first": (
+        "qwen3_moe",
+        {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|t*3||tL", "world_size": 2},
+    ),
     "cp2": ("qwen2", {"context": 2, "world_size": 2}),
     "dp2": ("qwen2", {"world_size": 2}),
     "ep2_dp2": ("qwen3_moe", {"expert": 2, "world_size": 2}),

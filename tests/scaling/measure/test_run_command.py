@@ -40,9 +40,23 @@ LENGTHS = Sequences((9, 60, 33, 120, 71, 14, 90, 45), response_share=0.8)
 PARALLEL: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2, "world_size": 2, "threads_per_rank": 1},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2, "world_size": 2, "threads_per_rank": 1},
+    "free": {
+        "pipeline": 2,
+        "virtual_pipeline": 2,
+        "pipeline_layout": "E|t*3||tL",
+        "world_size": 2,
+        "threads_per_rank": 1,
+    },
     "tp2": {"tensor": 2, "sequence": True, "world_size": 2, "threads_per_rank": 1},
 }
-CASES: list[tuple[str, Loss]] = [("pp2", "fipo"), ("pp2_vpp2", "fipo"), ("tp2", "fipo"), ("pp2", "lm"), ("tp2", "lm")]
+CASES: list[tuple[str, Loss]] = [
+    ("pp2", "fipo"),
+    ("pp2_vpp2", "fipo"),
+    ("free", "fipo"),
+    ("tp2", "fipo"),
+    ("pp2", "lm"),
+    ("tp2", "lm"),
+]
 
 
 def _measurement(model: Path, directory: Path, layout: str = "pp2", loss: Loss = "fipo", **changes: Any) -> Measurement:
