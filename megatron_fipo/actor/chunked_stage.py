@@ -63,22 +63,17 @@ class ChunkedStage:
         self._micro_batches, self._chunks = micro_batches, chunks
         self._report, self._is_loss, self._forward_only = report, is_loss, forward_only
         self._config: Any = model.config
-        sizes = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self._cost_of_key = cost_of_key(arch.hidden_size, arch.ffn_hidden_size, *sizes)
+        heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        of_key = cost_of_key(arch.hidden_size, arch.ffn_hidden_size, *heads)
+        alignment = topology.sequence_alignment
+        self._bounds = [chunk_bounds(m.padded_lengths, chunks, alignment, of_key) for m in micro_batches]
         self._cut: dict[int, list[tuple[SequenceChunk, MicroBatch]]] = {}  # of the micro-batches under way
-        self._tokens = [size for micro_batch in micro_batches for size in self._sizes(micro_batch)]
+        self._tokens = [end - start for bounds in self._bounds for start, end in pairwise(bounds)]  # of each unit
         self._outputs: list[torch.Tensor] = []  # of the micro-batch that goes forward
         self._under_way: dict[int, _Unit] = {}
         self._gradients: dict[int, tuple[torch.Tensor, ...]] = {}  # last stage: of each chunk's output
         self.reports: list[Any] = []
         self.num_tokens = torch.zeros((), dtype=torch.int, device=topology.device)
-
-    def _bounds(self, micro_batch: MicroBatch) -> list[int]:
-        alignment = self._topology.sequence_alignment
-        return chunk_bounds(micro_batch.padded_lengths, self._chunks, alignment, self._cost_of_key)
-
-    def _sizes(self, micro_batch: MicroBatch) -> list[int]:
-        return [end - start for start, end in pairwise(self._bounds(micro_batch))]
 
     def shape(self, unit: int) -> tuple[int, ...]:
         share = self._topology.tp.size() if self._config.sequence_parallel else 1
@@ -87,8 +82,7 @@ class ChunkedStage:
     def forward(self, unit: int, received: torch.Tensor | None) -> torch.Tensor | None:
         number, chunk = divmod(unit, self._chunks)
         if chunk == 0:
-            micro_batch = self._micro_batches[number]
-            self._cut[number] = cut(micro_batch, self._bounds(micro_batch))
+            self._cut[number] = cut(self._micro_batches[number], self._bounds[number])
         output = self._compute(unit, received) if self._tokens[unit] else None
         if self._topology.is_last_stage:
             if output is not None:
