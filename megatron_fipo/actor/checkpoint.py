@@ -20,10 +20,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_fipo.actor import random_states
 from megatron_fipo.actor.actor import FIPOActor
 from megatron_fipo.actor.optimizer import ParameterState
+from megatron_fipo.convert.distributed import STACKED_LAYERS, fill_chunks
 from megatron_fipo.convert.load import named_parameters
 from megatron_fipo.parallel.topology import Topology
 
-LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}  # stacked: a tensor has an axis of layers
 OPTIONAL = ("optimizer.state.fp32_param.", "initial.")  # keys of what a checkpoint may lack, see `restore`
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes along each axis
@@ -35,7 +35,7 @@ def sharded_state(actor: FIPOActor, *, loading: bool) -> dict[str, Any]:
     Weights are handed to `restore`, all the rest is loaded in place: into Adam's state, the initial policy's weights
     and, under `random`, separate tensors. `random` has a row for each rank, so that it fits only as many ranks.
     """
-    model = {str(n): chunk.sharded_state_dict(metadata=dict(LAYERS)) for n, chunk in enumerate(actor.chunks)}
+    model = {str(n): chunk.sharded_state_dict(metadata=dict(STACKED_LAYERS)) for n, chunk in enumerate(actor.chunks)}
     weights = {id(value.data): value for value in nested_values(model) if not isinstance(value, ShardedObject)}
     _share_out(weights.values(), actor.topology)
     state = {
@@ -45,7 +45,7 @@ def sharded_state(actor: FIPOActor, *, loading: bool) -> dict[str, Any]:
         "random": random_states.sharded(actor.topology.rank, actor.topology.world_size),
     }
     if not loading:
-        state |= {"content_metadata": LAYERS, "counters": actor.optimizer.counters()}
+        state |= {"content_metadata": STACKED_LAYERS, "counters": actor.optimizer.counters()}
     return state
 
 
@@ -56,9 +56,7 @@ def restore(actor: FIPOActor, loaded: Mapping[str, Any]) -> None:
     A float32 model's checkpoint has no separate main parameters: they are then the weights. One of a run without
     KL penalty has no initial weights: the actor's own stay. Without `random`, random states stay as they are.
     """
-    for number, chunk in enumerate(actor.chunks):
-        if any(True for _ in chunk.parameters()):  # of a virtual stage without layers nothing is stored
-            chunk.load_state_dict(loaded["model"][str(number)], strict=False)  # states of modules stay as they are
+    fill_chunks(actor.chunks, loaded["model"])
     has_mains = bool(loaded.get("optimizer", {}).get("fp32_param"))
     for state in actor.optimizer.parameter_states():
         if not has_mains:

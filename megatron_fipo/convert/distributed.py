@@ -44,7 +44,7 @@ from megatron_fipo.parallel.collectives import gather
 
 _FORMAT = "metadata.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-_STACKED_LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}
+STACKED_LAYERS = {"non_homogeneous_layers": False, "singleton_local_shards": False}  # a tensor has an axis of layers
 Extent = tuple[int, int]  # offset and length in a file
 
 
@@ -118,7 +118,7 @@ def write_metadata(
             offset, length = _write(stream, [None])
             results.append(WriteResult(MetadataIndex(name), length, _StorageInfo("__0_states.distcp", offset, length)))
     FileSystemWriter(directory).finish(Metadata(tensors), [results])
-    torch.save({"content_metadata": _STACKED_LAYERS}, directory / "common.pt")
+    torch.save({"content_metadata": STACKED_LAYERS}, directory / "common.pt")
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (directory / _FORMAT).write_text(
         json.dumps({"sharded_backend": "torch_dist", "common_backend": "torch", **versions})
@@ -278,12 +278,16 @@ def load_distributed(chunks: Sequence[PolicyModel], path: str | Path) -> None:
     """
     with code_refused(path):
         content = dist_checkpointing.load_content_metadata(str(path)) or {}
-    metadata = {name: content[name] for name in _STACKED_LAYERS if name in content}
+    metadata = {name: content[name] for name in STACKED_LAYERS if name in content}
     state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
-    loaded = load_sharded(state, path)
+    fill_chunks(chunks, load_sharded(state, path))
+
+
+def fill_chunks(chunks: Sequence[PolicyModel], loaded: Mapping[str, Any]) -> None:
+    """Put loaded tensors, by the number of the chunk, into the chunks; states of modules stay as they are."""
     for number, chunk in enumerate(chunks):
         if any(True for _ in chunk.parameters()):  # of a virtual stage without layers nothing is stored
-            chunk.load_state_dict(loaded[str(number)], strict=False)  # module states are not loaded
+            chunk.load_state_dict(loaded[str(number)], strict=False)
 
 
 def load_sharded(state: Mapping[str, Any], path: str | Path, optional: tuple[str, ...] = ()) -> dict[str, Any]:
