@@ -4,14 +4,14 @@
 #   tests/browser/install.sh [PYTHON]
 set -u
 python=${1:-.venv/bin/python}
-chromium() { command -v chromium || command -v chromium-browser || command -v google-chrome; }
+installed() { type -P chromium || type -P chromium-browser || type -P google-chrome; }
 as_root=()
 [ "$(id -u)" = 0 ] || as_root=(sudo --non-interactive)
 "$python" -m pip install -q "playwright==1.65.2" && {
-  chromium >/dev/null && exit 0
+  installed >/dev/null && exit 0
   "${as_root[@]}" apt-get update -qq &&
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
-  chromium >/dev/null && exit 0
+  installed >/dev/null && exit 0
   "$python" -m playwright install --with-deps --only-shell chromium && exit 0
 }
 cat >&2 <<'TEXT'
