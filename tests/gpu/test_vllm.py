@@ -36,7 +36,9 @@ VARIANTS = {
         "rollout.server.gpu_memory_utilization=0.3",
     ),
     "nccl": ("rollout.server.weight_transport=nccl", "rollout.server.gpu_memory_utilization=0.3"),
+    "split": ("rollout.server.tensor_parallel_size=2", "rollout.server.gpu_memory_utilization=0.3"),
 }
+needs_three_gpus = pytest.mark.skipif(GPUS < 3, reason="needs three CUDA devices")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("variant", ["colocated", pytest.param("nccl", marks=needs_two_gpus[1])])
+@pytest.mark.parametrize(
+    "variant",
+    ["colocated", pytest.param("nccl", marks=needs_two_gpus[1]), pytest.param("split", marks=needs_three_gpus)],
+)
 def test_trains(variant: str, base: Path, tmp_path: Path) -> None:
     """Three updates: checksums prove that all weights arrived, and engine and trainer agree on what was drawn."""
     settings = (

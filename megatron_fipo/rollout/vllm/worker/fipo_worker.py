@@ -6,11 +6,11 @@ Runs in vLLM's environment and imports nothing of the trainer's. Importing it re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import fipo_proof
 import fipo_wire
 import torch
 from safetensors import safe_open
@@ -19,10 +19,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-_FUSED = {  # vLLM's parameter: the published ones that it is made of, one below the other
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+_KEEP_EXPERTS = ("TRITON", "BATCHED_TRITON")  # vLLM's kernels that read experts as they are published
 
 
 @dataclass
@@ -69,7 +66,7 @@ class FIPOWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(*args, **kwargs)
         self._how = InitInfo()
         self._group: fipo_wire.Group | None = None
-        self.received: dict[str, tuple[int, int]] = {}  # name -> checksum, rows: of the update that is under way
+        self.received: dict[str, tuple[int, torch.Size]] = {}  # checksums and shapes in the update that is under way
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._how, self._group = init_info, None
@@ -124,7 +121,7 @@ class FIPOWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             found = fipo_wire.checksum(tensor)
             if found != expected:
                 raise RuntimeError(f"{name} arrived with checksum {found & 2**64 - 1:016x}, not as it was sent")
-            self.received[name] = (found, tensor.shape[0] if tensor.ndim else 1)
+            self.received[name] = (found, tensor.shape)
 
 
 class WorkerExtension:
@@ -133,31 +130,28 @@ class WorkerExtension:
     def fipo_loaded(self) -> dict[str, Any]:
         """Compare the model's parameters with what the last checked update brought.
 
-        Returns {"compared": parameters compared, "received": tensors received, "different": names of those that
-        differ}. Parameters that are split over workers, or that were repacked for the CPU's kernels, are left out.
+        Returns {"compared": tensors compared, "received": tensors received, "different": names of those that differ}.
+        What is split over workers, or rearranged for a kernel, is left out.
         """
         engine = self.weight_transfer_engine  # type: ignore[attr-defined]
+        model, received = engine.model, engine.received
+        shapes = {name: shape for name, (_, shape) in received.items()}
         compared, different = 0, []
-        for name, value in _published(dict(engine.model.named_parameters()), engine.received):
+        for name, value in fipo_proof.comparable(dict(model.named_parameters()), shapes, _experts_as_sent(model)):
             compared += 1
-            if fipo_wire.checksum(value) != engine.received[name][0]:
+            if fipo_wire.checksum(value) != received[name][0]:
                 different.append(name)
-        return {"compared": compared, "received": len(engine.received), "different": different}
+        return {"compared": compared, "received": len(received), "different": different}
 
 
-def _published(
-    parameters: dict[str, torch.Tensor], received: dict[str, tuple[int, int]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (published name, the model's value of it) where the shapes show that the worker holds all of it."""
-    for name, parameter in parameters.items():
-        module, _, leaf = name.rpartition(".")
-        prefix, _, last = module.rpartition(".")
-        parts = [f"{prefix}.{part}.{leaf}" for part in _FUSED.get(last, ())] or [name]
-        if any(part not in received for part in parts):
-            continue
-        rows = [received[part][1] for part in parts]
-        if parameter.ndim and sum(rows) == parameter.shape[0]:
-            yield from zip(parts, parameter.detach().split(rows), strict=True)
+def _experts_as_sent(model: torch.nn.Module) -> set[str]:
+    """Return the names of the experts' parameters that their kernel reads as they were sent."""
+    found = set()
+    for name, module in model.named_modules():
+        backend: Any = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+        if backend is not None and backend.name in _KEEP_EXPERTS:
+            found |= {f"{name}.{leaf}" for leaf in fipo_proof.EXPERTS}
+    return found
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:
