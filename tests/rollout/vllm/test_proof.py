@@ -38,7 +38,7 @@ def _sent() -> Tensors:
 
 
 def _held(sent: Tensors, ranks: int, rank: int) -> Tensors:
-    """Return a worker's parameters: joined, its part of what is split, the vocabulary padded to 64."""
+    """Return a worker's parameters: fused, its shard of what is split, the vocabulary padded to 64."""
 
     def rows(name: str) -> torch.Tensor:
         return sent[name].chunk(ranks)[rank]
@@ -46,23 +46,22 @@ def _held(sent: Tensors, ranks: int, rank: int) -> Tensors:
     def columns(name: str) -> torch.Tensor:
         return sent[name].chunk(ranks, dim=-1)[rank]
 
-    qkv, gate_up = (LAYER + "self_attn.{}_proj", "qkv"), (LAYER + "mlp.{}_proj", ("gate", "up"))
+    def fused(prefix: str, parts: tuple[str, ...], leaf: str = "weight") -> torch.Tensor:
+        return torch.cat([rows(f"{prefix}{part}_proj.{leaf}") for part in parts])
+
+    qkv, gate_up = ("q", "k", "v"), ("gate", "up")
     experts = [f"model.layers.1.mlp.experts.{e}." for e in range(EXPERTS)]
     routed = "model.layers.1.mlp.experts.routed_experts."
     return {
-        "model.embed_tokens.weight": torch.cat([sent["model.embed_tokens.weight"], torch.zeros(24, HIDDEN)])[:64],
+        "model.embed_tokens.weight": torch.cat([sent["model.embed_tokens.weight"], torch.zeros(24, HIDDEN)]),
         **{name: sent[name] for name in (LAYER + "input_layernorm.weight", "model.layers.1.mlp.gate.weight")},
-        **{
-            LAYER + f"self_attn.qkv_proj.{leaf}": torch.cat([rows(qkv[0].format(x) + f".{leaf}") for x in qkv[1]])
-            for leaf in ("weight", "bias")
-        },
+        LAYER + "self_attn.qkv_proj.weight": fused(LAYER + "self_attn.", qkv),
+        LAYER + "self_attn.qkv_proj.bias": fused(LAYER + "self_attn.", qkv, "bias"),
         LAYER + "self_attn.o_proj.weight": columns(LAYER + "self_attn.o_proj.weight"),
-        LAYER + "mlp.gate_up_proj.weight": torch.cat([rows(gate_up[0].format(x) + ".weight") for x in gate_up[1]]),
+        LAYER + "mlp.gate_up_proj.weight": fused(LAYER + "mlp.", gate_up),
         LAYER + "mlp.down_proj.weight": columns(LAYER + "mlp.down_proj.weight"),
-        routed + "w13_weight": torch.stack(
-            [torch.cat([rows(e + "gate_proj.weight"), rows(e + "up_proj.weight")]) for e in experts]
-        ),
-        routed + "w2_weight": torch.stack([columns(e + "down_proj.weight") for e in experts]),
+        routed + "w13_weight": torch.stack([fused(expert, gate_up) for expert in experts]),
+        routed + "w2_weight": torch.stack([columns(expert + "down_proj.weight") for expert in experts]),
         LAYER + "self_attn.attn.k_scale": torch.tensor(1.0),  # what no checkpoint has
     }
 

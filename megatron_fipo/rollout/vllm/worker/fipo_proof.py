@@ -1,7 +1,7 @@
 """Parts of a served model that can be compared with the tensors that it was sent. Pure torch.
 
-vLLM joins some of the published tensors into one parameter, rearranges others for a kernel, and gives each worker of a
-server that spans several GPUs a part of most. Letters: E experts, I their width, H hidden size.
+vLLM fuses some of the published tensors into one parameter, rearranges others for a kernel, and gives each worker of a
+server with tensor parallelism a shard of most. Letters: E experts, I their intermediate size, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
-_JOINED = {  # vLLM's module: the published ones that it is made of, one below the other
+_FUSED = {  # vLLM's module: the published ones that it is made of, one below the other
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
@@ -25,7 +25,7 @@ def comparable(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (published name, the model's value of it) of all that this worker holds whole and as it was sent.
 
-    A part of a split tensor, and what is padded, has another shape, by which it is known.
+    A shard, and what is padded, is known by its shape, which is another than was sent.
 
     Args:
         parameters: the model's, by vLLM's names.
@@ -39,7 +39,7 @@ def comparable(
                 yield from _experts(f"{module.partition('.experts')[0]}.experts", EXPERTS[leaf], parameter, shapes)
             continue
         prefix, _, last = module.rpartition(".")
-        yield from _rows([f"{prefix}.{part}.{leaf}" for part in _JOINED.get(last, ())] or [name], parameter, shapes)
+        yield from _rows([f"{prefix}.{part}.{leaf}" for part in _FUSED.get(last, ())] or [name], parameter, shapes)
 
 
 def _experts(
